@@ -1,0 +1,82 @@
+"""What a user can do wrong, as exceptions. Each ends a command with exit code 2 and no traceback.
+
+    SlipwayError
+    +-- RecipeError   (ValueError)    the recipe: every problem of it at once
+    +-- DataError     (ValueError)    rows, files or formats that a stage cannot use
+    +-- ArtifactError (ValueError)    an artifact that is damaged, missing or of the wrong kind
+    +-- GateError     (ValueError)    a result that misses the bar the recipe set for it
+    +-- StoreError    (OSError)       the store: disk full, not writable, in use
+    +-- LaunchError   (RuntimeError)  processes that cannot be started, or do not find each other
+
+`Preempted` is no error: a stage saved its state on request and stopped (exit code 75).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+"""`EX_TEMPFAIL` of sysexits.h: schedulers requeue on it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where it stands, what is wrong, and what to do."""
+
+    where: str
+    what: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        sentence = self.what.rstrip(".")
+        return f"{self.where}: {sentence}. {self.hint}".rstrip()
+
+
+class SlipwayError(Exception):
+    """A mistake that the user can mend. Holds one or more `Problem`s; prints one line each."""
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class RecipeError(SlipwayError, ValueError):
+    """The recipe cannot be planned."""
+
+
+class DataError(SlipwayError, ValueError):
+    """Data from outside, or rows of an artifact, that the stage cannot use."""
+
+
+class ArtifactError(SlipwayError, ValueError):
+    """An artifact that is damaged, missing, or does not fit its consumer."""
+
+
+class GateError(SlipwayError, ValueError):
+    """The stage ran, but its result misses the bar that the recipe sets."""
+
+
+class StoreError(SlipwayError, OSError):
+    """The store cannot be read or written."""
+
+
+class LaunchError(SlipwayError, RuntimeError):
+    """Processes that cannot be started, or whose ranks do not find each other."""
+
+
+class Preempted(Exception):
+    """A stage was asked to stop, saved a complete checkpoint, and stopped."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`Did you mean 'x'?` for the nearest known word, else the list of known words."""
+    known = list(known)
+    nearest = difflib.get_close_matches(word, known, n=1)
+    if nearest:
+        return f"Did you mean '{nearest[0]}'?"
+    return f"Known: {', '.join(known)}." if known else ""

@@ -1,0 +1,142 @@
+"""What a stage is, and what it receives when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Facts, Kind
+from pipeline.checkpoints import Checkpoints
+from pipeline.errors import Problem
+from pipeline.journal import Journal
+from pipeline.recipe import Resources, Strict
+
+
+@dataclass(frozen=True)
+class Input:
+    """One role of a stage's inputs: the kinds it accepts, whether it may be absent, whether it takes several.
+
+    A role that takes several is a mapping in the recipe (`models: {base: base, chat: sft}`) and reaches the stage
+    as `models.base` and `models.chat`.
+    """
+
+    kinds: frozenset[Kind]
+    optional: bool = False
+    many: bool = False
+
+
+def accepts(*kinds: Kind, optional: bool = False, many: bool = False) -> Input:
+    return Input(frozenset(kinds), optional=optional, many=many)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this job: `rank` of `size`, and `local_rank` on this node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `plan` can say of a step's artifact and of its run beforehand. None where it cannot be known yet."""
+
+    parameters: int | None = None
+    architecture: Mapping[str, Any] | None = None
+    """The transformers config of the model, as a flat mapping."""
+    vocabulary_size: int | None = None
+    train_rows: int | None = None
+    train_tokens: int | None = None
+    sequence_length: int | None = None
+    optimizer_steps: int | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    accumulation: int | None = None
+    memory_bytes_per_rank: int | None = None
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `Stage.estimate` and `Stage.check` receive: what is known of the step before it runs.
+
+    `inputs` holds, per role, what the artifact's manifest says where the artifact exists already, and what the
+    upstream step's own estimate says where it does not.
+    """
+
+    params: Any
+    resources: Resources
+    inputs: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage hands to the commit: `metrics` (flat name -> number) and `facts` for its consumers."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `run` receives besides its params."""
+
+    inputs: Mapping[str, Path]
+    """Role (`model`, or `models.base` for a role that takes several) -> folder of the artifact."""
+    out: Path
+    """An empty folder that becomes the artifact when `run` returns. Rank 0 writes it; all ranks see it."""
+    work: Path
+    """Scratch space of this step. It survives a restart."""
+    resume: Path | None
+    """The newest checkpoint that verified, or None."""
+    checkpoints: Checkpoints
+    seed: int
+    resources: Resources
+    journal: Journal
+    world: World
+    stop_requested: Callable[[], bool]
+    """True once this process was asked to save and stop. Ranks must agree before they act on it."""
+
+    def group(self, role: str) -> dict[str, Path]:
+        """Name -> folder for a role that takes several."""
+        prefix = f"{role}."
+        return {name.removeprefix(prefix): path for name, path in self.inputs.items() if name.startswith(prefix)}
+
+
+def nothing_to_check(forecast: Forecast) -> list[Problem]:
+    return []
+
+
+def nothing_known(forecast: Forecast) -> Estimate:
+    return Estimate()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function from artifacts to one artifact, with everything `plan` must know about it."""
+
+    kind: str
+    version: int
+    """Raised when the same params and inputs give another result: old artifacts are then made anew."""
+    summary: str
+    """One line for `slipway stages`."""
+    params: type[Strict]
+    inputs: Mapping[str, Input]
+    output: Kind | Callable[[Any, Mapping[str, Kind]], Kind]
+    """The kind of the artifact; a function of (params, kinds of inputs) where it depends on them."""
+    run: Callable[[Context, Any], Result]
+    distributed: bool = False
+    """Whether it may run in more than one process."""
+    estimate: Callable[[Forecast], Estimate] = nothing_known
+    check: Callable[[Forecast], list[Problem]] = nothing_to_check
+    """What is wrong with the params given the inputs, found before anything runs. `where` is relative to the stage."""
+
+    def output_kind(self, params: Any, inputs: Mapping[str, Kind]) -> Kind:
+        return self.output if isinstance(self.output, Kind) else self.output(params, inputs)
