@@ -58,8 +58,8 @@ class Checkpoints:
         sync(folder)
         sync(self.folder)
 
-    def problems(self, step: int) -> list[str]:
-        """Why the checkpoint of `step` cannot be resumed from; empty if it can."""
+    def problems(self, step: int, *, hashes: bool = True) -> list[str]:
+        """Why the checkpoint of `step` cannot be resumed from; empty if it can. Without `hashes` a look at the sizes."""
         folder = self.path(step)
         try:
             listed = json.loads((folder / COMPLETE).read_bytes())
@@ -68,13 +68,13 @@ class Checkpoints:
             return [f"{COMPLETE} is missing: it was not written to the end"]
         except (ValueError, TypeError, KeyError, AttributeError):
             return [f"{COMPLETE} cannot be read"]
-        return differences(folder, files, ignore=frozenset({COMPLETE, f"{COMPLETE}.tmp"}))
+        return differences(folder, files, hashes=hashes, ignore=frozenset({COMPLETE, f"{COMPLETE}.tmp"}))
 
-    def newest(self) -> Newest:
+    def newest(self, *, hashes: bool = True) -> Newest:
         """The newest checkpoint that verifies."""
         passed_over = []
         for step in reversed(self.steps()):
-            problems = self.problems(step)
+            problems = self.problems(step, hashes=hashes)
             if not problems:
                 return Newest(self.path(step), step, passed_over)
             passed_over.append(f"{PREFIX}{step} is not resumed from: {'; '.join(problems[:3])}")
