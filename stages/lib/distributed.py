@@ -1,0 +1,133 @@
+"""The processes of one job: where their tensors live, and the few things that they must agree on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import LaunchError, Problem
+from pipeline.recipe import Resources
+from pipeline.stage import Context
+
+Value = TypeVar("Value")
+
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+
+
+def device_type(resources: Resources) -> str:
+    """`cpu` or `cuda`. Raises `LaunchError` if the recipe asks for a device that is not there."""
+    if resources.device == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if resources.device == "cuda":
+        raise LaunchError(
+            Problem("resources.device", "is cuda, and torch finds no CUDA device", "Run `slipway doctor`, or take cpu.")
+        )
+    return "cpu"
+
+
+def use_threads(resources: Resources) -> None:
+    """Fixes the number of CPU threads, which results depend on, and turns denormal numbers, which are slow, into zeros."""
+    threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.processes)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def join_processes(ctx: Context) -> torch.device:
+    """This process's device, after all processes of the job have found each other.
+
+    A job of one process started without torchrun joins a group of one when DeepSpeed, which insists on a group, is used.
+    """
+    kind = device_type(ctx.resources)
+    device = torch.device("cuda", ctx.world.local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    use_threads(ctx.resources)
+    if dist.is_initialized() or (ctx.world.size == 1 and ctx.resources.deepspeed is None):
+        return device
+    if ctx.world.size == 1:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        rank=ctx.world.rank,
+        world_size=ctx.world.size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
+    )
+    return device
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def together() -> bool:
+    """Whether there are other processes to agree with."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def exchange_device() -> torch.device:
+    """Where tensors must be for the process group to exchange them."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """The sum over all processes of each value, in double precision."""
+    if not together():
+        return [float(value) for value in values]
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=exchange_device())
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if not together():
+        return flag
+    tensor = torch.tensor([int(flag)], device=exchange_device())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def barrier() -> None:
+    """Returns once all processes are here."""
+    if together():
+        any_process(False)
+
+
+def from_main(compute: Callable[[], Value]) -> Value:
+    """What `compute` returns in the main process, in all processes; what it raises there is raised in all."""
+    if not together():
+        return compute()
+    packet: list[tuple[bool, object]] = [(True, None)]
+    if dist.get_rank() == 0:
+        try:
+            packet = [(True, compute())]
+        except Exception as error:  # raised again below, in every process
+            packet = [(False, error)]
+    dist.broadcast_object_list(packet, src=0, device=exchange_device())
+    done, value = packet[0]
+    if not done:
+        assert isinstance(value, Exception)
+        raise value
+    return value  # type: ignore[return-value]
+
+
+def leave_processes() -> None:
+    """Ends the process group, if there is one, after everyone is done."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,165 @@
+"""Models on disk: the start that all processes share, loading, and publishing with a check of what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from pipeline.errors import ArtifactError, DataError, Problem
+from pipeline.stage import Context
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
+    """The folder with the weights that training starts from: `build()`, called once with the seed of the step.
+
+    Only the main process builds and writes, on the CPU, before the processes meet; all of them load from the folder
+    afterwards, so that the start is the same whatever the number of processes and the memory layout. The folder
+    survives a restart. For a model from scratch, or with a new head on a trained body.
+    """
+    folder = ctx.work / "initial"
+    if ctx.world.is_main and not folder.exists():
+        set_seed(ctx.seed)
+        model = build().to(torch.float32)
+        temporary = ctx.work / "initial.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        os.replace(temporary, folder)
+    return folder
+
+
+def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """The model in `folder` as an `auto_class` in float32, from safetensors only, without code from the folder.
+
+    Raises `ArtifactError` if weights that the class needs are not in the folder, or have another shape.
+    """
+    model, report = auto_class.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    holes = [*sorted(report["missing_keys"]), *(str(key) for key in report.get("mismatched_keys", ()))]
+    if holes:
+        raise ArtifactError(
+            Problem(str(folder), f"does not hold the weights {', '.join(holes[:3])}", "Name a model of the right kind.")
+        )
+    return model
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """The number of parameters, tied ones counted once, whole also where ZeRO-3 has split them."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> full shape of every parameter, tied ones once."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def publish(
+    model: PreTrainedModel,
+    state: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    precision: str = "fp32",
+    stop_token_ids: list[int] | None = None,
+) -> None:
+    """Writes model and tokenizer to `out` as a Hugging Face folder, and reads the weights back to check them.
+
+    `state` holds the full weights on the main process, gathered from wherever a memory layout had put them.
+    """
+    dtype = DTYPES[precision]
+    # Gathering clones tied weights: each is written once, under the name that owns it, whatever the layout.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    weights = {
+        name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().to("cpu"))
+        for name, tensor in state.items()
+        if name not in tied
+    }
+    model.config.use_cache = True
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        complete_generation_config(model, tokenizer, stop_token_ids)
+    model.save_pretrained(out, state_dict=dict(weights))
+    model.config.dtype = dtype
+    model.config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shapes = {name: shape for name, shape in parameter_shapes(model).items() if name not in tied}
+    check_weights(out, shapes)
+
+
+def complete_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int] | None
+) -> None:
+    """Says in the generation config where generation stops, so that whoever serves the model need not guess."""
+    config = model.generation_config
+    stops = stop_token_ids or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+    if stops:
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    config.bos_token_id = tokenizer.bos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `ArtifactError` unless the safetensors in `folder` hold exactly sound weights of these shapes.
+
+    Unsound is: missing, of another shape (ZeRO-3 without gathering writes size 0), non-finite, or a matrix of zeros.
+    """
+    problems = []
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                found[name] = tuple(tensor.shape)
+                if tensor.numel() == 0:
+                    problems.append(f"{name} is empty")
+                elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    problems.append(f"{name} holds values that are not finite")
+                elif tensor.dim() >= 2 and not bool(tensor.any()):
+                    problems.append(f"{name} is all zero")
+    for name, shape in shapes.items():
+        if name not in found:
+            problems.append(f"{name} was not written")
+        elif found[name] != shape:
+            problems.append(f"{name} has the shape {list(found[name])} instead of {list(shape)}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ArtifactError(
+            Problem(str(folder), f"the weights are not fit to publish: {'; '.join(problems[:5])}{more}", "Nothing was published.")
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's `config.json`."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(Problem(str(folder / "config.json"), f"cannot be read: {error}")) from None
+    return dict(config)
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `DataError` if the tokenizer knows ids that the model has no embedding for."""
+    rows = int(model.config.vocab_size)
+    if len(tokenizer) > rows:
+        raise DataError(
+            Problem(
+                "tokenizer",
+                f"has {len(tokenizer)} tokens, and the model embeds {rows}",
+                "Use the tokenizer that the model was trained with.",
+            )
+        )
