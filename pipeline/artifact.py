@@ -99,6 +99,7 @@ class Manifest(BaseModel):
     seed: int
     params: dict[str, Any]
     input_ids: dict[str, str]
+    source_digests: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileEntry]
     facts: Facts = Field(default_factory=Facts)
     metrics: dict[str, float] = Field(default_factory=dict)

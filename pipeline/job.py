@@ -31,6 +31,8 @@ class Job(Strict):
     inputs: dict[str, str]
     """Role -> folder, or `hub:<repository>@<revision>`."""
     input_ids: dict[str, str]
+    source_digests: dict[str, str]
+    """Param that names outside files -> digest of their content."""
     seed: int
     resources: Resources
     store: str

@@ -132,6 +132,8 @@ class Stage:
     output: Kind | Callable[[Any, Mapping[str, Kind]], Kind]
     """The kind of the artifact; a function of (params, kinds of inputs) where it depends on them."""
     run: Callable[[Context, Any], Result]
+    headline: tuple[str, ...] = ()
+    """The metrics that the closing table shows, baselines beside what they measure."""
     distributed: bool = False
     """Whether it may run in more than one process."""
     estimate: Callable[[Forecast], Estimate] = nothing_known

@@ -171,12 +171,15 @@ class Store:
     # Running a step
 
     def begin(self, job: Job) -> None:
-        """Makes the work folder and writes the job into it."""
+        """Makes the work folder and writes the job into it. Raises `StoreError` if a process is running the step."""
         try:
             job.work_folder.mkdir(parents=True, exist_ok=True)
-            for leftover in ("outcome.json", "stop-requested"):
-                (job.work_folder / leftover).unlink(missing_ok=True)
-            job.write()
+            with self.locked(job.work_folder):
+                for leftover in ("outcome.json", "stop-requested"):
+                    (job.work_folder / leftover).unlink(missing_ok=True)
+                job.write()
+        except StoreError:
+            raise
         except OSError as error:
             hint = "Make room, or choose another place with --store or SLIPWAY_STORE."
             raise StoreError(Problem(str(job.work_folder), f"cannot be written: {error.strerror}", hint)) from None
@@ -229,6 +232,7 @@ class Store:
             seed=job.seed,
             params=job.params,
             input_ids=job.input_ids,
+            source_digests=job.source_digests,
             files=files,
             facts=result.facts,
             metrics=dict(result.metrics),

@@ -1,0 +1,12 @@
+"""How a job becomes processes. The table of launchers; a new one is a module and a line here."""
+
+from __future__ import annotations
+
+from launch.base import Launcher
+from launch.deepspeed import DeepSpeed
+from launch.local import Local
+from launch.torchrun import Torchrun
+
+LAUNCHERS: dict[str, Launcher] = {"local": Local(), "torchrun": Torchrun(), "deepspeed": DeepSpeed()}
+
+__all__ = ["LAUNCHERS", "Launcher"]

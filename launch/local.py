@@ -1,0 +1,13 @@
+"""One process, started directly."""
+
+from __future__ import annotations
+
+import sys
+
+from launch.base import WORKER, LocalProcess
+from pipeline.job import Job
+
+
+class Local(LocalProcess):
+    def command(self, job: Job) -> list[str]:
+        return [sys.executable, "-m", WORKER, job.work]
