@@ -81,11 +81,15 @@ class Checkpoints:
         return Newest(None, 0, passed_over)
 
     def rotate(self) -> None:
-        """Deletes all but the newest `keep` complete checkpoints, if the newest one verifies. Rank 0 only."""
-        steps = [step for step in self.steps() if (self.path(step) / COMPLETE).exists()]
-        if steps and not self.problems(steps[-1]):
-            for step in steps[: -self.keep]:
-                shutil.rmtree(self.path(step))
+        """Deletes all but the newest `keep` good checkpoints, if the newest one verifies. Rank 0 only.
+
+        Of the older ones only the sizes are compared: hashing them again at every save would cost more than it saves.
+        """
+        good = [step for step in self.steps() if not self.problems(step, hashes=False)]
+        if good and not self.problems(good[-1]):
+            for step in self.steps():
+                if step < good[-1] and step not in good[-self.keep :]:
+                    shutil.rmtree(self.path(step))
 
     def discard_after(self, step: int) -> None:
         """Deletes the checkpoints after `step`: they did not verify, and will be written again. Rank 0 only."""

@@ -1,0 +1,76 @@
+"""Three-line stages for tests of the core: no torch, no data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from pipeline.artifact import Facts, Kind
+from pipeline.errors import DataError, Preempted, Problem
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
+from pipeline.strict import Inlined, OutsidePath, Strict
+
+
+class Recipe(Strict):
+    words: list[str] = ["a"]
+    """Words to write."""
+
+
+class WriteParams(Strict):
+    count: int = Field(default=1, ge=1)
+    """How many."""
+    rate: float = 0.5
+    """A number."""
+    file: OutsidePath | None = None
+    """A file whose content is written."""
+    block: Inlined[Recipe] = Recipe()
+    """A block, in place or in a file."""
+
+
+class JoinParams(Strict):
+    beta: float = 0.1
+    """A number."""
+    fail: str = ""
+    """How to fail: user, crash, preempt, or not at all."""
+
+
+def write(ctx: Context, params: WriteParams) -> Result:
+    text = params.file.read_text() if params.file else "-"
+    (ctx.out / "text.txt").write_text(f"{text} {params.count} {params.rate} {params.block.words} {ctx.seed}")
+    ctx.journal.note("wrote a text")
+    return Result(metrics={"count": params.count}, facts=Facts(train_rows=params.count))
+
+
+def join(ctx: Context, params: JoinParams) -> Result:
+    if params.fail == "user":
+        raise DataError(Problem("rows.jsonl:3", "has no field 'text'", "Add it."))
+    if params.fail == "crash":
+        raise ZeroDivisionError("a bug")
+    if params.fail == "preempt":
+        raise Preempted("saved checkpoint 5")
+    parts = {role: Path(path, "text.txt").read_text() for role, path in sorted(ctx.inputs.items())}
+    (ctx.out / "text.txt").write_text(json.dumps(parts))
+    return Result(metrics={"heldout_loss": params.beta, "parts": len(parts)})
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    return Estimate(train_rows=forecast.inputs["data"].train_rows, optimizer_steps=10)
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    if forecast.params.beta > 1:
+        return [Problem("params.beta", f"must be at most 1, not {forecast.params.beta}", "Lower it.")]
+    return []
+
+
+STAGES = {
+    "write": Stage("write", 1, "writes", WriteParams, {}, Kind.TEXT, write),
+    "join": Stage(
+        "join", 1, "joins", JoinParams,
+        {"data": accepts(Kind.TEXT), "more": accepts(Kind.TEXT, Kind.CHATS, optional=True, many=True)},
+        Kind.CHATS, join, distributed=True, estimate=estimate, check=check, headline=("heldout_loss",),
+    ),
+}  # fmt: skip
+LAUNCHERS = ("local", "torchrun")

@@ -1,0 +1,99 @@
+"""Only checkpoints that verify exist; old ones go only after a newer one verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoints import COMPLETE, Checkpoints, require_room
+from pipeline.errors import StoreError
+
+
+def save(checkpoints: Checkpoints, step: int) -> Path:
+    folder = checkpoints.path(step)
+    (folder / "engine").mkdir(parents=True)
+    (folder / "model.bin").write_bytes(bytes(range(100)))
+    (folder / "engine" / "optimizer.bin").write_bytes(b"o" * step)
+    checkpoints.complete(step)
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    (folder / "model.bin").write_bytes(bytes(range(99)))
+
+
+def remove(folder: Path) -> None:
+    (folder / "engine" / "optimizer.bin").unlink()
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "model.bin").read_bytes())
+    data[50] ^= 1
+    (folder / "model.bin").write_bytes(data)
+
+
+def add(folder: Path) -> None:
+    (folder / "stray").touch()
+
+
+def forget_the_list(folder: Path) -> None:
+    (folder / COMPLETE).unlink()
+
+
+def tear_the_list(folder: Path) -> None:
+    (folder / COMPLETE).write_text('{"step": 20, "fi')
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (truncate, "model.bin has 99 bytes instead of 100"),
+        (remove, "engine/optimizer.bin is missing"),
+        (flip_a_bit, "model.bin has other content than when it was written"),
+        (add, "stray was added"),
+        (forget_the_list, "complete.json is missing: it was not written to the end"),
+        (tear_the_list, "complete.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: object, sentence: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    damage(save(checkpoints, 20))  # type: ignore[operator]
+    newest = checkpoints.newest()
+    assert (newest.path, newest.step) == (checkpoints.path(10), 10)
+    assert newest.passed_over == [f"checkpoint-20 is not resumed from: {sentence}"]
+
+
+def test_rotation_keeps_the_newest_and_deletes_nothing_while_the_newest_does_not_verify(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    flip_a_bit(checkpoints.path(3))
+    checkpoints.rotate()
+    assert checkpoints.steps() == [1, 2, 3]
+    save(checkpoints, 4)
+    checkpoints.rotate()
+    assert checkpoints.steps() == [3, 4]
+
+
+def test_rotation_counts_only_good_checkpoints(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    truncate(checkpoints.path(2))
+    checkpoints.rotate()
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_what_did_not_verify_is_discarded_before_training_goes_on(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    truncate(save(checkpoints, 20))
+    checkpoints.discard_after(checkpoints.newest().step)
+    assert checkpoints.steps() == [10]
+
+
+def test_no_room_is_said_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"needs 1000000000000.00 GB and .* GB are free. Free some space"):
+        require_room(tmp_path, 10**21, "the next checkpoint")

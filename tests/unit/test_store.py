@@ -1,0 +1,147 @@
+"""The store: commits, digests, names, lineage, verification and collection."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import reports
+from pipeline.artifact import FileEntry, Kind
+from pipeline.collect import collect, needed_artifacts
+from pipeline.errors import ArtifactError, RecipeError
+from pipeline.job import Job, read_job
+from pipeline.recipe import Resources
+from pipeline.stage import Result
+from pipeline.store import Store
+
+
+def job(store: Store, step: str, artifact_id: str, inputs: dict[str, str] | None = None) -> Job:
+    return Job(
+        recipe="demo", step=step, kind="write", stage_version=1, artifact_id=artifact_id, artifact_kind=Kind.TEXT.value,
+        params={"count": 1}, inputs={}, input_ids=inputs or {}, source_digests={"file": "sha256:ab /data/a.txt"}, seed=1,
+        resources=Resources(), store=str(store.folder), work=str(store.work_folder(step, artifact_id)),
+    )  # fmt: skip
+
+
+def make(store: Store, step: str, artifact_id: str, inputs: dict[str, str] | None = None) -> None:
+    the_job = job(store, step, artifact_id, inputs)
+    store.begin(the_job)
+    out = the_job.work_folder / "out"
+    out.mkdir()
+    (out / "text.txt").write_text(step)
+    store.commit(the_job, Result(metrics={"loss": 0.5}), wall_seconds=1.5, device="cpu", world_size=2)
+
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "runs")
+    make(store, "first", A)
+    make(store, "second", B, {"data": A})
+    make(store, "third", C, {"data": A})
+    store.record("demo", {"path": "demo.yaml", "overrides": [], "steps": {"second": {"artifact_id": B, "identity": {}, "kind": "write"}}})
+    return store
+
+
+def test_a_commit_lists_every_file_with_size_and_digest(store: Store) -> None:
+    manifest = store.find(A)
+    assert manifest is not None
+    # SHA-256 of the five bytes "first".
+    digest = "a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e"
+    assert manifest.files == {"text.txt": FileEntry(size=5, sha256=digest)}
+    assert (manifest.world_size, manifest.wall_seconds, manifest.metrics) == (2, 1.5, {"loss": 0.5})
+    assert not (store.work_folder("first", A) / "out").exists()
+
+
+def test_a_job_reads_back_as_it_was_written(store: Store) -> None:
+    assert read_job(store.work_folder("second", B)) == job(store, "second", B, {"data": A})
+
+
+@pytest.mark.parametrize("name", ["b" * 64, "bbbb", "second", "demo/second"])
+def test_an_artifact_is_found_by_id_digits_and_step(store: Store, name: str) -> None:
+    assert store.resolve(name) == (B, store.artifact_folder(B))
+    assert store.resolve(str(store.artifact_folder(B))) == (B, store.artifact_folder(B))
+
+
+def test_an_unknown_name_says_what_to_do(store: Store) -> None:
+    with pytest.raises(ArtifactError, match="no artifact or step of this name"):
+        store.resolve("nothing")
+
+
+def test_verify_names_what_differs(store: Store) -> None:
+    assert reports.verify_lines(store, "second")[1]
+    (store.artifact_folder(B) / "text.txt").write_text("Second")
+    lines, sound = reports.verify_lines(store, "second")
+    assert not sound
+    assert lines[0].endswith("second: text.txt has other content than when it was written")
+
+
+def test_lineage_goes_down_to_source_digests(store: Store) -> None:
+    assert reports.lineage_lines(store, "second") == [
+        "second  write v1  bbbbbbbbbbbb",
+        "|-- data: first  write v1  aaaaaaaaaaaa",
+        "|   `-- file: sha256:ab /data/a.txt",
+        "`-- file: sha256:ab /data/a.txt",
+    ]
+
+
+def test_show_prints_the_manifest(store: Store) -> None:
+    text = "\n".join(reports.show_lines(store, "second"))
+    assert "second: text made by write version 1" in text
+    assert "loss  0.5" in text
+
+
+def test_collection_keeps_current_plans_and_their_lineage(store: Store) -> None:
+    def current(path: str, overrides: list[str]) -> set[str]:
+        return {B}
+
+    needed, notes = needed_artifacts(store, current)
+    assert (needed, notes) == ({A, B}, [])
+    said = collect(store, needed, dry_run=True)
+    assert said[0].startswith("would remove artifact cccccccccccc (third)")
+    assert store.all_ids() == [A, B, C]
+    collect(store, needed, dry_run=False)
+    assert store.all_ids() == [A, B]
+    assert sorted(path.name for path in store.work.iterdir()) == ["first-aaaaaaaa", "second-bbbbbbbb"]
+
+
+def test_collection_keeps_what_a_recipe_made_that_cannot_be_planned_now(store: Store) -> None:
+    def current(path: str, overrides: list[str]) -> set[str]:
+        raise RecipeError("broken")
+
+    needed, notes = needed_artifacts(store, current)
+    assert needed == {A, B}
+    assert notes == ["recipe demo (demo.yaml) cannot be planned now: what it made last is kept"]
+
+
+def test_digests_of_folders_follow_content_and_ignore_caches_and_times(tmp_path: Path) -> None:
+    folder = tmp_path / "lib"
+    (folder / "__pycache__").mkdir(parents=True)
+    (folder / "a.py").write_text("a")
+    store = Store(tmp_path / "runs")
+    before = store.digest(folder)
+    (folder / "__pycache__" / "a.pyc").write_text("x")
+    os.utime(folder / "a.py", (1, 1))
+    assert store.digest(folder) == before
+    (folder / "a.py").write_text("b")
+    assert store.digest(folder) != before
+
+
+def test_a_digest_is_remembered_only_while_the_file_is_unchanged(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("1")
+    os.utime(file, (1, 1))
+    store = Store(tmp_path / "runs")
+    store.folder.mkdir()
+    first = store.digest(file)
+    store.save_digests()
+    again = Store(tmp_path / "runs")
+    assert again.digest(file) == first
+    assert str(file) in again.known_digests()
+    file.write_text("2")
+    os.utime(file, (1, 1))
+    assert again.digest(file) != first
