@@ -15,7 +15,7 @@ from launch import LAUNCHERS
 from pipeline import console, reports
 from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, Problem, RecipeError, SlipwayError, did_you_mean
 from pipeline.execute import execute
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Action, Plan, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
 from stages import STAGES
@@ -94,11 +94,13 @@ def job(
 ) -> None:
     """Write a step's job.json and print the commands that run it, for launch scripts of your own."""
     the_store = open_store(store)
-    step = planned(recipe, set_, the_store, only=stage).step(stage)
-    if step.action == "blocked":
+    the_plan = planned(recipe, set_, the_store, only=stage)
+    step = the_plan.step(stage)
+    if step.action is Action.BLOCKED:
         raise RecipeError(Problem(f"stages.{stage}", str(step.reason), "Run the stages before it first."))
-    the_job = step.job(load_recipe(recipe, STAGES, LAUNCHERS, set_ or ()).name, the_store)
+    the_job = step.job(the_plan.recipe.name, the_store)
     the_store.begin(the_job)
+    the_store.record(the_plan.recipe.name, the_plan.record())
     print(f"{the_job.work}/job.json")
     print("run one of these in the checkout:")
     names = ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ("local",)

@@ -115,9 +115,8 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
             code = run_step(step, plan.recipe.name, store, launchers, progress, interrupts)
             if code != EXIT_DONE:
                 break
-    if plan.left_out == () or code != EXIT_DONE or len(chosen) > 1:
-        for line in summary(plan, store):
-            progress.line(line)
+    for line in summary(plan, store):
+        progress.line(line)
     progress.line(f"{'done' if code == EXIT_DONE else f'stopped with exit code {code}'} after {seconds(time.monotonic() - started)}")
     return code
 
@@ -188,7 +187,7 @@ def tail(path: Path, lines: int = LOG_TAIL_LINES, limit_bytes: int = 20_000) -> 
 def summary(plan: Plan, store: Store) -> list[str]:
     """The closing table: stages, times and headline metrics."""
     rows = []
-    for step in plan.steps:
+    for step in plan.chosen:
         manifest: Manifest | None = store.find(step.artifact_id)
         if manifest:
             metrics = headline(manifest.metrics, step.recipe_step.stage.headline)

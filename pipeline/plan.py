@@ -203,9 +203,9 @@ class StepPlanner:
         work = self.store.work_folder(self.step.name, artifact_id)
         manifest = self.store.find(artifact_id)
         forecast = Forecast(self.step.params, self.step.resources, self.input_estimates())
-        own = self.step.stage.estimate(forecast)
         if manifest is None:
             self.problems += self.step.stage.check(forecast)
+        own = Estimate() if self.problems else self.step.stage.estimate(forecast)
         estimate = merge(own, estimate_of(manifest, self.store.artifact_folder(artifact_id))) if manifest else own
         action, reason = self.decide(artifact_id, identity, work, manifest, estimate, chosen if is_chosen else set())
         return Step(

@@ -132,6 +132,9 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World) -> None:
         raise LaunchError(Problem(job.work, f"is a job for {wanted} processes, and {world.size} were started", hint))
     meet(job.work_folder, world, "start")
     store = Store(Path(job.store))
+    if store.find(job.artifact_id):
+        print(f"rank {world.rank}: {store.artifact_folder(job.artifact_id)} is made already: nothing to do")
+        return
     lock = store.locked(job.work_folder) if world.is_main else contextlib.nullcontext()
     with lock:
         run_locked(job, stage, world, store)
