@@ -1,0 +1,124 @@
+"""Driving the real command from outside: running it, killing it at a chosen moment, comparing what it made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.artifact import Manifest, read_manifest
+from pipeline.checkpoints import COMPLETE, Checkpoints
+from pipeline.journal import read_journal
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "e2e" / "tiny.yaml"
+DEADLINE_SECONDS = 240.0
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pipeline", *map(str, arguments)]
+
+
+def slipway(*arguments: object, timeout: float = DEADLINE_SECONDS) -> subprocess.CompletedProcess[str]:
+    """The finished command, with its output."""
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def processes_about(text: str) -> list[int]:
+    """The processes whose command line names `text`, other than ours."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if text.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def kill_when(moment: Callable[[], bool], store: Path, *arguments: object) -> None:
+    """Runs the command and kills it with all its processes, with SIGKILL, as soon as `moment()` holds."""
+    process = subprocess.Popen(
+        command(*arguments, "--store", store), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    try:
+        while not moment():
+            if process.poll() is not None:
+                raise AssertionError(f"ended before it could be killed:\n{process.stdout.read()}")
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.001)
+    finally:
+        for pid in [*processes_about(str(store)), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        while processes_about(str(store)):
+            time.sleep(0.01)
+
+
+def work_folder(store: Path, step: str) -> Path:
+    folders = list((store / "work").glob(f"{step}-????????"))
+    return folders[0] if folders else store / "work" / f"{step}-none"
+
+
+def at_step(store: Path, step: str, number: int) -> Callable[[], bool]:
+    """Whether the step's journal has come to training step `number`."""
+    path = work_folder(store, step) / "journal.jsonl"
+
+    def reached() -> bool:
+        events = read_journal(work_folder(store, step) / path.name)
+        return any(event["event"] == "step" and event["step"] >= number for event in events)
+
+    return reached
+
+
+def writing_checkpoint(store: Path, step: str, number: int) -> Callable[[], bool]:
+    """Whether the checkpoint of training step `number` is being written: its folder has files but no list."""
+
+    def reached() -> bool:
+        folder = work_folder(store, step) / "checkpoints" / f"checkpoint-{number}"
+        try:
+            return any(folder.iterdir()) and not (folder / COMPLETE).exists()
+        except OSError:
+            return False
+
+    return reached
+
+
+def checkpoints(store: Path, step: str) -> Checkpoints:
+    return Checkpoints(work_folder(store, step) / "checkpoints")
+
+
+def store_without(reference: Path, step: str, folder: Path) -> Path:
+    """A store that holds all that the reference store holds, but for what the step made."""
+    missing = manifest_of(reference, step).artifact_id
+    (folder / "artifacts").mkdir(parents=True)
+    for artifact in (reference / "artifacts").iterdir():
+        if artifact.name != missing:
+            (folder / "artifacts" / artifact.name).symlink_to(artifact)
+    shutil.copytree(reference / "recipes", folder / "recipes")
+    return folder
+
+
+def manifest_of(store: Path, step: str) -> Manifest:
+    for folder in (store / "artifacts").iterdir():
+        manifest = read_manifest(folder)
+        if manifest.step == step:
+            return manifest
+    raise AssertionError(f"{store} holds nothing that {step} made")
+
+
+def weights(store: Path, step: str) -> dict[str, str]:
+    """Name -> digest of the weight files that the step made."""
+    files = manifest_of(store, step).files
+    found = {name: entry.sha256 for name, entry in files.items() if name.endswith(".safetensors")}
+    assert found, f"{step} made no weights: {sorted(files)}"
+    return found
