@@ -1,0 +1,299 @@
+"""Text from a causal model: one reply token by token, and the conversation that `slipway chat` holds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import ArtifactError, DataError, Problem
+from stages.lib.chat_template import Messages, encode_prompt
+from stages.lib.models import read_config
+from stages.lib.tokenization import load_tokenizer
+from stages.lib.tokenization import stop_token_ids as usual_stop_token_ids
+
+REPLACEMENT = "\ufffd"
+"""What decoding puts in place of bytes that are no UTF-8: at the end of a text, a character not yet complete."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole reply. `truncated`: it was cut off at the limit, before the model ended its turn."""
+
+    text: str
+    num_tokens: int
+    truncated: bool
+
+
+def load_language_model(folder: Path, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The causal model in `folder`, quantized or not, in the precision it was published in, ready for inference.
+
+    Quantized weights are unpacked to that precision while loading. Raises `ArtifactError` if weights are missing.
+    """
+    quantization = read_config(folder).get("quantization_config")
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantization else {}
+    with no_progress_bars(), warnings.catch_warnings():
+        # Says that the folder's own quantization is used with our way of loading it, which is what we want.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ArtifactError(Problem(str(folder), f"does not hold the weights {missing}", "Name a causal model."))
+    return model.to(device).eval()
+
+
+def load_chat_model(
+    folder: Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder that can chat. Raises `ArtifactError` if the tokenizer has no chat template."""
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ArtifactError(
+            Problem(str(folder), "its tokenizer has no chat template", "Name a model that was trained on chats.")
+        )
+    return load_language_model(folder, device), tokenizer
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keeps the bars of transformers and compressed-tensors off the console; what is logged still appears."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        # compressed-tensors draws its bars on whatever sys.stderr is, and has no switch for them.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end a turn: those of the model's generation config, else what the tokenizer's template shows."""
+    stops = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if stops is None:
+        stops = usual_stop_token_ids(tokenizer)
+    return frozenset([stops] if isinstance(stops, int) else stops)
+
+
+def context_length_tokens(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model has positions for; None if its config sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def stream_reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Generator[str, None, Reply]:
+    """The assistant's next turn, piece by piece, in whole characters; at its end the generator returns it as a whole.
+
+    Temperature 0 takes the likeliest token; above, tokens are drawn from the smallest set that holds `top_p` of the
+    probability (Holtzman et al., 2020). Raises `DataError` if the conversation leaves no room in the model's context.
+    """
+    tokens = stream_tokens(
+        model,
+        encode_prompt(tokenizer, messages),
+        stop_token_ids(model, tokenizer),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    decoder = IncrementalDecoder(tokenizer)
+    while True:
+        try:
+            token = next(tokens)
+        except StopIteration as end:
+            stopped = bool(end.value)
+            break
+        if piece := decoder.add(token):
+            yield piece
+    if piece := decoder.rest():
+        yield piece
+    return Reply(decoder.given, len(decoder.ids), truncated=not stopped)
+
+
+def whole_reply(stream: Generator[str, None, Reply]) -> Reply:
+    """What `stream_reply` returns once all pieces have come."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            result: Reply = end.value
+            return result
+
+
+@torch.inference_mode()
+def next_token(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """The token to go on with, from the logits of the last position."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    scores_1V = (logits_V.float() / temperature).unsqueeze(0)
+    if top_p < 1:
+        scores_1V = TopPLogitsWarper(top_p)(torch.empty(1, 0, dtype=torch.long), scores_1V)
+    # Drawn on the CPU: one generator gives the same numbers on every device.
+    probabilities_V = scores_1V.softmax(-1)[0].cpu()
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def stream_tokens(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    stops: frozenset[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Generator[int, None, bool]:
+    """The ids that follow `prompt`, without the stop id. The generator returns whether a stop id ended it."""
+    limit = context_length_tokens(model)
+    if limit is not None and len(prompt) >= limit:
+        raise DataError(
+            Problem(
+                "conversation",
+                f"is {len(prompt):,} tokens long, and the model reads {limit:,} in all",
+                "Start a new one, or shorten it.",
+            )
+        )
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    generator = torch.Generator().manual_seed(seed)
+    cache = None
+    ids = list(prompt)
+    for _ in range(room):
+        with torch.inference_mode():
+            output = model(
+                input_ids=torch.tensor([ids], device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache = output.past_key_values
+        token = next_token(output.logits[0, -1], temperature, top_p, generator)
+        if token in stops:
+            return True
+        yield token
+        ids = [token]
+    return False
+
+
+class IncrementalDecoder:
+    """Turns ids into text as they come: characters are never split, and what was given out is never taken back."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.given = ""
+        self.before = 0
+        """Where decoding starts: some ids before those not yet given out, because spaces depend on what precedes."""
+        self.after = 0
+        """How many ids have been given out."""
+
+    def decoded(self, end: int | None = None) -> str:
+        text = self.tokenizer.decode(
+            self.ids[self.before : end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes: nothing while a character still lacks bytes."""
+        self.ids.append(token)
+        text = self.decoded()
+        return "" if text.endswith(REPLACEMENT) else self.give(text)
+
+    def rest(self) -> str:
+        """What is left when no more tokens come: bytes that never became a character, as replacement characters."""
+        return self.give(self.decoded())
+
+    def give(self, text: str) -> str:
+        piece = text[len(self.decoded(self.after)) :]
+        if piece:
+            self.before, self.after = self.after, len(self.ids)
+            self.given += piece
+        return piece
+
+
+def chat(
+    folder: Path,
+    read_line: Callable[[], str | None],
+    write: Callable[[str], Any],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Holds a conversation of several turns with the model in `folder`, until `/exit` or the end of the input.
+
+    `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. A reply that is
+    interrupted by Ctrl-C is kept as far as it came.
+    """
+    transformers_logging.set_verbosity_error()
+    model, tokenizer = load_chat_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    write("/reset starts anew, /exit ends.\n")
+    messages: list[dict[str, str]] = []
+    turns = 0
+    while (line := read_line()) is not None:
+        line = line.strip()
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages.clear()
+            write("The conversation is forgotten.\n")
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        pieces: list[str] = []
+        try:
+            # Each turn draws anew: the same question twice need not get the same answer.
+            for piece in stream_reply(
+                model,
+                tokenizer,
+                messages,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed + turns,
+            ):
+                pieces.append(piece)
+                write(piece)
+        except KeyboardInterrupt:
+            pass
+        except DataError as error:
+            messages.pop()
+            write(f"{error}\nThat message was not sent. /reset starts anew.\n")
+            continue
+        turns += 1
+        write("\n")
+        messages.append({"role": "assistant", "content": "".join(pieces)})
