@@ -139,7 +139,11 @@ def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ArtifactError(
-            Problem(str(folder), f"the weights are not fit to publish: {'; '.join(problems[:5])}{more}", "Nothing was published.")
+            Problem(
+                str(folder),
+                f"the weights are not fit to publish: {'; '.join(problems[:5])}{more}",
+                "Nothing was published.",
+            )
         )
 
 

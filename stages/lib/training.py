@@ -109,7 +109,9 @@ class Evaluator:
         batch left repeats the first, and does not count it.
         """
         if not len(rows):
-            raise DataError(Problem("held-out rows", "there are none to measure on", "Keep some back in the mix stage."))
+            raise DataError(
+                Problem("held-out rows", "there are none to measure on", "Keep some back in the mix stage.")
+            )
         size = batch_size or self.batch_size
         batches = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
         world = self.ctx.world
@@ -244,7 +246,7 @@ class SlipwayTrainer(Trainer):
         self, epoch_iterator: Iterator[Tensors], num_batches: int, device: torch.device
     ) -> tuple[list[Tensors], torch.Tensor]:
         """The micro batches of one optimizer step, and the number of units in those of all processes."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         units = sum(float(self.objective.count(batch)) for batch in batches)
         units, tokens = all_reduce_sum([units, sum(num_tokens(batch) for batch in batches)])
         if units <= 0:
