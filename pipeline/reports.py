@@ -17,7 +17,7 @@ from pipeline.journal import read_journal
 from pipeline.plan import Action, Plan
 from pipeline.stage import Stage
 from pipeline.store import Store
-from pipeline.strict import models_in
+from pipeline.strict import documentation, models_in
 
 WIDTH = 100
 
@@ -207,7 +207,7 @@ def field_lines(model: type[Any], indent: str, seen: set[type[Any]]) -> list[str
         default = "required" if info.is_required() else f"default {default_text(info)}"
         lines.append(f"{indent}{name}: {type_text(info.annotation)}, {default}")
         width = WIDTH - len(indent) - 4
-        lines += [f"{indent}    {line}" for line in textwrap.wrap(" ".join((info.description or "").split()), width)]
+        lines += [f"{indent}    {line}" for line in textwrap.wrap(documentation(model).get(name, ""), width)]
         for inner in models_in(info.annotation):
             if inner not in seen:
                 lines.append(f"{indent}    {inner.__name__}:")

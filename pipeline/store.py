@@ -135,20 +135,20 @@ class Store:
 
     def digest(self, path: Path) -> str:
         """The digest of an outside file's or folder's content, remembered by path, size and time of change."""
-        paths = sorted(outside_files(path)) if path.is_dir() else [path]
-        stats = [(file, file.stat()) for file in paths]
-        seen = [(str(f.relative_to(path)), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f, s in stats]
+        is_folder = path.is_dir()
+        stats = outside_files(path) if is_folder else {"": path.stat()}
+        seen = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats.items()]
         signature = digest_bytes(canonical_json(seen))
         known = self.known_digests()
         entry = known.get(str(path))
         if entry and entry[0] == signature:
             return str(entry[1])
-        if path.is_dir():
-            content = {file.relative_to(path).as_posix(): digest_file(file) for file in paths}
+        if is_folder:
+            content = {name: digest_file(path / name) for name in stats}
             value = f"sha256:{digest_bytes(canonical_json(content))}"
         else:
             value = f"sha256:{digest_file(path)}"
-        if all(time.time() - s.st_mtime > SETTLING_SECONDS for _, s in stats):
+        if all(time.time() - s.st_mtime > SETTLING_SECONDS for s in stats.values()):
             known[str(path)] = [signature, value]
             self._digests_changed = True
         return value
@@ -290,14 +290,22 @@ class Store:
         return found
 
 
-def outside_files(folder: Path) -> Iterator[Path]:
-    """The files below an outside folder that count as its content: no caches, no installed packages, nothing hidden."""
-    for directory, names, files in os.walk(folder):
-        names[:] = sorted(name for name in names if name not in SKIPPED_FOLDERS and not name.startswith("."))
-        for name in files:
-            path = Path(directory, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+def outside_files(folder: Path) -> dict[str, os.stat_result]:
+    """Relative path -> status of the files below an outside folder that count as its content, sorted by path: no caches,
+    no installed packages, nothing hidden. Strings, not paths: a folder may hold thousands, and `plan` looks at them all."""
+    found = {}
+    ahead = [(str(folder), "")]
+    while ahead:
+        directory, prefix = ahead.pop()
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    ahead.append((entry.path, f"{prefix}{entry.name}/"))
+                elif entry.is_file():
+                    found[prefix + entry.name] = entry.stat()
+    return dict(sorted(found.items()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,12 +2,17 @@
 
 Models are validated in pydantic's strict mode on plain YAML values, so a field is one of: `bool`, `int`, `float`,
 `str`, `Literal`, `list`, `dict`, another `Strict`, `OutsidePath`, or `Inlined[Model]`. Each field is documented by the
-string literal under it, or by `Field(description=...)`; `slipway stages` prints that.
+string literal under it; `slipway stages` prints that.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import glob
+import inspect
+import itertools
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +41,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 class Strict(BaseModel):
     """A frozen model that refuses unknown fields and converts nothing."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), defer_build=True)
 
 
 @dataclass
@@ -210,6 +213,25 @@ def field_names(model: type[BaseModel], loc: Sequence[str]) -> list[str]:
 def description_of(model: type[BaseModel], loc: Sequence[str]) -> str:
     """The first sentence of the field's documentation."""
     for found in models_at(model, loc[:-1]):
-        if loc and loc[-1] in found.model_fields and (text := found.model_fields[loc[-1]].description):
-            return " ".join(text.split()).split(". ")[0].rstrip(".") + "."
+        if loc and (text := documentation(found).get(loc[-1])):
+            return text.split(". ")[0].rstrip(".") + "."
     return ""
+
+
+@functools.cache
+def documentation(model: type[BaseModel]) -> dict[str, str]:
+    """Field -> the string literal under it in the model or in what it derives from, on one line.
+
+    Read from the source when asked: pydantic's own way reads it whenever a module is imported, which `plan` cannot wait for.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if base in (BaseModel, object) or not issubclass(base, BaseModel):
+            continue
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field_line, literal in itertools.pairwise(definition.body):
+            match field_line, literal:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return {name: found[name] for name in model.model_fields if name in found}
