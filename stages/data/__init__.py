@@ -1,0 +1,1 @@
+"""Stages that make data: cleaning, mixing, the tokenizer, packing."""

@@ -1,0 +1,132 @@
+"""Layouts of data from outside, and how a row of each becomes a canonical row, or a reason why it does not.
+
+To add one: a function `convert(row, conversion) -> Row` that raises `Dropped`, a line in `LAYOUTS`, and a golden row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stages.lib.chat_layouts import alpaca, messages, preference_alpaca, preference_turns, rated_chat, sharegpt
+from stages.lib.conversion import Conversion, Dropped
+from stages.lib.rows import Row
+from stages.lib.text_layouts import bio, label, pieces, relation, spans, squad, squad_rows, text
+
+
+def one_row(row: Row) -> Iterable[Row]:
+    return (row,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the raw rows of a source are laid out, and which format they become."""
+
+    format: str
+    convert: Callable[[Row, Conversion], Row]
+    columns: tuple[str, ...]
+    """Our names of the columns it reads: the keys that `columns` may rename."""
+    summary: str
+    options: tuple[str, ...] = ()
+    expand: Callable[[Row], Iterable[Row]] = one_row
+    """Splits one raw record into several raw rows."""
+
+
+def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+    """The row under our names: `columns` maps ours to theirs; columns it does not mention keep their name."""
+    renamed = {name: value for name, value in row.items() if name not in columns}
+    for ours, theirs in columns.items():
+        if theirs in row:
+            renamed[ours] = row[theirs]
+    return renamed
+
+
+def convert_record(
+    record: Row, layout: Layout, columns: Mapping[str, str], conversion: Conversion
+) -> Iterator[tuple[Row, Row | Dropped]]:
+    """The canonical rows of one raw record, or why there are none, each with the raw row it comes from."""
+    renamed = rename(record, columns)
+    try:
+        for raw in layout.expand(renamed):
+            conversion.in_this_row.clear()
+            try:
+                row = with_common_fields(layout.convert(raw, conversion), raw, columns)
+            except Dropped as reason:
+                yield raw, reason
+            else:
+                conversion.finish_row()
+                yield raw, row
+    except Dropped as reason:
+        yield renamed, reason
+
+
+def with_common_fields(row: Row, raw: Row, columns: Mapping[str, str]) -> Row:
+    """The row with its `id`, and with a `group` where `columns` names the field that holds it."""
+    common = {}
+    for name in ("id", "group"):
+        value = raw.get(name)
+        if name == "group" and name not in columns:
+            continue
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            common[name] = str(value)
+        elif name in columns:
+            raise Dropped("missing_field" if value is None else "wrong_type", columns[name])
+    row = {**common, **row}
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Dropped("not_utf8") from None
+    return row
+
+
+SHAREGPT_COLUMNS = ("messages", "system", "tools")
+ALPACA_COLUMNS = ("instruction", "input", "output", "history", "system")
+
+
+LAYOUTS: dict[str, Layout] = {
+    "text": Layout("text", text, ("text",), "a text"),
+    "alpaca": Layout("chats", alpaca, ALPACA_COLUMNS, "instruction, input, output, history, system"),
+    "messages": Layout("chats", messages, SHAREGPT_COLUMNS, "a list of turns with role and content"),
+    "sharegpt": Layout("chats", sharegpt, SHAREGPT_COLUMNS, "conversations: turns with from and value; tools"),
+    "rated_chat": Layout(
+        "chats", rated_chat, (*SHAREGPT_COLUMNS, "answer", "label"), "a chat and whether it is good: the good ones"
+    ),
+    "preference_alpaca": Layout(
+        "preferences",
+        preference_alpaca,
+        (*ALPACA_COLUMNS, "chosen", "rejected"),
+        "instruction, input, history, and chosen and rejected, or output = [better, ..., worse]",
+    ),
+    "preference_chat": Layout(
+        "preferences",
+        preference_turns,
+        (*SHAREGPT_COLUMNS, "chosen", "rejected"),
+        "a prompt, and chosen and rejected as turns; or two whole conversations or Human:/Assistant: transcripts",
+    ),
+    "label": Layout("labels", label, ("text", "label"), "a text and its label"),
+    "relation": Layout(
+        "labels",
+        relation,
+        ("tokens", "head", "tail", "label"),
+        "tokens, two entities and their relation",
+        options=("token_separator",),
+    ),
+    "spans": Layout("spans", spans, ("text", "spans"), "a text and its spans"),
+    "bio": Layout(
+        "spans",
+        bio,
+        ("tokens", "tags"),
+        "tokens with BIO or BIOES tags, as in CoNLL files",
+        options=("token_separator", "strip_segment_digit"),
+    ),
+    "pieces": Layout("spans", pieces, ("pieces",), "a text in pieces, some of them entities"),
+    "squad": Layout(
+        "questions",
+        squad,
+        ("context", "question", "answers", "data", "paragraphs", "qas"),
+        "SQuAD's and CMRC's nested documents, or one question a row",
+        expand=squad_rows,
+    ),
+}

@@ -1,0 +1,229 @@
+"""Converters of labels, spans and questions: labelled texts, relations, CoNLL tags, slots, SQuAD and CMRC."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from stages.lib.conversion import Conversion, Dropped, is_whole, label_of, list_of, text_of, type_name
+from stages.lib.rows import Row
+
+
+def text(row: Row, conversion: Conversion) -> Row:
+    return {"text": text_of(row, "text")}
+
+
+# Labels
+
+
+def label(row: Row, conversion: Conversion) -> Row:
+    """A text (or a list of pieces of one) and its label."""
+    if isinstance(row.get("text"), list):
+        row = {**row, "text": "".join(piece for piece, _ in read_pieces(row, "text"))}
+    return {"text": text_of(row, "text"), "label": label_of(row, "label")}
+
+
+def relation(row: Row, conversion: Conversion) -> Row:
+    """A sentence in tokens with a head and a tail entity, and their relation as the label (FewRel).
+
+    The entities are marked in the text, as in Baldini Soares et al. 2019 (arXiv:1906.03158): `[E1] Jobs [/E1] founded [E2] Apple [/E2]`.
+    """
+    tokens = tokens_of(row, "tokens", conversion)
+    head, tail = entity_tokens(row, "head", len(tokens)), entity_tokens(row, "tail", len(tokens))
+    if head[0] < tail[1] and tail[0] < head[1]:
+        raise Dropped("overlapping_entities")
+    marked = []
+    for index, token in enumerate(tokens):
+        marked += [mark for (start, _), mark in ((head, "[E1]"), (tail, "[E2]")) if index == start]
+        marked.append(token)
+        marked += [mark for (_, end), mark in ((head, "[/E1]"), (tail, "[/E2]")) if index + 1 == end]
+    return {"text": conversion.token_separator.join(marked), "label": label_of(row, "label")}
+
+
+def entity_tokens(row: Row, name: str, num_tokens: int) -> tuple[int, int]:
+    """Half-open token range of the entity's first mention: FewRel writes [name, id, [[index, ...], ...]]."""
+    try:
+        mention = list_of(row, name)[2][0]
+        start, end = mention[0], mention[-1] + 1
+    except (IndexError, TypeError, KeyError):
+        raise Dropped("wrong_type", f"{name} is not [name, id, [[token index, ...]]]") from None
+    if not (is_whole(start) and is_whole(end) and 0 <= start < end <= num_tokens):
+        raise Dropped("bad_span", name)
+    return start, end
+
+
+# Spans
+
+
+def spans(row: Row, conversion: Conversion) -> Row:
+    """A text and its spans: mappings with start, end and label, or lists [start, end, label]; half-open offsets."""
+    content = text_of(row, "text")
+    found = row.get("spans")
+    if found is None:
+        raise Dropped("missing_field", "spans")
+    if not isinstance(found, list):
+        raise Dropped("wrong_type", f"spans is {type_name(found)}, not a list")
+    return {"text": content, "spans": [read_span(span, len(content)) for span in found]}
+
+
+def read_span(span: Any, length: int) -> Row:
+    if isinstance(span, list) and len(span) == 3:
+        span = dict(zip(("start", "end", "label"), span, strict=True))
+    if not isinstance(span, dict):
+        raise Dropped("wrong_type", f"a span is {type_name(span)}")
+    missing = [name for name in ("start", "end", "label") if span.get(name) is None]
+    if missing:
+        raise Dropped("missing_field", f"spans.{missing[0]}")
+    start, end = span["start"], span["end"]
+    if not (is_whole(start) and is_whole(end)):
+        raise Dropped("wrong_type", "a span's start and end must be whole numbers")
+    if not 0 <= start < end <= length:
+        raise Dropped("bad_span", f"[{start}, {end}) of {length} characters")
+    return {"start": start, "end": end, "label": label_of(span, "label")}
+
+
+def bio(row: Row, conversion: Conversion) -> Row:
+    """Tokens and one tag each (BIO, or BIOES), as in CoNLL files. The text is the tokens, joined by `token_separator`."""
+    tokens, tags = tokens_of(row, "tokens", conversion), list_of(row, "tags")
+    if len(tags) != len(tokens):
+        raise Dropped("bad_tag", f"{len(tags)} tags for {len(tokens)} tokens")
+    found: list[Row] = []
+    start, open_label = 0, None
+    for token, tag in zip(tokens, tags, strict=True):
+        prefix, tag_label = read_tag(tag)
+        end = start + len(token)
+        if prefix == "O":
+            open_label = None
+        elif prefix in "IE" and open_label == tag_label:
+            found[-1]["end"] = end
+        else:
+            if prefix in "IE":
+                conversion.repair("inside_without_begin")
+            found.append({"start": start, "end": end, "label": tag_label})
+        if prefix != "O":
+            open_label = None if prefix in "ES" else tag_label
+        start = end + len(conversion.token_separator)
+    return {"text": conversion.token_separator.join(tokens), "spans": found}
+
+
+def read_tag(tag: Any) -> tuple[str, str]:
+    """(O, B, I, E or S, label)."""
+    if tag == "O":
+        return "O", ""
+    if isinstance(tag, str) and len(tag) > 2 and tag[0] in "BIES" and tag[1] in "-_":
+        return tag[0], tag[2:]
+    raise Dropped("bad_tag", repr(tag))
+
+
+def tokens_of(row: Row, name: str, conversion: Conversion) -> list[str]:
+    tokens = list_of(row, name)
+    if not all(isinstance(token, str) for token in tokens):
+        raise Dropped("wrong_type", f"{name} holds something else than texts")
+    if not all(tokens):
+        raise Dropped("empty_field", f"a token of {name}")
+    if not conversion.strip_segment_digit:
+        return tokens
+    if not all(len(token) > 1 and token[-1] in "0123456789" for token in tokens):
+        raise Dropped("wrong_type", "a token carries no segment digit")
+    return [token[:-1] for token in tokens]
+
+
+def pieces(row: Row, conversion: Conversion) -> Row:
+    """A text in pieces, some of which have an `entity` (the SNIPS slots)."""
+    content, found = "", []
+    for piece, entity in read_pieces(row, "pieces"):
+        if entity:
+            start = len(content) + len(piece) - len(piece.lstrip())
+            end = len(content) + len(piece.rstrip())
+            if start >= end:
+                raise Dropped("bad_span", f"a piece that is a {entity} holds no text")
+            found.append({"start": start, "end": end, "label": entity})
+        content += piece
+    if not content.strip():
+        raise Dropped("empty_field", "pieces")
+    return {"text": content, "spans": found}
+
+
+def read_pieces(row: Row, name: str) -> Iterator[tuple[str, str]]:
+    """(text, entity or '') of each piece."""
+    for piece in list_of(row, name):
+        if not isinstance(piece, dict):
+            raise Dropped("wrong_type", f"a piece is {type_name(piece)}, not a mapping")
+        if piece.get("text") is None:
+            raise Dropped("missing_field", f"{name}.text")
+        yield text_of(piece, "text", optional=True), text_of(piece, "entity", optional=True)
+
+
+# Questions
+
+
+def squad_rows(record: Row) -> Iterator[Row]:
+    """One raw row per question of a SQuAD document, article or paragraph, or the row itself where it is one already."""
+    if "data" in record:
+        for article in list_of(record, "data"):
+            yield from squad_rows(mapping(article, "data"))
+    elif "paragraphs" in record:
+        for paragraph in list_of(record, "paragraphs"):
+            yield from squad_rows(mapping(paragraph, "paragraphs"))
+    elif "qas" in record:
+        for question in list_of(record, "qas"):
+            yield {**mapping(question, "qas"), "context": record.get("context")}
+    else:
+        yield record
+
+
+def mapping(value: Any, name: str) -> Row:
+    if not isinstance(value, dict):
+        raise Dropped("wrong_type", f"{name} holds {type_name(value)}, not a mapping")
+    return value
+
+
+def squad(row: Row, conversion: Conversion) -> Row:
+    """A question on a context; answers with their offsets, as nested documents have them or as the hub's columns do."""
+    context, question = text_of(row, "context"), text_of(row, "question")
+    given = list(read_answers(row))
+    answers = [place for start, answer in given if (place := find_answer(context, start, answer, conversion))]
+    if given and not answers:
+        raise Dropped("answer_not_in_context", given[0][1])
+    conversion.repair("reference_left_out", len(given) - len(answers))
+    identity = row.get("id")
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        identity = hashlib.sha256(f"{context}\0{question}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return {"id": str(identity), "context": context, "question": question, "answers": answers}
+
+
+def read_answers(row: Row) -> Iterator[tuple[int, str]]:
+    """(offset, text) of each reference: a list of mappings, or the hub's mapping of two lists."""
+    answers = row.get("answers")
+    if answers is None:
+        if row.get("is_impossible") is True:
+            return
+        raise Dropped("missing_field", "answers")
+    if isinstance(answers, dict):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise Dropped("wrong_type", "answers has no lists text and answer_start of one length")
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if not isinstance(answers, list):
+        raise Dropped("wrong_type", f"answers is {type_name(answers)}, not a list")
+    for answer in answers:
+        answer = mapping(answer, "answers")
+        start = answer.get("answer_start", answer.get("start"))
+        if start is None:
+            raise Dropped("missing_field", "answers.answer_start")
+        if not is_whole(start):
+            raise Dropped("wrong_type", f"answer_start is {type_name(start)}, not a whole number")
+        yield start, text_of(answer, "text")
+
+
+def find_answer(context: str, start: int, answer: str, conversion: Conversion) -> Row | None:
+    """The answer at its offset, or else where its text stands nearest to it; None where it stands nowhere."""
+    if start < 0 or context[start : start + len(answer)] != answer:
+        places = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", context)]
+        if not places:
+            return None
+        start = min(places, key=lambda place: (abs(place - start), place))
+        conversion.repair("answer_moved")
+    return {"start": start, "text": answer}
