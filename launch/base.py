@@ -49,14 +49,20 @@ def run_command(command: list[str], log: Path, environment: Mapping[str, str], w
     """Runs `command` from the checkout with its output appended to `log`, and returns its exit code.
 
     The command gets a session of its own, so that Ctrl-C reaches only us, and its end is asked for in an orderly way;
-    it is told to end if we die.
+    it is told to end if we die. It finds the programs that were installed beside this Python (ninja among them), whether
+    or not its environment is activated.
     """
-    paths = [str(CHECKOUT), *filter(None, [environment.get("PYTHONPATH")])]
-    environment = {**environment, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **environment,
+        "PYTHONPATH": in_front(str(CHECKOUT), environment.get("PYTHONPATH")),
+        "PATH": in_front(str(Path(sys.executable).parent), environment.get("PATH")),
+        "PYTHONUNBUFFERED": "1",
+    }
     with log.open("ab") as output:
         try:
             process = subprocess.Popen(
                 command,
+                cwd=CHECKOUT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -75,6 +81,11 @@ def run_command(command: list[str], log: Path, environment: Mapping[str, str], w
             time.sleep(POLL_SECONDS)
         watch()
         return code
+
+
+def in_front(folder: str, paths: str | None) -> str:
+    """`paths`, a value like that of PATH, with `folder` searched first."""
+    return os.pathsep.join(dict.fromkeys([folder, *filter(None, (paths or "").split(os.pathsep))]))
 
 
 def end_with_parent() -> None:
