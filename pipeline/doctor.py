@@ -182,7 +182,7 @@ def ask(command: Sequence[str], timeout_seconds: float) -> Answer:
         output, errors = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         end_session(process)
-        return Answer(None, f"no answer after {timeout_seconds:.0f} s", time.monotonic() - started)
+        return Answer(None, f"no answer after {timeout_seconds:g} s", time.monotonic() - started)
     seconds = time.monotonic() - started
     try:
         value = json.loads(output.strip().splitlines()[-1])
