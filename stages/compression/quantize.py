@@ -1,0 +1,437 @@
+"""The stage `quantize`: a causal model with its linear layers in 8 or 4 bits, measured before and after."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.artifact import Facts, Kind
+from pipeline.errors import ArtifactError, DataError, GateError, Problem, did_you_mean
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
+from pipeline.strict import Strict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.lib.perplexity import ScoredRow
+    from stages.lib.tokens import PackedTokens
+
+
+class QuantizeParams(Strict):
+    method: Literal["round_to_nearest", "gptq"] = "gptq"
+    """round_to_nearest: each weight by itself; needs no calibration. gptq: column by column, spreading each one's
+    rounding error over those not yet rounded, by second-order statistics of the layer's inputs (Frantar et al.,
+    2023)."""
+    bits: Literal[4, 8] = 4
+    """Bits per weight of the quantized layers."""
+    group_size: int | None = Field(default=128, ge=8)
+    """Input columns of a layer that share one scale. It must divide the columns of every quantized layer. null: one
+    scale per output channel."""
+    symmetric: bool = True
+    """Whether zero lies in the middle of the range. false: each group has an offset of its own, at a small cost in size
+    and speed."""
+    ignore: list[str] = ["lm_head"]
+    """Linear layers that stay as they are: their full names, or `re:` and a regular expression that matches them from
+    the start."""
+    calibration_rows: int = Field(default=128, ge=1)
+    """Training rows (blocks of tokens, or chats) from which gptq takes its statistics. Drawn with the seed of the
+    step."""
+    calibration_length_tokens: int | None = Field(default=None, ge=2)
+    """Tokens of each of those rows that are used, at most. null: all that the model reads."""
+    dampening: float = Field(default=0.01, gt=0, le=1)
+    """What gptq adds to the diagonal of its statistics, as a fraction of the diagonal's mean."""
+    activation_order: bool = True
+    """Whether gptq rounds the columns with the largest inputs first. It costs nothing when the model runs."""
+    heldout_rows: int | None = Field(default=None, ge=1)
+    """Held-out rows (blocks of tokens, or chats) on which perplexity is measured before and after: the first so many.
+    null: all."""
+    max_perplexity_increase: float | None = Field(default=None, ge=0)
+    """The most that held-out perplexity may rise, as a fraction (0.01 is one percent). Above it the stage fails and
+    publishes nothing. null: no limit."""
+
+    @model_validator(mode="after")
+    def nothing_is_ignored(self) -> QuantizeParams:
+        """Compared with the defaults, because a job's params are written out in full."""
+        if self.method == "round_to_nearest":
+            for name in GPTQ_ONLY:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect with method round_to_nearest: remove it, or take gptq")
+        return self
+
+
+GPTQ_ONLY = ("calibration_rows", "calibration_length_tokens", "dampening", "activation_order")
+
+CALIBRATION_BATCH_ROWS = 8
+"""Fixed, because it shows in the last bits of the statistics, and so in which way a weight in the middle is rounded."""
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    source = forecast.inputs.get("model", Estimate())
+    return Estimate(
+        parameters=source.parameters,
+        architecture=source.architecture,
+        vocabulary_size=source.vocabulary_size,
+        sequence_length=source.sequence_length,
+    )
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    """What the architecture alone shows: layers that cannot be quantized, or whose columns the group size does not divide."""
+    params: QuantizeParams = forecast.params
+    architecture = forecast.inputs.get("model", Estimate()).architecture or {}
+    if architecture.get("model_type") == "gpt2":
+        what = "is a GPT-2, whose layers are of a class that llm-compressor does not quantize"
+        return [Problem("inputs.model", what, "Choose another architecture (llama, mistral and qwen3 work).")]
+    if params.group_size is None:
+        return []
+    return group_problems(planned_columns(architecture, params.ignore), params.group_size)
+
+
+def run(ctx: Context, params: QuantizeParams) -> Result:
+    from stages.lib.distributed import device_type, use_threads
+    from stages.lib.generation import load_language_model
+    from stages.lib.models import count_parameters, read_config
+    from stages.lib.perplexity import score
+    from stages.lib.tokenization import copy_tokenizer, load_tokenizer
+
+    use_threads(ctx.resources)
+    device = device_type(ctx.resources)
+    source = ctx.inputs["model"]
+    config = read_config(source)
+    if "quantization_config" in config:
+        raise ArtifactError(Problem(str(source), "is quantized already", "Name the model that it was made from."))
+    tokenizer = load_tokenizer(source)
+    length = config.get("max_position_embeddings")
+    rows = heldout_rows(ctx, params, tokenizer, length)
+
+    model = load_language_model(source)
+    check_layers(model, params)
+    parameters = count_parameters(model)
+    batch_size = ctx.resources.micro_batch_size or 8
+    ctx.journal.note(f"measuring the original on {len(rows):,} held-out rows")
+    original = score(model.to(device), rows, batch_size)
+    model.to("cpu")
+
+    batches = calibration_batches(ctx, params, tokenizer, length) if params.method == "gptq" else None
+    ctx.journal.note(f"quantizing to {params.bits} bits with {params.method}")
+    compress(ctx, params, model, tokenizer, batches)
+    del model
+    facts = copy_tokenizer(source, ctx.out)
+    copy_generation_config(source, ctx.out)
+
+    # What is measured is what will be published: read back from the disk, not what lies in memory.
+    quantized = score(load_language_model(ctx.out, device), rows, batch_size)
+    bytes_original, bytes_quantized = weight_bytes(source), weight_bytes(ctx.out)
+    require_quality(original.perplexity, quantized.perplexity, params)
+    metrics = {
+        "heldout_perplexity": quantized.perplexity,
+        "heldout_perplexity_original": original.perplexity,
+        "heldout_perplexity_increase": quantized.perplexity / original.perplexity - 1,
+        "bytes": float(bytes_quantized),
+        "bytes_original": float(bytes_original),
+        "compression_ratio": bytes_original / bytes_quantized,
+    }
+    facts |= {
+        "vocabulary_size": config.get("vocab_size"),
+        "max_length_tokens": length,
+        "head_type": "causal_lm",
+        "dtype": f"int{params.bits}",
+        "parameters": parameters,
+        "heldout_tokens": quantized.tokens,
+    }
+    return Result(metrics, Facts(**facts))
+
+
+STAGE = Stage(
+    kind="quantize",
+    version=1,
+    summary="a causal model in 8 or 4 bits per weight, with its perplexity before and after",
+    params=QuantizeParams,
+    inputs={"model": accepts(Kind.CAUSAL_LM), "calibration": accepts(Kind.TOKENS, Kind.CHATS)},
+    output=Kind.QUANTIZED_LM,
+    run=run,
+    headline=("heldout_perplexity", "heldout_perplexity_original", "heldout_perplexity_increase", "compression_ratio"),
+    estimate=estimate,
+    check=check,
+)
+
+
+def planned_columns(architecture: Mapping[str, Any], ignore: list[str]) -> dict[str, int]:
+    """What decides the columns of a decoder's linear layers -> that number, for those layers that `ignore` leaves in.
+
+    Of architectures with other names in their config nothing is known before the model is loaded.
+    """
+    hidden, heads = architecture.get("hidden_size"), architecture.get("num_attention_heads")
+    found: dict[str, tuple[int, tuple[str, ...]]] = {}
+    if hidden:
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        found["hidden_size"] = (hidden, names)
+    if hidden and heads:
+        head_dim = architecture.get("head_dim") or hidden // heads
+        found["num_attention_heads x head_dim"] = (heads * head_dim, ("self_attn.o_proj",))
+    if intermediate := architecture.get("intermediate_size"):
+        found["intermediate_size"] = (intermediate, ("mlp.down_proj",))
+    layers = range(architecture.get("num_hidden_layers") or 1)
+    return {
+        dimension: columns
+        for dimension, (columns, names) in found.items()
+        if not all(is_ignored(f"model.layers.{layer}.{name}", ignore) for layer in layers for name in names)
+    }
+
+
+def is_ignored(name: str, ignore: list[str]) -> bool:
+    """Whether a layer of this full name stays as it is: the rule that llm-compressor follows."""
+    return any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in ignore)
+
+
+def group_problems(columns: Mapping[str, int], group_size: int) -> list[Problem]:
+    """One problem for all dimensions or layers whose columns the group size does not divide."""
+    wrong = {name: number for name, number in columns.items() if number % group_size}
+    if not wrong:
+        return []
+    common = math.gcd(*columns.values())
+    sizes = [size for size in range(8, common + 1) if common % size == 0]
+    fitting = (
+        f"Take one of {', '.join(map(str, sizes))}, or null." if sizes else "Take null: no size of 8 or more fits."
+    )
+    listed = [f"{name} ({number})" for name, number in wrong.items()]
+    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+    return [
+        Problem(
+            "params.group_size", f"{group_size} does not divide the columns of {', '.join(listed[:6])}{more}", fitting
+        )
+    ]
+
+
+def check_layers(model: PreTrainedModel, params: QuantizeParams) -> None:
+    """Raises `DataError` if a layer does not fit the group size, none is left to quantize, or `ignore` names none."""
+    import torch
+
+    columns = {
+        name: module.in_features for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    problems = [
+        Problem("params.ignore", f"{entry!r} is no linear layer of this model", did_you_mean(entry, sorted(columns)))
+        for entry in params.ignore
+        if not any(is_ignored(name, [entry]) for name in columns)
+    ]
+    left = {name: number for name, number in columns.items() if not is_ignored(name, params.ignore)}
+    if not left:
+        problems.append(Problem("params.ignore", "no linear layer is left to quantize", "Ignore fewer."))
+    elif params.group_size is not None:
+        problems += group_problems(left, params.group_size)
+    if problems:
+        raise DataError(*problems)
+
+
+def heldout_rows(ctx: Context, params: QuantizeParams, tokenizer: Any, length: int | None) -> list[ScoredRow]:
+    """What perplexity is measured on: blocks of held-out tokens, document by document, or held-out chats."""
+    from itertools import islice
+
+    from stages.lib.perplexity import chat_row, document_pieces
+    from stages.lib.rows import read_rows
+
+    folder = ctx.inputs["calibration"]
+    if holds_tokens(folder):
+        packed = packed_tokens(ctx, "heldout", length)
+        blocks = len(packed) if params.heldout_rows is None else min(params.heldout_rows, len(packed))
+        rows = document_pieces(packed, blocks)
+    else:
+        chats = [row["messages"] for row in islice(read_rows(folder / "heldout.jsonl"), params.heldout_rows)]
+        fitting = [chat_row(tokenizer, messages, length or sys.maxsize) for messages in chats]
+        rows = [row for row in fitting if row is not None]
+        if len(rows) < len(chats):
+            ctx.journal.note(
+                f"left out {len(chats) - len(rows)} of {len(chats)} held-out chats: longer than the model reads"
+            )
+    if not rows:
+        raise DataError(
+            Problem(str(folder), "has no held-out rows to measure perplexity on", "Keep some back in the mix.")
+        )
+    return rows
+
+
+def calibration_batches(ctx: Context, params: QuantizeParams, tokenizer: Any, length: int | None) -> Any:
+    """A loader of `params.calibration_rows` training rows, drawn with the seed of the step, as gptq's input."""
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader
+
+    from stages.lib.chat_template import encode_chat
+    from stages.lib.rows import read_rows
+
+    folder = ctx.inputs["calibration"]
+    packed = packed_tokens(ctx, "train", length) if holds_tokens(folder) else None
+    chats = None if packed is not None else list(read_rows(folder / "train.jsonl"))
+    num_rows = len(packed) if packed is not None else len(chats)
+    if num_rows < params.calibration_rows:
+        raise DataError(
+            Problem(
+                "params.calibration_rows",
+                f"is {params.calibration_rows}, and the calibration input has {num_rows} training rows",
+                f"Take at most {num_rows}.",
+            )
+        )
+    generator = np.random.Generator(np.random.PCG64(ctx.seed))
+    chosen = sorted(generator.choice(num_rows, params.calibration_rows, replace=False).tolist())
+    limit = params.calibration_length_tokens
+
+    def ids_and_positions(index: int) -> tuple[Any, Any]:
+        if packed is not None:
+            block = packed.block(index)
+            return block.input_ids[:limit], block.position_ids[:limit]
+        ids = encode_chat(tokenizer, chats[index]["messages"]).input_ids
+        ids = ids[: min(each for each in (limit, length, len(ids)) if each is not None)]
+        return np.asarray(ids), np.arange(len(ids))
+
+    rows = [ids_and_positions(index) for index in chosen]
+    # Blocks are all of one length and go together; chats go one by one, because padding would count as input.
+    size = CALIBRATION_BATCH_ROWS if packed is not None else 1
+    batches = [
+        {
+            "input_ids": torch.tensor(np.stack([ids for ids, _ in rows[start : start + size]])),
+            # Positions that begin anew are what keeps the documents of a block apart.
+            "position_ids": torch.tensor(np.stack([positions for _, positions in rows[start : start + size]])),
+        }
+        for start in range(0, len(rows), size)
+    ]
+    return DataLoader(batches, batch_size=None)
+
+
+def holds_tokens(folder: Path) -> bool:
+    return (folder / "tokens.json").exists()
+
+
+def packed_tokens(ctx: Context, split: Literal["train", "heldout"], length: int | None) -> PackedTokens:
+    """Packed tokens that fit the model: of its own tokenizer, in blocks no longer than it reads."""
+    from stages.lib.tokenization import require_same_tokenizer
+    from stages.lib.tokens import PackedTokens
+
+    folder, model = ctx.inputs["calibration"], ctx.inputs["model"]
+    require_same_tokenizer(folder, model, "inputs.calibration")
+    packed = PackedTokens(folder, split)
+    if length is not None and packed.sequence_length > length:
+        raise DataError(
+            Problem(
+                "inputs.calibration",
+                f"has blocks of {packed.sequence_length} tokens, and the model reads {length}",
+                "Pack with a sequence_length that the model reads.",
+            )
+        )
+    return packed
+
+
+def compress(
+    ctx: Context, params: QuantizeParams, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Any
+) -> None:
+    """Quantizes `model` with llm-compressor and writes it to `ctx.out` in the compressed-tensors format.
+
+    Raises `DataError` where gptq could not be carried out, and llm-compressor rounded to nearest instead.
+    """
+    with quiet_compressor(ctx.work / "llm-compressor.log") as warned:
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.gptq import GPTQModifier
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+
+        weights = {
+            "num_bits": params.bits,
+            "type": "int",
+            "symmetric": params.symmetric,
+            "strategy": "channel" if params.group_size is None else "group",
+            "group_size": params.group_size,
+        }
+        groups = {"linear": {"targets": ["Linear"], "weights": weights}}
+        if params.method == "gptq":
+            order = "static" if params.activation_order else None
+            modifier: Any = GPTQModifier(
+                config_groups=groups, ignore=params.ignore, dampening_frac=params.dampening, actorder=order
+            )
+        else:
+            modifier = QuantizationModifier(config_groups=groups, ignore=params.ignore)
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=modifier,
+            dataset=batches,
+            pipeline="datafree" if batches is None else "sequential",
+            clear_sparse_session=True,
+        )
+        model.save_pretrained(ctx.out, save_compressed=True)
+    failed = [sentence for sentence in warned if sentence.startswith("Hessian inversion failed")]
+    if failed:
+        raise DataError(
+            Problem(
+                "params.dampening",
+                failed[0].split(". ")[0],
+                "Raise dampening or calibration_rows, or round to nearest.",
+            )
+        )
+    # Says nothing that config.json does not say.
+    (ctx.out / "recipe.yaml").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def quiet_compressor(path: Path) -> Iterator[list[str]]:
+    """Sends what llm-compressor and the libraries below it say to the file at `path`; yields the warnings among it.
+
+    Must be entered before llm-compressor is imported, which sets up a log on the console.
+    """
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    level = tracing.level
+    warned: list[str] = []
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
+        stack.enter_context(warnings.catch_warnings())
+        # A model that llm-compressor moved about is saved as if it were offloaded to another device.
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        tracing.setLevel(logging.ERROR)
+        stack.callback(tracing.setLevel, level)
+        import llmcompressor  # noqa: F401 (for its log's handlers, which are replaced here)
+        from loguru import logger
+
+        logger.remove()
+        stack.callback(logger.remove)
+        logger.add(file, level="INFO")
+        logger.add(lambda message: warned.append(message.record["message"]), level="WARNING")
+        yield warned
+
+
+def copy_generation_config(source: Path, out: Path) -> None:
+    """The generation config as it was: it says where generation stops."""
+    if (source / "generation_config.json").exists():
+        shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def require_quality(original: float, quantized: float, params: QuantizeParams) -> None:
+    """Raises `GateError` if perplexity rose by more than the recipe allows, or is no number any more."""
+    allowed = params.max_perplexity_increase
+    if not math.isfinite(quantized):
+        raise GateError(
+            Problem("params", f"the quantized model's held-out perplexity is {quantized}", "Nothing was published.")
+        )
+    increase = quantized / original - 1
+    if allowed is not None and increase > allowed:
+        raise GateError(
+            Problem(
+                "params.max_perplexity_increase",
+                f"held-out perplexity rises from {original:.4f} to {quantized:.4f}, by {increase:.2%}, "
+                f"and {allowed:.2%} is allowed",
+                "Nothing was published. Take 8 bits, a smaller group_size, or more calibration_rows with method gptq.",
+            )
+        )

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pipeline.errors import DataError  # noqa: E402
+from pipeline.recipe import Resources  # noqa: E402
+from pipeline.stage import Estimate, Forecast, Result  # noqa: E402
+from stages.evaluation.evaluate import STAGE, EvaluateParams  # noqa: E402
+from stages.lib.chat_template import encode_chat  # noqa: E402
+from stages.lib.perplexity import Score, ScoredRow, bits_per_byte, document_pieces, heldout_text, score_rows  # noqa: E402
+from stages.lib.rows import read_rows  # noqa: E402
+from stages.lib.tokenization import encode_texts, load_tokenizer  # noqa: E402
+from stages.lib.tokens import PackedTokens  # noqa: E402
+from tests.integration.tiny_language_model import (  # noqa: E402
+    TinyWorld,
+    make_tokenizer,
+    make_world,
+    run_stage,
+    train_model,
+    write_split,
+    write_tokens,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def even(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that finds every token equally likely: its head is zero."""
+    return without_head(world.model, tmp_path_factory.mktemp("even"))
+
+
+@pytest.fixture(scope="module")
+def foreign(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with another tokenizer, of 700 tokens."""
+    folder = tmp_path_factory.mktemp("foreign")
+    tokenizer = make_tokenizer(world.texts[:200], 700)
+    tokens = write_tokens(folder / "tokens", tokenizer, world.texts[:200])
+    train_model(folder / "trained", tokenizer, tokens, steps=1, hidden=64, tied=False)
+    return without_head(folder / "trained", folder / "even")
+
+
+def without_head(source: Path, folder: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def evaluate(
+    models: dict[str, Path], folder: Path, params: dict[str, Any] | None = None, **inputs: Path
+) -> tuple[Result, Path]:
+    folder.mkdir(exist_ok=True)
+    named = {f"models.{name}": path for name, path in models.items()}
+    result, context = run_stage(STAGE, {**named, **inputs}, params or {}, folder)
+    return result, context.out
+
+
+def test_perplexity_is_that_of_the_documents_one_by_one(world: TinyWorld, tmp_path: Path) -> None:
+    """The oracle is transformers' own loss, a mean over the row's tokens but the first, without batch or padding."""
+    result, _ = evaluate({"base": world.model}, tmp_path, {"heldout_blocks": 20}, tokens=world.tokens)
+    model = load(world.model)
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for piece in document_pieces(PackedTokens(world.tokens, "heldout"), 20):
+            ids = torch.tensor(piece.ids)[None]
+            nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert result.metrics["heldout_perplexity.base"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_pieces_of_a_block_are_what_a_packed_block_is(world: TinyWorld) -> None:
+    """In a packed block, positions that begin anew keep documents apart: the same tokens get the same probabilities."""
+    model, packed = load(world.model), PackedTokens(world.tokens, "heldout")
+    index = next(i for i in range(len(packed)) if (packed.block(i).position_ids[1:] == 0).any())
+    block = packed.block(index)
+    ids, positions = torch.from_numpy(block.input_ids)[None], torch.from_numpy(block.position_ids)[None]
+    with torch.no_grad():
+        logps = model(input_ids=ids, position_ids=positions, use_cache=False).logits.log_softmax(-1)[0, :-1]
+    asked = positions[0, 1:] > 0
+    expected = -float(logps.gather(1, ids[0, 1:, None])[asked].sum())
+    starts = [*(positions[0] == 0).nonzero()[:, 0].tolist(), len(block.input_ids)]
+    pieces = [block.input_ids[a:b] for a, b in itertools.pairwise(starts)]
+    scores = score_rows(model, [ScoredRow(piece) for piece in pieces], batch_size=3)
+    assert len(scores) > 1
+    assert sum(each.tokens for each in scores) == int(asked.sum())
+    assert sum(each.nats for each in scores) == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_change_nothing_and_flags_choose_the_tokens(world: TinyWorld) -> None:
+    model = load(world.model)
+    rows = [
+        ScoredRow([7, 300, 301, 302, 303]),
+        ScoredRow([7, 300], [0, 1]),
+        ScoredRow([7, 300, 301, 302], [1, 0, 0, 1]),
+    ]
+    alone = [score_rows(model, [row], 1)[0] for row in rows]
+    for size in (2, 3):
+        for found, expected in zip(score_rows(model, rows, size), alone, strict=True):
+            assert found.tokens == expected.tokens
+            assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+    assert [each.tokens for each in alone] == [4, 1, 1]
+
+
+def test_bits_per_byte_by_hand() -> None:
+    """ln 4 nats per token are 2 bits; 3 tokens for 6 bytes make 1 bit a byte."""
+    score = Score(nats=2 * math.log(4), tokens=2)
+    assert bits_per_byte(score, tokens=3, num_bytes=6) == pytest.approx(1.0)
+    assert score.perplexity == pytest.approx(4.0)
+    assert (score + score).tokens == 4
+    assert Score(1000.0, 1).perplexity == math.inf
+
+
+def test_heldout_text_is_the_text(world: TinyWorld) -> None:
+    """The held-out documents are the first texts, whole but for the last, which is cut off at the block's end."""
+    packed, tokenizer = PackedTokens(world.tokens, "heldout"), load_tokenizer(world.tokens)
+    text = heldout_text(packed, tokenizer, 10)
+    assert text.texts[:-1] == world.texts[: len(text.texts) - 1]
+    assert world.texts[len(text.texts) - 1].startswith(text.texts[-1])
+    # 10 blocks, less a bos for each document that begins in them.
+    assert text.num_tokens == 10 * packed.sequence_length - len(text.texts)
+
+
+def test_a_model_that_knows_nothing(world: TinyWorld, even: Path, foreign: Path, tmp_path: Path) -> None:
+    """Every token has the probability 1/V, V = 1024 and 700. So perplexity is V; bits per byte are log2 V tokens / bytes;
+    an assistant token costs ln V nats; of two answers the one with fewer tokens is likelier, and per token all tie."""
+    models = {"even": even, "foreign": foreign}
+    inputs = {"tokens": world.tokens, "chats": world.chats, "preferences": world.preferences}
+    result, _ = evaluate(models, tmp_path, {"heldout_blocks": 8}, **inputs)
+    text = heldout_text(PackedTokens(world.tokens, "heldout"), load_tokenizer(world.tokens), 8)
+    for name, folder, size in (("even", even, 1024), ("foreign", foreign, 700)):
+        tokenizer = load_tokenizer(folder)
+        assert len(tokenizer) == size
+        encoded = sum(len(ids) for ids in encode_texts(tokenizer, text.texts))
+        # Each document ends with eos; the last one is cut off: only the other tokenizer, which sees texts, ends it too.
+        ends = len(text.texts) - (1 if name == "even" else 0)
+        bits = math.log2(size) * (encoded + ends) / text.num_bytes
+        pairs = [
+            [
+                sum(encode_chat(tokenizer, [*row["prompt"], *row[side]]).assistant_mask)
+                for side in ("chosen", "rejected")
+            ]
+            for row in read_rows(world.preferences / "heldout.jsonl")
+        ]
+        shorter = sum((chosen < rejected) + (chosen == rejected) / 2 for chosen, rejected in pairs) / len(pairs)
+        expected = {
+            "heldout_perplexity": size,
+            "heldout_bits_per_byte": bits,
+            "heldout_assistant_loss": math.log(size),
+            "heldout_preference_accuracy": shorter,
+            "heldout_preference_accuracy_per_token": 0.5,
+            "heldout_preference_margin_per_token": 0.0,
+        }
+        found = {measure: result.metrics[f"{measure}.{name}"] for measure in expected}
+        # The cut in the middle of a token's text may cost the re-encoded text a token.
+        assert found == pytest.approx(expected, rel=2e-3 if name == "even" else 1e-5, abs=1e-6)
+
+
+def test_training_helps_and_the_report_says_so_side_by_side(world: TinyWorld, even: Path, tmp_path: Path) -> None:
+    from stages.compression import quantize
+
+    (tmp_path / "int8").mkdir()
+    inputs = {"model": world.model, "calibration": world.tokens}
+    params = {"method": "round_to_nearest", "bits": 8, "group_size": 32, "heldout_rows": 8}
+    quantized, context = run_stage(quantize.STAGE, inputs, params, tmp_path / "int8")
+    models = {"even": even, "base": world.model, "int8": context.out}
+    result, out = evaluate(models, tmp_path / "report", {"heldout_blocks": 8}, tokens=world.tokens)
+    metrics = result.metrics
+    assert list(metrics)[:3] == [f"heldout_perplexity.{name}" for name in models]
+    assert metrics["heldout_perplexity.base"] < metrics["heldout_perplexity.even"] / 5
+    assert metrics["heldout_bits_per_byte.base"] < metrics["heldout_bits_per_byte.even"]
+    # The same blocks, measured by the other stage.
+    assert metrics["heldout_perplexity.base"] == pytest.approx(quantized.metrics["heldout_perplexity_original"])
+    assert metrics["heldout_perplexity.int8"] == pytest.approx(quantized.metrics["heldout_perplexity"])
+
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["models"]) == list(models)
+    for name in models:
+        assert report["models"][name]["measures"]["heldout_perplexity"] == metrics[f"heldout_perplexity.{name}"]
+    assert report["models"]["int8"]["bytes"] < report["models"]["base"]["bytes"]
+    assert report["models"]["int8"]["parameters"] == report["models"]["base"]["parameters"]
+    assert report["notes"] == []
+    lines = (out / "report.md").read_text().splitlines()
+    header = next(line for line in lines if line.startswith("|"))
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["", *models]
+    shown = next(line for line in lines if "perplexity of the text" in line)
+    assert f" {metrics['heldout_perplexity.base']:.4g} |" in shown
+    assert (out / "generations.jsonl").read_text() == ""
+
+
+def test_models_with_different_tokenizers_are_said_not_to_compare(
+    world: TinyWorld, even: Path, foreign: Path, tmp_path: Path
+) -> None:
+    models = {"base": world.model, "even": even, "foreign": foreign}
+    _, out = evaluate(models, tmp_path, {"heldout_blocks": 2}, tokens=world.tokens)
+    report = json.loads((out / "report.json").read_text())
+    assert any("only within base, even; foreign" in note for note in report["notes"])
+    assert any(note.startswith("Bits per byte compare between all") for note in report["notes"])
+    for note in report["notes"]:
+        assert note in (out / "report.md").read_text()
+
+
+def test_every_model_replies_to_the_same_prompts(world: TinyWorld, even: Path, tmp_path: Path) -> None:
+    """The first two held-out chats up to their last assistant turn, and one of our own; seed of the step + number."""
+    from stages.lib.generation import stream_reply, whole_reply
+
+    options = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9}
+    generation = {"heldout_prompts": 2, "prompts": ["List files."], **options}
+    models = {"base": world.model, "even": even}
+    result, out = evaluate(models, tmp_path, {"generation": generation, "heldout_chats": 5}, chats=world.chats)
+    rows = list(read_rows(out / "generations.jsonl"))
+    chats = list(read_rows(world.chats / "heldout.jsonl"))
+    assert [row["prompt"] for row in rows[:2]] == [chat["messages"][:-1] for chat in chats[:2]]
+    assert [row["reference"] for row in rows] == [chat["messages"][-1]["content"] for chat in chats[:2]] + [None]
+    assert rows[2]["prompt"] == [{"role": "user", "content": "List files."}]
+    for name, folder in models.items():
+        model, tokenizer = load(folder), load_tokenizer(folder)
+        replies = [
+            whole_reply(stream_reply(model, tokenizer, row["prompt"], seed=index, **options))  # type: ignore[arg-type]
+            for index, row in enumerate(rows)
+        ]
+        found = [row["replies"][name] for row in rows]
+        assert found == [{"text": r.text, "tokens": r.num_tokens, "truncated": r.truncated} for r in replies]
+        assert result.metrics[f"truncated_replies.{name}"] == sum(r.truncated for r in replies) / 3
+        assert replies[0].text in (out / "report.md").read_text()
+
+
+def test_a_row_that_one_model_cannot_read_is_left_out_for_all(world: TinyWorld, even: Path, tmp_path: Path) -> None:
+    """The second model reads 40 tokens: only chats of at most that count, for both."""
+    small = tmp_path / "small"
+    shutil.copytree(even, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    tokenizer = load_tokenizer(even)
+    chats = list(read_rows(world.chats / "heldout.jsonl"))
+    fitting = [chat for chat in chats if len(encode_chat(tokenizer, chat["messages"]).input_ids) <= 40]
+    assert 0 < len(fitting) < len(chats)
+    _, out = evaluate({"base": world.model, "small": small}, tmp_path / "both", chats=world.chats)
+    report = json.loads((out / "report.json").read_text())
+    assert report["rows"]["chats"] == {"used": len(fitting), "left_out": len(chats) - len(fitting)}
+    alone, _ = evaluate(
+        {"base": world.model}, tmp_path / "alone", chats=write_split(tmp_path / "fitting", fitting, len(fitting))
+    )
+    both = report["models"]["base"]["measures"]["heldout_assistant_loss"]
+    assert both == pytest.approx(alone.metrics["heldout_assistant_loss.base"])
+    with pytest.raises(DataError, match=r"reads 40 tokens, and the blocks of inputs\.tokens have 64"):
+        evaluate({"small": small}, tmp_path / "blocks", tokens=world.tokens)
+
+
+def test_reward_models_are_judged_on_the_same_pairs(world: TinyWorld, tmp_path: Path) -> None:
+    from stages.lib.reward_models import add_reward_head, choose_padding, load_reward_model, score_chats
+
+    tokenizer = load_tokenizer(world.model)
+    torch.manual_seed(0)
+    folder = tmp_path / "reward"
+    add_reward_head(world.model, choose_padding(tokenizer, set())).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    inputs = {"preferences": world.preferences, "reward_models.judge": folder}
+    result, out = evaluate({"base": world.model}, tmp_path / "report", **inputs)
+    rows = list(read_rows(world.preferences / "heldout.jsonl"))
+    model, tokenizer = load_reward_model(folder)
+    chosen, rejected = (
+        score_chats(model, tokenizer, [[*row["prompt"], *row[side]] for row in rows]) for side in ("chosen", "rejected")
+    )
+    accuracy = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(rows)
+    margin = sum(a - b for a, b in zip(chosen, rejected, strict=True)) / len(rows)
+    assert result.metrics["heldout_reward_accuracy.judge"] == accuracy
+    assert result.metrics["heldout_reward_margin.judge"] == pytest.approx(margin, rel=1e-4, abs=1e-6)
+    assert "heldout_reward_accuracy.base" not in result.metrics
+    longer = sum(
+        sum(len(m["content"]) for m in row["chosen"]) > sum(len(m["content"]) for m in row["rejected"]) for row in rows
+    )
+    assert result.metrics["heldout_preference_accuracy_longer"] == pytest.approx(longer / len(rows), abs=1 / len(rows))
+    assert "## Reward models" in (out / "report.md").read_text()
+
+
+def test_a_restart_measures_no_model_twice(world: TinyWorld, even: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    models = {"base": world.model, "even": even}
+    params = {"heldout_blocks": 2, "generation": {"heldout_prompts": 0, "prompts": ["a"], "max_new_tokens": 3}}
+    first, out = evaluate(models, tmp_path, params, tokens=world.tokens)
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.rmtree(out)
+    (tmp_path / "measured-model-even.json").unlink()
+    loaded = []
+    from stages.lib import generation
+
+    original = generation.load_language_model
+    monkeypatch.setattr(
+        generation, "load_language_model", lambda folder, device: loaded.append(folder) or original(folder, device)
+    )
+    second, out = evaluate(models, tmp_path, params, tokens=world.tokens)
+    assert loaded == [even]
+    assert second == first
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+
+
+def problems(roles: list[str], **params: Any) -> list[str]:
+    known = {role: Estimate() for role in ["models.base", *roles]}
+    return [str(problem) for problem in STAGE.check(Forecast(EvaluateParams(**params), Resources(), known))]
+
+
+def test_plan_refuses_options_that_nothing_would_use() -> None:
+    assert problems(["tokens"]) == []
+    assert problems(["chats"], generation={"max_new_tokens": 3}) == []
+    assert problems([], generation={"heldout_prompts": 0, "prompts": ["a"]}) == []
+    assert "there is nothing to measure on" in problems([])[0]
+    assert "params.heldout_chats: has no effect without the input chats" in problems(["tokens"], heldout_chats=3)[0]
+    assert "are judged by preferences" in problems(["tokens", "reward_models.a"])[0]
+    assert "are taken from the input chats" in problems(["tokens"], generation={})[0]
+    assert "has no prompts" in problems(["tokens"], generation={"heldout_prompts": 0})[0]
