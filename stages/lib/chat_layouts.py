@@ -328,9 +328,7 @@ def is_transcript(value: str) -> bool:
 
 def transcript(value: str) -> list[Message]:
     r"""The turns of `\n\nHuman: ...\n\nAssistant: ...`. Raises `Dropped` if one of them is empty."""
-    before, *parts = TRANSCRIPT_TURN.split(value if value.startswith("\n\n") else f"\n\n{value}")
-    if before.strip():
-        raise Dropped("bad_transcript")
+    _, *parts = TRANSCRIPT_TURN.split(value if value.startswith("\n\n") else f"\n\n{value}")
     turns = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
         if not said.strip():

@@ -36,7 +36,6 @@ REASONS: dict[str, Reason] = {
     "bad_turn_order": Reason("does not alternate between user and assistant"),
     "no_assistant_turn": Reason("has no assistant turn to learn from"),
     "bad_history": Reason("has a history pair with other than two texts, or only one of them empty"),
-    "bad_transcript": Reason("does not start with 'Human:' as a transcript must"),
     "pair_differs_early": Reason("has chosen and rejected that differ before the last assistant turn"),
     "identical_pair": Reason("has the same chosen and rejected answer", broken=False),
     "one_answer": Reason("has fewer than two answers to prefer among", broken=False),

@@ -6,13 +6,13 @@ Memory stays bounded: a record longer than `max_row_bytes` is passed over withou
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from stages.lib.sources import DatasetSource, FilesSource, HubSource
 
 BLOCK_BYTES = 1 << 20
-ZSTD_BLOCK_BYTES = 1 << 12
-"""Compressed bytes handed to zstd at once: it returns everything they hold, which can be thousands of times more."""
+COMPRESSED_BLOCK_BYTES = 1 << 12
+"""Compressed bytes taken at once: zstd returns everything they hold, which can be thousands of times more."""
+GZIP_FORMAT = 31
+"""zlib's number for its largest window with gzip's header."""
+CUT = "the compressed file ends before its end mark"
 MAX_ZSTD_WINDOW_BYTES = 1 << 31
 """What `zstd --long=31` needs."""
 SNIPPET_BYTES = 800
@@ -70,23 +73,33 @@ class Damaged(Exception):
 
 def blocks_of(path: Path) -> Iterator[bytes]:
     """The file's content, decompressed as its suffix says. Raises `Damaged` where it ends early or is corrupt."""
-    try:
+    with path.open("rb") as file:
         if path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield from blocks_in(file)
+            yield from gzip_blocks(file)
         elif path.suffix == ".zst":
-            with path.open("rb") as file:
-                yield from zstd_blocks(file)
+            yield from zstd_blocks(file)
         else:
-            with path.open("rb") as file:
-                yield from blocks_in(file)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+
+
+def gzip_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """Decompressed members. Python's own reader keeps back what stands before the damage."""
+    member, started = zlib.decompressobj(wbits=GZIP_FORMAT), False
+    try:
+        while compressed := file.read(COMPRESSED_BLOCK_BYTES):
+            while compressed:
+                started = True
+                if block := member.decompress(compressed, BLOCK_BYTES):
+                    yield block
+                compressed = member.unconsumed_tail
+                if member.eof:
+                    compressed = member.unused_data.lstrip(b"\0")  # Zeros may fill up the space after a member.
+                    member, started = zlib.decompressobj(wbits=GZIP_FORMAT), False
+    except zlib.error as error:
         raise Damaged(str(error)) from None
-
-
-def blocks_in(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
-    while block := file.read(BLOCK_BYTES):
-        yield block
+    if started:
+        raise Damaged(CUT)
 
 
 def zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
@@ -96,7 +109,7 @@ def zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
     frame, started = decompressor.decompressobj(), False
     try:
-        while compressed := file.read(ZSTD_BLOCK_BYTES):
+        while compressed := file.read(COMPRESSED_BLOCK_BYTES):
             while compressed:
                 started = True
                 if block := frame.decompress(compressed):
@@ -108,7 +121,7 @@ def zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise Damaged(str(error)) from None
     if started:
-        raise Damaged("the compressed file ends before its end mark")
+        raise Damaged(CUT)
 
 
 @dataclass(frozen=True)
@@ -118,30 +131,37 @@ class Line:
     number: int
     content: bytes
     too_long: bool = False
+    quotes: int = 0
+    """How many quotation marks a line that is too long has in all."""
 
 
 def lines_of(blocks: Iterable[bytes], limits: Limits) -> Iterator[Line]:
     """The lines, numbered from 1. Raises `Damaged` where the blocks do."""
-    number, pending, skipping = 1, b"", False
+    number, pending, passed_over, quotes = 1, b"", False, 0
     for block in blocks:
         *complete, rest = block.split(b"\n")
         for part in complete:
-            content = pending if skipping else pending + part
-            yield bounded_line(number, content, skipping, limits)
-            number, pending, skipping = number + 1, b"", False
-        if not skipping:
+            if passed_over:
+                yield Line(number, pending, too_long=True, quotes=quotes + part.count(b'"'))
+            else:
+                yield whole_line(number, pending + part, limits)
+            number, pending, passed_over = number + 1, b"", False
+        if passed_over:
+            quotes += rest.count(b'"')
+        else:
             pending += rest
             if len(pending) > limits.row_bytes:
-                pending, skipping = pending[:SNIPPET_BYTES], True
+                quotes, passed_over = pending.count(b'"'), True
+                pending = pending[:SNIPPET_BYTES]
     if pending:
-        yield bounded_line(number, pending, skipping, limits)
+        yield Line(number, pending, True, quotes) if passed_over else whole_line(number, pending, limits)
 
 
-def bounded_line(number: int, content: bytes, skipping: bool, limits: Limits) -> Line:
+def whole_line(number: int, content: bytes, limits: Limits) -> Line:
     if number == 1:
         content = content.removeprefix(UTF8_MARK)
-    if skipping or len(content) > limits.row_bytes:
-        return Line(number, content[:SNIPPET_BYTES], too_long=True)
+    if len(content) > limits.row_bytes:
+        return Line(number, content[:SNIPPET_BYTES], too_long=True, quotes=content.count(b'"'))
     return Line(number, content)
 
 
@@ -259,6 +279,8 @@ class ListScanner:
         self.element = bytearray()
         self.element_line = 1
         self.too_long = False
+        self.broke_off = False
+        """Whether the element that was last returned ended within a string."""
         self.ended = False
 
     def feed(self, block: bytes) -> Iterator[Line]:
@@ -284,7 +306,7 @@ class ListScanner:
         if (
             token == b"\n"
         ):  # No string may hold a bare line end: its closing quote is missing, and the element ends here.
-            yield self.finish()
+            yield self.finish(broke_off=True)
             self.depth = 1
 
     def outside_string(self, part: bytes, token: bytes) -> Iterator[Line]:
@@ -311,7 +333,8 @@ class ListScanner:
                 del self.element[SNIPPET_BYTES:]
                 self.too_long = True
 
-    def finish(self) -> Line:
+    def finish(self, *, broke_off: bool = False) -> Line:
+        self.broke_off = broke_off
         element = Line(self.element_line, bytes(self.element), self.too_long)
         self.element, self.element_line, self.too_long = bytearray(), self.line, False
         return element
@@ -320,15 +343,13 @@ class ListScanner:
 def read_json_list(blocks: Iterable[bytes], name: str, limits: Limits) -> Iterator[Record | Broken]:
     """The elements of a top-level list, each parsed by itself, so that a broken one spoils no other."""
     scanner = ListScanner(limits)
-    after_broken = False
+    in_rest = False
     for block in blocks:
         for element in scanner.feed(block):
-            content = element.content.strip()
-            if after_broken and content[:1] not in (b"{", b"["):
+            if in_rest and element.content.strip()[:1] not in (b"{", b"["):
                 continue  # the rest of an element that broke off within a string
-            records = list(read_element(element, name, limits))
-            after_broken = isinstance(records[-1], Broken)
-            yield from records
+            in_rest = scanner.broke_off
+            yield from read_element(element, name, limits)
     if not scanner.ended:
         if scanner.element.strip():
             element = scanner.finish()
@@ -369,58 +390,102 @@ class CsvLines:
     def __init__(self, lines: Iterator[Line], limits: Limits) -> None:
         self.lines = lines
         self.limits = limits
-        self.number = 0
+        self.record: list[Line] = []
+        """The lines of the record that is being read."""
         self.record_bytes = 0
-        self.beginning = b""
+        self.again: list[Line] = []
+        """Lines to be read a second time, the next one last."""
+
+    def begin_record(self) -> None:
+        self.record, self.record_bytes = [], 0
 
     def __iter__(self) -> CsvLines:
         return self
 
+    def next_line(self) -> Line:
+        return self.again.pop() if self.again else next(self.lines)
+
     def __next__(self) -> str:
-        line = next(self.lines)
-        if not self.record_bytes:
-            self.number, self.beginning = line.number, line.content[:SNIPPET_BYTES]
+        line = self.next_line()
+        self.record.append(line)
         self.record_bytes += len(line.content) + 1
         if line.too_long or self.record_bytes > self.limits.row_bytes:
             raise RecordTooLong
         return line.content.decode("utf-8", "surrogateescape") + "\n"
 
+    def retry_after_first_line(self) -> None:
+        """A quote in the record's first line was never closed, or in the wrong place: the other lines are read again."""
+        self.again += reversed(self.record[1:])
+
+    def skip_record(self) -> bool:
+        """Passes over the rest of a record that is too long: up to where every quote is closed. False if none is."""
+        quotes = sum(line.quotes if line.too_long else line.content.count(b'"') for line in self.record)
+        while quotes % 2:
+            try:
+                line = self.next_line()
+            except StopIteration:
+                return False
+            quotes += line.quotes if line.too_long else line.content.count(b'"')
+        return True
+
 
 def read_csv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a CSV file, under the header's names; without header under their positions."""
-    yield from read_table(path, name, source, limits, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+    yield from read_table(path, name, limits, has_header=source.has_header, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 
 def read_tsv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a file with tabs between the fields. Quotes have no meaning in it."""
-    yield from read_table(path, name, source, limits, delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from read_table(path, name, limits, has_header=source.has_header, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_table(
-    path: Path, name: str, source: FilesSource, limits: Limits, *, delimiter: str, quoting: int
+    path: Path, name: str, limits: Limits, *, has_header: bool, delimiter: str, quoting: int
 ) -> Iterator[Record | Broken]:
     csv.field_size_limit(max(csv.field_size_limit(), limits.row_bytes))
-    lines = CsvLines(lines_of(blocks_of(path), limits), limits)
+    names: list[str] | None = None
+    first_line: int | None = 1
+    while first_line is not None:
+        start, first_line = first_line, None
+        lines = CsvLines(dropwhile(lambda line: line.number < start, lines_of(blocks_of(path), limits)), limits)  # noqa: B023
+        for where, found in table_records(lines, name, delimiter, quoting, limits):
+            if isinstance(found, int):
+                first_line = found
+            elif isinstance(found, Broken):
+                yield found
+            elif names is None and has_header:
+                names = found
+            else:
+                snippet = snippet_of(lines.record[0].content)
+                yield table_row(where, found, names or [str(position) for position in range(len(found))], snippet)
+
+
+def table_records(
+    lines: CsvLines, name: str, delimiter: str, quoting: int, limits: Limits
+) -> Iterator[tuple[str, list[str] | Broken | int]]:
+    """(where, fields) of each record, or why it has none. At the end the number of a line to start from once more, if a
+    quote before it was never closed and so swallowed more than can be kept in memory."""
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    header: list[str] | None = None
     while True:
-        lines.record_bytes = 0
+        lines.begin_record()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except RecordTooLong:
-            yield too_long(f"{name}:{lines.number}", lines.beginning, limits)
-            continue
+            first = lines.record[0]
+            where = f"{name}:{first.number}"
+            yield where, too_long(where, first.content, limits)
+            if quoting != csv.QUOTE_NONE and not lines.skip_record():
+                yield where, first.number + 1
+                return
         except csv.Error as error:
-            yield Broken(f"{name}:{lines.number}", "bad_csv_row", str(error), snippet_of(lines.beginning))
-            continue
-        where = f"{name}:{lines.number}"
-        if header is None and source.has_header:
-            header = fields
-            continue
-        names = header or [str(position) for position in range(len(fields))]
-        yield table_row(where, fields, names, snippet_of(lines.beginning))
+            first = lines.record[0]
+            where = f"{name}:{first.number}"
+            yield where, Broken(where, "bad_csv_row", str(error), snippet_of(first.content))
+            lines.retry_after_first_line()
+        else:
+            yield f"{name}:{lines.record[0].number}", fields
 
 
 def table_row(where: str, fields: list[str], names: list[str], snippet: str) -> Record | Broken:
