@@ -39,6 +39,7 @@ from pipeline.stage import Context
 from stages.lib.distributed import all_reduce_sum, any_process, barrier, from_main, join_processes, use_threads
 from stages.lib.models import count_parameters, publish
 from stages.lib.training_params import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
     Batch,
     TrainingParams,
     derive_batch,
@@ -135,6 +136,16 @@ class Evaluator:
             self.model.train(training)
         names = sorted(totals)
         return dict(zip(names, all_reduce_sum([totals[name] for name in names]), strict=True))
+
+    def forward(self, compute: Callable[[torch.nn.Module], torch.Tensor]) -> torch.Tensor:
+        """`compute(model)` in evaluation mode and without gradients, the same in every process."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return compute(self.model)
+        finally:
+            self.model.train(training)
 
 
 class ScheduledData(torch.utils.data.Dataset[dict[str, Any]]):
@@ -410,14 +421,14 @@ def train(
     params: TrainingParams,
     *,
     make_model: Callable[[], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Path,
     data: Sequence[dict[str, Any]],
     collate: Collate,
     objective: Objective,
     evaluate: Callable[[Evaluator], Metrics],
-    stop_token_ids: list[int] | None = None,
+    stop_ids: list[int] | None = None,
 ) -> Trained:
-    """Trains `make_model()` on `data` and publishes it, with `tokenizer`, to `ctx.out`.
+    """Trains `make_model()` on `data` and publishes it, with `tokenizer` (or the one in that folder), to `ctx.out`.
 
     `make_model` is called once the memory layout is known, in every process: it loads from a folder (of an input, or
     from `models.initial_weights`), so that ZeRO-3 can split the weights while they are read. `evaluate` is called
@@ -466,11 +477,7 @@ def train(
     except StopRequested:
         raise Preempted from None
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    from_main(
-        lambda: publish(
-            trainer.model, state, tokenizer, ctx.out, precision=params.precision, stop_token_ids=stop_token_ids
-        )
-    )
+    from_main(lambda: publish(trainer.model, state, tokenizer, ctx.out, precision=params.precision, stop_ids=stop_ids))
     assert run.before is not None
     return Trained(run.before, after, steps, run.parameters, run.window.last_mean)
 
@@ -546,8 +553,8 @@ def write_receipt(run: Run, saved: Mapping[str, Any]) -> None:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """What a checkpoint takes on the disk, at most: weights twice, Adam's two moments, all in float32, and a tenth more."""
-    return int(run.parameters * 16 * 1.1) + 2**20
+    """What a checkpoint takes on the disk, at most."""
+    return run.parameters * CHECKPOINT_BYTES_PER_PARAMETER + 2**20
 
 
 def training_arguments(run: Run) -> TrainingArguments:

@@ -1,0 +1,410 @@
+"""`pretrain`: a language model from packed tokens, from scratch or continued, by the causal or the masked objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.artifact import Facts, Kind
+from pipeline.errors import ArtifactError, Problem, RecipeError, did_you_mean
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
+from stages.lib.arithmetic import FAMILIES, SAME_FIELDS, completed, field_of
+from stages.lib.encoder_params import longest_text
+from stages.lib.training_params import TrainingParams, check_training, estimate_training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from stages.lib.training import Evaluator, Metrics
+
+
+class PretrainParams(TrainingParams):
+    """How the model is built and trained. One row is one block of `sequence_length` tokens of the pack stage."""
+
+    global_batch_size: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
+    """Blocks per optimizer step, over all processes. Give either this or `global_batch_tokens`."""
+    global_batch_tokens: int | None = Field(default=None, ge=1)
+    """The same in tokens: a multiple of the blocks' length."""
+    objective: Literal["causal", "masked"] = "causal"
+    """causal: predict the next token; makes a causal_lm. masked: predict hidden tokens; makes an encoder."""
+    architecture: dict[str, Any] | None = None
+    """The model to begin with: `model_type` (llama, qwen3, gpt2, bert, ...) and fields of its transformers config. Needed
+    unless there is an input `model`. The vocabulary's size and special tokens are the tokenizer's."""
+    vocabulary_multiple: int = Field(default=1, ge=1)
+    """The number of embeddings is rounded up to a multiple of this; the ids beyond the vocabulary are never used."""
+    masking_probability: float | None = Field(default=None, gt=0, lt=1)
+    """Share of tokens that the masked objective asks for: 80% of them become the mask token, 10% a random one, 10% stay.
+    None: 0.15 with the masked objective."""
+    isolate_documents: bool = True
+    """Whether each document in a block is a world of its own: attention and positions begin anew at its start, and the
+    last token of one is not asked to predict the first of the next."""
+
+    @model_validator(mode="after")
+    def one_batch_size(self) -> PretrainParams:
+        if (self.global_batch_size is None) == (self.global_batch_tokens is None):
+            raise ValueError("give either global_batch_size or global_batch_tokens, and not both")
+        if self.objective == "causal" and self.masking_probability is not None:
+            raise ValueError("masking_probability has no effect on the causal objective: remove it")
+        return self
+
+
+def output_kind(params: PretrainParams, inputs: Mapping[str, Kind]) -> Kind:
+    made = Kind.CAUSAL_LM if params.objective == "causal" else Kind.ENCODER
+    if inputs.get("model", made) is not made:
+        raise RecipeError(
+            Problem(
+                "params.objective",
+                f"is {params.objective}, and the input model is of the kind {inputs['model']}",
+                "Change one.",
+            )
+        )
+    return made
+
+
+def run(ctx: Context, params: PretrainParams) -> Result:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from stages.lib.blocks import Blocks, collate_causal, collate_masked, require_isolation
+    from stages.lib.chat_template import special_ids
+    from stages.lib.losses import TokenObjective, measure_tokens, token_metrics
+    from stages.lib.masking import Masking
+    from stages.lib.models import initial_weights, load_model
+    from stages.lib.tokenization import (
+        copy_tokenizer,
+        load_tokenizer,
+        require_same_tokenizer,
+        tokenizer_facts,
+        tokenizer_folder,
+    )
+    from stages.lib.tokens import PackedTokens
+    from stages.lib.training import train
+
+    folder = ctx.inputs["tokens"]
+    packed, heldout = PackedTokens(folder), PackedTokens(folder, "heldout")
+    length = packed.sequence_length
+    params = params.model_copy(
+        update={"global_batch_size": blocks_per_step(params, length), "global_batch_tokens": None}
+    )
+    tokenizer = load_tokenizer(folder)
+    causal = params.objective == "causal"
+    auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+
+    source = ctx.inputs.get("model")
+    if source is None:
+        config = new_config(params, tokenizer, length)
+        source = initial_weights(ctx, lambda: build(auto_class, config))
+        if ctx.world.is_main:
+            # Fails now, and not after training, if transformers opens another tokenizer beside this model's config.
+            copy_tokenizer(folder, source)
+    else:
+        require_same_tokenizer(source, folder, "inputs.model")
+
+    config = read_model_config(source)
+    if causal:
+        collate = heldout_collate = collate_causal(isolate=params.isolate_documents)
+    else:
+        masking = Masking(
+            probability=params.masking_probability or MASKING_PROBABILITY,
+            mask_token_id=require_mask_token(tokenizer),
+            vocabulary_size=len(tokenizer),
+            special_ids=special_ids(tokenizer),
+        )
+        shift = first_position(config) if params.isolate_documents else None
+        collate = collate_masked(masking, ctx.seed, first_position=shift)
+        # The same masks for every model and at every step, so that held-out numbers compare.
+        heldout_collate = collate_masked(masking, HELDOUT_SEED, first_position=shift)
+
+    def evaluate(evaluator: Evaluator) -> Metrics:
+        if params.isolate_documents:
+            plain = sorted(set(range(len(tokenizer))) - special_ids(tokenizer))
+            require_isolation(evaluator, heldout_collate, plain[:3], length)
+        return token_metrics(evaluator.sums(Blocks(heldout), heldout_collate, measure_tokens))
+
+    # A mask over pairs of tokens is read as such by this attention only; the causal one finds borders in positions.
+    attention = {} if causal or not params.isolate_documents else {"attn_implementation": "sdpa"}
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: load_model(auto_class, source, **attention),
+        tokenizer=tokenizer_folder(folder),
+        data=Blocks(packed),
+        collate=collate,
+        objective=TokenObjective(),
+        evaluate=evaluate,
+    )
+    start = "base" if "model" in ctx.inputs else "untrained"
+    metrics = {
+        **trained.after,
+        **{f"{name}_{start}": value for name, value in trained.before.items()},
+        "train_loss": trained.train_loss,
+        "trained_tokens": float(trained.steps * params.global_batch_size * length),
+    }
+    facts = Facts(
+        **tokenizer_facts(ctx.out if ctx.world.is_main else folder),
+        max_length_tokens=length,
+        head_type="causal_lm" if causal else "masked_lm",
+        dtype=params.precision,
+        parameters=trained.parameters,
+        train_tokens=packed.num_tokens,
+        heldout_tokens=heldout.num_tokens,
+        train_rows=len(packed),
+        heldout_rows=len(heldout),
+        optimizer_steps=trained.steps,
+    )
+    return Result(metrics, facts)
+
+
+MASKING_PROBABILITY = 0.15
+HELDOUT_SEED = 0
+
+
+def blocks_per_step(params: PretrainParams, length: int) -> int:
+    """The global batch in blocks. Raises `RecipeError` if it is given in tokens and does not divide."""
+    if params.global_batch_size is not None:
+        return params.global_batch_size
+    assert params.global_batch_tokens is not None
+    if params.global_batch_tokens % length:
+        below = params.global_batch_tokens - params.global_batch_tokens % length
+        sizes = " or ".join(f"{size}" for size in (below, below + length) if size)
+        raise RecipeError(
+            Problem(
+                "params.global_batch_tokens",
+                f"{params.global_batch_tokens} is not a multiple of the blocks' length of {length} tokens",
+                f"Take {sizes}.",
+            )
+        )
+    return params.global_batch_tokens // length
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+# What can be said before it runs.
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    params: PretrainParams = forecast.params
+    tokens, model = forecast.inputs.get("tokens", Estimate()), forecast.inputs.get("model", Estimate())
+    length = tokens.sequence_length
+    architecture = model.architecture
+    if params.architecture is not None:
+        size = tokens.vocabulary_size and rounded_up(tokens.vocabulary_size, params.vocabulary_multiple)
+        architecture = (
+            completed({**params.architecture, **({"vocab_size": size} if size else {})}) or params.architecture
+        )
+    blocks = tokens.train_tokens // length if tokens.train_tokens and length else None
+    size_known = params.global_batch_size is not None or length is not None
+    return estimate_training(
+        forecast,
+        architecture=architecture,
+        parameters=model.parameters,
+        num_rows=blocks,
+        sequence_length=length,
+        global_batch_size=blocks_per_step(params, length or 1) if size_known else None,
+        vocabulary_size=tokens.vocabulary_size,
+        train_tokens=tokens.train_tokens,
+    )
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    params: PretrainParams = forecast.params
+    tokens = forecast.inputs.get("tokens", Estimate())
+    problems: list[Problem] = []
+    if params.global_batch_size is not None or tokens.sequence_length is not None:
+        try:
+            problems += check_training(forecast, blocks_per_step(params, tokens.sequence_length or 1))
+        except RecipeError as error:
+            problems += [problem for problem in error.problems if isinstance(problem, Problem)]
+    if (params.architecture is None) == ("model" not in forecast.inputs):
+        both = params.architecture is not None
+        problems.append(
+            Problem(
+                "params.architecture",
+                "has no effect where the stage has an input model"
+                if both
+                else "is required where the stage has no input model",
+                "Remove one of them." if both else "Give model_type and the sizes of the model.",
+            )
+        )
+    if params.architecture is not None:
+        problems += architecture_problems(params, tokens)
+    model = forecast.inputs.get("model", Estimate())
+    if model.vocabulary_size and tokens.vocabulary_size and model.vocabulary_size != tokens.vocabulary_size:
+        problems.append(
+            Problem(
+                "inputs.model",
+                f"has a vocabulary of {model.vocabulary_size}, and the tokens one of {tokens.vocabulary_size}",
+                "Pack with the tokenizer of the model.",
+            )
+        )
+    return problems
+
+
+def architecture_problems(params: PretrainParams, tokens: Estimate) -> list[Problem]:
+    """What is wrong with the block `architecture`, as far as the model's family is known without transformers."""
+    block = params.architecture or {}
+    where = "params.architecture"
+    if not isinstance(block.get("model_type"), str):
+        return [Problem(f"{where}.model_type", "is required", f"For example one of {', '.join(FAMILIES)}.")]
+    problems = [
+        Problem(f"{where}.{name}", "is taken from the tokenizer", "Remove it.")
+        for name in TOKENIZER_DECIDES
+        if name in block
+    ]
+    if tokens.vocabulary_size and block.get("vocab_size") not in (
+        None,
+        size := rounded_up(tokens.vocabulary_size, params.vocabulary_multiple),
+    ):
+        problems.append(
+            Problem(f"{where}.vocab_size", f"is {block['vocab_size']}, and the tokens need {size}", "Leave it out.")
+        )
+    config = completed(block)
+    if config is None:
+        return problems
+    family = FAMILIES[config["model_type"]]
+    names = family.fields | {usual for usual, own in SAME_FIELDS.items() if family.fields & set(own)}
+    problems += [
+        Problem(f"{where}.{name}", f"is no field of {config['model_type']}", did_you_mean(name, sorted(names)))
+        for name in block
+        if name not in names | {"model_type"}
+    ]
+    if family.causal != (params.objective == "causal"):
+        problems.append(
+            Problem(
+                "params.objective",
+                f"is {params.objective}, and {config['model_type']} is made for the {'causal' if family.causal else 'masked'} one",
+                "Change one of them.",
+            )
+        )
+    hidden, heads = field_of(block, "hidden_size"), field_of(block, "num_attention_heads")
+    if (
+        isinstance(hidden, int)
+        and isinstance(heads, int)
+        and heads > 0
+        and hidden % heads
+        and not config.get("head_dim")
+    ):
+        problems.append(Problem(f"{where}.hidden_size", f"{hidden} is not a multiple of {heads} attention heads"))
+    problems += position_problems(
+        {**config, "max_position_embeddings": field_of(block, "max_position_embeddings")}, tokens
+    )
+    return problems
+
+
+def position_problems(config: Mapping[str, Any], tokens: Estimate) -> list[Problem]:
+    limit = longest_text({"pad_token_id": 1, **config})
+    if limit is None or not tokens.sequence_length or tokens.sequence_length <= limit:
+        return []
+    return [
+        Problem(
+            "params.architecture.max_position_embeddings",
+            f"has room for {limit} tokens, and the blocks have {tokens.sequence_length}",
+            f"Raise it by {tokens.sequence_length - limit}.",
+        )
+    ]
+
+
+TOKENIZER_DECIDES = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+STAGE = Stage(
+    kind="pretrain",
+    version=1,
+    summary="Trains a language model on packed tokens, from scratch or continued, causal or masked.",
+    params=PretrainParams,
+    inputs={
+        "tokens": accepts(Kind.TOKENS),
+        "model": accepts(Kind.CAUSAL_LM, Kind.ENCODER, optional=True),
+    },
+    output=output_kind,
+    run=run,
+    headline=(
+        "heldout_perplexity",
+        "heldout_perplexity_untrained",
+        "heldout_perplexity_base",
+    ),
+    distributed=True,
+    estimate=estimate,
+    check=check,
+)
+
+
+# The model.
+
+
+def new_config(params: PretrainParams, tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedConfig:
+    """The transformers config of a new model. Raises `RecipeError` with everything that is wrong with its block."""
+    from dataclasses import fields
+
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    block = dict(params.architecture or {})
+    known = Estimate(vocabulary_size=len(tokenizer), sequence_length=length)
+    model_type = block.pop("model_type", None)
+    if params.architecture is None or model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(str(model_type), sorted(CONFIG_MAPPING.keys()))
+        raise RecipeError(
+            Problem("params.architecture.model_type", f"there is no {model_type!r} in transformers", hint)
+        )
+    problems = architecture_problems(params, known)
+    config_class = CONFIG_MAPPING[model_type]
+    names = {field.name for field in fields(config_class)} | set(getattr(config_class, "attribute_map", {}))
+    problems += [
+        Problem(f"params.architecture.{name}", f"is no field of {model_type}", did_you_mean(name, sorted(names)))
+        for name in block
+        if name not in names
+    ]
+    if problems:
+        raise RecipeError(*dict.fromkeys(problems))
+    block["vocab_size"] = rounded_up(len(tokenizer), params.vocabulary_multiple)
+    try:
+        config = AutoConfig.for_model(model_type, **block, **special_tokens_of(tokenizer))
+    except Exception as error:  # transformers checks fields in ways of its own, some of them no ValueErrors
+        raise RecipeError(
+            Problem("params.architecture", str(error).replace("\n", " "), "Correct the fields.")
+        ) from error
+    if problems := position_problems(config.to_dict(), known):
+        raise RecipeError(*problems)
+    return config
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The ids that a model's config holds. The embedding of a padding id is never trained, so no other token may be it."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
+
+
+def build(auto_class: Any, config: PreTrainedConfig) -> Any:
+    try:
+        return auto_class.from_config(config)
+    except ValueError as error:
+        raise RecipeError(
+            Problem("params.architecture.model_type", str(error).splitlines()[0], "Choose another.")
+        ) from error
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    from stages.lib.models import read_config
+
+    return read_config(folder)
+
+
+def first_position(config: Mapping[str, Any]) -> int:
+    """The position id of a text's first token: some models count from behind the padding id."""
+    limit = longest_text(config)
+    return 0 if limit is None else int(config["max_position_embeddings"]) - limit
+
+
+def require_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.mask_token_id is None:
+        raise ArtifactError(
+            Problem(
+                "inputs.tokens",
+                "its tokenizer has no mask token",
+                "Add one in the tokenizer stage, or take the causal objective.",
+            )
+        )
+    return int(tokenizer.mask_token_id)

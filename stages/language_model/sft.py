@@ -1,0 +1,204 @@
+"""`sft`: a causal model taught to answer in chats; the loss is on what the assistant says, and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from pipeline.artifact import Facts, Kind
+from pipeline.errors import DataError, Problem
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
+from stages.lib.arithmetic import field_of
+from stages.lib.training_params import TrainingParams, check_training, estimate_training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.lib.chats import Chats
+    from stages.lib.ledger import Ledger
+    from stages.lib.training import Evaluator, Metrics
+
+
+class SftParams(TrainingParams):
+    """How the model is taught. One row is one chat."""
+
+    max_length_tokens: int = Field(ge=8)
+    """Tokens per chat. A longer one loses its oldest turns; one whose last exchange is too long is dropped and counted."""
+    chat_template: Literal["slipway", "chatml"] | None = None
+    """The template to give a model whose tokenizer has none. Its special tokens must be in the vocabulary already."""
+    max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
+    """The stage stops if a larger share of the chats than this cannot be used."""
+
+
+def run(ctx: Context, params: SftParams) -> Result:
+    from transformers import AutoModelForCausalLM
+
+    from stages.lib.chat_template import check_chat_template
+    from stages.lib.chats import add_ledgers, collate_chats, tokenize_chats
+    from stages.lib.losses import TokenObjective, measure_tokens, token_metrics
+    from stages.lib.models import load_model, read_config
+    from stages.lib.tokenization import load_tokenizer, stop_token_ids, tokenizer_facts
+    from stages.lib.training import train
+
+    source, data = ctx.inputs["model"], ctx.inputs["chats"]
+    require_room(read_config(source), params.max_length_tokens)
+    tokenizer = load_tokenizer(source)
+    had_template = bool(tokenizer.chat_template)
+    give_template(tokenizer, params.chat_template)
+    check_chat_template(tokenizer, str(source))
+    chats, dropped = tokenize_chats(ctx, data / "train.jsonl", tokenizer, params.max_length_tokens)
+    heldout, heldout_dropped = tokenize_chats(ctx, data / "heldout.jsonl", tokenizer, params.max_length_tokens)
+    ledger = add_ledgers(dropped, heldout_dropped)
+    require_enough(ledger, params.max_dropped_fraction)
+    require_ends(chats, stop_token_ids(tokenizer))
+    said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items())) or "none"
+    ctx.journal.note(f"{len(chats):,} training and {len(heldout):,} held-out chats; dropped of {ledger.read:,}: {said}")
+
+    # Any id does: padding is told by position.
+    collate = collate_chats(padding_id=tokenizer.pad_token_id or 0)
+
+    def evaluate(evaluator: Evaluator) -> Metrics:
+        return token_metrics(evaluator.sums(heldout, collate, measure_tokens))
+
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: load_model(AutoModelForCausalLM, source),
+        tokenizer=source if had_template else tokenizer,
+        data=chats,
+        collate=collate,
+        objective=TokenObjective(),
+        evaluate=evaluate,
+    )
+    if ctx.world.is_main:
+        ledger.write(ctx.out)
+    metrics = {
+        **trained.after,
+        **{f"{name}_base": value for name, value in trained.before.items()},
+        "train_loss": trained.train_loss,
+        **ledger.metrics(),
+    }
+    facts = Facts(
+        **tokenizer_facts(ctx.out if ctx.world.is_main else source),
+        max_length_tokens=params.max_length_tokens,
+        head_type="causal_lm",
+        dtype=params.precision,
+        parameters=trained.parameters,
+        train_rows=len(chats),
+        heldout_rows=len(heldout),
+        train_tokens=chats.num_tokens,
+        heldout_tokens=heldout.num_tokens,
+        dropped_rows=dict(ledger.dropped),
+        optimizer_steps=trained.steps,
+    )
+    return Result(metrics, facts)
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    model, chats = forecast.inputs.get("model", Estimate()), forecast.inputs.get("chats", Estimate())
+    return estimate_training(
+        forecast,
+        architecture=model.architecture,
+        parameters=model.parameters,
+        num_rows=chats.train_rows,
+        sequence_length=forecast.params.max_length_tokens,
+        vocabulary_size=model.vocabulary_size,
+    )
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    problems = check_training(forecast)
+    architecture = forecast.inputs.get("model", Estimate()).architecture
+    return problems + room_problems(architecture or {}, forecast.params.max_length_tokens)
+
+
+STAGE = Stage(
+    kind="sft",
+    version=1,
+    summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
+    params=SftParams,
+    inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},
+    output=Kind.CAUSAL_LM,
+    run=run,
+    headline=("heldout_loss", "heldout_loss_base", "heldout_token_accuracy"),
+    distributed=True,
+    estimate=estimate,
+    check=check,
+)
+
+MIN_SHARE_OF_ENDS = 0.95
+"""A model learns to stop from the chats whose last turn is asked for with its end."""
+
+
+def room_problems(architecture: dict, max_length_tokens: int) -> list[Problem]:
+    positions = field_of(architecture, "max_position_embeddings")
+    if positions is None or max_length_tokens <= positions:
+        return []
+    return [
+        Problem(
+            "params.max_length_tokens",
+            f"is {max_length_tokens}, and the model has {positions} positions",
+            f"Lower it to {positions}.",
+        )
+    ]
+
+
+def require_room(config: dict, max_length_tokens: int) -> None:
+    if problems := room_problems(config, max_length_tokens):
+        raise DataError(*problems)
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Sets the preset `name` as the tokenizer's chat template. Raises `DataError` if that cannot be, or none is there."""
+    from stages.lib.chat_template import PRESETS, special_tokens
+
+    if name is None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                Problem(
+                    "inputs.model",
+                    "its tokenizer has no chat template",
+                    "Give the tokenizer stage one, or set chat_template here to a preset whose tokens the vocabulary has.",
+                )
+            )
+        return
+    preset = PRESETS[name]
+    if tokenizer.chat_template and tokenizer.chat_template != preset.template:
+        raise DataError(
+            Problem("params.chat_template", "is given, and the model's tokenizer has another template", "Remove it.")
+        )
+    present = {token.content for token in special_tokens(tokenizer)}
+    if missing := [token for token in preset.special_tokens if token not in present]:
+        raise DataError(
+            Problem(
+                "params.chat_template",
+                f"'{name}' is written with {', '.join(missing)}, which the model's vocabulary does not have",
+                "Train the tokenizer with this preset: a model learns no tokens that it has no embeddings for.",
+            )
+        )
+    tokenizer.chat_template = preset.template
+
+
+def require_enough(ledger: Ledger, max_dropped_fraction: float) -> None:
+    share = 1 - ledger.kept / ledger.read
+    if share > max_dropped_fraction:
+        raise DataError(
+            Problem(
+                "inputs.chats",
+                f"{share:.0%} of the chats cannot be used: {dict(ledger.dropped)}",
+                "Raise max_length_tokens, clean the chats, or allow it with max_dropped_fraction.",
+            )
+        )
+
+
+def require_ends(chats: Chats, stop_ids: list[int]) -> None:
+    share = chats.share_ending_with(stop_ids)
+    if share < MIN_SHARE_OF_ENDS:
+        raise DataError(
+            Problem(
+                "inputs.chats",
+                f"only {share:.0%} of the chats end what the assistant says with a token that stops generation",
+                "The model would not learn to stop: use a chat template that ends each turn with a special token.",
+            )
+        )
