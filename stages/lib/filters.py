@@ -21,6 +21,7 @@ class Repetition(Strict):
     """How much of a text may be said twice: Table A1 of Rae et al. 2021 (Gopher, arXiv:2112.11446), through datatrove.
 
     A word is a run of letters and digits, or one character of a script without spaces (Chinese, Japanese, Thai, ...).
+    Runs of words are measured with spaces between them, so in such scripts these bounds are stricter.
     """
 
     min_words: int = Field(default=50, ge=1)

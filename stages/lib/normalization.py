@@ -27,7 +27,7 @@ class Normalization(Strict):
 LINE_END = re.compile(r"\r\n?")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 CONTROL_BUT_RETURN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
-TRAILING = re.compile(r"[^\S\n]+$", re.MULTILINE)
+TRAILING = re.compile(r"[^\S\r\n]+(?=\r?$)", re.MULTILINE)
 
 
 def normalize_text(text: str, how: Normalization) -> str:
@@ -38,7 +38,7 @@ def normalize_text(text: str, how: Normalization) -> str:
     if how.unicode:
         text = unicodedata.normalize(how.unicode, text)
     if how.trailing_whitespace:
-        text = TRAILING.sub("", text).strip("\n")
+        text = TRAILING.sub("", text).strip("\r\n")
     return text
 
 
