@@ -146,7 +146,7 @@ class PackedTokens:
             # A file of no bytes cannot be mapped.
             self.ids = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
             self.starts: NDArray[np.int64] = np.load(starts, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(Problem(str(self.folder), f"cannot be opened: {error}", "Pack again.")) from None
