@@ -1,0 +1,1 @@
+"""Stages that train on preferences: which of two answers is the better one."""

@@ -1,0 +1,269 @@
+"""`dpo`: direct preference optimization (Rafailov et al., 2023): a causal model learns from pairs, without a reward model.
+
+What is learned is how much likelier than under the reference the chosen answer becomes, and the rejected one less likely.
+The reference's log-probabilities come from its artifact, are computed once, before training, and are kept in a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.artifact import Facts, Kind
+from pipeline.errors import Problem
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
+from stages.lib.arithmetic import BYTES
+from stages.lib.preference_losses import PREFERENCE_LOSSES
+from stages.lib.preference_params import (
+    PreferenceParams,
+    check_preference_training,
+    estimate_preference_training,
+    require_positions,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from stages.lib.training import Tensors
+
+PUBLISHED_LOGPROBS_BYTES = 64_000_000
+"""The reference's log-probabilities are published with the model if they are no larger."""
+
+
+class DPOParams(PreferenceParams):
+    """How the policy is trained."""
+
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """What is minimized. sigmoid: DPO; hinge: max(0, 1 - margin); ipo: squared distance to a fixed margin, on log-probabilities averaged over tokens, which does not run away on pairs that are always preferred."""
+    beta: float = Field(default=0.1, gt=0)
+    """How dear it is to move away from the reference: the higher, the nearer the policy stays."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """The share of pairs that are taken to be labelled the wrong way round. Only for the loss sigmoid."""
+
+    @model_validator(mode="after")
+    def smoothing_is_used(self) -> DPOParams:
+        if self.label_smoothing and not PREFERENCE_LOSSES[self.loss].takes_label_smoothing:
+            raise ValueError(f"label_smoothing has no effect with the loss {self.loss}: remove it, or take sigmoid")
+        return self
+
+
+def run(ctx: Context, params: DPOParams) -> Result:
+    from transformers import AutoModelForCausalLM
+
+    from stages.lib.chat_template import check_chat_template
+    from stages.lib.models import load_model, read_config
+    from stages.lib.preferences import (
+        ReferencePass,
+        accuracy_by_category,
+        collate_pairs,
+        open_pairs,
+        padding_of,
+        wins,
+        wins_by_category,
+    )
+    from stages.lib.tokenization import facts_of_tokenizer, load_tokenizer, require_same_tokenizer
+    from stages.lib.training import Evaluator, train
+
+    start = ctx.inputs["model"]
+    reference = ctx.inputs.get("reference", start)
+    if reference != start:
+        require_same_tokenizer(start, reference, "inputs.reference")
+    require_positions(read_config(start), params.max_length_tokens)
+    tokenizer = load_tokenizer(start)
+    check_chat_template(tokenizer, str(start))
+    train_pairs, heldout_pairs, ledger = open_pairs(
+        ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction
+    )
+    categories = heldout_pairs.categories
+
+    # Before the training engine exists: from then on ZeRO-3 would split the reference too.
+    reference_pass = ReferencePass(ctx, reference, [train_pairs, heldout_pairs], params.precision)
+    train_logprobs_N2, heldout_logprobs_N2 = reference_pass.run(tokenizer)
+    train_pairs = train_pairs.with_reference(train_logprobs_N2)
+    heldout_pairs = heldout_pairs.with_reference(heldout_logprobs_N2)
+    publish_logprobs(ctx, train_logprobs_N2, heldout_logprobs_N2)
+
+    objective = DPOObjective(params)
+    collate = collate_pairs(padding_of(tokenizer))
+
+    def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
+        from stages.lib.preference_losses import implicit_margin
+        from stages.lib.preferences import answer_logprobs
+
+        logp_2N = answer_logprobs(model, batch)
+        vectors = objective.vectors(logp_2N, batch)
+        margin_N = implicit_margin(*vectors, beta=params.beta)
+        wins_N = wins(margin_N, margin_N.new_zeros(()))
+        moved_N2 = logp_2N.view(2, -1).T - batch["reference_N2"]
+        return {
+            "pairs": margin_N.new_tensor(len(margin_N)),
+            "wins": wins_N.sum(),
+            "margin": margin_N.sum(),
+            "loss": objective.losses(vectors).sum(),
+            "chosen": moved_N2[:, 0].sum(),
+            "rejected": moved_N2[:, 1].sum(),
+            "plain_wins": wins(*logp_2N.chunk(2)).sum(),
+            **wins_by_category(wins_N, batch, categories),
+        }
+
+    def evaluate(evaluator: Evaluator) -> dict[str, float]:
+        sums = evaluator.sums(heldout_pairs, collate, measure)
+        means = {name: total / sums["pairs"] for name, total in sums.items()}
+        return {
+            "heldout_accuracy": means["wins"],
+            "heldout_margin": means["margin"],
+            "heldout_loss": means["loss"],
+            "heldout_chosen_logprob_change": means["chosen"],
+            "heldout_rejected_logprob_change": means["rejected"],
+            "heldout_accuracy_plain": means["plain_wins"],
+            **accuracy_by_category(sums, categories),
+        }
+
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: without_dropout(load_model(AutoModelForCausalLM, start)),
+        tokenizer=start,
+        data=train_pairs,
+        collate=collate,
+        objective=objective,
+        evaluate=evaluate,
+    )
+    metrics = {
+        **trained.after,
+        **baselines(heldout_logprobs_N2, heldout_pairs.answer_lengths()),
+        "heldout_loss_base": trained.before["heldout_loss"],
+        "train_loss": trained.train_loss,
+        **ledger.metrics(),
+    }
+    facts = Facts(
+        **facts_of_tokenizer(tokenizer),
+        head_type="causal_lm",
+        dtype=params.precision,
+        max_length_tokens=params.max_length_tokens,
+        parameters=trained.parameters,
+        train_rows=len(train_pairs),
+        heldout_rows=len(heldout_pairs),
+        dropped_rows=dict(ledger.dropped),
+        optimizer_steps=trained.steps,
+    )
+    return Result(metrics, facts)
+
+
+class DPOObjective:
+    """One of `preference_losses.PREFERENCE_LOSSES`, summed over pairs."""
+
+    def __init__(self, params: DPOParams) -> None:
+        self.loss = PREFERENCE_LOSSES[params.loss]
+        self.options = {"beta": params.beta}
+        if self.loss.takes_label_smoothing:
+            self.options["label_smoothing"] = params.label_smoothing
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        from stages.lib.preferences import num_pairs
+
+        return num_pairs(batch)
+
+    def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
+        from stages.lib.preferences import answer_logprobs
+
+        return self.losses(self.vectors(answer_logprobs(model, batch), batch)).sum()
+
+    def vectors(self, logp_2N: torch.Tensor, batch: Tensors) -> list[torch.Tensor]:
+        """`chosen_N, rejected_N, ref_chosen_N, ref_rejected_N`, as the loss wants them: sums over tokens, or means."""
+        from stages.lib.preferences import answer_tokens
+
+        ref_2N = batch["reference_N2"].T.reshape(-1).to(logp_2N.dtype)
+        if self.loss.averages_over_tokens:
+            tokens_2N = answer_tokens(batch)
+            logp_2N, ref_2N = logp_2N / tokens_2N, ref_2N / tokens_2N
+        return [*logp_2N.chunk(2), *ref_2N.chunk(2)]
+
+    def losses(self, vectors: list[torch.Tensor]) -> torch.Tensor:
+        """One loss a pair."""
+        return self.loss.function(*vectors, **self.options)
+
+
+def without_dropout(model: Any) -> Any:
+    """The model with its dropout switched off: else policy and reference would differ by chance from the first step on."""
+    from torch.nn import Dropout
+
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def publish_logprobs(ctx: Context, train_N2: NDArray[np.float64], heldout_N2: NDArray[np.float64]) -> None:
+    """Puts the reference's log-probabilities beside the model: `train` and `heldout`, N x (chosen, rejected)."""
+    import numpy as np
+
+    if ctx.world.is_main and train_N2.nbytes + heldout_N2.nbytes <= PUBLISHED_LOGPROBS_BYTES:
+        np.savez(ctx.out / "reference_logprobs.npz", train=train_N2, heldout=heldout_N2)
+
+
+def baselines(reference_N2: NDArray[np.float64], answer_tokens_N2: NDArray[np.int64]) -> dict[str, float]:
+    """How often the reference itself gives the chosen answer the higher probability, and how often that is the longer one.
+
+    A sum of log-probabilities is the lower the longer an answer is; so it is told per token too.
+    """
+    import torch
+
+    from stages.lib.preferences import accuracy_of_length, wins
+
+    per_token_N2 = reference_N2 / answer_tokens_N2
+    return {
+        "heldout_accuracy_base": float(wins(*torch.from_numpy(reference_N2).unbind(1)).mean()),
+        "heldout_accuracy_base_per_token": float(wins(*torch.from_numpy(per_token_N2).unbind(1)).mean()),
+        "heldout_accuracy_longer": accuracy_of_length(answer_tokens_N2),
+    }
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    """The training's; its memory is that of the reference's pass where this takes more, as it may under ZeRO-3."""
+    known = estimate_preference_training(forecast)
+    reference = forecast.inputs.get("reference", forecast.inputs.get("model", Estimate())).parameters
+    if known.memory_bytes_per_rank is None or reference is None:
+        return known
+    width = BYTES[forecast.params.precision] if forecast.resources.deepspeed else BYTES["fp32"]
+    return replace(known, memory_bytes_per_rank=max(known.memory_bytes_per_rank, reference * width))
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    """What is wrong before the step runs: also a reference that cannot be of the same tokenizer."""
+    problems = check_preference_training(forecast)
+    sizes = [forecast.inputs.get(role, Estimate()).vocabulary_size for role in ("model", "reference")]
+    if None not in sizes and sizes[0] != sizes[1]:
+        problems.append(
+            Problem(
+                "inputs.reference",
+                f"has {sizes[1]:,} tokens, and the model {sizes[0]:,}",
+                "Policy and reference must be of the same tokenizer.",
+            )
+        )
+    return problems
+
+
+STAGE = Stage(
+    kind="dpo",
+    version=1,
+    summary="direct preference optimization of a causal model on pairs of answers",
+    params=DPOParams,
+    inputs={
+        "model": accepts(Kind.CAUSAL_LM),
+        "preferences": accepts(Kind.PREFERENCES),
+        "reference": accepts(Kind.CAUSAL_LM, optional=True),
+    },
+    output=Kind.CAUSAL_LM,
+    run=run,
+    headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_margin", "heldout_loss"),
+    distributed=True,
+    estimate=estimate,
+    check=check,
+)

@@ -1,0 +1,183 @@
+"""`reward`: a reward model, trained so that the chosen answer of each pair scores higher than the rejected one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pipeline.artifact import Facts, Kind
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
+from stages.lib.arithmetic import completed, field_of
+from stages.lib.preference_params import (
+    PreferenceParams,
+    check_preference_training,
+    estimate_preference_training,
+    require_positions,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from stages.lib.training import Tensors
+
+
+class RewardParams(PreferenceParams):
+    """How the reward model is trained."""
+
+    margin: float = Field(default=0.0, ge=0)
+    """By how much the chosen answer's score should exceed the rejected one's before the loss counts the pair as even."""
+    center_rewards_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the squared sum of a pair's two scores in the loss, which holds scores around 0 (0.01 is usual). Without it only differences of scores mean something."""
+
+
+def run(ctx: Context, params: RewardParams) -> Result:
+    from transformers import AutoModelForSequenceClassification
+
+    from stages.lib.chat_template import check_chat_template
+    from stages.lib.models import initial_weights, load_model, read_config
+    from stages.lib.preferences import (
+        accuracy_by_category,
+        accuracy_of_length,
+        collate_pairs,
+        open_pairs,
+        wins,
+        wins_by_category,
+    )
+    from stages.lib.reward_models import HEAD_TYPE, add_reward_head, choose_padding, scores
+    from stages.lib.tokenization import facts_of_tokenizer, load_tokenizer
+    from stages.lib.training import Evaluator, train
+
+    causal = ctx.inputs["model"]
+    require_positions(read_config(causal), params.max_length_tokens)
+    tokenizer = load_tokenizer(causal)
+    check_chat_template(tokenizer, str(causal))
+    train_pairs, heldout_pairs, ledger = open_pairs(
+        ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction
+    )
+    categories = heldout_pairs.categories
+    own_padding_id = tokenizer.pad_token_id
+    padding_id = choose_padding(tokenizer, train_pairs.last_ids() | heldout_pairs.last_ids())
+    collate = collate_pairs(padding_id)
+    objective = RewardObjective(params)
+
+    def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
+        chosen_N, rejected_N = scores(model, batch).chunk(2)
+        wins_N = wins(chosen_N, rejected_N)
+        return {
+            "pairs": wins_N.new_tensor(len(wins_N)),
+            "wins": wins_N.sum(),
+            "margin": (chosen_N - rejected_N).sum(),
+            "score": (chosen_N + rejected_N).sum() / 2,
+            "loss": objective.losses(chosen_N, rejected_N).sum(),
+            **wins_by_category(wins_N, batch, categories),
+        }
+
+    def evaluate(evaluator: Evaluator) -> dict[str, float]:
+        sums = evaluator.sums(heldout_pairs, collate, measure)
+        means = {name: sums[name] / sums["pairs"] for name in ("wins", "loss", "margin", "score")}
+        return {
+            "heldout_accuracy": means["wins"],
+            "heldout_loss": means["loss"],
+            "heldout_margin": means["margin"],
+            "heldout_score": means["score"],
+            **accuracy_by_category(sums, categories),
+        }
+
+    initial = initial_weights(ctx, lambda: add_reward_head(causal, padding_id))
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: load_model(AutoModelForSequenceClassification, initial),
+        tokenizer=causal if padding_id == own_padding_id else tokenizer,
+        data=train_pairs,
+        collate=collate,
+        objective=objective,
+        evaluate=evaluate,
+    )
+    metrics = {
+        **trained.after,
+        "heldout_accuracy_random": 0.5,
+        "heldout_accuracy_base": trained.before["heldout_accuracy"],
+        "heldout_accuracy_longer": accuracy_of_length(heldout_pairs.answer_lengths()),
+        "heldout_loss_base": trained.before["heldout_loss"],
+        "train_loss": trained.train_loss,
+        **ledger.metrics(),
+    }
+    facts = Facts(
+        **facts_of_tokenizer(tokenizer),
+        head_type=HEAD_TYPE,
+        dtype=params.precision,
+        max_length_tokens=params.max_length_tokens,
+        parameters=trained.parameters,
+        train_rows=len(train_pairs),
+        heldout_rows=len(heldout_pairs),
+        dropped_rows=dict(ledger.dropped),
+        optimizer_steps=trained.steps,
+        fixed_prompt_scores=published_scores(ctx.out),
+    )
+    return Result(metrics, facts)
+
+
+class RewardObjective:
+    """`preference_losses.reward_loss`, summed over pairs."""
+
+    def __init__(self, params: RewardParams) -> None:
+        self.options = {"margin": params.margin, "center_rewards_coefficient": params.center_rewards_coefficient}
+
+    def losses(self, chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor:
+        from stages.lib.preference_losses import reward_loss
+
+        return reward_loss(chosen_N, rejected_N, **self.options)
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        from stages.lib.preferences import num_pairs
+
+        return num_pairs(batch)
+
+    def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
+        from stages.lib.reward_models import scores
+
+        chosen_N, rejected_N = scores(model, batch).chunk(2)
+        return self.losses(chosen_N, rejected_N).sum()
+
+
+def published_scores(folder: Path) -> dict[str, float]:
+    """The fixed prompts' scores by the model as it was published and is read again: whoever loads it can compare."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    from stages.lib.distributed import from_main
+    from stages.lib.reward_models import fixed_prompt_scores, load_reward_model
+
+    # Training is over: transformers need no longer split what it loads as ZeRO-3 wants it.
+    unset_hf_deepspeed_config()
+    return from_main(lambda: fixed_prompt_scores(*load_reward_model(folder)))
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    """The causal model's, with a head of one output in place of the one over the vocabulary."""
+    known = estimate_preference_training(forecast)
+    architecture = known.architecture or {}
+    hidden, vocabulary = field_of(architecture, "hidden_size"), field_of(architecture, "vocab_size")
+    if known.parameters is None or hidden is None or vocabulary is None:
+        return known
+    language_head = 0 if (completed(architecture) or architecture).get("tie_word_embeddings") else hidden * vocabulary
+    return replace(known, parameters=known.parameters - language_head + hidden)
+
+
+STAGE = Stage(
+    kind="reward",
+    version=1,
+    summary="a reward model: which of two answers is better, as a score for each",
+    params=RewardParams,
+    inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},
+    output=Kind.REWARD_MODEL,
+    run=run,
+    headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
+    distributed=True,
+    estimate=estimate,
+    check=check_preference_training,
+)

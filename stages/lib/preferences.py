@@ -1,0 +1,481 @@
+"""Preference pairs as tokens, the micro batches made of them, and a reference model's log-probabilities.
+
+N: pairs, T: tokens of a padded sequence, V: vocabulary, K: answer tokens of a batch. A micro batch of N pairs is 2N
+sequences, the N chosen ones first, so that one forward pass sees both answers of a pair.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from pipeline.artifact import MANIFEST, digest_file, files_below, read_manifest
+from pipeline.checkpoints import require_room, sync
+from pipeline.errors import ArtifactError, DataError, Preempted, Problem
+from pipeline.stage import Context
+from stages.lib.chat_template import fit_preference
+from stages.lib.chats import SHORTENED, add_ledgers
+from stages.lib.distributed import any_process, barrier, from_main, join_processes, together
+from stages.lib.ledger import Ledger
+from stages.lib.losses import IGNORE, next_tokens
+from stages.lib.models import DTYPES, load_model, require_vocabulary
+from stages.lib.rows import Row, read_rows
+from stages.lib.training import Collate, Metrics, Tensors
+
+Value = TypeVar("Value")
+
+EQUAL = "chosen_equals_rejected"
+"""Both answers are the same tokens: there is nothing to prefer."""
+
+PAIRS_PER_ROUND = 256
+"""After so many pairs in each process, all of them look whether they were asked to stop."""
+
+SIDES = ("chosen", "rejected")
+
+COLUMNS = ("row", "category", "chosen", "rejected", "end")
+"""Of a pair: its row in the file, the number of its category, where in the flat arrays each side begins, and the end."""
+
+
+@dataclass
+class Part:
+    """The pairs that one process tokenizes: every so-many-th of the file."""
+
+    ids: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    table: list[list[int]] = field(default_factory=list)
+    """`COLUMNS` of each pair."""
+    categories: list[str] = field(default_factory=list)
+    dropped: list[tuple[int, str, str]] = field(default_factory=list)
+    """(row of the file, reason, example)."""
+    read: int = 0
+    shortened: int = 0
+
+    def add(self, index: int, row: Row, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> None:
+        self.read += 1
+        pair = fit_preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], max_length_tokens)
+        reason = pair.reason
+        if pair.chosen is not None and pair.chosen == pair.rejected:
+            reason = EQUAL
+        if reason:
+            said = " | ".join(message["content"] for message in [*row["prompt"], *row["chosen"]])
+            self.dropped.append((index, reason, said[:200]))
+            return
+        self.shortened += pair.dropped_messages > 0
+        # How the rejected answer was made, where the row says that, else where the pair is from.
+        category = str(row.get("corruption") or row.get("source") or "")
+        if category not in self.categories:
+            self.categories.append(category)
+        places = [index, self.categories.index(category)]
+        for encoded in (pair.chosen, pair.rejected):
+            assert encoded is not None, "without a reason both are there"
+            places.append(len(self.ids))
+            self.ids += encoded.input_ids
+            self.answer += encoded.assistant_mask
+        self.table.append([*places, len(self.ids)])
+
+    def write(self, folder: Path) -> None:
+        """Writes the part beside its place, and puts it there by one rename."""
+        temporary = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        np.save(temporary / "ids.npy", np.asarray(self.ids, dtype=np.int32))
+        np.save(temporary / "answer.npy", np.asarray(self.answer, dtype=np.uint8))
+        np.save(temporary / "table.npy", np.asarray(self.table, dtype=np.int64).reshape(-1, len(COLUMNS)))
+        rest = {name: getattr(self, name) for name in ("categories", "dropped", "read", "shortened")}
+        (temporary / "rest.json").write_text(json.dumps(rest), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+
+
+class Pairs(Sequence[dict[str, Any]]):
+    """Tokenized pairs in the order of their file, which stay on disk until a row is asked for.
+
+    A row has `chosen_ids`, `chosen_answer`, `rejected_ids`, `rejected_answer`, `category` and, once they are known, the
+    two log-probabilities under a reference as `reference`. `..._answer` is 1 for each token of the answer, including the
+    one that ends its turn, and 0 for those of the prompt.
+    """
+
+    def __init__(self, folders: Sequence[Path], reference_N2: NDArray[np.float64] | None = None) -> None:
+        self.folders = folders
+        self.reference_N2 = reference_N2
+        rests = [json.loads((folder / "rest.json").read_bytes()) for folder in folders]
+        self.categories: list[str] = sorted({name for rest in rests for name in rest["categories"]})
+        self.ids = [np.load(folder / "ids.npy", mmap_mode="r") for folder in folders]
+        self.answer = [np.load(folder / "answer.npy", mmap_mode="r") for folder in folders]
+        tables = []
+        for number, (folder, rest) in enumerate(zip(folders, rests, strict=True)):
+            table = np.load(folder / "table.npy")
+            renumbered = np.asarray([self.categories.index(name) for name in rest["categories"]], dtype=np.int64)
+            table[:, 1] = renumbered[table[:, 1]]
+            tables.append(np.insert(table, 0, number, axis=1))
+        together = np.concatenate(tables)
+        # Part, and `COLUMNS` without the row, in the order of the rows.
+        self.table: NDArray[np.int64] = np.delete(together[np.argsort(together[:, 1])], 1, axis=1)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        part, category, *places = (int(value) for value in self.table[index])
+        row: dict[str, Any] = {"category": category}
+        for side, begin, end in zip(SIDES, places, places[1:], strict=False):
+            row[f"{side}_ids"] = self.ids[part][begin:end]
+            row[f"{side}_answer"] = self.answer[part][begin:end]
+        if self.reference_N2 is not None:
+            row["reference"] = self.reference_N2[index]
+        return row
+
+    def with_reference(self, logprobs_N2: NDArray[np.float64]) -> Pairs:
+        """The same pairs, each with its two log-probabilities under a reference."""
+        assert logprobs_N2.shape == (len(self), 2), "one row a pair"
+        return Pairs(self.folders, logprobs_N2)
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """N x 2: tokens of each sequence, prompt and answer."""
+        return np.diff(self.table[:, 2:], axis=1)
+
+    def answer_lengths(self) -> NDArray[np.int64]:
+        """N x 2: tokens of each answer. Reads everything."""
+        counts = [[int(row[f"{side}_answer"].sum()) for side in SIDES] for row in self]
+        return np.asarray(counts, dtype=np.int64)
+
+    def last_ids(self) -> set[int]:
+        """The ids that sequences end with. Reads the last token of each."""
+        ends = self.table[:, [3, 4]] - 1
+        return {int(self.ids[part][end]) for part, pair in zip(self.table[:, 0], ends, strict=True) for end in pair}
+
+
+def open_pairs(
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, max_dropped_fraction: float
+) -> tuple[Pairs, Pairs, Ledger]:
+    """The input `preferences`, tokenized: training and held-out pairs, and the ledger of both, written to the artifact.
+
+    Raises `DataError` if a larger share than `max_dropped_fraction` cannot be used.
+    """
+    (train, dropped), (heldout, heldout_dropped) = (
+        tokenize_pairs(ctx, ctx.inputs["preferences"] / f"{split}.jsonl", tokenizer, max_length_tokens)
+        for split in ("train", "heldout")
+    )
+    ledger = add_ledgers(dropped, heldout_dropped)
+    said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items())) or "none"
+    ctx.journal.note(f"{len(train):,} training and {len(heldout):,} held-out pairs; dropped of {ledger.read:,}: {said}")
+    if 1 - ledger.kept / ledger.read > max_dropped_fraction:
+        raise DataError(
+            Problem(
+                "inputs.preferences",
+                f"{1 - ledger.kept / ledger.read:.0%} of the pairs cannot be used: {dict(ledger.dropped)}",
+                "Raise max_length_tokens, clean the pairs, or allow it with max_dropped_fraction.",
+            )
+        )
+    if ctx.world.is_main:
+        ledger.write(ctx.out)
+    return train, heldout, ledger
+
+
+def tokenize_pairs(
+    ctx: Context, path: Path, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int
+) -> tuple[Pairs, Ledger]:
+    """The pairs of `path` that can be learned from, and what was dropped; the same in every process.
+
+    A pair whose prompt is too long for either answer loses the prompt's oldest turns, the same for both. Each process
+    tokenizes its share into the step's work folder; what is there from before a restart is used again. Raises
+    `Preempted` if asked to stop, and `DataError` if no pair is left.
+    """
+    join_processes(ctx)
+    world = ctx.world
+    folders = [ctx.work / f"pairs-{path.stem}-{rank}-of-{world.size}" for rank in range(world.size)]
+    if not from_main(lambda: all(folder.exists() for folder in folders)):
+        rows = list(read_rows(path))
+        part = Part()
+        step = PAIRS_PER_ROUND * world.size
+        for start in range(0, len(rows), step):
+            if any_process(ctx.stop_requested()):
+                raise Preempted
+            for index in range(start + world.rank, min(start + step, len(rows)), world.size):
+                part.add(index, rows[index], tokenizer, max_length_tokens)
+            done = min(start + step, len(rows))
+            ctx.journal.write("progress", what=f"{path.stem} pairs tokenized", done=done, total=len(rows))
+        part.write(folders[world.rank])
+        barrier()
+    pairs, ledger = Pairs(folders), read_ledger(folders)
+    ledger.kept = len(pairs)
+    if not len(pairs):
+        raise DataError(
+            Problem(
+                str(path),
+                f"none of the {ledger.read:,} pairs can be used: {dict(ledger.dropped)}",
+                "Look at the rows, or raise max_length_tokens.",
+            )
+        )
+    return pairs, ledger
+
+
+def read_ledger(folders: Sequence[Path]) -> Ledger:
+    """What all parts together read and dropped, in the order of the file."""
+    rests = [json.loads((folder / "rest.json").read_bytes()) for folder in folders]
+    ledger = Ledger(read=sum(rest["read"] for rest in rests))
+    for _, reason, example in sorted(tuple(drop) for rest in rests for drop in rest["dropped"]):
+        ledger.drop(reason, example)
+    if shortened := sum(rest["shortened"] for rest in rests):
+        ledger.repaired[SHORTENED] = shortened
+    return ledger
+
+
+def from_all(mine: Value) -> list[Value]:
+    """What each process gives, in the order of their ranks, in all of them."""
+    if not together():
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with where masks tell what is padding: any would do."""
+    return tokenizer.pad_token_id or 0
+
+
+def collate_pairs(padding_id: int) -> Collate:
+    """Rows -> `input_ids`, `attention_mask` and `answer_mask` of 2N x T, and of N: `category`, and `reference_N2`.
+
+    Sequences are padded on the right. What is padding is told by position, in the masks: an id never decides it.
+    """
+
+    def collate(rows: list[dict[str, Any]]) -> Tensors:
+        ids = [row[f"{side}_ids"] for side in SIDES for row in rows]
+        answers = [row[f"{side}_answer"] for side in SIDES for row in rows]
+        batch = {
+            "input_ids": padded(ids, padding_id),
+            "attention_mask": padded([np.ones_like(each) for each in ids], 0),
+            "answer_mask": padded(answers, 0),
+            "category": torch.tensor([row["category"] for row in rows]),
+        }
+        if "reference" in rows[0]:
+            batch["reference_N2"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
+        return batch
+
+    return collate
+
+
+def padded(sequences: Sequence[NDArray[Any]], value: int) -> torch.Tensor:
+    tensors = [torch.from_numpy(np.array(each, dtype=np.int64)) for each in sequences]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def num_pairs(batch: Tensors) -> torch.Tensor:
+    return torch.tensor(len(batch["input_ids"]) // 2)
+
+
+def answer_logprobs(model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
+    """log p(answer | prompt) of each of the 2N sequences: the sum over the answer's tokens, in float32."""
+    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets_BT = next_tokens(batch["input_ids"], batch["answer_mask"])
+    asked_BT = targets_BT != IGNORE
+    # Only the answers' positions are brought to float32: with long prompts most of the logits are not needed.
+    logp_K = -cross_entropy(logits_BTV[asked_BT].float(), targets_BT[asked_BT], reduction="none")
+    zeros_BT = torch.zeros(asked_BT.shape, dtype=logp_K.dtype, device=logp_K.device)
+    return zeros_BT.masked_scatter(asked_BT, logp_K).sum(dim=1)
+
+
+def answer_tokens(batch: Tensors) -> torch.Tensor:
+    """The number of answer tokens of each of the 2N sequences."""
+    return batch["answer_mask"][:, 1:].sum(dim=1)
+
+
+def wins(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor:
+    """1 where the chosen answer has the higher value, 0 where it has the lower one, one half where they tie."""
+    return ((chosen_N > rejected_N).double() + (chosen_N >= rejected_N).double()) / 2
+
+
+def wins_by_category(wins_N: torch.Tensor, batch: Tensors, categories: Sequence[str]) -> Tensors:
+    """`wins_k` and `pairs_k` per category number k, to be summed over batches."""
+    sums = {}
+    for number in range(len(categories)):
+        of_category_N = batch["category"] == number
+        sums[f"wins_{number}"] = wins_N[of_category_N].sum()
+        sums[f"pairs_{number}"] = of_category_N.sum()
+    return sums
+
+
+def accuracy_by_category(sums: Mapping[str, float], categories: Sequence[str]) -> Metrics:
+    """`heldout_accuracy_of_<category>`; nothing where all pairs are of one category."""
+    if len(categories) < 2:
+        return {}
+    return {
+        f"heldout_accuracy_of_{re.sub(r'[^0-9a-zA-Z]+', '_', name) or 'others'}": sums[f"wins_{number}"]
+        / sums[f"pairs_{number}"]
+        for number, name in enumerate(categories)
+    }
+
+
+def accuracy_of_length(answer_tokens_N2: NDArray[np.int64]) -> float:
+    """How often the chosen answer is the longer one, ties counted one half: what preferring length achieves."""
+    return float(wins(*torch.from_numpy(answer_tokens_N2).unbind(1)).mean())
+
+
+# A reference model's log-probabilities.
+
+
+@dataclass
+class ReferencePass:
+    """The log-probabilities of both answers of all pairs under one model, computed once and kept in a file.
+
+    They come from the model's folder, never from weights in training, and before the training engine exists: each
+    process holds the whole model while it lasts, also where ZeRO-3 will split the one that is trained.
+    """
+
+    ctx: Context
+    folder: Path
+    """The reference model."""
+    pairs: Sequence[Pairs]
+    precision: str
+    rows: list[tuple[int, int]] = field(init=False)
+    """(number of the data set, index in it) of every pair."""
+    file: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [(number, index) for number, pairs in enumerate(self.pairs) for index in range(len(pairs))]
+        digest = from_main(lambda: digest_pairs(model_identity(self.folder), self.precision, self.pairs))
+        self.file = self.ctx.work / f"reference_logprobs-{digest[:16]}.npy"
+
+    def row(self, index: int) -> dict[str, Any]:
+        number, place = self.rows[index]
+        return self.pairs[number][place]
+
+    def run(self, tokenizer: PreTrainedTokenizerBase) -> list[NDArray[np.float64]]:
+        """N x 2 log-probabilities, chosen and rejected, for each of the `pairs`.
+
+        Raises `Preempted` if asked to stop, and goes on after a restart.
+        """
+        logprobs_N2 = from_main(self.start)
+        batches = self.batches()
+        waiting = [batch for batch in batches if np.isneginf(logprobs_N2[batch]).any()]
+        if waiting:
+            self.ctx.journal.note(
+                f"reference log-probabilities of {len(self.rows):,} pairs under {self.folder.name}, each process with the"
+                f" whole model: {len(waiting):,} of {len(batches):,} batches to do"
+            )
+            self.fill(logprobs_N2, waiting, tokenizer)
+        require_no_holes(logprobs_N2, self.file)
+        return np.split(logprobs_N2, np.cumsum([len(pairs) for pairs in self.pairs])[:-1])
+
+    def start(self) -> NDArray[np.float64]:
+        """What an earlier run has computed, -inf where it has not. Writes the file at its full size, before any work."""
+        if self.file.exists():
+            found: NDArray[np.float64] = np.load(self.file, allow_pickle=False)
+            if found.shape == (len(self.rows), 2):
+                return found
+        empty = np.full((len(self.rows), 2), -np.inf)
+        self.save(empty)
+        return empty
+
+    def save(self, logprobs_N2: NDArray[np.float64]) -> None:
+        require_room(self.ctx.work, logprobs_N2.nbytes + 2**20, "the reference log-probabilities")
+        temporary = self.file.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, logprobs_N2)
+        sync(temporary)
+        temporary.replace(self.file)
+
+    def batches(self) -> list[NDArray[np.int64]]:
+        """The pairs of each forward pass, those of like length together, the longest first.
+
+        The same whatever the number of processes, and whatever an earlier run has done: padding shows in the last bits.
+        """
+        longest_N = np.concatenate([pairs.sequence_lengths.max(axis=1) for pairs in self.pairs])
+        order = np.argsort(-longest_N, kind="stable")
+        size = self.ctx.resources.micro_batch_size or 8
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def fill(
+        self, logprobs_N2: NDArray[np.float64], waiting: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Computes the waiting batches, each process its share, in place; saves at every twentieth part of the way."""
+        world = self.ctx.world
+        device = join_processes(self.ctx)
+        model = load_model(AutoModelForCausalLM, self.folder)
+        require_vocabulary(model, tokenizer)
+        # As the training engine will hold the policy: DeepSpeed rounds the weights, else only the arithmetic is rounded.
+        rounded = self.ctx.resources.deepspeed is not None
+        model.to(device, DTYPES[self.precision] if rounded else torch.float32).eval()
+        rounding = torch.autocast(device.type, DTYPES[self.precision], enabled=not rounded and self.precision != "fp32")
+        collate = collate_pairs(padding_of(tokenizer))
+        rounds = math.ceil(len(waiting) / world.size)
+        for number in range(rounds):
+            stop = any_process(self.ctx.stop_requested())
+            if stop or (number and number % max(1, rounds // 20) == 0):
+                self.exchange(logprobs_N2)
+                from_main(lambda: self.save(logprobs_N2))
+                self.ctx.journal.write("progress", what="reference log-probabilities", done=number, total=rounds)
+            if stop:
+                raise Preempted
+            mine = number * world.size + world.rank
+            if mine < len(waiting):
+                indices = waiting[mine]
+                batch = {n: t.to(device) for n, t in collate([self.row(index) for index in indices]).items()}
+                with torch.no_grad(), rounding:
+                    logp_2N = answer_logprobs(model, batch)
+                logprobs_N2[indices] = logp_2N.double().cpu().numpy().reshape(2, -1).T
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.exchange(logprobs_N2)
+        from_main(lambda: self.save(logprobs_N2))
+
+    def exchange(self, logprobs_N2: NDArray[np.float64]) -> None:
+        """Brings together what the processes have filled: where only one is no longer at -inf, that one counts."""
+        logprobs_N2[:] = np.maximum.reduce(from_all(logprobs_N2))
+
+
+def require_no_holes(logprobs_N2: NDArray[np.float64], file: Path) -> None:
+    """Raises `ArtifactError` if the log-probability of any answer was not computed, or is not finite."""
+    holes = np.flatnonzero(~np.isfinite(logprobs_N2).all(axis=1))
+    if len(holes):
+        raise ArtifactError(
+            Problem(
+                str(file),
+                f"has no reference log-probability for {len(holes):,} of {len(logprobs_N2):,} pairs,"
+                f" the first of them {holes[:5].tolist()}",
+                "The reference model gives an answer the probability 0, or values that are not finite: check its weights.",
+            )
+        )
+
+
+def model_identity(folder: Path) -> str:
+    """The artifact's id; of a model from elsewhere a digest of its files."""
+    if (folder / MANIFEST).exists():
+        return read_manifest(folder).artifact_id
+    digest = hashlib.sha256()
+    for path in files_below(folder):
+        if path.suffix in (".json", ".safetensors"):
+            digest.update(f"{path.relative_to(folder)} {digest_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_pairs(model: str, precision: str, data: Sequence[Pairs]) -> str:
+    """Changes with the model and with every token of every pair."""
+    digest = hashlib.sha256(f"{model} {precision} {[len(pairs) for pairs in data]}".encode())
+    for pairs in data:
+        for row in pairs:
+            for name in ("chosen_ids", "chosen_answer", "rejected_ids", "rejected_answer"):
+                digest.update(len(row[name]).to_bytes(8, "little"))
+                digest.update(row[name].tobytes())
+    return digest.hexdigest()

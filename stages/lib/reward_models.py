@@ -1,0 +1,192 @@
+"""Reward models: a causal model's body under a head that gives a whole chat one number.
+
+The head reads the last token of the chat. Hugging Face classes find it by looking for the last id that is not the padding
+id, so a padding id that can end a chat would make them read the wrong place: `choose_padding` sees to it that none can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from pipeline.artifact import MANIFEST, read_manifest
+from pipeline.errors import ArtifactError, Problem
+from stages.lib.chat_template import Messages, encode_chat
+from stages.lib.models import load_model, read_config
+from stages.lib.tokenization import load_tokenizer
+
+HEAD_TYPE = "reward"
+
+FIXED_PROMPTS: dict[str, Messages] = {
+    "greeting": [
+        {"role": "user", "content": "Good morning! How are you?"},
+        {"role": "assistant", "content": "Good morning! I am well, thank you. What can I do for you?"},
+    ],
+    "arithmetic": [
+        {"role": "system", "content": "You answer briefly."},
+        {"role": "user", "content": "What is seven times eight?"},
+        {"role": "assistant", "content": "56"},
+    ],
+    "two_turns": [
+        {"role": "user", "content": "Name a large river."},
+        {"role": "assistant", "content": "The Nile."},
+        {"role": "user", "content": "And where does it end?"},
+        {"role": "assistant", "content": "I do not care. Look it up yourself."},
+    ],
+}
+"""Chats whose scores stand in every reward model's manifest. Changing one means raising the reward stage's version."""
+
+SCORE_TOLERANCE = 0.01
+"""How far a score may be from the manifest's, relative to it where it is above 1. Devices and libraries differ by far
+less; a head that was not loaded, or other special tokens, by far more."""
+
+
+def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
+    """The causal model in `folder` as a model with one score per sequence. Only the head is new, and random.
+
+    Raises `ArtifactError` if anything else of the model is not in the folder, or no such model exists for its type.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of the head's weights, in the words of a warning
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            num_labels=1,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        kind = read_config(folder).get("model_type")
+        raise ArtifactError(
+            Problem(
+                str(folder),
+                f"transformers has no sequence classifier for {kind} models",
+                "Choose another architecture.",
+            )
+        ) from None
+    finally:
+        logging.set_verbosity(level)
+    holes = sorted(name for name in report["missing_keys"] if is_body(model, name))
+    holes += [str(key) for key in report.get("mismatched_keys", ())]
+    left_over = sorted(name for name in report["unexpected_keys"] if is_body(model, name))
+    if holes or left_over:
+        what = (
+            f"does not hold the weights {', '.join(holes[:3])}"
+            if holes
+            else f"has no use for {', '.join(left_over[:3])}"
+        )
+        raise ArtifactError(
+            Problem(str(folder), f"its body would not be loaded whole: it {what}", "Name a causal model.")
+        )
+    model.config.num_labels = 1
+    set_padding(model, padding_id)
+    return model
+
+
+def is_body(model: PreTrainedModel, name: str) -> bool:
+    return name.startswith(f"{model.base_model_prefix}.")
+
+
+def set_padding(model: PreTrainedModel, padding_id: int) -> None:
+    model.config.pad_token_id = padding_id
+    model.config.get_text_config().pad_token_id = padding_id
+
+
+def choose_padding(tokenizer: PreTrainedTokenizerBase, last_ids: set[int]) -> int:
+    """The id to pad with: the tokenizer's own, or if it has none or texts end with it, another that no text ends with.
+
+    The tokenizer is told, so that it is published with the model. Raises `ArtifactError` if no special token is free.
+    """
+    free = {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and index not in last_ids
+    }
+    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *sorted(free)):
+        if token in free:
+            tokenizer.pad_token = token
+            return free[token]
+    raise ArtifactError(
+        Problem(
+            "tokenizer",
+            "has no special token to pad with: chats end with every one of them",
+            "Add a pad token to the tokenizer.",
+        )
+    )
+
+
+def scores(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One score per sequence, in float32."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return output.logits.squeeze(-1).float()
+
+
+@torch.inference_mode()
+def score_chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages]) -> list[float]:
+    """The score of each chat, each one in a forward pass of its own, so that no other decides its last bits."""
+    found = []
+    for chat in chats:
+        ids = torch.tensor([encode_chat(tokenizer, chat).input_ids], device=model.device)
+        found.append(float(scores(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]))
+    return found
+
+
+def fixed_prompt_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Name -> score of each of `FIXED_PROMPTS`."""
+    return dict(zip(FIXED_PROMPTS, score_chats(model, tokenizer, list(FIXED_PROMPTS.values())), strict=True))
+
+
+def load_reward_model(
+    folder: Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a reward model, in float32, ready for inference.
+
+    Raises `ArtifactError` if the head or anything else would be new, if it gives more than one score, or if it does not
+    score the fixed prompts as its manifest says.
+    """
+    model = load_model(AutoModelForSequenceClassification, folder).to(device).eval()
+    tokenizer = load_tokenizer(folder)
+    problem = None
+    if model.config.num_labels != 1:
+        problem = f"gives {model.config.num_labels} scores, and a reward model gives one"
+    elif model.config.get_text_config().pad_token_id != tokenizer.pad_token_id or tokenizer.pad_token_id is None:
+        problem = "its config.json and its tokenizer do not name the same padding token"
+    if problem:
+        raise ArtifactError(Problem(str(folder), problem, "Name the artifact of a reward stage."))
+    if (folder / MANIFEST).exists():
+        require_scores(folder, model, tokenizer)
+    return model, tokenizer
+
+
+def require_scores(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ArtifactError` unless the model scores the fixed prompts as the manifest in `folder` says."""
+    facts = read_manifest(folder).facts
+    if facts.head_type != HEAD_TYPE:
+        raise ArtifactError(
+            Problem(str(folder), f"has a head of the type {facts.head_type}, not {HEAD_TYPE}", "Name a reward model.")
+        )
+    expected: dict[str, Any] = facts.fixed_prompt_scores or {}
+    found = fixed_prompt_scores(model, tokenizer)
+    if set(expected) != set(found):
+        raise ArtifactError(
+            Problem(str(folder), f"has scores for {sorted(expected)}, not for {sorted(found)}", "Train it again.")
+        )
+    for name, score in expected.items():
+        if not abs(found[name] - score) <= SCORE_TOLERANCE * max(1.0, abs(score)):
+            raise ArtifactError(
+                Problem(
+                    str(folder),
+                    f"scores the fixed prompt {name} with {found[name]:.4f}; when it was published it was {score:.4f}",
+                    "Its weights, its head or its tokenizer are not those that were trained: train it again.",
+                )
+            )

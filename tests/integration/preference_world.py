@@ -1,0 +1,186 @@
+"""A tiny chat model, real preference pairs, and a way to run a stage in this process or in several.
+
+As a script, `torchrun ... preference_world.py SPEC.json` runs one stage in each process, as the worker would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import Checkpoints
+from pipeline.journal import Journal
+from pipeline.recipe import Resources
+from pipeline.stage import Context, Result, Stage, World
+from tests.integration.tiny_language_model import asked, make_tokenizer, real_data, said, write_split
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class PreferenceWorld:
+    """Folders: a model that has learned nothing yet, and preferences of which two training pairs are of no use."""
+
+    model: Path
+    preferences: Path
+    tokenizer: Any
+
+
+def make_preference_world(folder: Path, *, num_pairs: int = 120, heldout: int = 40) -> PreferenceWorld:
+    """A Llama of two layers with attention dropout, and polite and rude answers to the same questions."""
+    rows = json.loads(real_data("preferences/polite_rude_1100.json").read_text(encoding="utf-8"))[:num_pairs]
+    tokenizer = make_tokenizer([row["output"] for row in rows], vocabulary_size=600)
+    pairs = [
+        {
+            "prompt": asked(row),
+            "chosen": [said(row["chosen"])],
+            "rejected": [said(row["rejected"])],
+            "source": "short" if len(row["chosen"]) < 80 else "long",
+        }
+        for row in rows
+    ]
+    same = {**pairs[-1], "rejected": pairs[-1]["chosen"]}
+    too_long = {**pairs[-2], "chosen": [said(pairs[-2]["chosen"][0]["content"] * 40)]}
+    preferences = write_split(folder / "preferences", [*pairs, same, too_long], heldout=heldout)
+    return PreferenceWorld(make_model(folder / "model", tokenizer), preferences, tokenizer)
+
+
+def make_model(folder: Path, tokenizer: Any, *, hidden: int = 48, seed: int = 0, **config: Any) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    options = {
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "attention_dropout": 0.1,
+        "tie_word_embeddings": True,
+    }
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**options, **ids, **config})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tokenized(rows: Iterable[dict[str, Any]], tokenizer: Any, folder: Path, max_length_tokens: int = 512) -> Any:
+    """The rows as `Pairs`, kept in `folder`."""
+    from stages.lib.preferences import Pairs, Part
+
+    part = Part()
+    for index, row in enumerate(rows):
+        part.add(index, row, tokenizer, max_length_tokens)
+    part.write(folder)
+    return Pairs([folder])
+
+
+def run(
+    stage: Stage,
+    inputs: Mapping[str, Path],
+    params: Mapping[str, Any],
+    folder: Path,
+    *,
+    resources: Mapping[str, Any] | None = None,
+    world: World | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    seed: int = 0,
+) -> tuple[Result, Context]:
+    """Runs the stage in `folder`, from the newest checkpoint in it if there is one."""
+    world = world or World()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    context = Context(
+        inputs=inputs,
+        out=folder / "out",
+        work=folder,
+        resume=checkpoints.newest().path,
+        checkpoints=checkpoints,
+        seed=seed,
+        resources=Resources(**{"device": "cpu", "threads": 1, "log_every_steps": 1, **(resources or {})}),
+        journal=Journal(folder / "journal.jsonl", writes=world.is_main),
+        world=world,
+        stop_requested=stop_requested,
+    )
+    context.out.mkdir(parents=True, exist_ok=True)
+    return stage.run(context, stage.params(**params)), context
+
+
+def stage_named(kind: str) -> Stage:
+    """By name, for the script."""
+    if kind == "distill":
+        from stages.compression.distill import STAGE
+
+        return STAGE
+    from stages.alignment import dpo, reward
+
+    return {"dpo": dpo.STAGE, "reward": reward.STAGE}[kind]
+
+
+def run_in_processes(
+    kind: str,
+    inputs: Mapping[str, Path],
+    params: Mapping[str, Any],
+    folder: Path,
+    processes: int,
+    deepspeed: str | None,
+) -> dict[str, Any]:
+    """Runs the stage under torchrun; returns its metrics, facts and the losses of its steps."""
+    folder.mkdir(parents=True)
+    spec = {
+        "kind": kind,
+        "inputs": {role: str(path) for role, path in inputs.items()},
+        "params": dict(params),
+        "folder": str(folder),
+        "resources": {"launcher": "torchrun", "processes": processes, "deepspeed": deepspeed},
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    ended = subprocess.run(
+        [sys.executable, *command, __file__, str(folder / "spec.json")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:]
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def main() -> None:
+    from stages.lib.distributed import leave_processes
+
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    folder = Path(spec["folder"])
+    inputs = {role: Path(path) for role, path in spec["inputs"].items()}
+    result, context = run(
+        stage_named(spec["kind"]), inputs, spec["params"], folder, resources=spec["resources"], world=world
+    )
+    if world.is_main:
+        losses = [event["loss"] for event in context.journal.events("step")]
+        found = {"metrics": dict(result.metrics), "facts": result.facts.model_dump(), "losses": losses}
+        (folder / "result.json").write_text(json.dumps(found))
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The reward stage on a tiny model and real pairs, and what a reward model's loader refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pipeline.artifact import MANIFEST, Facts, Kind, Manifest
+from pipeline.errors import ArtifactError, DataError
+from pipeline.stage import Context, Estimate, Forecast, Result
+from stages.alignment.reward import STAGE, RewardParams
+from stages.lib.chat_template import encode_chat
+from stages.lib.preferences import collate_pairs
+from stages.lib.reward_models import (
+    FIXED_PROMPTS,
+    add_reward_head,
+    choose_padding,
+    fixed_prompt_scores,
+    load_reward_model,
+    scores,
+)
+from stages.lib.rows import read_rows, write_rows
+from tests.integration.preference_world import (
+    PreferenceWorld,
+    make_model,
+    make_preference_world,
+    run,
+    run_in_processes,
+    tokenized,
+)
+
+TRAINING: dict[str, Any] = {"global_batch_size": 8, "learning_rate": 3e-3, "max_length_tokens": 256}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> PreferenceWorld:
+    return make_preference_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def trained(world: PreferenceWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Context]:
+    # Measured on what it was trained on: that a tiny model learns the pairs shows that the objective is the right one.
+    same = tmp_path_factory.mktemp("same")
+    shutil.copy(world.preferences / "train.jsonl", same / "train.jsonl")
+    shutil.copy(world.preferences / "train.jsonl", same / "heldout.jsonl")
+    folder = tmp_path_factory.mktemp("reward")
+    return run(STAGE, {"model": world.model, "preferences": same}, {**TRAINING, "max_steps": 60}, folder)
+
+
+def test_it_learns_the_pairs(trained: tuple[Result, Context]) -> None:
+    metrics = trained[0].metrics
+    assert metrics["heldout_accuracy"] > 0.95 > metrics["heldout_accuracy_base"]
+    assert metrics["heldout_loss"] < 0.5 * metrics["heldout_loss_base"]
+    assert metrics["heldout_margin"] > 1
+    assert metrics["heldout_accuracy_random"] == 0.5
+
+
+def test_accuracies_of_the_categories_make_up_the_whole(
+    trained: tuple[Result, Context], world: PreferenceWorld
+) -> None:
+    """80 pairs are kept on the held-out side: the accuracy is the mean of the categories', weighted by their pairs."""
+    rows = list(read_rows(world.preferences / "train.jsonl"))[:-2]
+    short = sum(row["source"] == "short" for row in rows)
+    metrics = trained[0].metrics
+    mean = (metrics["heldout_accuracy_of_short"] * short + metrics["heldout_accuracy_of_long"] * (80 - short)) / 80
+    assert len(rows) == 80
+    assert metrics["heldout_accuracy"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_dropped_pairs_are_counted(trained: tuple[Result, Context]) -> None:
+    """82 pairs on either side; on each one is the same twice, and one has an answer 40 times as long."""
+    result, context = trained
+    ledger = json.loads((context.out / "ledger.json").read_text())
+    assert (ledger["read"], ledger["kept"]) == (164, 160)
+    assert {reason: entry["count"] for reason, entry in ledger["dropped"].items()} == {
+        "chosen_equals_rejected": 2,
+        "too_long": 2,
+    }
+    assert all(len(entry["examples"]) == entry["count"] for entry in ledger["dropped"].values())
+    assert result.facts.dropped_rows == {"chosen_equals_rejected": 2, "too_long": 2}
+
+
+def test_the_published_model_is_complete(trained: tuple[Result, Context], world: PreferenceWorld) -> None:
+    result, context = trained
+    model, report = AutoModelForSequenceClassification.from_pretrained(context.out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id == world.tokenizer.pad_token_id == result.facts.pad_token_id
+    assert result.facts.head_type == "reward"
+    assert result.facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    loaded, tokenizer = load_reward_model(context.out)
+    assert fixed_prompt_scores(loaded, tokenizer) == result.facts.fixed_prompt_scores
+    assert set(result.facts.fixed_prompt_scores or {}) == set(FIXED_PROMPTS)
+
+
+def test_the_body_is_the_causal_models(world: PreferenceWorld) -> None:
+    head = add_reward_head(world.model, padding_id=2)
+    causal = AutoModelForCausalLM.from_pretrained(world.model)
+    for name, weights in causal.model.state_dict().items():
+        assert torch.equal(weights, head.model.state_dict()[name]), name
+    assert list(head.score.weight.shape) == [1, 48]
+
+
+def test_a_model_with_a_hole_in_its_body_is_refused(world: PreferenceWorld, tmp_path: Path) -> None:
+    broken = shutil.copytree(world.model, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    del state["model.layers.1.mlp.down_proj.weight"]
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        add_reward_head(broken, padding_id=2)
+
+
+def with_manifest(folder: Path, context: Context, facts: Facts) -> Path:
+    copy = shutil.copytree(context.out, folder)
+    manifest = Manifest(
+        artifact_id="0" * 64,
+        artifact_kind=Kind.REWARD_MODEL,
+        stage="reward",
+        stage_version=1,
+        step="reward",
+        recipe="test",
+        seed=0,
+        params={},
+        input_ids={},
+        files={},
+        facts=facts,
+        created_at="2026-01-01T00:00:00Z",
+        wall_seconds=1.0,
+        device="cpu",
+        world_size=1,
+    )
+    (copy / MANIFEST).write_text(manifest.model_dump_json())
+    return copy
+
+
+def without_head(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state["score.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_another_head(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["score.weight"] = -state["score.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_another_padding(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (without_head, r"score\.weight"),
+        (with_another_head, "scores the fixed prompt"),
+        (with_another_padding, "padding token"),
+    ],
+)
+def test_the_loader_refuses(
+    damage: Callable[[Path], None], complaint: str, trained: tuple[Result, Context], tmp_path: Path
+) -> None:
+    """The same folder opens before the damage, so that it is the damage that is refused."""
+    result, context = trained
+    copy = with_manifest(tmp_path / "copy", context, result.facts)
+    load_reward_model(copy)
+    damage(copy)
+    with pytest.raises(ArtifactError, match=complaint):
+        load_reward_model(copy)
+
+
+def test_the_loader_refuses_a_classifier(trained: tuple[Result, Context], tmp_path: Path) -> None:
+    facts = trained[0].facts.model_copy(update={"head_type": "sequence_classification"})
+    with pytest.raises(ArtifactError, match="sequence_classification"):
+        load_reward_model(with_manifest(tmp_path / "copy", trained[1], facts))
+
+
+@pytest.mark.parametrize("padding", ["<pad>", "</s>", "<|end|>"])
+def test_scores_are_read_at_the_last_token(padding: str, world: PreferenceWorld, tmp_path: Path) -> None:
+    """score = w . h at the last position of the mask, for sequences of different lengths, with the padding id in the text.
+
+    With <|end|>, which ends every chat, as padding token another one is chosen; else the last position would be missed.
+    """
+    tokenizer = world.tokenizer.__class__.from_pretrained(world.model)
+    tokenizer.pad_token = padding
+    chats = list(read_rows(world.preferences / "heldout.jsonl"))[:6]
+    rows = list(tokenized(chats, tokenizer, tmp_path / "pairs"))
+    for row in rows:
+        row["chosen_ids"] = np.array(row["chosen_ids"])
+        row["chosen_ids"][3] = tokenizer.pad_token_id
+    last = tokenized(chats, tokenizer, tmp_path / "pairs").last_ids()
+    assert last == {tokenizer.convert_tokens_to_ids("<|end|>")}
+    padding_id = choose_padding(tokenizer, last)
+    assert padding_id == tokenizer.pad_token_id
+    assert (tokenizer.pad_token == padding) == (padding != "<|end|>")
+
+    torch.manual_seed(0)
+    model = add_reward_head(world.model, padding_id).eval()
+    batch = collate_pairs(padding_id)(rows)
+    assert len(set(batch["attention_mask"].sum(1).tolist())) > 1, "some sequences are padded"
+    with torch.no_grad():
+        found = scores(model, batch)
+        hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        last_positions = batch["attention_mask"].sum(1) - 1
+        expected = hidden[torch.arange(len(hidden)), last_positions] @ model.score.weight[0]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_chat_scores_alike_alone_and_in_a_batch(
+    trained: tuple[Result, Context], world: PreferenceWorld, tmp_path: Path
+) -> None:
+    model, tokenizer = load_reward_model(trained[1].out)
+    row = next(read_rows(world.preferences / "heldout.jsonl"))
+    longer = {**row, "rejected": [{"role": "assistant", "content": row["rejected"][0]["content"] * 3}]}
+    pairs = list(tokenized([longer], tokenizer, tmp_path))
+    ids = encode_chat(tokenizer, [*row["prompt"], *row["chosen"]]).input_ids
+    with torch.no_grad():
+        together = scores(model, collate_pairs(tokenizer.pad_token_id)(pairs))[0]
+        alone = scores(model, {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))})[0]
+    assert float(together) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_a_tokenizer_without_a_free_special_token_is_refused(world: PreferenceWorld) -> None:
+    special = {index for index, token in world.tokenizer.added_tokens_decoder.items() if token.special}
+    with pytest.raises(ArtifactError, match="pad"):
+        choose_padding(world.tokenizer, special)
+
+
+def test_no_usable_pair_is_an_error(world: PreferenceWorld, tmp_path: Path) -> None:
+    row = next(read_rows(world.preferences / "train.jsonl"))
+    preferences = tmp_path / "preferences"
+    preferences.mkdir()
+    for split in ("train", "heldout"):
+        write_rows(preferences / f"{split}.jsonl", [{**row, "rejected": row["chosen"]}])
+    with pytest.raises(DataError, match="chosen_equals_rejected"):
+        run(STAGE, {"model": world.model, "preferences": preferences}, {**TRAINING, "max_steps": 1}, tmp_path / "run")
+
+
+def test_the_plan_knows_parameters_and_positions(trained: tuple[Result, Context], world: PreferenceWorld) -> None:
+    """A tied Llama of 600 x 48 embeddings gains a head of 48; an untied one also loses 600 x 48."""
+    architecture = json.loads((world.model / "config.json").read_text())
+    causal = AutoModelForCausalLM.from_pretrained(world.model)
+    known = Estimate(parameters=causal.num_parameters(), architecture=architecture)
+    context = trained[1]
+    forecast = Forecast(RewardParams(**TRAINING, max_steps=1), context.resources, {"model": known})
+    estimate = STAGE.estimate(forecast)
+    assert estimate.parameters == trained[0].facts.parameters
+    assert STAGE.check(forecast) == []
+    long = Forecast(
+        RewardParams(**{**TRAINING, "max_length_tokens": 513}, max_steps=1), context.resources, {"model": known}
+    )
+    assert [problem.where for problem in STAGE.check(long)] == ["params.max_length_tokens"]
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero3_train_what_one_trains(world: PreferenceWorld, tmp_path: Path) -> None:
+    """The same pairs in the same steps, so the same held-out numbers, up to the rounding of sums in another order.
+
+    Without dropout, which is drawn anew for each micro batch.
+    """
+    model = make_model(tmp_path / "model", world.tokenizer, attention_dropout=0.0)
+    inputs = {"model": model, "preferences": world.preferences}
+    params = {**TRAINING, "max_steps": 4, "learning_rate": 1e-3}
+    alone, context = run(STAGE, inputs, params, tmp_path / "alone")
+    together = run_in_processes("reward", inputs, params, tmp_path / "together", 2, "zero3")
+    steps = [event["loss"] for event in context.journal.events("step")]
+    assert together["losses"] == pytest.approx(steps, rel=1e-5)
+    assert set(together["metrics"]) == set(alone.metrics)
+    for name, value in alone.metrics.items():
+        assert together["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    for name, value in (alone.facts.fixed_prompt_scores or {}).items():
+        assert together["facts"]["fixed_prompt_scores"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
