@@ -175,7 +175,8 @@ def report(ctx: Context, ledger: Ledger) -> None:
     """Tells the user what was kept and why the rest was not."""
     ctx.journal.note(f"kept {ledger.kept:,} of {ledger.read:,} rows ({ledger.kept / ledger.read:.1%})")
     for reason, count in ledger.dropped.most_common():
-        ctx.journal.note(f"dropped {count:,}: {reason} (for example {ledger.examples[reason][0][:100]})")
+        example = " ".join(ledger.examples[reason][0][:100].split())
+        ctx.journal.note(f"dropped {count:,}: {reason} (for example {example})")
     for reason, count in ledger.repaired.most_common():
         ctx.journal.note(f"repaired {count:,}: {reason}")
     if damaged := ledger.dropped["damaged_file"]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.strict import documentation
 from stages.lib.conversion import REASONS, REPAIRS, Conversion, Dropped
 from stages.lib.formats import LAYOUTS, convert_record
 from stages.lib.rows import FORMATS
+from stages.lib.sources import LaidOutSource
 from tests.unit.running_stages import SHARED_DATA, needs_shared_data, read_files
 
 Row = dict[str, Any]
@@ -636,3 +638,10 @@ def test_first_rows_of_real_files(tmp_path: Path) -> None:
     assert [m["content"] for m in history[longest]["messages"][:4]] == [
         text for pair in raw[longest]["history"] for text in pair
     ]
+
+
+def test_the_documentation_of_layout_names_every_layout() -> None:
+    """`slipway stages clean` prints it, and a recipe's author finds the layouts there."""
+    documented = documentation(LaidOutSource)["layout"]
+    named = documented.partition(": ")[2].partition(".")[0].replace(" or ", ", ").split(", ")
+    assert sorted(named) == sorted(LAYOUTS)
