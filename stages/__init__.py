@@ -1,1 +1,27 @@
-"""The stages. A new one is a file `stages/<group>/<kind>.py` and a line here."""
+"""The stages, in the order of the pipeline. A new one is a file `stages/<group>/<kind>.py` and a line here."""
+
+from __future__ import annotations
+
+from pipeline.stage import Stage
+from stages.alignment import dpo, reward
+from stages.compression import quantize
+from stages.data import clean, mix, pack, tokenizer
+from stages.encoder import answer, classify, extract
+from stages.evaluation import evaluate
+from stages.language_model import pretrain, sft
+
+STAGES: dict[str, Stage] = {
+    "clean": clean.STAGE,
+    "mix": mix.STAGE,
+    "tokenizer": tokenizer.STAGE,
+    "pack": pack.STAGE,
+    "pretrain": pretrain.STAGE,
+    "sft": sft.STAGE,
+    "reward": reward.STAGE,
+    "dpo": dpo.STAGE,
+    "quantize": quantize.STAGE,
+    "evaluate": evaluate.STAGE,
+    "classify": classify.STAGE,
+    "extract": extract.STAGE,
+    "answer": answer.STAGE,
+}
