@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -71,7 +70,7 @@ def run(ctx: Context, params: PretrainParams) -> Result:
     from stages.lib.chat_template import special_ids
     from stages.lib.losses import TokenObjective, measure_tokens, token_metrics
     from stages.lib.masking import Masking
-    from stages.lib.models import initial_weights, load_model
+    from stages.lib.models import initial_weights, load_model, read_config
     from stages.lib.tokenization import (
         copy_tokenizer,
         load_tokenizer,
@@ -94,15 +93,15 @@ def run(ctx: Context, params: PretrainParams) -> Result:
 
     source = ctx.inputs.get("model")
     if source is None:
-        config = new_config(params, tokenizer, length)
-        source = initial_weights(ctx, lambda: build(auto_class, config))
+        new = new_config(params, tokenizer, length)
+        config = new.to_dict()
+        source = initial_weights(ctx, lambda: build(auto_class, new))
         if ctx.world.is_main:
             # Fails now, and not after training, if transformers opens another tokenizer beside this model's config.
             copy_tokenizer(folder, source)
     else:
         require_same_tokenizer(source, folder, "inputs.model")
-
-    config = read_model_config(source)
+        config = read_config(source)
     if causal:
         collate = heldout_collate = collate_causal(isolate=params.isolate_documents)
     else:
@@ -384,12 +383,6 @@ def build(auto_class: Any, config: PreTrainedConfig) -> Any:
         raise RecipeError(
             Problem("params.architecture.model_type", str(error).splitlines()[0], "Choose another.")
         ) from error
-
-
-def read_model_config(folder: Path) -> dict[str, Any]:
-    from stages.lib.models import read_config
-
-    return read_config(folder)
 
 
 def first_position(config: Mapping[str, Any]) -> int:

@@ -224,7 +224,6 @@ SAME_FIELDS = {
     "num_hidden_layers": ("n_layer", "n_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
     "max_position_embeddings": ("n_positions",),
-    "intermediate_size": ("n_inner", "hidden_dim"),
 }
 """Names that transformers takes for a field besides the family's own, both ways."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.artifact import canonical_json, digest_bytes, digest_file
 from pipeline.errors import DataError, Preempted, Problem
 from pipeline.stage import Context
 from stages.lib.chat_template import fit_chat
@@ -25,6 +26,7 @@ from stages.lib.distributed import any_process, barrier, from_main, join_process
 from stages.lib.ledger import Ledger
 from stages.lib.losses import TARGETS, next_tokens
 from stages.lib.rows import read_rows
+from stages.lib.tokenization import chat_template_digest, tokenizer_digest
 from stages.lib.training import Collate, Tensors
 
 CHATS_PER_ROUND = 256
@@ -119,7 +121,8 @@ def tokenize_chats(
     """
     join_processes(ctx)
     world = ctx.world
-    folders = [ctx.work / f"chats-{path.stem}-{rank}-of-{world.size}" for rank in range(world.size)]
+    key = from_main(lambda: digest_of(path, tokenizer, max_length_tokens))
+    folders = [ctx.work / "chats" / f"{path.stem}-{key}-{rank}-of-{world.size}" for rank in range(world.size)]
     mine = folders[world.rank]
     if not from_main(lambda: all(folder.exists() for folder in folders)):
         rows = list(read_rows(path))
@@ -145,6 +148,12 @@ def tokenize_chats(
             )
         )
     return chats, ledger
+
+
+def digest_of(path: Path, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> str:
+    """Changes with the rows, with what makes tokens of them, and with where they are cut."""
+    parts = [digest_file(path), tokenizer_digest(tokenizer), chat_template_digest(tokenizer), max_length_tokens]
+    return digest_bytes(canonical_json(parts))[:12]
 
 
 def read_ledger(folders: Sequence[Path]) -> Ledger:

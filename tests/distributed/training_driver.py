@@ -1,0 +1,120 @@
+"""Runs jobs one after the other in this process: `python training_driver.py JOBS.json`, alone or under torchrun.
+
+A stand-in for the worker: it builds a Context, runs the stage and writes what it returned. It can also make the process
+kill itself, or be asked to stop, at a given step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoints import Checkpoints
+from pipeline.errors import Preempted
+from pipeline.journal import Journal
+from pipeline.recipe import Resources
+from pipeline.stage import Context, World
+from stages.lib import distributed, training
+
+WORLD = World(
+    rank=int(os.environ.get("RANK", "0")),
+    size=int(os.environ.get("WORLD_SIZE", "1")),
+    local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+)
+IS_LAST = WORLD.rank == WORLD.size - 1
+
+
+UNWATCHED = (training.SlipwayTrainer.compute_loss, training.SlipwayTrainer.heldout, torch.save)
+
+
+class Steps:
+    """The step that training is in, seen from outside."""
+
+    now = 0
+    measured = -1
+    """The step that is being measured on held-out rows."""
+
+
+def watch(job: dict[str, Any]) -> None:
+    """Lets this process die where the job says so."""
+    compute_loss, heldout, save = UNWATCHED
+    die = job["die"] or {}
+
+    def watched_loss(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        Steps.now = self.state.global_step + 1
+        if IS_LAST and die.get("during") == "step" and Steps.now == die["step"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute_loss(self, *arguments, **options)
+
+    def watched_heldout(self: Any) -> dict[str, float]:
+        Steps.measured = self.state.global_step
+        return heldout(self)
+
+    def watched_save(value: Any, file: Any, *arguments: Any, **options: Any) -> None:
+        if IS_LAST and die.get("during") == "checkpoint" and f"checkpoint-{die['step']}/" in str(file):
+            whole = io.BytesIO()
+            save(value, whole)
+            Path(file).write_bytes(whole.getvalue()[: whole.tell() // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(value, file, *arguments, **options)
+
+    training.SlipwayTrainer.compute_loss = watched_loss  # type: ignore[method-assign]
+    training.SlipwayTrainer.heldout = watched_heldout  # type: ignore[method-assign]
+    torch.save = watched_save
+
+
+def run(job: dict[str, Any]) -> None:
+    work = Path(job["work"])
+    out = work / "out"
+    checkpoints = Checkpoints(work / "checkpoints")
+    Steps.now, Steps.measured = 0, -1
+    watch(job)
+    if WORLD.is_main:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        checkpoints.folder.mkdir(exist_ok=True)
+        checkpoints.discard_after(checkpoints.newest().step)
+    distributed.barrier()  # the first job has nothing to discard
+    stage = importlib.import_module(job["kind"]).STAGE
+    stop = job["stop"] or {}
+
+    def stop_requested() -> bool:
+        late = Steps.now >= stop.get("step", sys.maxsize)
+        return IS_LAST and (late or Steps.measured == stop.get("heldout_at_step"))
+
+    context = Context(
+        inputs={role: Path(path) for role, path in job["inputs"].items()},
+        out=out,
+        work=work,
+        resume=checkpoints.newest().path,
+        checkpoints=checkpoints,
+        seed=job["seed"],
+        resources=Resources(**{"device": "cpu", "threads": 1, "processes": WORLD.size, **job["resources"]}),
+        journal=Journal(work / "journal.jsonl", writes=WORLD.is_main),
+        world=WORLD,
+        stop_requested=stop_requested,
+    )
+    try:
+        result = stage.run(context, stage.params(**job["params"]))
+    except Preempted:
+        if WORLD.is_main:
+            (work / "preempted").touch()
+        return
+    if WORLD.is_main:
+        content = {"metrics": dict(result.metrics), "facts": result.facts.model_dump()}
+        (work / "result.json").write_text(json.dumps(content))
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_bytes()):
+        run(job)
+    distributed.leave_processes()
