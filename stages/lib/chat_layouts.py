@@ -278,8 +278,8 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
             raise Dropped("identical_pair")
         require_order(chosen)
         require_order(rejected)
-        prompt, chosen, rejected = split_at_difference(chosen, rejected)
-        return preference(with_system(prompt, system_text(row)), chosen["content"], rejected["content"])
+        prompt, better, worse = split_at_difference(chosen, rejected)
+        return preference(with_system(prompt, system_text(row)), better["content"], worse["content"])
     if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
     prompt = prompt_of(row, conversion)

@@ -56,7 +56,7 @@ def split(sources: list[SourceRows], fraction: float, most: int | None, ledger: 
     contents: set[bytes] = set()
     shared: set[bytes] = set()
     for source in sources:
-        repeated = []
+        repeated: list[SourceRow] = []
         for row in source.rows:
             if row.rank < fraction:
                 (repeated if row.content in contents else source.heldout).append(row)
@@ -64,7 +64,7 @@ def split(sources: list[SourceRows], fraction: float, most: int | None, ledger: 
                 shared.add(row.shared)
         drop(ledger, "held_out_twice", source, repeated)
     for source in sources:
-        leaking = []
+        leaking: list[SourceRow] = []
         for row in source.rows:
             if row.rank >= fraction:
                 leaks = row.content in contents or row.shared in shared

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import DataError, Problem
+from stages.lib.arrow_reader import read_dataset, read_hub
 from stages.lib.conversion import REASONS, Conversion, Dropped
+from stages.lib.file_lines import Broken, Limits
 from stages.lib.formats import convert_record
 from stages.lib.ledger import Ledger
-from stages.lib.readers import Broken, Limits, read_dataset, read_files, read_hub
+from stages.lib.readers import read_files
 from stages.lib.rows import Row
 from stages.lib.sources import DatasetSource, FilesSource, HubSource, LaidOutSource, PythonDocsSource
 
