@@ -158,7 +158,7 @@ def test_the_watch_kills_the_whole_session(tmp_path: Path) -> None:
 
     assert run_command(command, tmp_path / "log.txt", os.environ, watch) == -signal.SIGKILL
     assert time.monotonic() - started < 30
-    assert gone(int(marker.read_text()))
+    wait_until(lambda: gone(int(marker.read_text())))
 
 
 def test_the_watch_is_asked_once_more_after_the_end(tmp_path: Path) -> None:
