@@ -33,6 +33,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline.errors import ArtifactError, DataError, LaunchError, Preempted, Problem
 from pipeline.stage import Context
@@ -85,7 +86,7 @@ class Trained:
     steps: int
     parameters: int
     train_loss: float
-    """Mean training loss per unit since the last but one line of the journal."""
+    """Mean training loss per unit over the steps that the last line of the journal covers."""
 
 
 class StopRequested(Exception):
@@ -287,6 +288,8 @@ class SlipwayTrainer(Trainer):
             return
         run, step = self.run, self.state.global_step
         norm = float(logs.get("grad_norm") or 0.0)
+        if norm < 0:
+            norm = math.nan  # DeepSpeed says -1 for what is not finite
         skipped = run.params.precision == "fp16" and self.accelerator.optimizer_step_was_skipped
         if not math.isfinite(logs["loss"]) or not (math.isfinite(norm) or run.params.precision == "fp16"):
             what = "loss" if not math.isfinite(logs["loss"]) else "gradient norm"
@@ -309,7 +312,7 @@ class SlipwayTrainer(Trainer):
             total_steps=run.steps,
             loss=run.window.close(),
             learning_rate=logs["learning_rate"],
-            gradient_norm=norm,
+            gradient_norm=norm if math.isfinite(norm) else None,
             tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
             seconds=round(seconds, 3),
             **({"step_skipped": True} if skipped else {}),
@@ -472,12 +475,14 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=None if ctx.resume is None else str(ctx.resume))
         if run.stopping:
-            raise Preempted
+            raise Preempted(f"at step {trainer.state.global_step} of {steps}")
         after = trainer.heldout()
     except StopRequested:
-        raise Preempted from None
+        raise Preempted(f"while measuring, at step {trainer.state.global_step} of {steps}") from None
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     from_main(lambda: publish(trainer.model, state, tokenizer, ctx.out, precision=params.precision, stop_ids=stop_ids))
+    # Or a model that is read from now on would still be split over the processes by ZeRO-3.
+    unset_hf_deepspeed_config()
     assert run.before is not None
     return Trained(run.before, after, steps, run.parameters, run.window.last_mean)
 

@@ -109,7 +109,7 @@ def test_the_masked_loss_is_that_of_transformers() -> None:
     sums = measure_tokens(model, {"input_ids": ids_BT, TARGETS: targets_BT})
     assert int(sums["tokens"]) == 8
     theirs = model(input_ids=ids_BT, labels=targets_BT).loss
-    assert float(sums["nats"] / sums["tokens"]) == pytest.approx(float(theirs), rel=1e-6)
+    assert (sums["nats"] / sums["tokens"]).item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
 def test_log_probabilities_are_those_of_trl() -> None:
@@ -151,10 +151,10 @@ def test_a_packed_block_loses_what_its_documents_lose_alone(model_type: str) -> 
     packed = measure_tokens(model, collate([block(DOCUMENTS)]))
     alone = [measure_tokens(model, collate([block([each])])) for each in DOCUMENTS]
     assert int(packed["tokens"]) == sum(int(each["tokens"]) for each in alone) == 5 + 2 + 6
-    assert float(packed["nats"]) == pytest.approx(sum(float(each["nats"]) for each in alone), rel=1e-5)
+    assert packed["nats"].item() == pytest.approx(sum(each["nats"].item() for each in alone), rel=1e-5)
     mixed = measure_tokens(model, collate_causal(isolate=False)([block(DOCUMENTS)]))
     assert int(mixed["tokens"]) == 15
-    assert float(mixed["nats"]) != pytest.approx(float(packed["nats"]), rel=1e-3)
+    assert mixed["nats"].item() != pytest.approx(packed["nats"].item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)
@@ -172,7 +172,7 @@ def test_a_packed_block_of_an_encoder(model_type: str) -> None:
             "attention_mask": same_document(positions_BT)[:, None],
             TARGETS: ids_BT.masked_fill(positions_BT % 2 == 1, IGNORE),
         }
-        return float(measure_tokens(model, batch)["nats"])
+        return measure_tokens(model, batch)["nats"].item()
 
     assert loss(DOCUMENTS) == pytest.approx(sum(loss([each]) for each in DOCUMENTS), rel=1e-5)
 
