@@ -1,0 +1,138 @@
+"""A reader: an encoder under a head that points at the answer of a question in its context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from pipeline.artifact import Kind
+from pipeline.errors import DataError, Problem
+from pipeline.stage import Context, Result, Stage, accepts
+from stages.lib.encoder_params import check_encoder_task, estimate_encoder_task
+from stages.lib.training_params import TrainingParams
+
+if TYPE_CHECKING:
+    from stages.lib.windows import Question
+
+SPECIAL_TOKENS = 4
+"""The most that a tokenizer puts around and between question and context."""
+
+
+class AnswerParams(TrainingParams):
+    """How the reader is trained. One row is one window over a context; a long context has several."""
+
+    max_length_tokens: int = Field(default=384, ge=16)
+    """Tokens per window: the question, a part of the context, and special ones."""
+    stride_tokens: int = Field(default=128, ge=0)
+    """Tokens of the context that neighbouring windows share, so that an answer at a border is whole in one of them."""
+    max_question_tokens: int = Field(default=64, ge=1)
+    """Tokens of the question that are used. Longer ones lose their end, and are counted."""
+    max_answer_tokens: int = Field(default=30, ge=1)
+    """Tokens that an answer has at most. Answers of training may be longer."""
+    null_threshold: float | None = None
+    """How much better (in log-probability) "no answer" must score than the best answer for the question to stay unanswered. null: 0 if training has questions without answer, otherwise every question is answered."""
+
+    @model_validator(mode="after")
+    def windows_move_on(self) -> AnswerParams:
+        room = self.max_length_tokens - self.max_question_tokens - SPECIAL_TOKENS
+        if self.stride_tokens >= room:
+            raise ValueError(
+                f"stride_tokens {self.stride_tokens} must be below {room}, the room that max_length_tokens"
+                f" {self.max_length_tokens} leaves beside a question of max_question_tokens {self.max_question_tokens}"
+            )
+        return self
+
+
+def run(ctx: Context, params: AnswerParams) -> Result:
+    from transformers import AutoModelForQuestionAnswering
+
+    from stages.lib.encoders import add_head, facts_of, open_tokenizer, require_frame, require_length
+    from stages.lib.models import initial_weights, load_model
+    from stages.lib.reading import Reading, ReadingObjective, training_windows
+    from stages.lib.rows import read_rows
+    from stages.lib.training import train
+    from stages.lib.windows import read_question
+
+    encoder = ctx.inputs["encoder"]
+    require_length(encoder, params.max_length_tokens)
+    tokenizer = open_tokenizer(encoder, params.max_length_tokens)
+    frame = require_frame(tokenizer, pair=True)
+    train_questions, heldout_questions = (
+        [
+            read_question(
+                row,
+                tokenizer,
+                frame,
+                max_length=params.max_length_tokens,
+                stride=params.stride_tokens,
+                max_question=params.max_question_tokens,
+            )
+            for row in read_rows(ctx.inputs["questions"] / name)
+        ]
+        for name in ("train.jsonl", "heldout.jsonl")
+    )
+    if not any(question.references for question in train_questions):
+        raise DataError(
+            Problem("training rows", "hold no question with an answer", "There is nothing to learn to find.")
+        )
+    windows = [window for question in train_questions for window in training_windows(question)]
+    counts = {**count_questions(train_questions, "train"), **count_questions(heldout_questions, "heldout")}
+    said = ", ".join(f"{name.replace('_', ' ')} {count:,.0f}" for name, count in counts.items())
+    ctx.journal.note(f"{len(train_questions):,} training questions in {len(windows):,} windows; {said}")
+    null_threshold = params.null_threshold
+    if null_threshold is None and counts["train_questions_without_answer"]:
+        null_threshold = 0.0
+    task = Reading(tokenizer, heldout_questions, params.max_answer_tokens, null_threshold)
+
+    initial = initial_weights(ctx, lambda: add_head(AutoModelForQuestionAnswering, encoder))
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: load_model(AutoModelForQuestionAnswering, initial),
+        tokenizer=tokenizer,
+        data=windows,
+        collate=task.collate,
+        objective=ReadingObjective(),
+        evaluate=task.evaluate,
+    )
+    facts = facts_of(
+        tokenizer,
+        head_type="question_answering",
+        max_length_tokens=params.max_length_tokens,
+        precision=params.precision,
+        parameters=trained.parameters,
+        train_rows=len(train_questions),
+        heldout_rows=len(heldout_questions),
+        optimizer_steps=trained.steps,
+    )
+    return Result({**trained.after, **task.baselines(train_questions, ctx.seed), **counts}, facts)
+
+
+STAGE = Stage(
+    kind="answer",
+    version=1,
+    summary="a reader: an encoder under a head that points at the answer of a question in its context",
+    params=AnswerParams,
+    inputs={"encoder": accepts(Kind.ENCODER), "questions": accepts(Kind.QUESTIONS)},
+    output=Kind.READER,
+    run=run,
+    headline=("heldout_exact_match", "heldout_f1", "heldout_f1_random", "heldout_f1_first"),
+    distributed=True,
+    estimate=lambda forecast: estimate_encoder_task(forecast, None),
+    check=check_encoder_task,
+)
+
+
+def count_questions(questions: Sequence[Question], side: str) -> dict[str, float]:
+    """How many windows there are, and how many questions are shortened, unanswerable, or answered across a border."""
+    counts = {
+        "windows": sum(len(question.windows) for question in questions),
+        "questions_shortened": sum(question.shortened for question in questions),
+        "questions_without_answer": sum(not question.references for question in questions),
+        "answers_in_no_window": sum(
+            bool(question.references) and not any(question.has_answer) for question in questions
+        ),
+    }
+    return {f"{side}_{name}": float(count) for name, count in counts.items()}

@@ -1,0 +1,130 @@
+"""A classifier of texts: an encoder under a linear head, trained on labelled texts.
+
+What stands for a whole text is the architecture's to say: its first token (BERT), or the mean of its tokens (ModernBERT
+with `classifier_pooling: mean` in the config that it is pretrained with). A small encoder that has only ever filled gaps
+learns much faster with the mean.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.artifact import Kind
+from pipeline.errors import DataError, Problem
+from pipeline.stage import Context, Result, Stage, accepts
+from stages.lib.encoder_params import check_encoder_task, estimate_encoder_task
+from stages.lib.training_params import TrainingParams
+
+if TYPE_CHECKING:
+    from stages.lib.encoders import Frame
+
+
+class ClassifyParams(TrainingParams):
+    """How the classifier is trained. One row is one text."""
+
+    max_length_tokens: int = Field(default=256, ge=8)
+    """Tokens per text, special ones included. What is longer loses its end, and is counted."""
+
+
+def run(ctx: Context, params: ClassifyParams) -> Result:
+    from transformers import AutoModelForSequenceClassification
+
+    from stages.lib.classification import Classification, ClassificationObjective, baselines
+    from stages.lib.encoders import add_head, facts_of, open_tokenizer, require_frame, require_length
+    from stages.lib.models import initial_weights, load_model
+    from stages.lib.rows import read_rows
+    from stages.lib.training import train
+
+    encoder = ctx.inputs["encoder"]
+    require_length(encoder, params.max_length_tokens)
+    tokenizer = open_tokenizer(encoder, params.max_length_tokens)
+    frame = require_frame(tokenizer, pair=False)
+    train_rows = list(read_rows(ctx.inputs["labels"] / "train.jsonl"))
+    heldout_rows = list(read_rows(ctx.inputs["labels"] / "heldout.jsonl"))
+
+    train_labels, heldout_labels = ([row["label"] for row in rows] for rows in (train_rows, heldout_rows))
+    labels = sorted(set(train_labels))
+    if len(labels) < 2:
+        found = f"have no label but {labels[0]!r}" if labels else "there are none"
+        raise DataError(Problem("training rows", found, "A classifier needs at least two labels."))
+    # Labels that training never saw come after those it did: nothing is ever predicted to be one of them.
+    unseen = sorted(set(heldout_labels) - set(labels))
+    numbers = {label: number for number, label in enumerate([*labels, *unseen])}
+    train_texts, train_cut = encode_rows(train_rows, tokenizer, frame, params.max_length_tokens, numbers)
+    heldout_texts, heldout_cut = encode_rows(heldout_rows, tokenizer, frame, params.max_length_tokens, numbers)
+    task = Classification(tokenizer, len(labels), heldout_texts)
+    counts = {
+        "train_rows_truncated": float(train_cut),
+        "heldout_rows_truncated": float(heldout_cut),
+        "heldout_rows_with_unseen_label": float(sum(label in unseen for label in heldout_labels)),
+    }
+    said = ", ".join(f"{name.replace('_', ' ')} {count:,.0f}" for name, count in counts.items())
+    ctx.journal.note(
+        f"{len(labels)} labels; {len(train_rows):,} training and {len(heldout_rows):,} held-out rows; {said}"
+    )
+
+    initial = initial_weights(
+        ctx,
+        lambda: add_head(
+            AutoModelForSequenceClassification,
+            encoder,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: number for number, label in enumerate(labels)},
+            problem_type="single_label_classification",
+        ),
+    )
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: load_model(AutoModelForSequenceClassification, initial),
+        tokenizer=tokenizer,
+        data=train_texts,
+        collate=task.collate,
+        objective=ClassificationObjective(),
+        evaluate=task.evaluate,
+    )
+    facts = facts_of(
+        tokenizer,
+        head_type="sequence_classification",
+        max_length_tokens=params.max_length_tokens,
+        precision=params.precision,
+        parameters=trained.parameters,
+        labels=labels,
+        train_rows=len(train_rows),
+        heldout_rows=len(heldout_rows),
+        optimizer_steps=trained.steps,
+    )
+    return Result({**trained.after, **baselines(train_labels, heldout_labels), **counts}, facts)
+
+
+STAGE = Stage(
+    kind="classify",
+    version=1,
+    summary="a classifier of texts: an encoder under a linear head",
+    params=ClassifyParams,
+    inputs={"encoder": accepts(Kind.ENCODER), "labels": accepts(Kind.LABELS)},
+    output=Kind.CLASSIFIER,
+    run=run,
+    headline=("heldout_accuracy", "heldout_accuracy_majority", "heldout_accuracy_random", "heldout_macro_f1"),
+    distributed=True,
+    estimate=lambda forecast: estimate_encoder_task(forecast, "labels"),
+    check=check_encoder_task,
+)
+
+
+def encode_rows(
+    rows: list[dict], tokenizer: Any, frame: Frame, max_length: int, numbers: dict[str, int]
+) -> tuple[list[dict[str, Any]], int]:
+    """`{input_ids, label}` of each row, cut to `max_length` tokens with the special ones, and how many rows were cut."""
+    from stages.lib.encoders import encode
+
+    room = max_length - len(frame)
+    texts, num_cut = [], 0
+    for row in rows:
+        ids, _ = encode(tokenizer, row["text"])
+        num_cut += len(ids) > room
+        texts.append({"input_ids": [*frame.before, *ids[:room], *frame.after], "label": numbers[row["label"]]})
+    return texts, num_cut
