@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.artifact import Facts, Kind
-from pipeline.errors import ArtifactError, Problem, RecipeError, did_you_mean
+from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from stages.lib.arithmetic import FAMILIES, SAME_FIELDS, completed, field_of
+from stages.lib.architectures import architecture_problems, planned_architecture
 from stages.lib.encoder_params import longest_text
 from stages.lib.training_params import TrainingParams, check_training, estimate_training
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from stages.lib.training import Evaluator, Metrics
 
@@ -66,6 +66,7 @@ def output_kind(params: PretrainParams, inputs: Mapping[str, Kind]) -> Kind:
 def run(ctx: Context, params: PretrainParams) -> Result:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+    from stages.lib.architectures import build, new_config
     from stages.lib.blocks import Blocks, collate_causal, collate_masked, require_isolation
     from stages.lib.chat_template import special_ids
     from stages.lib.losses import TokenObjective, measure_tokens, token_metrics
@@ -93,7 +94,9 @@ def run(ctx: Context, params: PretrainParams) -> Result:
 
     source = ctx.inputs.get("model")
     if source is None:
-        new = new_config(params, tokenizer, length)
+        new = new_config(
+            params.architecture or {}, tokenizer, length, causal=causal, vocabulary_multiple=params.vocabulary_multiple
+        )
         config = new.to_dict()
         source = initial_weights(ctx, lambda: build(auto_class, new))
         if ctx.world.is_main:
@@ -178,10 +181,6 @@ def blocks_per_step(params: PretrainParams, length: int) -> int:
     return params.global_batch_tokens // length
 
 
-def rounded_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 # What can be said before it runs.
 
 
@@ -191,10 +190,8 @@ def estimate(forecast: Forecast) -> Estimate:
     length = tokens.sequence_length
     architecture = model.architecture
     if params.architecture is not None:
-        size = tokens.vocabulary_size and rounded_up(tokens.vocabulary_size, params.vocabulary_multiple)
-        architecture = (
-            completed({**params.architecture, **({"vocab_size": size} if size else {})}) or params.architecture
-        )
+        known, block = tokens.vocabulary_size, params.architecture
+        architecture = planned_architecture(block, known, params.vocabulary_multiple) if known else block
     blocks = tokens.train_tokens // length if tokens.train_tokens and length else None
     size_known = params.global_batch_size is not None or length is not None
     return estimate_training(
@@ -230,7 +227,12 @@ def check(forecast: Forecast) -> list[Problem]:
             )
         )
     if params.architecture is not None:
-        problems += architecture_problems(params, tokens)
+        problems += architecture_problems(
+            params.architecture,
+            tokens,
+            causal=params.objective == "causal",
+            vocabulary_multiple=params.vocabulary_multiple,
+        )
     model = forecast.inputs.get("model", Estimate())
     if model.vocabulary_size and tokens.vocabulary_size and model.vocabulary_size != tokens.vocabulary_size:
         problems.append(
@@ -242,72 +244,6 @@ def check(forecast: Forecast) -> list[Problem]:
         )
     return problems
 
-
-def architecture_problems(params: PretrainParams, tokens: Estimate) -> list[Problem]:
-    """What is wrong with the block `architecture`, as far as the model's family is known without transformers."""
-    block = params.architecture or {}
-    where = "params.architecture"
-    if not isinstance(block.get("model_type"), str):
-        return [Problem(f"{where}.model_type", "is required", f"For example one of {', '.join(FAMILIES)}.")]
-    problems = [
-        Problem(f"{where}.{name}", "is taken from the tokenizer", "Remove it.")
-        for name in TOKENIZER_DECIDES
-        if name in block
-    ]
-    if tokens.vocabulary_size and block.get("vocab_size") not in (
-        None,
-        size := rounded_up(tokens.vocabulary_size, params.vocabulary_multiple),
-    ):
-        problems.append(
-            Problem(f"{where}.vocab_size", f"is {block['vocab_size']}, and the tokens need {size}", "Leave it out.")
-        )
-    config = completed(block)
-    if config is None:
-        return problems
-    family = FAMILIES[config["model_type"]]
-    names = family.fields | {usual for usual, own in SAME_FIELDS.items() if family.fields & set(own)}
-    problems += [
-        Problem(f"{where}.{name}", f"is no field of {config['model_type']}", did_you_mean(name, sorted(names)))
-        for name in block
-        if name not in names | {"model_type"}
-    ]
-    if family.causal != (params.objective == "causal"):
-        problems.append(
-            Problem(
-                "params.objective",
-                f"is {params.objective}, and {config['model_type']} is made for the {'causal' if family.causal else 'masked'} one",
-                "Change one of them.",
-            )
-        )
-    hidden, heads = field_of(block, "hidden_size"), field_of(block, "num_attention_heads")
-    if (
-        isinstance(hidden, int)
-        and isinstance(heads, int)
-        and heads > 0
-        and hidden % heads
-        and not config.get("head_dim")
-    ):
-        problems.append(Problem(f"{where}.hidden_size", f"{hidden} is not a multiple of {heads} attention heads"))
-    problems += position_problems(
-        {**config, "max_position_embeddings": field_of(block, "max_position_embeddings")}, tokens
-    )
-    return problems
-
-
-def position_problems(config: Mapping[str, Any], tokens: Estimate) -> list[Problem]:
-    limit = longest_text({"pad_token_id": 1, **config})
-    if limit is None or not tokens.sequence_length or tokens.sequence_length <= limit:
-        return []
-    return [
-        Problem(
-            "params.architecture.max_position_embeddings",
-            f"has room for {limit} tokens, and the blocks have {tokens.sequence_length}",
-            f"Raise it by {tokens.sequence_length - limit}.",
-        )
-    ]
-
-
-TOKENIZER_DECIDES = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 STAGE = Stage(
     kind="pretrain",
@@ -329,60 +265,6 @@ STAGE = Stage(
     estimate=estimate,
     check=check,
 )
-
-
-# The model.
-
-
-def new_config(params: PretrainParams, tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedConfig:
-    """The transformers config of a new model. Raises `RecipeError` with everything that is wrong with its block."""
-    from dataclasses import fields
-
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    block = dict(params.architecture or {})
-    known = Estimate(vocabulary_size=len(tokenizer), sequence_length=length)
-    model_type = block.pop("model_type", None)
-    if params.architecture is None or model_type not in CONFIG_MAPPING:
-        hint = did_you_mean(str(model_type), sorted(CONFIG_MAPPING.keys()))
-        raise RecipeError(
-            Problem("params.architecture.model_type", f"there is no {model_type!r} in transformers", hint)
-        )
-    problems = architecture_problems(params, known)
-    config_class = CONFIG_MAPPING[model_type]
-    names = {field.name for field in fields(config_class)} | set(getattr(config_class, "attribute_map", {}))
-    problems += [
-        Problem(f"params.architecture.{name}", f"is no field of {model_type}", did_you_mean(name, sorted(names)))
-        for name in block
-        if name not in names
-    ]
-    if problems:
-        raise RecipeError(*dict.fromkeys(problems))
-    block["vocab_size"] = rounded_up(len(tokenizer), params.vocabulary_multiple)
-    try:
-        config = AutoConfig.for_model(model_type, **block, **special_tokens_of(tokenizer))
-    except Exception as error:  # transformers checks fields in ways of its own, some of them no ValueErrors
-        raise RecipeError(
-            Problem("params.architecture", str(error).replace("\n", " "), "Correct the fields.")
-        ) from error
-    if problems := position_problems(config.to_dict(), known):
-        raise RecipeError(*problems)
-    return config
-
-
-def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """The ids that a model's config holds. The embedding of a padding id is never trained, so no other token may be it."""
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
-
-
-def build(auto_class: Any, config: PreTrainedConfig) -> Any:
-    try:
-        return auto_class.from_config(config)
-    except ValueError as error:
-        raise RecipeError(
-            Problem("params.architecture.model_type", str(error).splitlines()[0], "Choose another.")
-        ) from error
 
 
 def first_position(config: Mapping[str, Any]) -> int:

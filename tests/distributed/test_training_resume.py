@@ -1,15 +1,18 @@
-"""Killed at any instant and started again, a stage ends with the same weight file, byte for byte, as one never killed."""
+"""Killed at any instant and started again, a stage ends with the same weight file, byte for byte, as one never killed.
+
+Starting processes takes longer than training in them, so that all jobs of the same kind share one start.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed.training_world import (
     GPT2_WITH_DROPOUT,
-    LLAMA,
     Job,
     make_tokenizer,
     run_jobs,
@@ -20,7 +23,7 @@ from tests.distributed.training_world import (
 
 pytestmark = pytest.mark.slow
 
-# 64 blocks in steps of 16: the checkpoints of steps 3 and 6 lie in the first and the second pass over the data.
+# 64 blocks in steps of 16: the checkpoints of steps 3 and 6 lie in the first and in the second pass over the data.
 COMMON = {
     "global_batch_size": 16,
     "max_steps": 9,
@@ -30,33 +33,108 @@ COMMON = {
     "weight_decay": 0.1,
     "evaluate_every_steps": 4,
 }
-RESOURCES = {"micro_batch_size": 2, "save_every_steps": 3, "log_every_steps": 2}
+PARAMS: dict[str, dict[str, Any]] = {
+    "pretrain": {**COMMON, "architecture": GPT2_WITH_DROPOUT},
+    "sft": {**COMMON, "max_length_tokens": 56},
+}
+RESOURCES = {"micro_batch_size": 4, "save_every_steps": 3, "log_every_steps": 2}
+
+
+@dataclass
+class Interrupted:
+    """A job that was interrupted once and started again, and the same job left alone."""
+
+    kind: str
+    processes: int
+    layout: str | None
+    how: dict[str, Any] = field(default_factory=dict)
+    """What `Job.die` or `Job.stop` takes."""
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, (self.kind, self.processes, self.layout, *self.how.values())))
+
+    def job(self, folder: Path, inputs: dict[str, dict[str, Path]]) -> Job:
+        resources = {**RESOURCES, "deepspeed": self.layout}
+        return Job(
+            folder / self.name, f"stages.language_model.{self.kind}", PARAMS[self.kind], inputs[self.kind], resources
+        )
+
+    @property
+    def whole(self) -> Interrupted:
+        return replace(self, how={})
+
+
+KILLED_IN_A_STEP = [
+    Interrupted("pretrain", processes, layout, {"step": 8, "during": "step"})
+    for processes, layout in [(1, None), (1, "zero3"), (2, None), (2, "zero1"), (2, "zero2"), (2, "zero3")]
+]
+KILLED_IN_A_CHECKPOINT = [
+    Interrupted("sft", processes, layout, {"step": 6, "during": "checkpoint"})
+    for processes, layout in [(1, None), (2, "zero2"), (2, "zero3")]
+]
+STOPPED = [
+    Interrupted("sft", 2, "zero2", {"step": 5}),
+    Interrupted("sft", 2, "zero3", {"step": 9}),
+    Interrupted("pretrain", 2, None, {"heldout_at_step": 4}),
+]
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"resources": {**RESOURCES, "deepspeed": "zero2"}}, 1, "was written by 2 processes, this run has 1"),
+    ({"resources": {**RESOURCES, "deepspeed": "zero1"}}, 2, "was written under ZeRO-2, this run is under ZeRO-1"),
+    ({"params": {**PARAMS["sft"], "max_steps": 12}}, 2, "its total_steps is 9, the recipe's is 12"),
+    ({"seed": 8}, 2, "its seed is 7, the recipe's is 8"),
+    ({"params": {**PARAMS["sft"], "max_length_tokens": 40}}, 2, "its data is "),
+]
+OTHER_PROCESSES = replace(STOPPED[2], how={"step": 4})
+TWICE = Interrupted("pretrain", 2, "zero3")
+
+
+@dataclass
+class World:
+    folder: Path
+    inputs: dict[str, dict[str, Path]]
+    before: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Name -> the checkpoints that the interrupted job said it had written."""
+    refusals: list[str] = field(default_factory=list)
+
+    def job(self, case: Interrupted, **changes: Any) -> Job:
+        return replace(case.job(self.folder, self.inputs), **changes)
+
+    def saved(self, case: Interrupted) -> list[int]:
+        return [line["step"] for line in self.before[case.name]]
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    folder = tmp_path_factory.mktemp("inputs")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("resume")
     tokenizer = make_tokenizer()
     model = write_model(folder / "model", tokenizer, attention_dropout=0.2)
-    return {
+    inputs = {
         "pretrain": {"tokens": write_tokens(folder / "tokens", tokenizer)},
         "sft": {"model": model, "chats": write_chats(folder / "chats")},
     }
+    world = World(folder, inputs)
+    killed = KILLED_IN_A_STEP + KILLED_IN_A_CHECKPOINT
+    for case in killed:
+        run_jobs(folder, [world.job(case, die=case.how)], case.processes, expected=1)
+    stopping = [world.job(case, stop=case.how) for case in [*STOPPED, OTHER_PROCESSES]]
+    wholes = {case.whole.name: case.whole for case in [*killed, *STOPPED, TWICE]}.values()
+    run_jobs(folder, [*stopping, *(world.job(case) for case in wholes if case.processes == 2)], 2)
+    for case in [*killed, *STOPPED, OTHER_PROCESSES]:
+        world.before[case.name] = world.job(case).events("progress")
+
+    # Refused first: the checkpoints are there still, and must be left as they are.
+    refused = [world.job(STOPPED[0], may_fail=True, **changes) for changes, _, _ in REFUSED]
+    for processes in (1, 2):
+        again = [world.job(case) for case in [*killed, *STOPPED] if case.processes == processes]
+        alone = [world.job(case) for case in wholes if case.processes == processes == 1]
+        other = [world.job(OTHER_PROCESSES)] if processes == 1 else [world.job(TWICE)]
+        mine = [job for job, (_, wanted, _) in zip(refused, REFUSED, strict=True) if wanted == processes]
+        world.refusals.append(run_jobs(folder, [*mine, *again, *alone, *other], processes))
+    return world
 
 
-def pretrain(work: Path, inputs: dict[str, dict[str, Path]], layout: str | None, **changes: object) -> Job:
-    params = {**COMMON, "architecture": GPT2_WITH_DROPOUT}
-    job = Job(work, "stages.language_model.pretrain", params, inputs["pretrain"], {**RESOURCES, "deepspeed": layout})
-    return replace(job, **changes)  # type: ignore[arg-type]
-
-
-def sft(work: Path, inputs: dict[str, dict[str, Path]], layout: str | None, **changes: object) -> Job:
-    params = {**COMMON, "max_length_tokens": 56}
-    job = Job(work, "stages.language_model.sft", params, inputs["sft"], {**RESOURCES, "deepspeed": layout})
-    return replace(job, **changes)  # type: ignore[arg-type]
-
-
-def without_times(job: Job, event: str) -> list[dict[str, object]]:
+def without_times(job: Job, event: str) -> list[dict[str, Any]]:
     dropped = ("time", "seconds", "tokens_per_second")
     return [{name: value for name, value in line.items() if name not in dropped} for line in job.events(event)]
 
@@ -68,116 +146,65 @@ def assert_same_end(job: Job, reference: Job) -> None:
         assert without_times(job, event) == without_times(reference, event)
 
 
-@pytest.mark.parametrize(
-    ("processes", "layouts"), [(1, [None, "zero1", "zero2", "zero3"]), (2, [None, "zero1", "zero2", "zero3"])]
-)
-def test_killed_in_a_step(
-    tmp_path: Path, inputs: dict[str, dict[str, Path]], processes: int, layouts: list[str | None]
-) -> None:
-    """Dropout, a learning rate that changes, two processes: step 8 is in the second pass, the checkpoint before it is 6."""
-    for layout in layouts:
-        cut = pretrain(tmp_path / f"cut-{layout}", inputs, layout, die={"step": 8, "during": "step"})
-        run_jobs(tmp_path, [cut], processes, expected=1)
-        assert [line["step"] for line in cut.events("progress")] == [3, 6]
-    references = [pretrain(tmp_path / f"whole-{layout}", inputs, layout) for layout in layouts]
-    again = [pretrain(tmp_path / f"cut-{layout}", inputs, layout) for layout in layouts]
-    run_jobs(tmp_path, [*references, *again], processes)
-    for job, reference in zip(again, references, strict=True):
-        assert job.events("resume")[0]["step"] == 6
-        assert_same_end(job, reference)
+def assert_resumed(world: World, case: Interrupted, step: int) -> None:
+    job = world.job(case)
+    receipt = job.events("resume")
+    assert [line["step"] for line in receipt] == [step]
+    assert receipt[0]["data_position"] == step * 16
+    assert_same_end(job, world.job(case.whole))
 
 
-@pytest.mark.parametrize(("processes", "layout"), [(1, None), (2, "zero2"), (2, "zero3")])
-def test_killed_while_a_checkpoint_is_written(
-    tmp_path: Path, inputs: dict[str, dict[str, Path]], processes: int, layout: str | None
-) -> None:
+@pytest.mark.parametrize("case", KILLED_IN_A_STEP, ids=lambda case: case.name)
+def test_killed_in_a_step(world: World, case: Interrupted) -> None:
+    """Dropout, a learning rate that changes, the second pass over the data: step 8, and the checkpoint before it is 6."""
+    assert world.saved(case) == [3, 6]
+    assert_resumed(world, case, 6)
+
+
+@pytest.mark.parametrize("case", KILLED_IN_A_CHECKPOINT, ids=lambda case: case.name)
+def test_killed_while_a_checkpoint_is_written(world: World, case: Interrupted) -> None:
     """The half-written checkpoint 6 does not exist for us: training goes on from 3."""
-    die = {"step": 6, "during": "checkpoint"}
-    run_jobs(tmp_path, [sft(tmp_path / "cut", inputs, layout, die=die)], processes, expected=1)
-    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-6").exists()
-    again, reference = sft(tmp_path / "cut", inputs, layout), sft(tmp_path / "whole", inputs, layout)
-    run_jobs(tmp_path, [reference, again], processes)
-    assert again.events("resume")[0]["step"] == 3
-    assert_same_end(again, reference)
+    assert world.saved(case) == [3]
+    assert_resumed(world, case, 3)
 
 
-@pytest.mark.parametrize("step", [5, 9])
-def test_asked_to_stop(tmp_path: Path, inputs: dict[str, dict[str, Path]], step: int) -> None:
+@pytest.mark.parametrize("case", STOPPED[:2], ids=lambda case: case.name)
+def test_asked_to_stop(world: World, case: Interrupted) -> None:
     """Only the last process is asked; both save the step they are in (the last one, too) and stop; nothing is lost."""
-    stopped = sft(tmp_path / "stopped", inputs, "zero2", stop={"step": step})
-    reference = sft(tmp_path / "whole", inputs, "zero2")
-    run_jobs(tmp_path, [stopped, reference], 2)
-    assert (stopped.work / "preempted").exists() and not (stopped.work / "result.json").exists()
-    assert stopped.events("progress")[-1]["step"] == step
-    again = sft(tmp_path / "stopped", inputs, "zero2")
-    run_jobs(tmp_path, [again], 2)
-    assert again.events("resume")[0]["step"] == step
-    assert_same_end(again, reference)
+    assert (world.job(case).work / "preempted").read_text() == f"at step {case.how['step']} of 9"
+    assert world.saved(case)[-1] == case.how["step"]
+    assert_resumed(world, case, case.how["step"])
 
 
-def test_asked_to_stop_within_an_evaluation(tmp_path: Path, inputs: dict[str, dict[str, Path]]) -> None:
-    """The evaluation of step 4 is cut short by the request and made up for after the restart, in its place."""
-    stopped = pretrain(tmp_path / "stopped", inputs, None, stop={"heldout_at_step": 4})
-    reference = pretrain(tmp_path / "whole", inputs, None)
-    run_jobs(tmp_path, [stopped, reference], 2)
-    assert [line["step"] for line in stopped.events("heldout")] == [0]
-    assert stopped.events("progress")[-1]["step"] == 4
-    again = pretrain(tmp_path / "stopped", inputs, None)
-    run_jobs(tmp_path, [again], 2)
-    assert_same_end(again, reference)
+def test_asked_to_stop_within_an_evaluation(world: World) -> None:
+    """The evaluation of step 4 is cut short by the request, and made up for after the restart, in its place."""
+    case = STOPPED[2]
+    assert (world.job(case).work / "preempted").exists()
+    assert world.saved(case) == [3, 4]
+    assert [line["step"] for line in world.job(case).events("heldout")] == [0, 4, 8, 9]
+    assert_resumed(world, case, 4)
 
 
-def test_resumes_after_the_last_step(tmp_path: Path, inputs: dict[str, dict[str, Path]]) -> None:
-    """Finished, and run once more from its last checkpoint: nothing is trained, the same is published."""
-    job = pretrain(tmp_path / "whole", inputs, "zero3")
-    run_jobs(tmp_path, [job], 2)
-    weights, steps = job.weights(), job.events("step")
-    run_jobs(tmp_path, [job], 2)
-    assert job.weights() == weights
-    assert job.events("step") == steps
+def test_another_number_of_processes_without_deepspeed(world: World) -> None:
+    """Stopped with two processes, finished by one: the same rows in the same steps, so nearly the same losses."""
+    job, reference = world.job(OTHER_PROCESSES), world.job(OTHER_PROCESSES.whole)
+    assert job.events("resume")[0]["step"] == 4
+    # The first five lines are of steps 2, 4, 6, 8, 9; dropout has other masks where micro batches begin elsewhere.
+    assert job.losses()[:2] == reference.losses()[:2]
+    assert job.losses() == pytest.approx(reference.losses(), rel=1e-4)
 
 
-def test_other_processes_without_deepspeed(tmp_path: Path, inputs: dict[str, dict[str, Path]]) -> None:
-    """Plain data parallelism resumes with another number of processes: the same rows, and nearly the same losses."""
-    llama = {**COMMON, "architecture": LLAMA}
-    stopped = pretrain(tmp_path / "stopped", inputs, None, stop={"step": 5}, params=llama)
-    reference = pretrain(tmp_path / "whole", inputs, None, params=llama)
-    run_jobs(tmp_path, [stopped, reference], 2)
-    again = pretrain(tmp_path / "stopped", inputs, None, params=llama)
-    run_jobs(tmp_path, [again], 1)
-    assert again.losses() == pytest.approx(reference.losses(), rel=1e-5)
+def test_from_the_last_checkpoint_nothing_is_trained_again(world: World) -> None:
+    """Finished, and run once more: the run resumes after the last step and publishes the same."""
+    job = world.job(TWICE)
+    assert [line["step"] for line in job.events("resume")] == [9]
+    assert_same_end(job, world.job(KILLED_IN_A_STEP[-1]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "processes", "message"),
-    [
-        ({"resources": {**RESOURCES, "deepspeed": "zero2"}}, 1, "was written by 2 processes, this run has 1"),
-        ({"resources": {**RESOURCES, "deepspeed": "zero1"}}, 2, "was written under ZeRO-2, this run is under ZeRO-1"),
-        (
-            {"params": {**COMMON, "max_length_tokens": 56, "max_steps": 12}},
-            2,
-            "its total_steps is 9, the recipe's is 12",
-        ),
-        ({"seed": 8}, 2, "its seed is 7, the recipe's is 8"),
-        ({"params": {**COMMON, "max_length_tokens": 40}}, 2, "its data is"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "processes", "message"), REFUSED)
 def test_a_checkpoint_of_another_run_is_refused(
-    tmp_path: Path,
-    stopped_under_zero2: Job,
-    inputs: dict[str, dict[str, Path]],
-    changes: dict[str, object],
-    processes: int,
-    message: str,
+    world: World, changes: dict[str, Any], processes: int, message: str
 ) -> None:
-    output = run_jobs(tmp_path, [replace(stopped_under_zero2, stop=None, **changes)], processes, expected=1)
+    output = world.refusals[processes - 1]
     assert message in output
     assert "To start over, remove" in output
-
-
-@pytest.fixture(scope="module")
-def stopped_under_zero2(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, dict[str, Path]]) -> Job:
-    folder = tmp_path_factory.mktemp("stopped")
-    job = sft(folder / "stopped", inputs, "zero2", stop={"step": 2})
-    run_jobs(folder, [job], 2)
-    return job

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pipeline.checkpoints import Checkpoints
-from pipeline.errors import Preempted
+from pipeline.errors import Preempted, SlipwayError
 from pipeline.journal import Journal
 from pipeline.recipe import Resources
 from pipeline.stage import Context, World
@@ -105,9 +105,14 @@ def run(job: dict[str, Any]) -> None:
     )
     try:
         result = stage.run(context, stage.params(**job["params"]))
-    except Preempted:
+    except Preempted as stopped:
         if WORLD.is_main:
-            (work / "preempted").touch()
+            (work / "preempted").write_text(str(stopped))
+        return
+    except SlipwayError as error:
+        if not job["may_fail"]:
+            raise
+        print(error)
         return
     if WORLD.is_main:
         content = {"metrics": dict(result.metrics), "facts": result.facts.model_dump()}

@@ -141,6 +141,8 @@ class Job:
     seed: int = 7
     die: Mapping[str, Any] | None = None
     """{"step": n, "during": "step" or "checkpoint"}: the last process kills itself there."""
+    may_fail: bool = False
+    """Whether the next job is run also when this one ends with a mistake of the user's."""
     stop: Mapping[str, Any] | None = None
     """{"step": n} or {"heldout_at_step": n}: the last process is asked to stop there."""
 
