@@ -147,13 +147,9 @@ class RewardObjective:
 
 def published_scores(folder: Path) -> dict[str, float]:
     """The fixed prompts' scores by the model as it was published and is read again: whoever loads it can compare."""
-    from transformers.integrations import unset_hf_deepspeed_config
-
     from stages.lib.distributed import from_main
     from stages.lib.reward_models import fixed_prompt_scores, load_reward_model
 
-    # Training is over: transformers need no longer split what it loads as ZeRO-3 wants it.
-    unset_hf_deepspeed_config()
     return from_main(lambda: fixed_prompt_scores(*load_reward_model(folder)))
 
 

@@ -30,7 +30,7 @@ from pipeline.checkpoints import require_room, sync
 from pipeline.errors import ArtifactError, DataError, Preempted, Problem
 from pipeline.stage import Context
 from stages.lib.chat_template import fit_preference
-from stages.lib.chats import SHORTENED, add_ledgers
+from stages.lib.chats import SHORTENED, add_ledgers, digest_of
 from stages.lib.distributed import any_process, barrier, from_main, join_processes, together
 from stages.lib.ledger import Ledger
 from stages.lib.losses import IGNORE, next_tokens
@@ -200,7 +200,8 @@ def tokenize_pairs(
     """
     join_processes(ctx)
     world = ctx.world
-    folders = [ctx.work / f"pairs-{path.stem}-{rank}-of-{world.size}" for rank in range(world.size)]
+    key = from_main(lambda: digest_of(path, tokenizer, max_length_tokens))
+    folders = [ctx.work / "pairs" / f"{path.stem}-{key}-{rank}-of-{world.size}" for rank in range(world.size)]
     if not from_main(lambda: all(folder.exists() for folder in folders)):
         rows = list(read_rows(path))
         part = Part()

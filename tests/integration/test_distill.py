@@ -27,6 +27,8 @@ from stages.lib.tokens import PackedTokens
 from tests.integration.preference_world import make_model, run, run_in_processes
 from tests.integration.tiny_language_model import TinyWorld, make_tokenizer, make_world
 
+pytestmark = pytest.mark.slow
+
 STUDENT: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -199,7 +201,6 @@ def test_the_plan_finds_what_does_not_fit() -> None:
         assert [problem.where for problem in STAGE.check(case)] == expected, name
 
 
-@pytest.mark.slow
 def test_two_processes_under_zero3_train_what_one_trains(world: TinyWorld, tmp_path: Path) -> None:
     """The teacher is whole in each process while ZeRO-3 splits the student."""
     params = {**TRAINING, "architecture": STUDENT, "max_steps": 4, "learning_rate": 1e-3, "temperature": 2.0}

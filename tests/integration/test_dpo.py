@@ -33,6 +33,8 @@ from tests.integration.preference_world import (
 )
 from tests.integration.tiny_language_model import make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TRAINING: dict[str, Any] = {"global_batch_size": 8, "learning_rate": 3e-3, "max_length_tokens": 256}
 
 
@@ -309,7 +311,6 @@ def test_a_stopped_training_ends_as_one_never_stopped(world: PreferenceWorld, tm
         assert digest_file(again.out / name) == digest_file(whole.out / name), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["zero2", "zero3"])
 def test_two_processes_train_what_one_trains(layout: str, world: PreferenceWorld, tmp_path: Path) -> None:
     """The same pairs in the same steps, so the same losses and reference, up to the rounding of sums in another order."""

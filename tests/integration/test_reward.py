@@ -38,6 +38,8 @@ from tests.integration.preference_world import (
     tokenized,
 )
 
+pytestmark = pytest.mark.slow
+
 TRAINING: dict[str, Any] = {"global_batch_size": 8, "learning_rate": 3e-3, "max_length_tokens": 256}
 
 
@@ -262,7 +264,6 @@ def test_the_plan_knows_parameters_and_positions(trained: tuple[Result, Context]
     assert [problem.where for problem in STAGE.check(long)] == ["params.max_length_tokens"]
 
 
-@pytest.mark.slow
 def test_two_processes_under_zero3_train_what_one_trains(world: PreferenceWorld, tmp_path: Path) -> None:
     """The same pairs in the same steps, so the same held-out numbers, up to the rounding of sums in another order.
 
