@@ -24,4 +24,3 @@ class DeepSpeed(LocalProcess):
         port = FIRST_PORT + int(job.artifact_id[:8], 16) % PORTS
         processes = [f"--num_gpus={resources.processes}", f"--master_port={port}"]
         return [script("deepspeed"), *where, *processes, "--module", WORKER, job.work]
-
