@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.stage import Stage
 from stages.alignment import dpo, reward
-from stages.compression import quantize
+from stages.compression import distill, quantize
 from stages.data import clean, mix, pack, tokenizer
 from stages.encoder import answer, classify, extract
 from stages.evaluation import evaluate
@@ -19,6 +19,7 @@ STAGES: dict[str, Stage] = {
     "sft": sft.STAGE,
     "reward": reward.STAGE,
     "dpo": dpo.STAGE,
+    "distill": distill.STAGE,
     "quantize": quantize.STAGE,
     "evaluate": evaluate.STAGE,
     "classify": classify.STAGE,
