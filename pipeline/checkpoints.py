@@ -51,7 +51,9 @@ class Checkpoints:
         for path in files_below(folder):
             sync(path)
         temporary = folder / f"{COMPLETE}.tmp"
-        entries = {name: entry.model_dump() for name, entry in list_files(folder).items() if not name.startswith(COMPLETE)}
+        entries = {
+            name: entry.model_dump() for name, entry in list_files(folder).items() if not name.startswith(COMPLETE)
+        }
         temporary.write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
         sync(temporary)
         temporary.replace(folder / COMPLETE)
@@ -72,7 +74,7 @@ class Checkpoints:
 
     def newest(self, *, hashes: bool = True) -> Newest:
         """The newest checkpoint that verifies."""
-        passed_over = []
+        passed_over: list[str] = []
         for step in reversed(self.steps()):
             problems = self.problems(step, hashes=hashes)
             if not problems:

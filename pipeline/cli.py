@@ -30,7 +30,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe: a YAML file, such as pipeline/recipes/quickstart.yaml.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(help="A recipe: a YAML file, such as pipeline/recipes/quickstart.yaml.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Overrides a field: align.beta=0.2, or stages.align.resources.processes=2. Repeatable."),
@@ -40,7 +42,9 @@ StoreOption = Annotated[
     typer.Option("--store", help="Where artifacts live. Default: $SLIPWAY_STORE, or runs/ in the working folder."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-NameArgument = Annotated[str, typer.Argument(help="An artifact's id (or its first digits), its folder, or a step's name.")]
+NameArgument = Annotated[
+    str, typer.Argument(help="An artifact's id (or its first digits), its folder, or a step's name.")
+]
 
 
 def open_store(path: Path | None) -> Store:
@@ -110,7 +114,9 @@ def job(
 
 @app.command()
 def status(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe. Default: every recipe that ran in the store.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe. Default: every recipe that ran in the store.")
+    ] = None,
     set_: SetOption = None,
     store: StoreOption = None,
     json_: JsonOption = False,

@@ -9,11 +9,14 @@ from typing import Any, TextIO
 
 from pipeline.stage import Estimate
 
+
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
     """The rows as aligned columns of text, header first."""
     everything = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in everything) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in everything]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in everything
+    ]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 

@@ -44,7 +44,9 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             self.before[number] = signal.signal(number, self.handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -117,7 +119,9 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
                 break
     for line in summary(plan, store):
         progress.line(line)
-    progress.line(f"{'done' if code == EXIT_DONE else f'stopped with exit code {code}'} after {seconds(time.monotonic() - started)}")
+    progress.line(
+        f"{'done' if code == EXIT_DONE else f'stopped with exit code {code}'} after {seconds(time.monotonic() - started)}"
+    )
     return code
 
 
@@ -141,7 +145,9 @@ def run_step(
     outcome = read_outcome(job.work_folder)
     if outcome.get("status") == "done" and store.find(job.artifact_id):
         manifest = read_manifest(folder)
-        progress.line(f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}")
+        progress.line(
+            f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"
+        )
         return EXIT_DONE
     if interrupts.count and outcome.get("status") in (None, "preempted"):
         progress.line("  stopped; the same command goes on from here")

@@ -150,7 +150,11 @@ class Plan:
             "path": str(self.recipe.path),
             "overrides": list(self.recipe.overrides),
             "steps": {
-                step.name: {"artifact_id": step.artifact_id, "identity": step.identity, "kind": step.recipe_step.stage.kind}
+                step.name: {
+                    "artifact_id": step.artifact_id,
+                    "identity": step.identity,
+                    "kind": step.recipe_step.stage.kind,
+                }
                 for step in self.steps
             },
         }
@@ -171,7 +175,8 @@ def make_plan(recipe: Recipe, store: Store, *, only: str | None = None, until: s
         step = planner.plan(recipe_step.name in chosen, chosen)
         planned[step.name] = step
         problems += [
-            replace(problem, where=f"{recipe.path.name}: stages.{step.name}.{problem.where}") for problem in planner.problems
+            replace(problem, where=f"{recipe.path.name}: stages.{step.name}.{problem.where}")
+            for problem in planner.problems
         ]
     store.save_digests()
     if problems:
@@ -260,11 +265,15 @@ class StepPlanner:
         missing = [
             name for name in self.step.upstream if self.planned[name].action is not Action.SKIP and name not in chosen
         ]
-        missing += [name for name in self.step.upstream if self.planned[name].action is Action.BLOCKED and name in chosen]
+        missing += [
+            name for name in self.step.upstream if self.planned[name].action is Action.BLOCKED and name in chosen
+        ]
         if missing:
             return Action.BLOCKED, replace(reason, waits_for=tuple(dict.fromkeys(missing)))
         if running := self.store.running(work):
-            return Action.BLOCKED, Reason(running=f"process {running.pid} on {running.host} runs it; log: {running.log}")
+            return Action.BLOCKED, Reason(
+                running=f"process {running.pid} on {running.host} runs it; log: {running.log}"
+            )
         newest, verified = self.newest_checkpoint(artifact_id)
         passed_over = tuple(newest.passed_over)
         if newest.path:
@@ -361,4 +370,3 @@ def architecture_of(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return block if isinstance(block, dict) else None
-

@@ -182,12 +182,15 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> list[
     """Applies `--set a.b=c` to the document. A path that starts with a stage's name means below that stage:
     `align.beta=0.2` is `stages.align.params.beta=0.2`."""
     problems = []
-    stages = document.get("stages") if isinstance(document.get("stages"), dict) else {}
+    blocks = document.get("stages")
+    stages = blocks if isinstance(blocks, dict) else {}
     for override in overrides:
         target, separator, text = override.partition("=")
         keys = target.strip().split(".")
         if not separator or not all(keys):
-            problems.append(Problem(f"--set {override}", "is not of the form path=value", "Write --set align.beta=0.2."))
+            problems.append(
+                Problem(f"--set {override}", "is not of the form path=value", "Write --set align.beta=0.2.")
+            )
             continue
         if keys[0] not in RecipeFile.model_fields and keys[0] in stages:
             below = keys[1:] if keys[1:2] and keys[1] in StageSpec.model_fields else ["params", *keys[1:]]
@@ -237,13 +240,16 @@ class Reader:
         self.problems += [Problem(self.where + p.where, p.what, p.hint) for p in problems]
         blocks = document.get("stages")
         blocks = blocks if isinstance(blocks, dict) else {}
-        specs = {name: spec for name, block in blocks.items() if (spec := self.check(StageSpec, block, f"stages.{name}"))}
-        common = document.get("resources") if isinstance(document.get("resources"), dict) else {}
+        specs = {
+            name: spec for name, block in blocks.items() if (spec := self.check(StageSpec, block, f"stages.{name}"))
+        }
+        resources, named = document.get("resources"), document.get("outputs")
+        common = resources if isinstance(resources, dict) else {}
         if common:
             self.check(Resources, common, "resources")
         seed = top.seed if top else 42
         sources = {name: self.read_inputs(name, spec, set(blocks)) for name, spec in specs.items()}
-        outputs = document.get("outputs") if isinstance(document.get("outputs"), list) else []
+        outputs = named if isinstance(named, list) else []
         order = self.order(list(blocks), sources)
         self.check_outputs(outputs, list(blocks), sources)
         steps = self.resolve(order, specs, sources, common, seed)
@@ -260,7 +266,9 @@ class Reader:
             where = f"stages.{name}.inputs.{role}"
             declared = stage.inputs.get(role) if stage else None
             if stage and declared is None:
-                self.problem(where, f"the stage '{spec.kind}' has no input of this name", did_you_mean(role, stage.inputs))
+                self.problem(
+                    where, f"the stage '{spec.kind}' has no input of this name", did_you_mean(role, stage.inputs)
+                )
                 continue
             if isinstance(value, Mapping) and (declared is None or declared.many):
                 for key, item in value.items():
@@ -333,7 +341,9 @@ class Reader:
     def find_cycle(self, waiting: list[str], sources: Mapping[str, Mapping[str, Source]]) -> list[str]:
         path = [waiting[0]]
         while True:
-            ahead = [s.step for s in sources.get(path[-1], {}).values() if isinstance(s, Upstream) and s.step in waiting]
+            ahead = [
+                s.step for s in sources.get(path[-1], {}).values() if isinstance(s, Upstream) and s.step in waiting
+            ]
             if ahead[0] in path:
                 return [*path[path.index(ahead[0]) :], ahead[0]]
             path.append(ahead[0])
@@ -371,7 +381,9 @@ class Reader:
                 continue
             stage = self.stages.get(spec.kind)
             if stage is None:
-                self.problem(f"stages.{name}.kind", f"there is no stage '{spec.kind}'", did_you_mean(spec.kind, self.stages))
+                self.problem(
+                    f"stages.{name}.kind", f"there is no stage '{spec.kind}'", did_you_mean(spec.kind, self.stages)
+                )
                 continue
             params = self.check(stage.params, spec.params, f"stages.{name}.params")
             resources = self.read_resources(name, stage, spec, common)
@@ -396,19 +408,27 @@ class Reader:
         where = f"stages.{name}.resources"
         merged = {**common, **spec.resources} if stage.distributed else dict(spec.resources)
         own, problems = validate(Resources, merged, self.where + where, self.context())
-        self.problems += [p for p in problems if p.where.removeprefix(f"{self.where}{where}.").split(".")[0] in spec.resources]
+        self.problems += [
+            p for p in problems if p.where.removeprefix(f"{self.where}{where}.").split(".")[0] in spec.resources
+        ]
         if own is None:
             return None
         if not stage.distributed and own.world_size > 1:
             self.problem(where, f"the stage '{stage.kind}' runs in one process", "Remove `processes` and `nodes`.")
         if own.launcher not in self.launchers:
-            self.problem(f"{where}.launcher", f"there is no launcher '{own.launcher}'", did_you_mean(own.launcher, self.launchers))
+            self.problem(
+                f"{where}.launcher",
+                f"there is no launcher '{own.launcher}'",
+                did_you_mean(own.launcher, self.launchers),
+            )
         elif own.launcher == "local" and own.world_size > 1:
             self.problem(f"{where}.launcher", "'local' starts one process", "Use torchrun or deepspeed.")
         layout = find_layout(own.deepspeed, self.context()) if own.deepspeed else None
         if own.deepspeed and layout is None:
             known = sorted(path.stem for path in (CHECKOUT / "ds_configs").glob("*.json"))
-            self.problem(f"{where}.deepspeed", f"there is no memory layout '{own.deepspeed}'", did_you_mean(own.deepspeed, known))
+            self.problem(
+                f"{where}.deepspeed", f"there is no memory layout '{own.deepspeed}'", did_you_mean(own.deepspeed, known)
+            )
         return own.model_copy(update={"deepspeed": str(layout)}) if layout else own
 
     def check_kinds(
@@ -425,7 +445,9 @@ class Reader:
             if kind not in declared.kinds:
                 wanted = " or ".join(sorted(declared.kinds))
                 given = f"'{source.step}' makes" if isinstance(source, Upstream) else "the folder holds"
-                self.problem(f"stages.{name}.inputs.{role}", f"needs {wanted}, and {given} {kind}", kind_hint(declared, kinds))
+                self.problem(
+                    f"stages.{name}.inputs.{role}", f"needs {wanted}, and {given} {kind}", kind_hint(declared, kinds)
+                )
         for role, declared in stage.inputs.items():
             if not declared.optional and role not in spec.inputs:
                 wanted = " or ".join(sorted(declared.kinds))
@@ -454,7 +476,9 @@ def kind_of_folder(path: Path) -> Kind:
     if not config.is_file():
         if (path / "tokenizer.json").is_file():
             return Kind.TOKENIZER
-        raise RecipeError(f"{path} is no artifact, model or tokenizer folder. It has neither manifest.json nor config.json.")
+        raise RecipeError(
+            f"{path} is no artifact, model or tokenizer folder. It has neither manifest.json nor config.json."
+        )
     try:
         block = json.loads(config.read_bytes())
         architecture = str((block.get("architectures") or [""])[0])

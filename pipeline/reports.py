@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipeline.artifact import MANIFEST, Kind, differences, read_manifest
@@ -35,7 +36,9 @@ def plan_lines(plan: Plan, store: Store) -> list[str]:
     lines.append(", ".join(f"{count} to {action}" for action, count in counts.items() if count))
     needed = sum(step.estimate.disk_bytes or 0 for step in plan.steps if step.action is not Action.SKIP)
     place = next(path for path in [store.folder, *store.folder.parents] if path.exists())
-    lines.append(f"disk: at least {size(needed)} for models and data, {size(shutil.disk_usage(place).free)} free in {store.folder}")
+    lines.append(
+        f"disk: at least {size(needed)} for models and data, {size(shutil.disk_usage(place).free)} free in {store.folder}"
+    )
     return lines
 
 
@@ -68,7 +71,13 @@ def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: st
         entry |= {"state": "made", "created_at": manifest.created_at, "wall_seconds": manifest.wall_seconds}
         entry["metrics"] = manifest.metrics
     elif running:
-        entry |= {"state": "running", "since": running.since, "pid": running.pid, "host": running.host, "log": running.log}
+        entry |= {
+            "state": "running",
+            "since": running.since,
+            "pid": running.pid,
+            "host": running.host,
+            "log": running.log,
+        }
         last = [event for event in read_journal(work / "journal.jsonl") if event["event"] == "step"]
         if last:
             entry |= {"at_step": last[-1]["step"], "total_steps": last[-1].get("total_steps")}
@@ -83,7 +92,9 @@ def plan_status(plan: Plan, store: Store) -> list[dict[str, Any]]:
     """State of every step of a recipe."""
     states = {Action.SKIP: "made", Action.RUN: "not made", Action.RESUME: "interrupted", Action.BLOCKED: "not made"}
     return [
-        step_status(store, plan.recipe.name, step.name, step.recipe_step.stage.kind, step.artifact_id, states[step.action])
+        step_status(
+            store, plan.recipe.name, step.name, step.recipe_step.stage.kind, step.artifact_id, states[step.action]
+        )
         for step in plan.steps
     ]
 
@@ -176,16 +187,24 @@ def verify_lines(store: Store, name: str) -> tuple[list[str], bool]:
         hint = "Remove the folder and run the recipe again: it makes the artifact anew."
         return [f"{artifact_id[:12]} {manifest.step}: {problem}" for problem in problems] + [hint], False
     count = len(manifest.files)
-    return [f"{artifact_id[:12]} {manifest.step}: all {count} files ({size(manifest.total_bytes)}) are as they were written"], True
+    return [
+        f"{artifact_id[:12]} {manifest.step}: all {count} files ({size(manifest.total_bytes)}) are as they were written"
+    ], True
 
 
 def stage_table(stages: Mapping[str, Stage]) -> list[str]:
     rows = []
     for stage in stages.values():
-        inputs = ", ".join(f"{role}{'?' if one.optional else ''}{'...' if one.many else ''}" for role, one in stage.inputs.items())
+        inputs = ", ".join(
+            f"{role}{'?' if one.optional else ''}{'...' if one.many else ''}" for role, one in stage.inputs.items()
+        )
         output = stage.output.value if isinstance(stage.output, Kind) else "depends on params"
         rows.append([stage.kind, inputs or "-", output, stage.summary])
-    return [*table(rows, ("stage", "inputs", "makes", "what it does")), "", "inputs: ? may be absent, ... takes several"]
+    return [
+        *table(rows, ("stage", "inputs", "makes", "what it does")),
+        "",
+        "inputs: ? may be absent, ... takes several",
+    ]
 
 
 def stage_lines(stage: Stage) -> list[str]:
@@ -201,7 +220,7 @@ def stage_lines(stage: Stage) -> list[str]:
     return lines
 
 
-def field_lines(model: type[Any], indent: str, seen: set[type[Any]]) -> list[str]:
+def field_lines(model: type[BaseModel], indent: str, seen: set[type[BaseModel]]) -> list[str]:
     lines = []
     for name, info in model.model_fields.items():
         default = "required" if info.is_required() else f"default {default_text(info)}"
@@ -221,8 +240,9 @@ def default_text(info: Any) -> str:
 
 
 def type_text(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
     for old in ("typing.", "pathlib.", "pipeline.strict.", "pipeline.recipe."):
         text = text.replace(old, "")
     return text if len(text) <= 60 else text[:57] + "..."
-

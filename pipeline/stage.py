@@ -11,7 +11,8 @@ from pipeline.artifact import Facts, Kind
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import Problem
 from pipeline.journal import Journal
-from pipeline.recipe import Resources, Strict
+from pipeline.recipe import Resources
+from pipeline.strict import Strict
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """Where things live. The only module that writes below the store, apart from the stage's own work folder.
 
-    runs/
-      artifacts/<artifact id>/        immutable; manifest.json was written last, the folder appeared by one rename
-      work/<step>-<first 8 of id>/    of a step that runs or was interrupted:
-          job.json                    what to run
-          log.txt  journal.jsonl      what it printed, and said of its progress
-          checkpoints/  out/          its state, and the artifact being built
-          lock  running.json          who runs it
-          outcome.json                how it ended
-      recipes/<name>.json             the plan each recipe last ran: step -> artifact and its identity
-      digests.json                    digests of outside files by path, size and time of change
+runs/
+  artifacts/<artifact id>/        immutable; manifest.json was written last, the folder appeared by one rename
+  work/<step>-<first 8 of id>/    of a step that runs or was interrupted:
+      job.json                    what to run
+      log.txt  journal.jsonl      what it printed, and said of its progress
+      checkpoints/  out/          its state, and the artifact being built
+      lock  running.json          who runs it
+      outcome.json                how it ended
+  recipes/<name>.json             the plan each recipe last ran: step -> artifact and its identity
+  digests.json                    digests of outside files by path, size and time of change
 """
 
 from __future__ import annotations
@@ -122,13 +122,21 @@ class Store:
         if len(matches) == 1:
             artifact_id = matches.pop()
             if self.find(artifact_id) is None and not (self.artifact_folder(artifact_id) / MANIFEST).exists():
-                raise ArtifactError(Problem(name, "has not been made yet", "Run its recipe; `slipway status` tells how far it is."))
+                raise ArtifactError(
+                    Problem(name, "has not been made yet", "Run its recipe; `slipway status` tells how far it is.")
+                )
             return artifact_id, self.artifact_folder(artifact_id)
         if matches:
             listed = ", ".join(sorted(match[:12] for match in matches))
-            raise ArtifactError(Problem(name, f"means several artifacts: {listed}", "Write more digits, or recipe/step."))
+            raise ArtifactError(
+                Problem(name, f"means several artifacts: {listed}", "Write more digits, or recipe/step.")
+            )
         raise ArtifactError(
-            Problem(name, f"no artifact or step of this name in {self.folder}", "`slipway status` lists them; --store names another store.")
+            Problem(
+                name,
+                f"no artifact or step of this name in {self.folder}",
+                "`slipway status` lists them; --store names another store.",
+            )
         )
 
     # Digests of what lies outside
@@ -198,7 +206,12 @@ class Store:
                 who = f" by process {running.pid} on {running.host}" if running else ""
                 hint = "Wait for it, or stop it; `slipway status` shows its log."
                 raise StoreError(Problem(str(work), f"is being run{who}", hint)) from None
-            started = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "log": str(work / "log.txt")}
+            started = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": time.time(),
+                "log": str(work / "log.txt"),
+            }
             write_json(work / "running.json", started)
             try:
                 yield

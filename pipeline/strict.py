@@ -63,7 +63,9 @@ class Reading:
     def missing(self, name: str) -> PydanticCustomError:
         places = " and ".join(str(folder) for folder in dict.fromkeys([*self.folders, CHECKOUT]))
         looked = "" if Path(name).is_absolute() else f" (looked below {places})"
-        return PydanticCustomError("missing_file", "no such file or folder: {name}{looked}", {"name": name, "looked": looked})
+        return PydanticCustomError(
+            "missing_file", "no such file or folder: {name}{looked}", {"name": name, "looked": looked}
+        )
 
 
 def reading(info: ValidationInfo) -> Reading:
@@ -167,14 +169,18 @@ def problems_of(error: ValidationError, model: type[BaseModel], where: str) -> I
             yield Problem(path, "is required", description_of(model, loc))
         elif kind.removesuffix("_type") in EXPECTED and kind.endswith("_type"):
             expected = EXPECTED[kind.removesuffix("_type")]
-            hint = "Remove the quotes." if isinstance(given, str) and looks_like_a_number(given) else f"Write {expected}."
+            hint = (
+                "Remove the quotes." if isinstance(given, str) and looks_like_a_number(given) else f"Write {expected}."
+            )
             yield Problem(path, f"must be {expected}, not the {type_name(given)} {given!r}", hint)
         elif kind == "missing_file":
             yield Problem(path, item["msg"], "Correct the path.")
         elif kind == "value_error":
             yield Problem(path, str(item["ctx"]["error"]))
         else:
-            yield Problem(path, f"{item['msg'][:1].lower()}{item['msg'][1:]}, not {given!r}", description_of(model, loc))
+            yield Problem(
+                path, f"{item['msg'][:1].lower()}{item['msg'][1:]}, not {given!r}", description_of(model, loc)
+            )
 
 
 def looks_like_a_number(text: str) -> bool:

@@ -60,6 +60,7 @@ def prepare_environment(job: Job) -> None:
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "PYTHONHASHSEED": "0",
         "DS_ACCELERATOR": "cpu" if uses_cpu(resources) else "cuda",

@@ -92,6 +92,8 @@ ROWS_KINDS = [format.rows_kind for format in FORMATS.values()]
 def output_kind(params: MixParams, inputs: Mapping[str, Kind]) -> Kind:
     """The kind of the mixed data set. Raises `RecipeError` if the sources are of different kinds."""
     kinds = {role.removeprefix("sources."): kind for role, kind in inputs.items() if kind in ROWS_KINDS}
+    if not kinds:
+        raise KeyError("sources")  # Their own problems are reported where they stand.
     if len(set(kinds.values())) != 1:
         given = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise RecipeError(f"the sources must all be of one kind ({given}). Mix each kind in a stage of its own.")

@@ -64,7 +64,10 @@ def test_ten_mistakes_are_printed_at_once_without_a_traceback_and_nothing_is_cre
         "stages.mismatched.kind: there is no stage 'pretrian'. Did you mean 'pretrain'?",
         "stages.unused: no output needs this stage. Add it to `outputs`, or remove it.",
     ):
-        assert f"error: {recipe}: {words}" in ended.stderr or f"error: {tmp_path}/{words}" in ended.stderr, (words, ended.stderr)
+        assert f"error: {recipe}: {words}" in ended.stderr or f"error: {tmp_path}/{words}" in ended.stderr, (
+            words,
+            ended.stderr,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["mistakes.yaml"]
 
 
@@ -84,7 +87,9 @@ def test_one_changed_parameter_reruns_its_stage_and_what_depends_on_it(reference
     assert steps["int8"]["reason"] == "input 'model' changed"
 
 
-def test_torchrun_and_deepspeed_and_the_printed_commands_make_the_same_weights(reference_store: Path, tmp_path: Path) -> None:
+def test_torchrun_and_deepspeed_and_the_printed_commands_make_the_same_weights(
+    reference_store: Path, tmp_path: Path
+) -> None:
     store = store_without(reference_store, "aligned", tmp_path / "store")
     printed = slipway("job", TINY, "aligned", "--store", store)
     assert printed.returncode == 0, printed.stderr

@@ -35,7 +35,9 @@ def test_killed_in_a_step_and_in_a_checkpoint_write_it_ends_with_the_same_weight
     run = ("run", TINY, "--only", step)
     kill_when(at_step(store, step, 8), store, *run)
     assert checkpoints(store, step).newest().step >= 6
-    steps = [event["step"] for event in read_journal(work_folder(store, step) / "journal.jsonl") if event["event"] == "step"]
+    steps = [
+        event["step"] for event in read_journal(work_folder(store, step) / "journal.jsonl") if event["event"] == "step"
+    ]
     assert steps[-1] < 24
 
     target = checkpoints(store, step).newest().step + 6
@@ -47,7 +49,11 @@ def test_killed_in_a_step_and_in_a_checkpoint_write_it_ends_with_the_same_weight
     assert f"checkpoint {target - 6} of 24, verified" in ended.stdout
     assert weights(store, step) == weights(reference_store, step)
     losses = {
-        where: [event["loss"] for event in read_journal(work_folder(where, step) / "journal.jsonl") if event["event"] == "step"]
+        where: [
+            event["loss"]
+            for event in read_journal(work_folder(where, step) / "journal.jsonl")
+            if event["event"] == "step"
+        ]
         for where in (store, reference_store)
     }
     assert len(losses[store]) == 24
@@ -66,7 +72,11 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
-    [(truncate, " bytes instead of "), (Path.unlink, " is missing"), (flip_a_bit, " has other content than when it was written")],
+    [
+        (truncate, " bytes instead of "),
+        (Path.unlink, " is missing"),
+        (flip_a_bit, " has other content than when it was written"),
+    ],
     ids=["truncated", "missing", "bit flipped"],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_so(

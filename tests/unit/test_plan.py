@@ -71,7 +71,10 @@ def test_a_second_run_skips_everything_and_the_artifact_says_what_it_is(tmp_path
     plan, store = planned(tmp_path)
     assert {text.split()[0] for text in actions(plan).values()} == {"skip"}
     manifest = read_manifest(store.artifact_folder(plan.step("joined").artifact_id))
-    assert manifest.input_ids == {"data": plan.step("first").artifact_id, "more.second": plan.step("second").artifact_id}
+    assert manifest.input_ids == {
+        "data": plan.step("first").artifact_id,
+        "more.second": plan.step("second").artifact_id,
+    }
     assert manifest.metrics == {"heldout_loss": 0.1, "parts": 2}
     assert plan.step("first").estimate.train_rows == 3
     assert "checkpoints" not in [path.name for path in plan.step("joined").work.iterdir()]
@@ -94,7 +97,10 @@ def test_comments_resources_and_places_retrain_nothing(tmp_path: Path) -> None:
     run(tmp_path, text=text)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "words.txt").rename(tmp_path / "elsewhere" / "words.txt")
-    moved = text.replace("words.txt", "elsewhere/words.txt") + "# a comment\nresources: {processes: 1, save_every_steps: 7}\n"
+    moved = (
+        text.replace("words.txt", "elsewhere/words.txt")
+        + "# a comment\nresources: {processes: 1, save_every_steps: 7}\n"
+    )
     assert {line.split()[0] for line in actions(planned(tmp_path, text=moved)[0]).values()} == {"skip"}
     (tmp_path / "elsewhere" / "words.txt").write_text("other")
     assert actions(planned(tmp_path, text=moved)[0])["first"].startswith("run file sha256:")
@@ -161,11 +167,11 @@ def test_a_step_that_another_process_runs_is_left_alone(tmp_path: Path) -> None:
     plan, store = planned(tmp_path)
     job = plan.step("first").job("demo", store)
     store.begin(job)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from pipeline.store import Store\n"
-         f"with Store(Path('{store.folder}')).locked(Path('{job.work}')): print('held', flush=True); time.sleep(60)"],
-        stdout=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
+    script = (
+        "import time; from pathlib import Path; from pipeline.store import Store\n"
+        f"with Store(Path('{store.folder}')).locked(Path('{job.work}')): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"

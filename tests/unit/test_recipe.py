@@ -117,8 +117,12 @@ def test_overrides_reach_params_by_the_stage_name_and_any_field_by_its_path(tmp_
     assert recipe.step("joined").params.model_dump()["beta"] == 0.3
     assert recipe.step("first").params.model_dump()["count"] == 5
     assert [step.seed for step in recipe.steps] == [9, 1, 9]
-    assert problems(tmp_path, GOOD, "joined.bata=1") == ["stages.joined.params.bata: unknown field. Did you mean 'beta'?"]
-    assert problems(tmp_path, GOOD, "beta") == ["--set beta: is not of the form path=value. Write --set align.beta=0.2."]
+    assert problems(tmp_path, GOOD, "joined.bata=1") == [
+        "stages.joined.params.bata: unknown field. Did you mean 'beta'?"
+    ]
+    assert problems(tmp_path, GOOD, "beta") == [
+        "--set beta: is not of the form path=value. Write --set align.beta=0.2."
+    ]
 
 
 def test_a_block_in_a_file_is_the_same_as_in_place_and_its_paths_start_at_that_file(tmp_path: Path) -> None:

@@ -43,7 +43,14 @@ def store(tmp_path: Path) -> Store:
     make(store, "first", A)
     make(store, "second", B, {"data": A})
     make(store, "third", C, {"data": A})
-    store.record("demo", {"path": "demo.yaml", "overrides": [], "steps": {"second": {"artifact_id": B, "identity": {}, "kind": "write"}}})
+    store.record(
+        "demo",
+        {
+            "path": "demo.yaml",
+            "overrides": [],
+            "steps": {"second": {"artifact_id": B, "identity": {}, "kind": "write"}},
+        },
+    )
     return store
 
 

@@ -58,5 +58,5 @@ def test_what_is_not_plain_yaml_is_a_recipe_error(text: str) -> None:
 
 
 def test_bytes_that_are_not_utf8_are_a_recipe_error() -> None:
-    with pytest.raises(RecipeError, match="recipe.yaml"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         parse_yaml(b"a: \xff\xfe\xff", "recipe.yaml")
