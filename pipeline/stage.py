@@ -131,7 +131,8 @@ class Stage:
     params: type[Strict]
     inputs: Mapping[str, Input]
     output: Kind | Callable[[Any, Mapping[str, Kind]], Kind]
-    """The kind of the artifact; a function of (params, kinds of inputs) where it depends on them."""
+    """The kind of the artifact; a function of (params, kinds of inputs) where it depends on them. It may raise
+    `RecipeError`, or `KeyError` where an input is missing, which is reported in any case."""
     run: Callable[[Context, Any], Result]
     headline: tuple[str, ...] = ()
     """The metrics that the closing table shows, baselines beside what they measure."""

@@ -80,9 +80,9 @@ def uses_cpu(resources: Resources) -> bool:
 
 def uses_hub(job: Job) -> bool:
     """Whether the recipe names a hub source: only then is the network used."""
-    named = any(place.startswith(HUB) for place in job.inputs.values())
     source = job.params.get("source")
-    return named or (isinstance(source, dict) and '"hub"' in json.dumps(source))
+    is_hub_source = isinstance(source, dict) and source.get("kind") == "hub"
+    return is_hub_source or any(place.startswith(HUB) for place in job.inputs.values())
 
 
 @dataclass
