@@ -65,8 +65,13 @@ def arithmetic(estimate: Estimate, world_size: int) -> str:
 
 
 def headline(metrics: Mapping[str, float], names: Sequence[str]) -> str:
-    """The named metrics, as far as there are, in one line; the first few where none is named."""
-    chosen = [name for name in names if name in metrics] if names else list(metrics)[:4]
+    """The named metrics, as far as there are, in one line; the first few where none is named.
+
+    A name that ends in a dot stands for all that begin with it: `heldout_perplexity.` for one number per model.
+    """
+    chosen = [
+        metric for name in names for metric in metrics if metric == name or (name[-1] == "." and metric.startswith(name))
+    ] or list(metrics)[:4]
     return ", ".join(f"{name.removeprefix('heldout_')} {number(metrics[name])}" for name in chosen)
 
 

@@ -119,6 +119,7 @@ STAGE = Stage(
     },
     output=Kind.REPORT,
     run=run,
+    headline=("heldout_perplexity.",),
     check=check,
 )
 
