@@ -30,7 +30,7 @@ class DistillParams(TrainingParams):
     unless there is an input `student`. The vocabulary's size and special tokens are the tokenizer's."""
     temperature: float = Field(default=1.0, gt=0)
     """What logits of teacher and student are divided by before they are compared: above 1, tokens that the teacher holds unlikely count for more."""
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    alpha: float = Field(default=0.9, ge=0, le=1)
     """Weight of the teacher's predictions in the loss; the rest is that of the tokens themselves. 0: plain training, without the teacher."""
     isolate_documents: bool = True
     """Whether each document in a block is a world of its own, for student and teacher: attention and positions begin anew at its start, and the last token of one is not asked to predict the first of the next."""
