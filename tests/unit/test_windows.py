@@ -35,7 +35,6 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 SHARED_DATA = REPO_ROOT.parent / "shared" / "data"
 VOCABULARY = SHARED_DATA / "vocab" / "bert_base_chinese_vocab.txt"
 CMRC_DEV = SHARED_DATA / "encoder" / "cmrc2018_dev.json"
-CMRC_FIRST = Path(__file__).parent / "data" / "cmrc2018_train_186.json"
 
 needs_vocabulary = pytest.mark.skipif(not VOCABULARY.exists(), reason=f"{VOCABULARY} is not there")
 needs_cmrc = pytest.mark.skipif(not CMRC_DEV.exists(), reason=f"{CMRC_DEV} is not there")
@@ -57,14 +56,26 @@ def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 @needs_vocabulary
-def test_the_first_cmrc_sample_is_cut_and_labelled_as_published(chinese: PreTrainedTokenizerBase) -> None:
-    row = json.loads(CMRC_FIRST.read_text(encoding="utf-8"))
+def test_a_sample_shaped_like_the_first_of_cmrc_is_cut_and_labelled_as_published(
+    chinese: PreTrainedTokenizerBase,
+) -> None:
+    """The published sample has 15 tokens of question, 749 of context, and its answer, 1963 and a sign, at 30 and 31.
+
+    [CLS] + 15 + [SEP] = 17 places stand before the context, so that the answer is at 17 + 30 = 47 and 48. A window of
+    300 holds 300 - 18 = 282 tokens of context and the next begins 282 - 50 = 232 further on: 749 tokens need
+    1 + ceil((749 - 282) / 232) = 4. The second begins at token 232, past the answer: (0, 0), as do the others.
+    """
+    beginning = [5745, 2455, 7563, 3221, 784, 720]
+    question = "".join(chinese.convert_ids_to_tokens(beginning)) + "\u4e2d" * 9
+    context = "\u4e2d" * 30 + "1963\u5e74" + "\u4e2d" * (749 - 32)
+    assert (len(chinese.tokenize(question)), len(chinese.tokenize(context))) == (15, 749)
+    row = {"id": "0", "context": context, "question": question, "answers": [{"start": 30, "text": "1963\u5e74"}]}
     frame = require_frame(chinese, pair=True)
-    question = read_question(row, chinese, frame, max_length=300, stride=50, max_question=64)
-    assert question.labels == [(47, 48), (0, 0), (0, 0), (0, 0)]
-    assert question.windows[0].ids[:7] == [101, 5745, 2455, 7563, 3221, 784, 720]
-    assert [len(window.ids) <= 300 for window in question.windows] == [True] * 4
-    assert chinese.decode(question.windows[0].ids[47:49]) == "1963 \u5e74"
+    cut_up = read_question(row, chinese, frame, max_length=300, stride=50, max_question=64)
+    assert cut_up.labels == [(47, 48), (0, 0), (0, 0), (0, 0)]
+    assert cut_up.windows[0].ids[:7] == [101, *beginning]
+    assert [len(window.ids) for window in cut_up.windows] == [300, 300, 300, 749 - 3 * 232 + 18]
+    assert chinese.decode(cut_up.windows[0].ids[47:49]) == "1963 \u5e74"
 
 
 @needs_vocabulary
