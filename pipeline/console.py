@@ -70,7 +70,10 @@ def headline(metrics: Mapping[str, float], names: Sequence[str]) -> str:
     A name that ends in a dot stands for all that begin with it: `heldout_perplexity.` for one number per model.
     """
     chosen = [
-        metric for name in names for metric in metrics if metric == name or (name[-1] == "." and metric.startswith(name))
+        metric
+        for name in names
+        for metric in metrics
+        if metric == name or (name[-1] == "." and metric.startswith(name))
     ] or list(metrics)[:4]
     return ", ".join(f"{name.removeprefix('heldout_')} {number(metrics[name])}" for name in chosen)
 
