@@ -373,7 +373,12 @@ class Reader:
         common: Mapping[str, Any],
         seed: int,
     ) -> list[RecipeStep]:
-        kinds: dict[str, Kind] = {}
+        # What does not depend on params is known at once, also of stages that wait for each other.
+        kinds: dict[str, Kind] = {
+            name: stage.output
+            for name, spec in specs.items()
+            if (stage := self.stages.get(spec.kind)) and isinstance(stage.output, Kind)
+        }
         steps = []
         for name in order:
             spec = specs.get(name)
@@ -389,8 +394,6 @@ class Reader:
             resources = self.read_resources(name, stage, spec, common)
             input_kinds = self.check_kinds(name, stage, sources[name], kinds, spec)
             if params is None:
-                if isinstance(stage.output, Kind):
-                    kinds[name] = stage.output
                 continue
             try:
                 kinds[name] = stage.output_kind(params, input_kinds)
