@@ -71,7 +71,7 @@ stages:
         "stages.first.params.count: must be a whole number, not the number 1.5. Write a whole number.",
         "stages.first.params.rate: must be a number, not the string '2e-5'. Remove the quotes.",
         f"stages.first.params.file: no such file or folder: nowhere.txt (looked below {tmp_path} and ",
-        "stages.joined.inputs.data: is required: text. These stages would fit: first.",
+        "stages.joined.inputs.data: is required: text. These stages would fit: first, unused.",
         "stages.loop_a.inputs: the stages wait for each other: loop_a <- loop_b <- loop_a. Remove one of these inputs.",
         "stages.unused: no output needs this stage. Add it to `outputs`, or remove it.",
         "stages.other.kind: there is no stage 'wirte'. Did you mean 'write'?",
