@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
@@ -33,6 +34,8 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
     if ctx.world.is_main and not folder.exists():
         quiet()
         set_seed(ctx.seed)
+        # A ZeRO-3 run before in this process would have the model split while it is built, which needs all processes.
+        unset_hf_deepspeed_config()
         model = build().to(torch.float32)
         temporary = ctx.work / "initial.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
