@@ -10,8 +10,10 @@ from stages.lib.rows import Row
 QUESTION = "What does `{}` do?"
 FEWEST_WORDS = 5
 MIXTURE = ("other",) * 2 + ("truncated",) * 4 + ("shuffled",) * 3
-"""The share of each corruption. Where one is impossible the first possible one of `FALLBACK` takes its place."""
-FALLBACK = ("shuffled", "truncated", "other")
+"""The share of each corruption. Where one is impossible the first possible one of `FALLBACK` takes its place, if any."""
+FALLBACK = ("truncated", "shuffled")
+FEWEST_WORDS_TO_SHUFFLE = 8
+"""Of fewer words another order often reads as well as theirs."""
 
 
 def preference_rows(module: Module) -> Iterator[Row]:
@@ -62,8 +64,8 @@ def truncated(description: str, key: str) -> str:
 
 
 def shuffled(description: str, key: str) -> str:
-    """The same words in another order."""
+    """The same words in another order, of a description that is long enough for the order to matter."""
     words = description.split()
     order = sorted(range(len(words)), key=lambda index: choice(f"{key} word {index}", 2**64))
     permuted = [words[index] for index in order]
-    return " ".join(permuted) if permuted != words else ""
+    return " ".join(permuted) if permuted != words and len(words) >= FEWEST_WORDS_TO_SHUFFLE else ""
