@@ -91,7 +91,14 @@ def parse_yaml(text: str | bytes, where: str) -> tuple[Any, list[Problem]]:
         Problem(f"{where}:{line}", f"the key {key!r} is not a string", "Put it in quotes.")
         for key, line in loader.odd_keys
     ]
-    return document, problems
+    return unshared(document), problems
+
+
+def unshared(value: Any) -> Any:
+    """The same tree, with a copy wherever an alias (`*name`) stands: an override of one place must not reach the others."""
+    if isinstance(value, dict):
+        return {key: unshared(item) for key, item in value.items()}
+    return [unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def load_yaml(path: Path) -> tuple[Any, list[Problem]]:

@@ -125,6 +125,12 @@ def test_overrides_reach_params_by_the_stage_name_and_any_field_by_its_path(tmp_
     ]
 
 
+def test_an_override_of_an_aliased_block_reaches_one_place_only(tmp_path: Path) -> None:
+    text = GOOD.replace("params: {count: 3}", "params: &shared {count: 3}").replace("seed: 7", "params: *shared")
+    recipe = load(tmp_path, text, "first.count=5")
+    assert [recipe.step(name).params.model_dump()["count"] for name in ("first", "second")] == [5, 3]
+
+
 def test_a_block_in_a_file_is_the_same_as_in_place_and_its_paths_start_at_that_file(tmp_path: Path) -> None:
     (tmp_path / "blocks").mkdir()
     (tmp_path / "blocks" / "b.yaml").write_text("words: [x, y]\n")
