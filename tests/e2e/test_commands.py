@@ -87,22 +87,26 @@ def test_one_changed_parameter_reruns_its_stage_and_what_depends_on_it(reference
     assert steps["int8"]["reason"] == "input 'model' changed"
 
 
+def printed_commands(store: Path) -> dict[str, str]:
+    """Launcher -> the command line that `slipway job` prints for the step `aligned`."""
+    printed = slipway("job", TINY, "aligned", "--store", store)
+    assert printed.returncode == 0, printed.stderr
+    lines = [line.strip() for line in printed.stdout.splitlines() if line.startswith("  ")]
+    return {Path(shlex.split(line)[0]).name: line for line in lines}
+
+
 def test_torchrun_and_deepspeed_and_the_printed_commands_make_the_same_weights(
     reference_store: Path, tmp_path: Path
 ) -> None:
     store = store_without(reference_store, "aligned", tmp_path / "store")
-    printed = slipway("job", TINY, "aligned", "--store", store)
-    assert printed.returncode == 0, printed.stderr
-    lines = [line.strip() for line in printed.stdout.splitlines() if line.startswith("  ")]
-    by_launcher = {Path(shlex.split(line)[0]).name: line for line in lines}
+    by_launcher = printed_commands(store)
     assert sorted(by_launcher) == ["deepspeed", "torchrun"]
     pasted = subprocess.run(by_launcher["deepspeed"], shell=True, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert pasted.returncode == 0, pasted.stdout[-3000:] + pasted.stderr[-3000:]
     assert weights(store, "aligned") == weights(reference_store, "aligned")
 
     other = store_without(reference_store, "aligned", tmp_path / "other")
-    printed = slipway("job", TINY, "aligned", "--store", other)
-    line = next(line.strip() for line in printed.stdout.splitlines() if "torchrun" in line.split(" ")[2])
+    line = printed_commands(other)["torchrun"]
     pasted = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert pasted.returncode == 0, pasted.stdout[-3000:] + pasted.stderr[-3000:]
     assert weights(other, "aligned") == weights(reference_store, "aligned")
