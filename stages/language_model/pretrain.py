@@ -114,7 +114,10 @@ def run(ctx: Context, params: PretrainParams) -> Result:
             vocabulary_size=len(tokenizer),
             special_ids=special_ids(tokenizer),
         )
-        shift = first_position(config) if params.isolate_documents else None
+        shift = None
+        if params.isolate_documents:
+            require_whole_view(config, length)
+            shift = first_position(config)
         collate = collate_masked(masking, ctx.seed, first_position=shift)
         # The same masks for every model and at every step, so that held-out numbers compare.
         heldout_collate = collate_masked(masking, HELDOUT_SEED, first_position=shift)
@@ -271,6 +274,22 @@ def first_position(config: Mapping[str, Any]) -> int:
     """The position id of a text's first token: some models count from behind the padding id."""
     limit = longest_text(config)
     return 0 if limit is None else int(config["max_position_embeddings"]) - limit
+
+
+def require_whole_view(config: Mapping[str, Any], length: int) -> None:
+    """Raises `RecipeError` if layers of the model see only a window of a block: the mask that keeps documents apart
+    would take the place of the window's."""
+    windowed = "sliding_attention" in (config.get("layer_types") or ())
+    window = config.get("local_attention") or config.get("sliding_window")
+    # A window of w reaches w / 2 to each side.
+    if windowed and window is not None and length - 1 > window // 2:
+        raise RecipeError(
+            Problem(
+                "params.isolate_documents",
+                f"is true, and some layers of {config['model_type']} see {window} tokens of the blocks' {length} only",
+                "Set isolate_documents: false, or architecture.local_attention to at least twice the blocks' length.",
+            )
+        )
 
 
 def require_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -66,6 +66,8 @@ def join_processes(ctx: Context) -> torch.device:
         # Accelerate would say cpu:0, where torch cannot load an optimizer to.
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     use_threads(ctx.resources)
+    # An environment, or an earlier run in this process, must not bring in a memory layout that the recipe does not name.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     if not dist.is_initialized() and (ctx.world.size > 1 or ctx.resources.deepspeed is not None):
         start_process_group(ctx, "nccl" if kind == "cuda" else "gloo")
     if ctx.resources.deepspeed is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,11 @@ class Masking:
     special_ids: frozenset[int]
     """Never chosen, and never put in as a random token."""
 
+    @cached_property
+    def replacements(self) -> Ids:
+        """The ids that a random token is drawn from."""
+        return np.setdiff1d(np.arange(self.vocabulary_size), np.fromiter(self.special_ids, np.int64))
+
     def __call__(self, ids_T: Ids, seed: int, position: int) -> tuple[Ids, Ids]:
         """What the model sees, and its targets: `IGNORE` where no token was chosen.
 
@@ -34,8 +40,7 @@ class Masking:
         """
         generator = np.random.Generator(np.random.PCG64([seed, position]))
         fate_T, which_T = generator.random(len(ids_T)), generator.random(len(ids_T))
-        replacements = np.setdiff1d(np.arange(self.vocabulary_size), np.fromiter(self.special_ids, np.int64))
-        random_T = generator.choice(replacements, len(ids_T))
+        random_T = generator.choice(self.replacements, len(ids_T))
         open_T = ~np.isin(ids_T, list(self.special_ids))
         chosen_T = open_T & (which_T < self.probability)
         if not chosen_T.any() and open_T.any():

@@ -12,16 +12,13 @@ and what to measure on held-out rows; here it is decided how that is spread over
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from transformers import (
     PreTrainedModel,
@@ -35,13 +32,13 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
-from pipeline.errors import ArtifactError, DataError, LaunchError, Preempted, Problem
+from pipeline.errors import DataError, Preempted, Problem, RecipeError
 from pipeline.stage import Context
 from stages.lib.distributed import all_reduce_sum, any_process, barrier, from_main, join_processes, use_threads
+from stages.lib.evaluating import Evaluator, Measure, Metrics, StopRequested
 from stages.lib.models import count_parameters, publish
+from stages.lib.scheduling import Collate, ScheduledData, Tensors, fingerprint, num_tokens, seed_of, with_positions
 from stages.lib.training_params import (
-    CHECKPOINT_BYTES_PER_PARAMETER,
-    Batch,
     TrainingParams,
     derive_batch,
     learning_rate_factor,
@@ -49,12 +46,9 @@ from stages.lib.training_params import (
     read_layout,
     zero_stage,
 )
+from stages.lib.training_state import Run, Window, check_checkpoint, checkpoint_bytes, write_receipt, write_state
 
-Tensors = dict[str, torch.Tensor]
-Metrics = dict[str, float]
-
-STATE = "slipway.json"
-"""What we need of a checkpoint beyond what Trainer and DeepSpeed write."""
+__all__ = ["Collate", "Evaluator", "Measure", "Metrics", "Objective", "Tensors", "Trained", "train"]
 
 
 class Objective(Protocol):
@@ -65,14 +59,6 @@ class Objective(Protocol):
 
     def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
         """The loss summed over those units, in float32. Must call `model(...)` exactly once: DDP counts on it."""
-
-
-Collate = Callable[[list[dict[str, Any]]], Tensors]
-"""Rows -> tensors. Each row carries its `position` in the schedule (in evaluation: its index), for randomness that
-must be a function of (seed, position). Must not draw from a global random generator."""
-
-Measure = Callable[[torch.nn.Module, Tensors], Mapping[str, torch.Tensor]]
-"""One forward pass on held-out rows -> named sums over the batch."""
 
 
 @dataclass(frozen=True)
@@ -87,152 +73,6 @@ class Trained:
     parameters: int
     train_loss: float
     """Mean training loss per unit over the steps that the last line of the journal covers."""
-
-
-class StopRequested(Exception):
-    """Ends an evaluation early, in all processes at once."""
-
-
-class Evaluator:
-    """Sums measures over held-out rows, spread over the processes. Works within the DeepSpeed engine."""
-
-    def __init__(self, model: torch.nn.Module, ctx: Context, device: torch.device, batch_size: int) -> None:
-        self.model = model
-        self.ctx = ctx
-        self.device = device
-        self.batch_size = batch_size
-
-    def sums(
-        self, rows: Sequence[dict[str, Any]], collate: Collate, measure: Measure, batch_size: int | None = None
-    ) -> Metrics:
-        """Each of `measure`'s values summed over all `rows`, the same number in every process.
-
-        All processes run the same number of forward passes, because ZeRO-3 gathers weights together: one that has no
-        batch left repeats the first, and does not count it.
-        """
-        if not len(rows):
-            raise DataError(
-                Problem("held-out rows", "there are none to measure on", "Keep some back in the mix stage.")
-            )
-        size = batch_size or self.batch_size
-        batches = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        world = self.ctx.world
-        totals: dict[str, float] = {}
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for first in range(0, len(batches), world.size):
-                    if any_process(self.ctx.stop_requested()):
-                        raise StopRequested
-                    mine = first + world.rank
-                    indices = batches[mine] if mine < len(batches) else batches[0]
-                    batch = collate([{**rows[index], "position": index} for index in indices])
-                    batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                    weight = 1.0 if mine < len(batches) else 0.0
-                    for name, value in measure(self.model, batch).items():
-                        # Not added when the weight is 0: a repeated batch counts for nothing, whatever its value.
-                        totals[name] = totals.get(name, 0.0) + (float(value.double()) if weight else 0.0)
-        finally:
-            self.model.train(training)
-        names = sorted(totals)
-        return dict(zip(names, all_reduce_sum([totals[name] for name in names]), strict=True))
-
-    def forward(self, compute: Callable[[torch.nn.Module], torch.Tensor]) -> torch.Tensor:
-        """`compute(model)` in evaluation mode and without gradients, the same in every process."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                return compute(self.model)
-        finally:
-            self.model.train(training)
-
-
-class ScheduledData(torch.utils.data.Dataset[dict[str, Any]]):
-    """The rows in training order: position p is row `permutation(seed, p // N)[p % N]`, and nothing else decides."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]], seed: int, length: int) -> None:
-        self.rows = rows
-        self.seed = seed
-        self.length = length
-        self.permutations: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        if not 0 <= position < self.length:
-            raise IndexError(position)
-        return {**self.rows[self.index(position)], "position": position}
-
-    def index(self, position: int) -> int:
-        """Which row stands at `position`."""
-        epoch, place = divmod(position, len(self.rows))
-        if epoch not in self.permutations:
-            # At most two are kept: a batch may reach over the end of a pass.
-            self.permutations = {e: p for e, p in self.permutations.items() if e >= epoch - 1}
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.permutations[epoch] = generator.permutation(len(self.rows))
-        return int(self.permutations[epoch][place])
-
-
-def fingerprint(rows: Sequence[dict[str, Any]], samples: int = 64) -> str:
-    """A digest of the number of rows and of the content of `samples` of them, evenly spread."""
-    digest = hashlib.sha256(str(len(rows)).encode())
-    for index in sorted({int(i) for i in np.linspace(0, len(rows) - 1, min(samples, len(rows)))}):
-        for name, value in sorted(rows[index].items()):
-            digest.update(name.encode())
-            digest.update(value.encode() if isinstance(value, str) else np.asarray(value).tobytes())
-    return digest.hexdigest()
-
-
-@dataclass
-class Window:
-    """Training loss since the last line of the journal."""
-
-    loss_sum: float = 0.0
-    units: float = 0.0
-    last_mean: float = math.nan
-
-    def add(self, loss: float, units: float) -> None:
-        self.loss_sum += loss * units
-        self.units += units
-
-    def close(self) -> float:
-        """The mean loss per unit; the next window starts empty."""
-        self.last_mean = self.loss_sum / self.units
-        self.loss_sum = self.units = 0.0
-        return self.last_mean
-
-
-@dataclass
-class Run:
-    """What stays the same during one call of `train`, and what it keeps count of."""
-
-    ctx: Context
-    params: TrainingParams
-    batch: Batch
-    steps: int
-    device: torch.device
-    num_rows: int
-    data_fingerprint: str
-    zero_stage: int
-    parameters: int = 0
-    window: Window = field(default_factory=Window)
-    before: Metrics | None = None
-    stopping: bool = False
-    tokens_since: float = 0.0
-    clock: float = field(default_factory=time.monotonic)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that resumes from it."""
-        return {
-            "total_steps": self.steps,
-            "global_batch_size": self.batch.global_batch_size,
-            "seed": self.ctx.seed,
-            "data": self.data_fingerprint,
-        }
 
 
 class SlipwayTrainer(Trainer):
@@ -328,8 +168,10 @@ class SlipwayTrainer(Trainer):
             return {}
 
     def heldout(self) -> Metrics:
-        """The stage's held-out metrics at this step. Raises `StopRequested`."""
+        """The stage's held-out metrics at this step, from the journal if they stand there. Raises `StopRequested`."""
         run = self.run
+        if measured := from_main(lambda: find_measured(run, self.state.global_step)):
+            return measured
         started = time.monotonic()
         evaluator = Evaluator(self.model_wrapped, run.ctx, run.device, run.batch.micro_batch_size)
         metrics = self.measure(evaluator)
@@ -363,13 +205,9 @@ class Flow(TrainerCallback):
         assert trainer is not None
         use_threads(run.ctx.resources)
         step = state.global_step
-        due = self.evaluation_is_due(step) and step < run.steps
-        measured = from_main(
-            lambda: next((event for event in run.ctx.journal.events("heldout") if event.get("step") == step), None)
-        )
-        if step == 0 and run.before is None:
-            run.before = metrics_of(measured) if measured else trainer.heldout()
-        elif due and not measured:
+        if step == 0:
+            run.before = trainer.heldout()
+        elif self.evaluation_is_due(step) and step < run.steps:
             trainer.heldout()
         run.clock = time.monotonic()
         return control
@@ -405,15 +243,7 @@ class Flow(TrainerCallback):
     def complete(self, step: int) -> None:
         run = self.run
         checkpoints = run.ctx.checkpoints
-        content = {
-            "step": step,
-            **run.identity(),
-            "world_size": run.ctx.world.size,
-            "zero_stage": run.zero_stage,
-            "window": asdict(run.window),
-            "before": run.before,
-        }
-        (checkpoints.path(step) / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_state(run, step)
         checkpoints.complete(step)
         checkpoints.rotate()
         run.ctx.journal.write("progress", what="checkpoint", step=step, done=step, total=run.steps)
@@ -442,6 +272,7 @@ def train(
     if not len(data):
         raise DataError(Problem("training rows", "there are none", "Look at the ledger of the stage that made them."))
     steps = optimizer_steps(params, len(data))
+    require_sound(params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
     run = Run(ctx, params, batch, steps, device, len(data), fingerprint(data), zero_stage(ctx.resources))
     resumed = from_main(lambda: check_checkpoint(run)) if ctx.resume is not None else None
@@ -468,6 +299,7 @@ def train(
         data_collator=with_positions(collate),
         callbacks=[flow],
     )
+    assert trainer.is_deepspeed_enabled == (ctx.resources.deepspeed is not None)
     flow.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     if resumed:
@@ -477,89 +309,32 @@ def train(
         if run.stopping:
             raise Preempted(f"at step {trainer.state.global_step} of {steps}")
         after = trainer.heldout()
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     except StopRequested:
         raise Preempted(f"while measuring, at step {trainer.state.global_step} of {steps}") from None
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    finally:
+        # Or a model that is read from now on would be split over the processes by ZeRO-3, too.
+        unset_hf_deepspeed_config()
     from_main(lambda: publish(trainer.model, state, tokenizer, ctx.out, precision=params.precision, stop_ids=stop_ids))
-    # Or a model that is read from now on would still be split over the processes by ZeRO-3.
-    unset_hf_deepspeed_config()
-    assert run.before is not None
+    assert run.before is not None and run.window.last_mean is not None
     return Trained(run.before, after, steps, run.parameters, run.window.last_mean)
 
 
-def check_checkpoint(run: Run) -> dict[str, Any]:
-    """Our part of the checkpoint that is resumed from.
-
-    Raises `ArtifactError` if it belongs to another run, `LaunchError` if it was written by processes or in a memory layout
-    that DeepSpeed cannot turn into the present ones.
-    """
-    path = Path(str(run.ctx.resume)) / STATE
-    try:
-        saved: dict[str, Any] = json.loads(path.read_bytes())
-        differs = [name for name, value in run.identity().items() if saved[name] != value]
-        processes, stage = saved["world_size"], saved["zero_stage"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(Problem(str(path), f"cannot be read: {error!r}", start_over(run))) from None
-    if differs:
-        name = differs[0]
-        raise ArtifactError(
+def require_sound(params: TrainingParams, steps: int, device: torch.device) -> None:
+    """Raises `RecipeError` with what is wrong with params now that the number of rows and the device are known."""
+    problems = []
+    if params.warmup_steps >= steps:
+        problems.append(
             Problem(
-                str(run.ctx.resume),
-                f"belongs to another run: its {name} is {saved[name]}, the recipe's is {run.identity()[name]}",
-                start_over(run),
+                "params.warmup_steps",
+                f"{params.warmup_steps} is not below the {steps} steps that there are",
+                "Lower it.",
             )
         )
-    if stage != run.zero_stage:
-        raise LaunchError(
-            Problem(
-                "resources.deepspeed",
-                f"the checkpoint {run.ctx.resume} was written {layout_words(stage)}, this run is {layout_words(run.zero_stage)}",
-                f"Run {layout_words(stage)} again. {start_over(run)}",
-            )
-        )
-    if stage and processes != run.ctx.world.size:
-        raise LaunchError(
-            Problem(
-                "resources.processes",
-                f"the checkpoint {run.ctx.resume} was written by {processes} processes, this run has {run.ctx.world.size}",
-                f"DeepSpeed needs the same number: run with `--set` so that processes x nodes is {processes}. {start_over(run)}",
-            )
-        )
-    return saved
-
-
-def start_over(run: Run) -> str:
-    return f"To start over, remove {run.ctx.checkpoints.folder}."
-
-
-def layout_words(stage: int) -> str:
-    return f"under ZeRO-{stage}" if stage else "without DeepSpeed"
-
-
-def write_receipt(run: Run, saved: Mapping[str, Any]) -> None:
-    """Says what was restored."""
-    step, processes = saved["step"], saved["world_size"]
-    position = step * run.batch.global_batch_size
-    epoch, row = divmod(position, run.num_rows)
-    run.ctx.journal.write(
-        "resume",
-        step=step,
-        total_steps=run.steps,
-        checkpoint=str(run.ctx.resume),
-        restored=["weights", "optimizer", "schedule", "random generators", "data position", "loss window"],
-        processes=processes,
-        data_position=position,
-        learning_rate=run.params.learning_rate * learning_rate_factor(run.params, step, run.steps),
-    )
-    run.ctx.journal.note(
-        f"resumed at step {step} of {run.steps}: weights, optimizer, schedule, generators of {processes} processes;"
-        f" next is row {row:,} of {run.num_rows:,} in pass {epoch + 1}"
-    )
-
-
-def checkpoint_bytes(run: Run) -> int:
-    """What a checkpoint takes on the disk, at most."""
-    return run.parameters * CHECKPOINT_BYTES_PER_PARAMETER + 2**20
+    if params.precision == "fp16" and device.type == "cpu":
+        problems.append(Problem("params.precision", "is fp16, which no CPU trains in", "Take bf16 or fp32."))
+    if problems:
+        raise RecipeError(*problems)
 
 
 def training_arguments(run: Run) -> TrainingArguments:
@@ -603,29 +378,10 @@ def training_arguments(run: Run) -> TrainingArguments:
     )
 
 
-def with_positions(collate: Collate) -> Collate:
-    """`collate`, and the rows' positions beside what it returns."""
-
-    def collate_with_positions(rows: list[dict[str, Any]]) -> Tensors:
-        return {**collate(rows), "positions": torch.tensor([row["position"] for row in rows])}
-
-    return collate_with_positions
-
-
-def num_tokens(batch: Tensors) -> float:
-    """Tokens of a micro batch, without padding where a 2-dimensional attention mask tells."""
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        return float(mask.sum())
-    return float(batch["input_ids"].numel()) if "input_ids" in batch else 0.0
-
-
-def seed_of(*parts: int) -> int:
-    """A seed of 63 bits that depends on every part."""
-    digest = hashlib.sha256(":".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def metrics_of(event: Mapping[str, Any]) -> Metrics:
-    """The metrics in a `heldout` event."""
-    return {name: value for name, value in event.items() if name not in ("event", "time", "step", "total_steps")}
+def find_measured(run: Run, step: int) -> Metrics | None:
+    """The metrics of the `heldout` event at `step`, if there is one."""
+    known = ("event", "time", "step", "total_steps")
+    for event in run.ctx.journal.events("heldout"):
+        if event["step"] == step:
+            return {name: value for name, value in event.items() if name not in known}
+    return None

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from pipeline.checkpoints import Checkpoints
-from pipeline.errors import ArtifactError, DataError, StoreError
+from pipeline.errors import ArtifactError, DataError, RecipeError, StoreError
 from pipeline.journal import Journal
 from pipeline.recipe import Resources
 from pipeline.stage import Context, World
 from stages.lib import training
 from stages.lib.losses import TARGETS, TokenObjective, measure_tokens, next_tokens, token_metrics
 from stages.lib.models import check_weights, initial_weights, load_model
-from stages.lib.training import Evaluator, ScheduledData, Trained, fingerprint, train
+from stages.lib.scheduling import ScheduledData, fingerprint
+from stages.lib.training import Evaluator, Trained, train
 from stages.lib.training_params import TrainingParams
 from tests.distributed.training_world import LLAMA, make_tokenizer
 
@@ -214,6 +215,16 @@ def test_a_step_without_targets_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"step 1: no row of the batch has anything to learn from"):
         run(context(tmp_path), Deaf())
+
+
+def test_what_only_the_run_can_know_is_refused_together(tmp_path: Path) -> None:
+    """Ten rows in batches of 4, once: 3 steps."""
+    with pytest.raises(RecipeError) as caught:
+        run(context(tmp_path), max_steps=None, epochs=1.0, warmup_steps=3, precision="fp16")
+    assert [str(problem).split(":")[0] for problem in caught.value.problems] == [
+        "params.warmup_steps",
+        "params.precision",
+    ]
 
 
 def test_a_full_disk_is_seen_before_a_checkpoint_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,11 +67,11 @@ class Interrupted:
 
 KILLED_IN_A_STEP = [
     Interrupted("pretrain", processes, layout, {"step": 8, "during": "step"})
-    for processes, layout in [(1, None), (1, "zero3"), (2, None), (2, "zero1"), (2, "zero2"), (2, "zero3")]
+    for processes, layout in [(1, None), (2, "zero1"), (2, "zero2"), (2, "zero3")]
 ]
 KILLED_IN_A_CHECKPOINT = [
     Interrupted("sft", processes, layout, {"step": 6, "during": "checkpoint"})
-    for processes, layout in [(1, None), (2, "zero2"), (2, "zero3")]
+    for processes, layout in [(2, None), (2, "zero3")]
 ]
 STOPPED = [
     Interrupted("sft", 2, "zero2", {"step": 5}),
@@ -85,7 +85,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"seed": 8}, 2, "its seed is 7, the recipe's is 8"),
     ({"params": {**PARAMS["sft"], "max_length_tokens": 40}}, 2, "its data is "),
 ]
-OTHER_PROCESSES = replace(STOPPED[2], how={"step": 4})
+OTHER_PROCESSES = replace(STOPPED[2], how={"step": 5})
 TWICE = Interrupted("pretrain", 2, "zero3")
 
 
@@ -101,7 +101,7 @@ class World:
         return replace(case.job(self.folder, self.inputs), **changes)
 
     def saved(self, case: Interrupted) -> list[int]:
-        return [line["step"] for line in self.before[case.name]]
+        return [line["step"] for line in self.before[case.name] if line["what"] == "checkpoint"]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_asked_to_stop_within_an_evaluation(world: World) -> None:
 def test_another_number_of_processes_without_deepspeed(world: World) -> None:
     """Stopped with two processes, finished by one: the same rows in the same steps, so nearly the same losses."""
     job, reference = world.job(OTHER_PROCESSES), world.job(OTHER_PROCESSES.whole)
-    assert job.events("resume")[0]["step"] == 4
+    assert job.events("resume")[0]["step"] == 5
     # The first five lines are of steps 2, 4, 6, 8, 9; dropout has other masks where micro batches begin elsewhere.
     assert job.losses()[:2] == reference.losses()[:2]
     assert job.losses() == pytest.approx(reference.losses(), rel=1e-4)
