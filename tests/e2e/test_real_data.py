@@ -73,7 +73,7 @@ def test_history_and_preference_files_train_and_empty_history_pairs_are_counted(
     chat_rows = store / "artifacts" / manifest_of(store, "chat_rows").artifact_id
     ledger = json.loads((chat_rows / "ledger.json").read_text(encoding="utf-8"))
     assert ledger["read"] == len(raw) == 689
-    assert ledger["repaired"]["empty_history_pair"]["count"] == sum(padding) == 929
+    assert ledger["repaired"]["empty_history_pair"] == sum(padding) == 929
     dropped = {reason: entry["count"] for reason, entry in ledger["dropped"].items()}
     assert (ledger["kept"], dropped) == (684, {"exact_duplicate": 5})
     for line in (chat_rows / "rows.jsonl").read_text(encoding="utf-8").splitlines():
