@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def flip_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (truncate, " bytes instead of "),
-        (Path.unlink, " is missing"),
-        (flip_a_bit, " has other content than when it was written"),
+        (truncate, "bytes instead of"),
+        (Path.unlink, "is missing"),
+        (flip_a_bit, "has other content than when it was written"),
     ],
     ids=["truncated", "missing", "bit flipped"],
 )
@@ -95,6 +96,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_so(
 
     ended = slipway(*run, "--store", store)
     assert ended.returncode == 0, ended.stdout
-    assert f"checkpoint-{newest.step} is not resumed from: {largest}{sentence}" in ended.stdout
+    said = rf"checkpoint-{newest.step} is not resumed from: {re.escape(largest)} .*{sentence}"
+    assert re.search(said, ended.stdout), ended.stdout
     assert f"checkpoint {newest.step - 6} of 24, verified" in ended.stdout
     assert weights(store, step) == weights(reference_store, step)
