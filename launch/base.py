@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -68,7 +68,7 @@ def run_command(command: list[str], log: Path, environment: Mapping[str, str], w
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=end_with_parent(),
             )
         except OSError as error:
             hint = "Install the project's environment with `make environment`."
@@ -88,11 +88,14 @@ def in_front(folder: str, paths: str | None) -> str:
     return os.pathsep.join(dict.fromkeys([folder, *filter(None, (paths or "").split(os.pathsep))]))
 
 
-def end_with_parent() -> None:
-    """Asks Linux to send this process SIGTERM when its parent dies; elsewhere does nothing."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent() -> Callable[[], object] | None:
+    """What a new process calls so that Linux sends it SIGTERM when its parent dies; elsewhere there is nothing to call."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    PR_SET_PDEATHSIG = 1
+    return functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def script(name: str) -> str:

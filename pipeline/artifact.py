@@ -16,6 +16,8 @@ from pipeline.errors import ArtifactError, Problem
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+HASHED_AT_ONCE_BYTES = 1 << 16
+"""Small enough that setting it aside costs little for each of the thousands of files that a source may have."""
 
 
 class Kind(StrEnum):
@@ -52,7 +54,7 @@ class Kind(StrEnum):
 class FileEntry(BaseModel):
     """One file of an artifact or checkpoint."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     size: int
     sha256: str
@@ -61,7 +63,7 @@ class FileEntry(BaseModel):
 class Facts(BaseModel):
     """What consumers of an artifact check before they use it. A stage fills in those that apply."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
     tokenizer_digest: str | None = None
     chat_template_digest: str | None = None
@@ -87,7 +89,7 @@ class Facts(BaseModel):
 class Manifest(BaseModel):
     """`manifest.json`: what the artifact is, what it was made from, and what its files must hash to."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     schema_version: int = SCHEMA_VERSION
     artifact_id: str
@@ -144,10 +146,20 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def digest_file(path: Path) -> str:
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file as a whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def digest_file(path: Path | str) -> str:
     """SHA-256 of the file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(HASHED_AT_ONCE_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def files_below(folder: Path) -> Iterator[Path]:

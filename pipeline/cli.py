@@ -14,9 +14,8 @@ import typer
 from launch import LAUNCHERS
 from pipeline import console, reports
 from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, Problem, RecipeError, SlipwayError, did_you_mean
-from pipeline.execute import execute
 from pipeline.plan import Action, Plan, make_plan
-from pipeline.recipe import load_recipe
+from pipeline.recipe_reader import load_recipe
 from pipeline.store import Store
 from stages import STAGES
 
@@ -84,6 +83,8 @@ def run(
     """Run what the plan says, resuming what was interrupted and skipping what is done."""
     if only and until:
         raise RecipeError(Problem("--only and --until", "exclude each other", "Use one of them."))
+    from pipeline.execute import execute
+
     the_store = open_store(store)
     the_plan = planned(recipe, set_, the_store, only=only, until=until)
     raise typer.Exit(execute(the_plan, the_store, LAUNCHERS, console.Progress()))

@@ -94,6 +94,8 @@ class Progress:
         elif kind == "step":
             text = describe_step(event)
             self.rewrite(f"  {bar(event)} {text}") if self.live else self.line(f"  {text}")
+        elif kind == "rollout":
+            self.line(f"  {describe_rollout(event)}")
         elif kind == "heldout":
             numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k not in ("time", "step")}
             values = ", ".join(f"{name} {number(value)}" for name, value in list(numbers.items())[:4])
@@ -126,6 +128,21 @@ def describe_step(event: Mapping[str, Any]) -> str:
         parts.append(f"{speed:,.0f} tokens/s")
     if total and event.get("seconds_per_step"):
         parts.append(f"{seconds((total - event['step']) * event['seconds_per_step'])} left")
+    return "  ".join(parts)
+
+
+def describe_rollout(event: Mapping[str, Any]) -> str:
+    parts = [f"rollout {event['rollout']}/{event['total_rollouts']}"]
+    for name, label in (
+        ("reward", "reward"),
+        ("kl", "kl"),
+        ("entropy", "entropy"),
+        ("clipped", "clipped"),
+        ("length_tokens", "length"),
+        ("ended", "ended"),
+    ):
+        if isinstance(event.get(name), int | float):
+            parts.append(f"{label} {event[name]:.4g}")
     return "  ".join(parts)
 
 

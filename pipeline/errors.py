@@ -5,6 +5,7 @@
     +-- DataError     (ValueError)    rows, files or formats that a stage cannot use
     +-- ArtifactError (ValueError)    an artifact that is damaged, missing or of the wrong kind
     +-- GateError     (ValueError)    a result that misses the bar the recipe set for it
+    +-- RewardError   (ValueError)    a reward that cannot be computed, or is not one finite number
     +-- StoreError    (OSError)       the store: disk full, not writable, in use
     +-- LaunchError   (RuntimeError)  processes that cannot be started, or do not find each other
 
@@ -59,6 +60,10 @@ class ArtifactError(SlipwayError, ValueError):
 
 class GateError(SlipwayError, ValueError):
     """The stage ran, but its result misses the bar that the recipe sets."""
+
+
+class RewardError(SlipwayError, ValueError):
+    """A reward that cannot be computed for a row, or is not one finite number."""
 
 
 class StoreError(SlipwayError, OSError):

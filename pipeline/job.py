@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.artifact import Kind
 from pipeline.errors import ArtifactError, Problem
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.strict import Strict
 
 JOB = "job.json"

@@ -13,8 +13,9 @@ from typing import Any
 class Journal:
     """Events of one step's run: `{"event": "step", "step": 120, "loss": 2.31, ...}`.
 
-    The events of a stage: `step` (training), `heldout` (held-out metrics at a step), `progress` (anything else that
-    counts up: `done` of `total`), `note` (a sentence), `resume` (what was restored).
+    The events of a stage: `step` (training), `rollout` (completions of a policy and what was learned from them),
+    `heldout` (held-out metrics at a step), `progress` (anything else that counts up: `done` of `total`), `note` (a
+    sentence), `resume` (what was restored).
     """
 
     def __init__(self, path: Path, *, writes: bool) -> None:

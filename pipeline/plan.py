@@ -1,9 +1,10 @@
-"""What will run, and why. Pure: computes ids in order, asks the store, changes nothing."""
+"""What will run, and why: computes ids in order, asks the store, changes nothing there."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from pipeline.artifact import Manifest, canonical_json, digest_bytes
 from pipeline.checkpoints import Newest
+from pipeline.digests import Digests, cache_file
 from pipeline.errors import Problem, RecipeError
 from pipeline.job import Job
 from pipeline.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
@@ -170,15 +172,18 @@ def make_plan(recipe: Recipe, store: Store, *, only: str | None = None, until: s
     before = store.records().get(recipe.name, {}).get("steps", {})
     planned: dict[str, Step] = {}
     problems: list[Problem] = []
+    digests = Digests(cache_file())
+    # A recipe names the same source in several steps: within a plan each is looked at once.
+    digest = functools.cache(digests.of)
     for recipe_step in recipe.steps:
-        planner = StepPlanner(recipe_step, store, planned, before.get(recipe_step.name))
+        planner = StepPlanner(recipe_step, store, digest, planned, before.get(recipe_step.name))
         step = planner.plan(recipe_step.name in chosen, chosen)
         planned[step.name] = step
         problems += [
             replace(problem, where=f"{recipe.path.name}: stages.{step.name}.{problem.where}")
             for problem in planner.problems
         ]
-    store.save_digests()
+    digests.save()
     if problems:
         raise RecipeError(*problems)
     left_out = tuple(name for name in planned if name not in chosen)
@@ -191,6 +196,7 @@ class StepPlanner:
 
     step: RecipeStep
     store: Store
+    digest: Callable[[Path], str]
     planned: Mapping[str, Step]
     before: Mapping[str, Any] | None
     problems: list[Problem] = field(default_factory=list)
@@ -200,7 +206,7 @@ class StepPlanner:
         identity = {
             "kind": self.step.stage.kind,
             "version": self.step.stage.version,
-            "params": self.step.params.model_dump(mode="json", context=self.store.digest),
+            "params": self.step.params.model_dump(mode="json", context=self.digest),
             "seed": self.step.seed,
             "inputs": input_ids,
         }
@@ -230,7 +236,7 @@ class StepPlanner:
         if isinstance(source, Upstream):
             return self.planned[source.step].artifact_id
         if isinstance(source, Outside):
-            return source.artifact_id or self.store.digest(source.path)
+            return source.artifact_id or self.digest(source.path)
         return str(source)
 
     def input_place(self, source: Upstream | Outside | Hub) -> str:

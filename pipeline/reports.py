@@ -243,6 +243,6 @@ def type_text(annotation: Any) -> str:
     text = (
         annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     )
-    for old in ("typing.", "pathlib.", "pipeline.strict.", "pipeline.recipe."):
+    for old in ("typing.", "pathlib.", "pipeline.strict.", "pipeline.resources."):
         text = text.replace(old, "")
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,7 +11,7 @@ from pipeline.artifact import Facts, Kind
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import Problem
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.strict import Strict
 
 

@@ -9,7 +9,6 @@ runs/
       lock  running.json          who runs it
       outcome.json                how it ended
   recipes/<name>.json             the plan each recipe last ran: step -> artifact and its identity
-  digests.json                    digests of outside files by path, size and time of change
 """
 
 from __future__ import annotations
@@ -32,12 +31,10 @@ from typing import Any
 from pipeline.artifact import (
     MANIFEST,
     Manifest,
-    canonical_json,
     differences,
-    digest_bytes,
-    digest_file,
     list_files,
     read_manifest,
+    write_json,
 )
 from pipeline.checkpoints import Checkpoints, sync
 from pipeline.errors import ArtifactError, Problem, StoreError
@@ -45,13 +42,10 @@ from pipeline.job import Job
 from pipeline.stage import Result
 from pipeline.strict import CHECKOUT
 
-SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 RECORDED_LIBRARIES = (
     "torch", "transformers", "deepspeed", "accelerate", "datasets", "datatrove", "tokenizers", "sentencepiece",
     "llmcompressor", "compressed-tensors", "safetensors", "numpy", "pydantic",
 )  # fmt: skip
-SETTLING_SECONDS = 2.0
-"""A file changed this recently may change again within the clock's grain: its digest is not remembered."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,6 @@ class Store:
         self.artifacts = self.folder / "artifacts"
         self.work = self.folder / "work"
         self.recipes = self.folder / "recipes"
-        self._digests: dict[str, list[Any]] | None = None
-        self._digests_changed = False
 
     # Finding
 
@@ -86,9 +78,13 @@ class Store:
     def find(self, artifact_id: str) -> Manifest | None:
         """The manifest of a finished artifact; None if it was not made, or a file of it is missing or cut short."""
         folder = self.artifact_folder(artifact_id)
-        if not (folder / MANIFEST).exists() or self.damage(artifact_id):
+        if not (folder / MANIFEST).exists():
             return None
-        return read_manifest(folder)
+        try:
+            manifest = read_manifest(folder)
+        except ArtifactError:
+            return None
+        return None if differences(folder, manifest.files, hashes=False) else manifest
 
     def damage(self, artifact_id: str) -> list[str]:
         """What a look at the sizes shows to be wrong with an artifact that was made; `verify` hashes as well."""
@@ -138,43 +134,6 @@ class Store:
                 "`slipway status` lists them; --store names another store.",
             )
         )
-
-    # Digests of what lies outside
-
-    def digest(self, path: Path) -> str:
-        """The digest of an outside file's or folder's content, remembered by path, size and time of change."""
-        is_folder = path.is_dir()
-        stats = outside_files(path) if is_folder else {"": path.stat()}
-        seen = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats.items()]
-        signature = digest_bytes(canonical_json(seen))
-        known = self.known_digests()
-        entry = known.get(str(path))
-        if entry and entry[0] == signature:
-            return str(entry[1])
-        if is_folder:
-            content = {name: digest_file(path / name) for name in stats}
-            value = f"sha256:{digest_bytes(canonical_json(content))}"
-        else:
-            value = f"sha256:{digest_file(path)}"
-        if all(time.time() - s.st_mtime > SETTLING_SECONDS for s in stats.values()):
-            known[str(path)] = [signature, value]
-            self._digests_changed = True
-        return value
-
-    def known_digests(self) -> dict[str, list[Any]]:
-        if self._digests is None:
-            try:
-                self._digests = json.loads((self.folder / "digests.json").read_bytes())
-            except (OSError, ValueError):
-                self._digests = {}
-        assert self._digests is not None
-        return self._digests
-
-    def save_digests(self) -> None:
-        """Keeps the digests for the next plan, where there is a store already."""
-        if self._digests_changed and self.folder.is_dir():
-            write_json(self.folder / "digests.json", self._digests)
-            self._digests_changed = False
 
     # Running a step
 
@@ -301,31 +260,6 @@ class Store:
             with contextlib.suppress(OSError, ValueError):
                 found[path.stem] = json.loads(path.read_bytes())
         return found
-
-
-def outside_files(folder: Path) -> dict[str, os.stat_result]:
-    """Relative path -> status of the files below an outside folder that count as its content, sorted by path: no caches,
-    no installed packages, nothing hidden. Strings, not paths: a folder may hold thousands, and `plan` looks at them all."""
-    found = {}
-    ahead = [(str(folder), "")]
-    while ahead:
-        directory, prefix = ahead.pop()
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    ahead.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.is_file():
-                    found[prefix + entry.name] = entry.stat()
-    return dict(sorted(found.items()))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes the file as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def remove(path: Path) -> None:

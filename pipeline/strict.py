@@ -12,6 +12,7 @@ import functools
 import glob
 import inspect
 import itertools
+import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.errors import Problem, RecipeError, did_you_mean
 from pipeline.yaml_loader import load_yaml
+
+# Else pydantic looks for plugins in the metadata of every installed package before it builds the first model, which `plan`
+# cannot wait for. Ours need none; whoever wants one sets the variable, which stays as it is.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 """The root of the source checkout: paths in recipes are looked up against the file that names them, then here."""
@@ -202,7 +207,9 @@ def models_at(model: type[BaseModel], loc: Sequence[str]) -> list[type[BaseModel
     for part in loc:
         annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         inner = [found for annotation in annotations for found in models_in(annotation)]
-        models = inner or models
+        # In a union of models, pydantic names the one that was meant by its `kind`.
+        tagged = [m for m in models if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)]
+        models = inner or tagged or models
     return models
 
 

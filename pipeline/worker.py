@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pipeline.artifact import write_json
 from pipeline.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -30,10 +31,11 @@ from pipeline.errors import (
 )
 from pipeline.job import Job, read_job
 from pipeline.journal import Journal
-from pipeline.recipe import HUB, Resources
+from pipeline.recipe import HUB
 from pipeline.rendezvous import meet
+from pipeline.resources import Resources
 from pipeline.stage import Context, Stage, World
-from pipeline.store import Store, remove, write_json
+from pipeline.store import Store, remove
 from pipeline.strict import Reading, validate
 
 OUTCOME = "outcome.json"

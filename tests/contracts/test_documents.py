@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 
 from launch import LAUNCHERS
 from pipeline.cli import app
-from pipeline.recipe import load_recipe
+from pipeline.recipe_reader import load_recipe
 from pipeline.strict import CHECKOUT
 from stages import STAGES
 

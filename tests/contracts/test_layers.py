@@ -19,7 +19,7 @@ HEAVY = frozenset(
 )
 """Libraries that take long to load: planning must do without them."""
 COMPOSITION_ROOTS = frozenset({"pipeline.cli", "pipeline.worker"})
-LIGHT_CORE = frozenset("artifact checkpoints errors journal recipe stage strict yaml_loader".split())
+LIGHT_CORE = frozenset("artifact checkpoints errors journal recipe resources stage strict yaml_loader".split())
 """The modules of `pipeline` that stages may use: what they are given, not what runs them."""
 LAUNCH_CORE = frozenset({"errors", "job", "strict"})
 

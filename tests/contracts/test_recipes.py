@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError, WrapValidator
 
 from launch import LAUNCHERS
 from pipeline.plan import Action, make_plan
-from pipeline.recipe import load_recipe
+from pipeline.recipe_reader import load_recipe
 from pipeline.store import Store
 from pipeline.strict import CHECKOUT, Reading, inline
 from pipeline.yaml_loader import load_yaml, parse_yaml

@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from launch import LAUNCHERS
 from pipeline.artifact import Kind
-from pipeline.recipe import Resources, load_recipe
+from pipeline.recipe_reader import load_recipe
+from pipeline.resources import Resources
 from pipeline.stage import Input, Stage
 from pipeline.strict import CHECKOUT, OutsidePath, Strict, documentation, models_in
 from stages import STAGES

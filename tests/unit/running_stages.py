@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.checkpoints import Checkpoints
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
 from pipeline.strict import Reading, Strict, validate
 from stages.lib.ledger import Ledger

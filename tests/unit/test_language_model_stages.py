@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.artifact import Kind
 from pipeline.errors import RecipeError
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Estimate, Forecast
 from pipeline.strict import CHECKOUT
 from stages.language_model import pretrain, sft

@@ -16,7 +16,7 @@ from launch import LAUNCHERS
 from launch.base import in_front, run_command
 from pipeline.errors import LaunchError
 from pipeline.job import Job
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.strict import CHECKOUT
 
 ARTIFACT_ID = "0000000a" + "0" * 56

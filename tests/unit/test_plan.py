@@ -17,7 +17,7 @@ from pipeline.errors import RecipeError
 from pipeline.execute import execute
 from pipeline.job import Job
 from pipeline.plan import Plan, make_plan
-from pipeline.recipe import load_recipe
+from pipeline.recipe_reader import load_recipe
 from pipeline.store import Store
 from tests.unit.fake_stages import LAUNCHERS, STAGES
 

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.artifact import Kind
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, Upstream, load_recipe
+from pipeline.recipe import Recipe, Upstream
+from pipeline.recipe_reader import load_recipe
 from tests.unit.fake_stages import LAUNCHERS, STAGES
 
 GOOD = """

@@ -1,8 +1,7 @@
-"""The store: commits, digests, names, lineage, verification and collection."""
+"""The store: commits, names, lineage, verification and collection."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from pipeline.artifact import FileEntry, Kind
 from pipeline.collect import collect, needed_artifacts
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.job import Job, read_job
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Result
 from pipeline.store import Store
 
@@ -123,32 +122,3 @@ def test_collection_keeps_what_a_recipe_made_that_cannot_be_planned_now(store: S
     needed, notes = needed_artifacts(store, current)
     assert needed == {A, B}
     assert notes == ["recipe demo (demo.yaml) cannot be planned now: what it made last is kept"]
-
-
-def test_digests_of_folders_follow_content_and_ignore_caches_and_times(tmp_path: Path) -> None:
-    folder = tmp_path / "lib"
-    (folder / "__pycache__").mkdir(parents=True)
-    (folder / "a.py").write_text("a")
-    store = Store(tmp_path / "runs")
-    before = store.digest(folder)
-    (folder / "__pycache__" / "a.pyc").write_text("x")
-    os.utime(folder / "a.py", (1, 1))
-    assert store.digest(folder) == before
-    (folder / "a.py").write_text("b")
-    assert store.digest(folder) != before
-
-
-def test_a_digest_is_remembered_only_while_the_file_is_unchanged(tmp_path: Path) -> None:
-    file = tmp_path / "data.jsonl"
-    file.write_text("1")
-    os.utime(file, (1, 1))
-    store = Store(tmp_path / "runs")
-    store.folder.mkdir()
-    first = store.digest(file)
-    store.save_digests()
-    again = Store(tmp_path / "runs")
-    assert again.digest(file) == first
-    assert str(file) in again.known_digests()
-    file.write_text("2")
-    os.utime(file, (1, 1))
-    assert again.digest(file) != first

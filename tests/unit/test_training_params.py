@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Estimate, Forecast
 from stages.lib.training_params import (
     TrainingParams,
