@@ -6,12 +6,13 @@ To add one: a function `convert(row, conversion) -> Row` that raises `Dropped`, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stages.lib.chat_layouts import alpaca, messages, preference_alpaca, preference_turns, rated_chat, sharegpt
-from stages.lib.conversion import Conversion, Dropped
+from stages.lib.conversion import Conversion, Dropped, type_name
 from stages.lib.rows import Row
 from stages.lib.text_layouts import bio, label, pieces, relation, spans, squad, squad_rows, text
 
@@ -44,15 +45,20 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
 
 
 def convert_record(
-    record: Row, layout: Layout, columns: Mapping[str, str], conversion: Conversion
+    record: Row, layout: Layout, columns: Mapping[str, str], conversion: Conversion, carry: Sequence[str] = ()
 ) -> Iterator[tuple[Row, Row | Dropped]]:
-    """The canonical rows of one raw record, or why there are none, each with the raw row it comes from."""
+    """The canonical rows of one raw record, or why there are none, each with the raw row it comes from.
+
+    `carry` names columns of the raw record, or of the rows it is split into, that each row keeps.
+    """
     renamed = rename(record, columns)
     try:
         for raw in layout.expand(renamed):
             conversion.in_this_row.clear()
             try:
-                row = with_common_fields(layout.convert(raw, conversion), raw, columns)
+                # Carried columns go by the names in the data, so they are looked up before anything is renamed.
+                carried = carried_columns(record if raw is renamed else {**record, **raw}, carry)
+                row = with_common_fields(layout.convert(raw, conversion), raw, columns, carried)
             except Dropped as reason:
                 yield raw, reason
             else:
@@ -62,8 +68,21 @@ def convert_record(
         yield renamed, reason
 
 
-def with_common_fields(row: Row, raw: Row, columns: Mapping[str, str]) -> Row:
-    """The row with its `id`, and with a `group` where `columns` names the field that holds it."""
+def carried_columns(raw: Row, carry: Sequence[str]) -> Row:
+    """The columns that `carry` names, as they are."""
+    for name in carry:
+        value = raw.get(name)
+        if value is None:
+            raise Dropped("missing_field", f"{name}, which carry names")
+        if not isinstance(value, str | int | float):
+            raise Dropped("wrong_type", f"{name} is {type_name(value)}, which cannot be carried")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Dropped("wrong_type", f"{name} is {value}, which cannot be carried")
+    return {name: raw[name] for name in carry}
+
+
+def with_common_fields(row: Row, raw: Row, columns: Mapping[str, str], carried: Row) -> Row:
+    """The row with its `id`, with a `group` where `columns` names the field that holds it, and with what is carried."""
     common = {}
     for name in ("id", "group"):
         value = raw.get(name)
@@ -73,7 +92,7 @@ def with_common_fields(row: Row, raw: Row, columns: Mapping[str, str]) -> Row:
             common[name] = str(value)
         elif name in columns:
             raise Dropped("missing_field" if value is None else "wrong_type", columns[name])
-    row = {**common, **row}
+    row = {**common, **row, **({"columns": carried} if carried else {})}
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -96,13 +115,13 @@ LAYOUTS: dict[str, Layout] = {
     "preference_alpaca": Layout(
         "preferences",
         preference_alpaca,
-        (*ALPACA_COLUMNS, "chosen", "rejected"),
+        (*ALPACA_COLUMNS, "chosen", "rejected", "margin"),
         "instruction, input, history, and chosen and rejected, or output = [better, ..., worse]",
     ),
     "preference_chat": Layout(
         "preferences",
         preference_turns,
-        (*SHAREGPT_COLUMNS, "chosen", "rejected"),
+        (*SHAREGPT_COLUMNS, "chosen", "rejected", "margin"),
         "a prompt, and chosen and rejected as turns; or two whole conversations or Human:/Assistant: transcripts",
     ),
     "label": Layout("labels", label, ("text", "label"), "a text and its label"),

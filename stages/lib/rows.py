@@ -7,13 +7,17 @@
     spans        {"text", "spans": [{"start", "end", "label"}]}, half-open character offsets
     questions    {"id", "context", "question", "answers": [{"start", "text"}]}
 
-Any row may also have `id`, `group` (rows of one group stay on one side of the held-out split) and `source`.
+Any row may also have `id`, `group` (rows of one group stay on one side of the held-out split) and `source`; one of
+preferences also `margin` (by how much the chosen answer is better) and `corruption` (how the rejected one was made).
+A row may carry `columns` too (name -> text, number or truth value): what the source's `carry` takes along unchanged, such
+as the answer that a reward compares a completion with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +136,11 @@ def format_of_row(row: Row) -> str:
     """The name of the format that a canonical row has: the one with most of its fields."""
     having = [name for name, known in FORMATS.items() if row.keys() >= set(known.fields)]
     return max(having, key=lambda name: len(FORMATS[name].fields))
+
+
+def is_margin(value: Any) -> bool:
+    """Whether it can be the margin of a pair: a finite number of at least 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def judged_text(row: Row, format: str) -> str:

@@ -51,7 +51,7 @@ def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, 
             ledger.read += 1
             ledger.drop(record.reason, example(record.where, record.detail, record.snippet))
             continue
-        for raw, found in convert_record(record.row, source.laid_out, source.columns, conversion):
+        for raw, found in convert_record(record.row, source.laid_out, source.columns, conversion, source.carry):
             ledger.read += 1
             if isinstance(found, Dropped):
                 ledger.drop(found.reason, example(record.where, found.detail, repr(raw)))

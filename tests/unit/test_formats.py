@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ Row = dict[str, Any]
 
 
 def convert(
-    layout: str, row: Row, *, columns: dict[str, str] | None = None, **options: Any
+    layout: str, row: Row, *, columns: dict[str, str] | None = None, carry: Sequence[str] = (), **options: Any
 ) -> tuple[Any, Counter[str]]:
     """(the row's canonical row, or its reason and detail), and what was repaired."""
     conversion = Conversion(**options)
-    (found,) = [found for _, found in convert_record(row, LAYOUTS[layout], columns or {}, conversion)]
+    (found,) = [found for _, found in convert_record(row, LAYOUTS[layout], columns or {}, conversion, carry)]
     return ((found.reason, found.detail) if isinstance(found, Dropped) else found), conversion.repaired
 
 
@@ -496,6 +498,75 @@ def test_a_question_without_id_gets_one_by_its_content() -> None:
     again, _ = convert("squad", row)
     other, _ = convert("squad", {**row, "question": "r"})
     assert first["id"] == again["id"] != other["id"]
+
+
+# Columns that are carried along
+
+CARRIED: list[tuple[str, Row, dict[str, Any], Row]] = [
+    (
+        "text",
+        {"text": "a", "answer": " 72 ", "level": 3, "score": 0.5, "good": False, "url": "u"},
+        {"carry": ["answer", "level", "score", "good"]},
+        {"text": "a", "columns": {"answer": " 72 ", "level": 3, "score": 0.5, "good": False}},
+    ),
+    ("text", {"text": "a", "answer": ""}, {"carry": ["answer"]}, {"text": "a", "columns": {"answer": ""}}),
+    # a column that is also read, by its name in the data
+    (
+        "alpaca",
+        {"question": "6 * 12?", "answer": "#### 72"},
+        {"columns": {"instruction": "question", "output": "answer"}, "carry": ["answer"]},
+        {"messages": [user("6 * 12?"), assistant("#### 72")], "columns": {"answer": "#### 72"}},
+    ),
+    # a name that means something else once columns are renamed: the data's `output` is carried, not what is read as output
+    (
+        "alpaca",
+        {"id": "7", "instruction": "a", "response": "b", "output": "c"},
+        {"columns": {"output": "response"}, "carry": ["output"]},
+        {"id": "7", "messages": [user("a"), assistant("b")], "columns": {"output": "c"}},
+    ),
+    # a document that is split gives each of its rows its own columns and those of the document
+    (
+        "squad",
+        {"title": "T", "qas": [{"id": "1", "question": "q", "answers": [], "level": 2}], "context": "c"},
+        {"carry": ["title", "level"]},
+        {"id": "1", "context": "c", "question": "q", "answers": [], "columns": {"title": "T", "level": 2}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "row", "how", "expected"), CARRIED)
+def test_carried_columns_stay_as_they_are(layout: str, row: Row, how: dict[str, Any], expected: Row) -> None:
+    found, _ = convert(layout, row, **how)
+    assert found == expected
+    carried = found["columns"]
+    assert list(carried) == how["carry"]
+    assert {name: type(value) for name, value in carried.items()} == {
+        name: type(value) for name, value in expected["columns"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "detail"),
+    [
+        (None, "missing_field", "answer, which carry names"),
+        (["72"], "wrong_type", "answer is a list, which cannot be carried"),
+        ({"value": 72}, "wrong_type", "answer is a mapping, which cannot be carried"),
+        (float("nan"), "wrong_type", "answer is nan, which cannot be carried"),
+        (float("-inf"), "wrong_type", "answer is -inf, which cannot be carried"),
+        (date(2026, 1, 1), "wrong_type", "answer is date, which cannot be carried"),
+        ("\ud800", "not_utf8", ""),
+    ],
+)
+def test_a_row_without_what_it_should_carry_is_dropped(value: Any, reason: str, detail: str) -> None:
+    assert convert("text", {"text": "a", "answer": value}, carry=["answer"]) == ((reason, detail), Counter())
+
+
+def test_a_row_that_lacks_a_carried_column_is_dropped_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "answer": 1}\n{"text": "b"}\n', encoding="utf-8")
+    rows, ledger = read_files(tmp_path, paths=["a.jsonl"], layout="text", carry=["answer"], max_broken_fraction=0.5)
+    assert rows == [{"text": "a", "columns": {"answer": 1}}]
+    assert ledger.dropped == {"missing_field": 1}
+    assert ledger.examples["missing_field"] == ["a.jsonl:2: answer, which carry names: {'text': 'b'}"]
 
 
 # The real files. Row counts are those of the data's README and of the repositories that publish them. The others were
