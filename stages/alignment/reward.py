@@ -1,11 +1,15 @@
-"""`reward`: a reward model, trained so that the chosen answer of each pair scores higher than the rejected one."""
+"""`reward`: a reward model, trained so that the chosen answer of each pair scores higher than the rejected one.
+
+`preferences` is one mixed data set. Several sets are sources of its mix, in the shares that the mix gives them; held-out
+accuracy is then told for each of them, too.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.artifact import Facts, Kind
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from stages.lib.preferences import Pairs
     from stages.lib.training import Tensors
 
 
@@ -29,9 +34,19 @@ class RewardParams(PreferenceParams):
     """How the reward model is trained."""
 
     margin: float = Field(default=0.0, ge=0)
-    """By how much the chosen answer's score should exceed the rejected one's before the loss counts the pair as even."""
+    """By how much the chosen answer's score should exceed the rejected one's before the loss counts the pair as even. Only with margin_from: constant."""
+    margin_from: Literal["constant", "column"] = "constant"
+    """Where margins come from. constant: every pair has `margin`; column: each row of the preferences says its own as `margin`, a number of at least 0, and one that says none is an error."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """The share of pairs that are taken to be labelled the wrong way round: it keeps scores from drifting apart on pairs that are always told apart."""
     center_rewards_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the squared sum of a pair's two scores in the loss, which holds scores around 0 (0.01 is usual). Without it only differences of scores mean something."""
+
+    @model_validator(mode="after")
+    def margin_is_used(self) -> RewardParams:
+        if self.margin and self.margin_from == "column":
+            raise ValueError("margin has no effect with margin_from: column: remove it, or take constant")
+        return self
 
 
 def run(ctx: Context, params: RewardParams) -> Result:
@@ -39,14 +54,7 @@ def run(ctx: Context, params: RewardParams) -> Result:
 
     from stages.lib.chat_template import check_chat_template
     from stages.lib.models import initial_weights, load_model, read_config
-    from stages.lib.preferences import (
-        accuracy_by_category,
-        accuracy_of_length,
-        collate_pairs,
-        open_pairs,
-        wins,
-        wins_by_category,
-    )
+    from stages.lib.preferences import accuracy_of_length, collate_pairs, open_pairs
     from stages.lib.reward_models import HEAD_TYPE, add_reward_head, choose_padding, scores
     from stages.lib.tokenization import facts_of_tokenizer, load_tokenizer
     from stages.lib.training import Evaluator, train
@@ -56,9 +64,12 @@ def run(ctx: Context, params: RewardParams) -> Result:
     tokenizer = load_tokenizer(causal)
     check_chat_template(tokenizer, str(causal))
     train_pairs, heldout_pairs, ledger = open_pairs(
-        ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction
+        ctx,
+        tokenizer,
+        params.max_length_tokens,
+        params.max_dropped_fraction,
+        with_margins=params.margin_from == "column",
     )
-    categories = heldout_pairs.categories
     own_padding_id = tokenizer.pad_token_id
     padding_id = choose_padding(tokenizer, train_pairs.last_ids() | heldout_pairs.last_ids())
     collate = collate_pairs(padding_id)
@@ -66,26 +77,11 @@ def run(ctx: Context, params: RewardParams) -> Result:
 
     def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
         chosen_N, rejected_N = scores(model, batch).chunk(2)
-        wins_N = wins(chosen_N, rejected_N)
-        return {
-            "pairs": wins_N.new_tensor(len(wins_N)),
-            "wins": wins_N.sum(),
-            "margin": (chosen_N - rejected_N).sum(),
-            "score": (chosen_N + rejected_N).sum() / 2,
-            "loss": objective.losses(chosen_N, rejected_N).sum(),
-            **wins_by_category(wins_N, batch, categories),
-        }
+        return {"chosen": chosen_N, "rejected": rejected_N}
 
     def evaluate(evaluator: Evaluator) -> dict[str, float]:
-        sums = evaluator.sums(heldout_pairs, collate, measure)
-        means = {name: sums[name] / sums["pairs"] for name in ("wins", "loss", "margin", "score")}
-        return {
-            "heldout_accuracy": means["wins"],
-            "heldout_loss": means["loss"],
-            "heldout_margin": means["margin"],
-            "heldout_score": means["score"],
-            **accuracy_by_category(sums, categories),
-        }
+        found = evaluator.values(heldout_pairs, collate, measure)
+        return heldout_metrics(found["chosen"], found["rejected"], heldout_pairs, objective)
 
     initial = initial_weights(ctx, lambda: add_reward_head(causal, padding_id))
     trained = train(
@@ -104,6 +100,7 @@ def run(ctx: Context, params: RewardParams) -> Result:
         "heldout_accuracy_base": trained.before["heldout_accuracy"],
         "heldout_accuracy_longer": accuracy_of_length(heldout_pairs.answer_lengths()),
         "heldout_loss_base": trained.before["heldout_loss"],
+        "heldout_calibration_error_base": trained.before["heldout_calibration_error"],
         "train_loss": trained.train_loss,
         **ledger.metrics(),
     }
@@ -126,12 +123,20 @@ class RewardObjective:
     """`preference_losses.reward_loss`, summed over pairs."""
 
     def __init__(self, params: RewardParams) -> None:
-        self.options = {"margin": params.margin, "center_rewards_coefficient": params.center_rewards_coefficient}
+        self.margin = params.margin
+        self.options: dict[str, Any] = {
+            "label_smoothing": params.label_smoothing,
+            "center_rewards_coefficient": params.center_rewards_coefficient,
+        }
 
-    def losses(self, chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, chosen_N: torch.Tensor, rejected_N: torch.Tensor, margin_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One loss a pair. `margin_N` is there where pairs were opened with their margins."""
         from stages.lib.preference_losses import reward_loss
 
-        return reward_loss(chosen_N, rejected_N, **self.options)
+        margin = self.margin if margin_N is None else margin_N
+        return reward_loss(chosen_N, rejected_N, margin=margin, **self.options)
 
     def count(self, batch: Tensors) -> torch.Tensor:
         from stages.lib.preferences import num_pairs
@@ -142,7 +147,32 @@ class RewardObjective:
         from stages.lib.reward_models import scores
 
         chosen_N, rejected_N = scores(model, batch).chunk(2)
-        return self.losses(chosen_N, rejected_N).sum()
+        return self.losses(chosen_N, rejected_N, batch.get("margin_N")).sum()
+
+
+def heldout_metrics(
+    chosen_N: torch.Tensor, rejected_N: torch.Tensor, pairs: Pairs, objective: RewardObjective
+) -> dict[str, float]:
+    """What the scores of all held-out pairs say: who wins, how surely and whether rightly so, and where the scores lie."""
+    import torch
+
+    from stages.lib.calibration import preference_calibration_error
+    from stages.lib.preferences import accuracy_by_category, wins, wins_by_category
+    from stages.lib.reward_models import score_distribution
+
+    wins_N = wins(chosen_N, rejected_N)
+    margin_N = None if pairs.margin_N is None else torch.from_numpy(pairs.margin_N)
+    of_categories = wins_by_category(wins_N, {"category_N2": torch.from_numpy(pairs.category_N2)}, pairs.categories)
+    sums = {name: float(value) for name, value in of_categories.items()}
+    return {
+        "heldout_accuracy": float(wins_N.mean()),
+        "heldout_loss": float(objective.losses(chosen_N, rejected_N, margin_N).mean()),
+        "heldout_margin": float((chosen_N - rejected_N).mean()),
+        "heldout_score": float((chosen_N + rejected_N).mean() / 2),
+        "heldout_calibration_error": preference_calibration_error(chosen_N, rejected_N),
+        **score_distribution(chosen_N, rejected_N),
+        **accuracy_by_category({"pairs": len(wins_N), **sums}, pairs.categories),
+    }
 
 
 def published_scores(folder: Path) -> dict[str, float]:
@@ -166,7 +196,7 @@ def estimate(forecast: Forecast) -> Estimate:
 
 STAGE = Stage(
     kind="reward",
-    version=1,
+    version=2,
     summary="a reward model: which of two answers is better, as a score for each",
     params=RewardParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},

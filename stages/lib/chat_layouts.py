@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stages.lib.conversion import Conversion, Dropped, list_of, text_of, type_name
-from stages.lib.rows import Row
+from stages.lib.rows import Row, is_margin
 
 Message = dict[str, str]
 
@@ -257,7 +257,7 @@ def preference_alpaca(row: Row, conversion: Conversion) -> Row:
     """instruction, input and history with chosen and rejected, or with output as a list of answers, best first."""
     prompt = alpaca_prompt(row, conversion)
     if row.get("chosen") is not None or row.get("rejected") is not None:
-        return preference(prompt, text_of(row, "chosen"), text_of(row, "rejected"))
+        return preference(row, prompt, text_of(row, "chosen"), text_of(row, "rejected"))
     answers = list_of(row, "output")
     if not all(isinstance(answer, str) for answer in answers):
         raise Dropped("wrong_type", "output holds something else than texts")
@@ -265,7 +265,7 @@ def preference_alpaca(row: Row, conversion: Conversion) -> Row:
         raise Dropped("one_answer")
     if not (answers[0].strip() and answers[-1].strip()):
         raise Dropped("empty_field", "output")
-    pair = preference(prompt, answers[0], answers[-1])
+    pair = preference(row, prompt, answers[0], answers[-1])
     conversion.repair("answers_between_best_and_worst", len(answers) - 2)
     return pair
 
@@ -279,20 +279,25 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
         require_order(chosen)
         require_order(rejected)
         prompt, better, worse = split_at_difference(chosen, rejected)
-        return preference(with_system(prompt, system_text(row)), better["content"], worse["content"])
+        return preference(row, with_system(prompt, system_text(row)), better["content"], worse["content"])
     if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
     prompt = prompt_of(row, conversion)
-    return preference(prompt, chosen[0]["content"], rejected[0]["content"])
+    return preference(row, prompt, chosen[0]["content"], rejected[0]["content"])
 
 
-def preference(prompt: list[Message], chosen: str, rejected: str) -> Row:
+def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> Row:
+    """The canonical row, with the raw row's `margin` where it has one."""
     if chosen == rejected:
         raise Dropped("identical_pair")
+    margin = row.get("margin")
+    if margin is not None and not is_margin(margin):
+        raise Dropped("wrong_type", f"margin is {margin!r}, not a finite number of at least 0")
     return {
         "prompt": prompt,
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
+        **({} if margin is None else {"margin": margin}),
     }
 
 

@@ -8,7 +8,7 @@ import socket
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -152,6 +152,15 @@ def from_main(compute: Callable[[], Value]) -> Value:
         assert isinstance(value, Exception)
         raise value
     return value  # type: ignore[return-value]
+
+
+def from_all(mine: Value) -> list[Value]:
+    """What each process gives, in the order of their ranks, in all of them."""
+    if not together():
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
 
 
 def leave_processes() -> None:

@@ -16,19 +16,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def reward_loss(
-    chosen_N: Tensor, rejected_N: Tensor, *, margin: float = 0.0, center_rewards_coefficient: float = 0.0
-) -> Tensor:
-    """The pairwise loss of a reward model: -log sigmoid(r_c - r_r - m) + k (r_c + r_r)^2.
+def smoothed_logistic_loss(difference_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - e) log sigmoid(d) - e log sigmoid(-d): what it costs that the first of two wins, at log-odds d for it.
 
-    The first term is the negative log-likelihood of Bradley and Terry (1952) that the chosen answer wins, with a margin
-    m as in Llama 2 (Touvron et al., 2023, section 3.2.2). The second holds the scores, of which the first sees only
-    differences, around 0 (Eisenstein et al., 2023).
+    The negative log-likelihood of Bradley and Terry (1952). With e > 0, the conservative form for labels of which a
+    share e is the wrong way round (Mitchell, 2023, "A note on DPO with noisy preferences"; of reward models, Wang et
+    al., 2024, "Secrets of RLHF in Large Language Models Part II"): lowest at d = log((1 - e) / e), not at infinity.
+    The unbiased form of Chowdhury et al. (2024, robust DPO) is another one, without such a minimum.
     """
     from torch.nn.functional import logsigmoid
 
-    # logsigmoid, because log(sigmoid(x)) underflows for scores that are far apart.
-    loss_N = -logsigmoid(chosen_N - rejected_N - margin)
+    # logsigmoid, because log(sigmoid(x)) underflows for values that are far apart.
+    return -(1 - label_smoothing) * logsigmoid(difference_N) - label_smoothing * logsigmoid(-difference_N)
+
+
+def reward_loss(
+    chosen_N: Tensor,
+    rejected_N: Tensor,
+    *,
+    margin: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+    center_rewards_coefficient: float = 0.0,
+) -> Tensor:
+    """The pairwise loss of a reward model: -(1 - e) log sigmoid(d) - e log sigmoid(-d) + k (r_c + r_r)^2, d = r_c - r_r - m.
+
+    The first two terms are `smoothed_logistic_loss`, less a margin m, which is one number or one for each pair
+    (margin_N): by how much the chosen answer is better, as in Llama 2 (Touvron et al., 2023, section 3.2.2). The last
+    one holds the scores, of which the others see only differences, around 0 (Eisenstein et al., 2023).
+    """
+    loss_N = smoothed_logistic_loss(chosen_N - rejected_N - margin, label_smoothing)
     if center_rewards_coefficient:
         loss_N = loss_N + center_rewards_coefficient * (chosen_N + rejected_N).square()
     return loss_N
@@ -55,13 +71,10 @@ def sigmoid_loss(
 ) -> Tensor:
     """DPO: -(1 - e) log sigmoid(m) - e log sigmoid(-m), with m the implicit margin and e the label smoothing.
 
-    Rafailov et al. (2023), equation 7; with e > 0, the conservative form for labels of which a share e is wrong
-    (Mitchell, 2023, "A note on DPO with noisy preferences").
+    Rafailov et al. (2023), equation 7; with e > 0, the conservative form that `smoothed_logistic_loss` names.
     """
-    from torch.nn.functional import logsigmoid
-
     margin_N = implicit_margin(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta)
-    return -(1 - label_smoothing) * logsigmoid(margin_N) - label_smoothing * logsigmoid(-margin_N)
+    return smoothed_logistic_loss(margin_N, label_smoothing)
 
 
 def hinge_loss(

@@ -15,30 +15,27 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from pipeline.artifact import MANIFEST, digest_file, files_below, read_manifest
+from pipeline.artifact import MANIFEST, canonical_json, digest_bytes, digest_file, files_below, read_manifest
 from pipeline.checkpoints import require_room, sync
 from pipeline.errors import ArtifactError, DataError, Preempted, Problem
 from pipeline.stage import Context
 from stages.lib.chat_template import fit_preference
 from stages.lib.chats import SHORTENED, add_ledgers, digest_of
-from stages.lib.distributed import any_process, barrier, from_main, join_processes, together
+from stages.lib.distributed import any_process, barrier, from_all, from_main, join_processes
 from stages.lib.ledger import Ledger
 from stages.lib.losses import IGNORE, next_tokens
 from stages.lib.models import DTYPES, load_model, require_vocabulary
-from stages.lib.rows import Row, read_rows
+from stages.lib.rows import Row, is_margin, read_rows
 from stages.lib.training import Collate, Metrics, Tensors
-
-Value = TypeVar("Value")
 
 EQUAL = "chosen_equals_rejected"
 """Both answers are the same tokens: there is nothing to prefer."""
@@ -48,18 +45,26 @@ PAIRS_PER_ROUND = 256
 
 SIDES = ("chosen", "rejected")
 
-COLUMNS = ("row", "category", "chosen", "rejected", "end")
-"""Of a pair: its row in the file, the number of its category, where in the flat arrays each side begins, and the end."""
+MARGINS = "margins.npy"
+
+CATEGORIES = ("source", "corruption")
+"""What tells pairs apart, where a row says it: the data set it is from, and how its rejected answer was made."""
+
+COLUMNS = ("row", *CATEGORIES, "chosen", "rejected", "end")
+"""Of a pair: its row in the file, the numbers of its categories, where in the flat arrays each side begins, and the end."""
 
 
 @dataclass
 class Part:
     """The pairs that one process tokenizes: every so-many-th of the file."""
 
+    with_margins: bool = False
+    """Whether each row's `margin` is kept."""
     ids: list[int] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
     table: list[list[int]] = field(default_factory=list)
     """`COLUMNS` of each pair."""
+    margins: list[float] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     """(row of the file, reason, example)."""
@@ -77,17 +82,24 @@ class Part:
             self.dropped.append((index, reason, said[:200]))
             return
         self.shortened += pair.dropped_messages > 0
-        # How the rejected answer was made, where the row says that, else where the pair is from.
-        category = str(row.get("corruption") or row.get("source") or "")
-        if category not in self.categories:
-            self.categories.append(category)
-        places = [index, self.categories.index(category)]
+        if self.with_margins:
+            self.margins.append(row["margin"])
+        places = [index, *(self.number_of(row.get(name)) for name in CATEGORIES)]
         for encoded in (pair.chosen, pair.rejected):
             assert encoded is not None, "without a reason both are there"
             places.append(len(self.ids))
             self.ids += encoded.input_ids
             self.answer += encoded.assistant_mask
         self.table.append([*places, len(self.ids)])
+
+    def number_of(self, category: Any) -> int:
+        """The place of a category in `categories`, as it is written in the name of a metric; -1 if the row has none."""
+        if not category:
+            return -1
+        name = re.sub(r"[^0-9a-zA-Z]+", "_", str(category))
+        if name not in self.categories:
+            self.categories.append(name)
+        return self.categories.index(name)
 
     def write(self, folder: Path) -> None:
         """Writes the part beside its place, and puts it there by one rename."""
@@ -97,6 +109,8 @@ class Part:
         np.save(temporary / "ids.npy", np.asarray(self.ids, dtype=np.int32))
         np.save(temporary / "answer.npy", np.asarray(self.answer, dtype=np.uint8))
         np.save(temporary / "table.npy", np.asarray(self.table, dtype=np.int64).reshape(-1, len(COLUMNS)))
+        if self.with_margins:
+            np.save(temporary / MARGINS, np.asarray(self.margins, dtype=np.float64))
         rest = {name: getattr(self, name) for name in ("categories", "dropped", "read", "shortened")}
         (temporary / "rest.json").write_text(json.dumps(rest), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -106,9 +120,10 @@ class Part:
 class Pairs(Sequence[dict[str, Any]]):
     """Tokenized pairs in the order of their file, which stay on disk until a row is asked for.
 
-    A row has `chosen_ids`, `chosen_answer`, `rejected_ids`, `rejected_answer`, `category` and, once they are known, the
-    two log-probabilities under a reference as `reference`. `..._answer` is 1 for each token of the answer, including the
-    one that ends its turn, and 0 for those of the prompt.
+    A row has `chosen_ids`, `chosen_answer`, `rejected_ids`, `rejected_answer`, the numbers of its two `categories` (-1:
+    none), `margin` where margins were kept and, once they are known, the two log-probabilities under a reference as
+    `reference`. `..._answer` is 1 for each token of the answer, including the one that ends its turn, and 0 for those of
+    the prompt.
     """
 
     def __init__(self, folders: Sequence[Path], reference_N2: NDArray[np.float64] | None = None) -> None:
@@ -121,22 +136,30 @@ class Pairs(Sequence[dict[str, Any]]):
         tables = []
         for number, (folder, rest) in enumerate(zip(folders, rests, strict=True)):
             table = np.load(folder / "table.npy")
-            renumbered = np.asarray([self.categories.index(name) for name in rest["categories"]], dtype=np.int64)
-            table[:, 1] = renumbered[table[:, 1]]
+            # The last one stays -1, and -1 finds it: the number of no category.
+            renumbered = np.asarray([*(self.categories.index(name) for name in rest["categories"]), -1])
+            table[:, 1:3] = renumbered[table[:, 1:3]]
             tables.append(np.insert(table, 0, number, axis=1))
         together = np.concatenate(tables)
+        order = np.argsort(together[:, 1])
         # Part, and `COLUMNS` without the row, in the order of the rows.
-        self.table: NDArray[np.int64] = np.delete(together[np.argsort(together[:, 1])], 1, axis=1)
+        self.table: NDArray[np.int64] = np.delete(together[order], 1, axis=1)
+        self.category_N2: NDArray[np.int64] = self.table[:, 1:3]
+        """The numbers of each pair's `CATEGORIES` in `categories`, -1 where it has none."""
+        margins = [np.load(folder / MARGINS) for folder in folders if (folder / MARGINS).exists()]
+        self.margin_N: NDArray[np.float64] | None = np.concatenate(margins)[order] if margins else None
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        part, category, *places = (int(value) for value in self.table[index])
-        row: dict[str, Any] = {"category": category}
+        part, _, _, *places = (int(value) for value in self.table[index])
+        row: dict[str, Any] = {"categories": self.category_N2[index]}
         for side, begin, end in zip(SIDES, places, places[1:], strict=False):
             row[f"{side}_ids"] = self.ids[part][begin:end]
             row[f"{side}_answer"] = self.answer[part][begin:end]
+        if self.margin_N is not None:
+            row["margin"] = self.margin_N[index]
         if self.reference_N2 is not None:
             row["reference"] = self.reference_N2[index]
         return row
@@ -149,7 +172,7 @@ class Pairs(Sequence[dict[str, Any]]):
     @property
     def sequence_lengths(self) -> NDArray[np.int64]:
         """N x 2: tokens of each sequence, prompt and answer."""
-        return np.diff(self.table[:, 2:], axis=1)
+        return np.diff(self.table[:, 3:], axis=1)
 
     def answer_lengths(self) -> NDArray[np.int64]:
         """N x 2: tokens of each answer. Reads everything."""
@@ -158,19 +181,25 @@ class Pairs(Sequence[dict[str, Any]]):
 
     def last_ids(self) -> set[int]:
         """The ids that sequences end with. Reads the last token of each."""
-        ends = self.table[:, [3, 4]] - 1
+        ends = self.table[:, [4, 5]] - 1
         return {int(self.ids[part][end]) for part, pair in zip(self.table[:, 0], ends, strict=True) for end in pair}
 
 
 def open_pairs(
-    ctx: Context, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, max_dropped_fraction: float
+    ctx: Context,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length_tokens: int,
+    max_dropped_fraction: float,
+    *,
+    with_margins: bool = False,
 ) -> tuple[Pairs, Pairs, Ledger]:
     """The input `preferences`, tokenized: training and held-out pairs, and the ledger of both, written to the artifact.
 
-    Raises `DataError` if a larger share than `max_dropped_fraction` cannot be used.
+    Raises `DataError` if a larger share than `max_dropped_fraction` cannot be used, or a pair lacks the margin that is
+    asked for.
     """
     (train, dropped), (heldout, heldout_dropped) = (
-        tokenize_pairs(ctx, ctx.inputs["preferences"] / f"{split}.jsonl", tokenizer, max_length_tokens)
+        tokenize_pairs(ctx, ctx.inputs["preferences"] / f"{split}.jsonl", tokenizer, max_length_tokens, with_margins)
         for split in ("train", "heldout")
     )
     ledger = add_ledgers(dropped, heldout_dropped)
@@ -190,21 +219,24 @@ def open_pairs(
 
 
 def tokenize_pairs(
-    ctx: Context, path: Path, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int
+    ctx: Context, path: Path, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, with_margins: bool
 ) -> tuple[Pairs, Ledger]:
     """The pairs of `path` that can be learned from, and what was dropped; the same in every process.
 
     A pair whose prompt is too long for either answer loses the prompt's oldest turns, the same for both. Each process
     tokenizes its share into the step's work folder; what is there from before a restart is used again. Raises
-    `Preempted` if asked to stop, and `DataError` if no pair is left.
+    `Preempted` if asked to stop, and `DataError` if no pair is left or one has no margin where they are asked for.
     """
     join_processes(ctx)
     world = ctx.world
-    key = from_main(lambda: digest_of(path, tokenizer, max_length_tokens))
+    kept = (*COLUMNS, "margin") if with_margins else COLUMNS
+    key = from_main(lambda: digest_bytes(canonical_json([digest_of(path, tokenizer, max_length_tokens), kept]))[:12])
     folders = [ctx.work / "pairs" / f"{path.stem}-{key}-{rank}-of-{world.size}" for rank in range(world.size)]
     if not from_main(lambda: all(folder.exists() for folder in folders)):
         rows = list(read_rows(path))
-        part = Part()
+        if with_margins:
+            require_margins(rows, path)
+        part = Part(with_margins)
         step = PAIRS_PER_ROUND * world.size
         for start in range(0, len(rows), step):
             if any_process(ctx.stop_requested()):
@@ -228,6 +260,21 @@ def tokenize_pairs(
     return pairs, ledger
 
 
+def require_margins(rows: Sequence[Row], path: Path) -> None:
+    """Raises `DataError` unless every row has a margin: to drop those without one could drop a whole source."""
+    without = [index for index, row in enumerate(rows) if not is_margin(row.get("margin"))]
+    if without:
+        sources = ", ".join(sorted({str(rows[index].get("source", "unknown")) for index in without}))
+        raise DataError(
+            Problem(
+                str(path),
+                f"{len(without):,} of {len(rows):,} pairs have no margin, which must be a number of at least 0: the first"
+                f" in line {without[0] + 1}; sources: {sources}",
+                "Name the column of each source (`columns: {margin: ...}`), or take margin_from: constant.",
+            )
+        )
+
+
 def read_ledger(folders: Sequence[Path]) -> Ledger:
     """What all parts together read and dropped, in the order of the file."""
     rests = [json.loads((folder / "rest.json").read_bytes()) for folder in folders]
@@ -239,22 +286,14 @@ def read_ledger(folders: Sequence[Path]) -> Ledger:
     return ledger
 
 
-def from_all(mine: Value) -> list[Value]:
-    """What each process gives, in the order of their ranks, in all of them."""
-    if not together():
-        return [mine]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
-
-
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with where masks tell what is padding: any would do."""
     return tokenizer.pad_token_id or 0
 
 
 def collate_pairs(padding_id: int) -> Collate:
-    """Rows -> `input_ids`, `attention_mask` and `answer_mask` of 2N x T, and of N: `category`, and `reference_N2`.
+    """Rows -> `input_ids`, `attention_mask` and `answer_mask` of 2N x T, `category_N2`, and `margin_N` and `reference_N2`
+    where the rows have them.
 
     Sequences are padded on the right. What is padding is told by position, in the masks: an id never decides it.
     """
@@ -266,8 +305,10 @@ def collate_pairs(padding_id: int) -> Collate:
             "input_ids": padded(ids, padding_id),
             "attention_mask": padded([np.ones_like(each) for each in ids], 0),
             "answer_mask": padded(answers, 0),
-            "category": torch.tensor([row["category"] for row in rows]),
+            "category_N2": torch.from_numpy(np.stack([row["categories"] for row in rows])),
         }
+        if "margin" in rows[0]:
+            batch["margin_N"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
         if "reference" in rows[0]:
             batch["reference_N2"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
         return batch
@@ -309,20 +350,18 @@ def wins_by_category(wins_N: torch.Tensor, batch: Tensors, categories: Sequence[
     """`wins_k` and `pairs_k` per category number k, to be summed over batches."""
     sums = {}
     for number in range(len(categories)):
-        of_category_N = batch["category"] == number
+        of_category_N = (batch["category_N2"] == number).any(dim=1)
         sums[f"wins_{number}"] = wins_N[of_category_N].sum()
         sums[f"pairs_{number}"] = of_category_N.sum()
     return sums
 
 
 def accuracy_by_category(sums: Mapping[str, float], categories: Sequence[str]) -> Metrics:
-    """`heldout_accuracy_of_<category>`; nothing where all pairs are of one category."""
-    if len(categories) < 2:
-        return {}
+    """`heldout_accuracy_of_<category>` of each source and corruption, but for one that all `pairs` are of."""
     return {
-        f"heldout_accuracy_of_{re.sub(r'[^0-9a-zA-Z]+', '_', name) or 'others'}": sums[f"wins_{number}"]
-        / sums[f"pairs_{number}"]
+        f"heldout_accuracy_of_{name}": sums[f"wins_{number}"] / sums[f"pairs_{number}"]
         for number, name in enumerate(categories)
+        if sums[f"pairs_{number}"] < sums["pairs"]
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -139,6 +140,24 @@ def score_chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat
         ids = torch.tensor([encode_chat(tokenizer, chat).input_ids], device=model.device)
         found.append(float(scores(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]))
     return found
+
+
+PERCENTILES = (5, 25, 50, 75, 95)
+
+
+def score_distribution(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> dict[str, float]:
+    """Where held-out scores lie, as metrics: the mean of either side; of both together standard deviation and percentiles.
+
+    The deviation divides by the number of scores; percentiles lie on the line between the two nearest scores.
+    """
+    scores_2N = torch.cat([chosen_N, rejected_N]).double().numpy()
+    percentiles = np.percentile(scores_2N, PERCENTILES)
+    return {
+        "heldout_score_mean_chosen": float(chosen_N.double().mean()),
+        "heldout_score_mean_rejected": float(rejected_N.double().mean()),
+        "heldout_score_deviation": float(scores_2N.std()),
+        **{f"heldout_score_percentile_{p}": float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
+    }
 
 
 def fixed_prompt_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipeline.artifact import MANIFEST, Facts, Kind, Manifest
-from pipeline.errors import ArtifactError, DataError
+from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context, Estimate, Forecast, Result
-from stages.alignment.reward import STAGE, RewardParams
+from stages.alignment.reward import STAGE, RewardObjective, RewardParams, heldout_metrics
 from stages.lib.chat_template import encode_chat
-from stages.lib.preferences import collate_pairs
+from stages.lib.preferences import Pairs, Part, collate_pairs
 from stages.lib.reward_models import (
     FIXED_PROMPTS,
     add_reward_head,
     choose_padding,
     fixed_prompt_scores,
     load_reward_model,
+    score_chats,
     scores,
 )
 from stages.lib.rows import read_rows, write_rows
@@ -37,6 +40,7 @@ from tests.integration.preference_world import (
     run_in_processes,
     tokenized,
 )
+from tests.integration.tiny_language_model import make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +80,92 @@ def test_accuracies_of_the_categories_make_up_the_whole(
     mean = (metrics["heldout_accuracy_of_short"] * short + metrics["heldout_accuracy_of_long"] * (80 - short)) / 80
     assert len(rows) == 80
     assert metrics["heldout_accuracy"] == pytest.approx(mean, rel=1e-12)
+
+
+def rescored(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
+    """N x 2: the scores that the published model gives the two chats of each row, one by one."""
+    model, tokenizer = load_reward_model(folder)
+    sides = [
+        score_chats(model, tokenizer, [[*row["prompt"], *row[side]] for row in rows]) for side in ("chosen", "rejected")
+    ]
+    return np.asarray(sides).T
+
+
+def test_the_metrics_describe_the_scores_of_the_published_model(
+    trained: tuple[Result, Context], world: PreferenceWorld
+) -> None:
+    """Scored again, chat by chat: means, deviation and median, and the calibration error bin by bin."""
+    result, context = trained
+    scores_N2 = rescored(context.out, list(read_rows(world.preferences / "train.jsonl"))[:80])
+    metrics = result.metrics
+    assert metrics["heldout_score"] == pytest.approx(scores_N2.mean(), abs=1e-4)
+    assert metrics["heldout_score_mean_chosen"] == pytest.approx(scores_N2[:, 0].mean(), abs=1e-4)
+    assert metrics["heldout_score_mean_rejected"] == pytest.approx(scores_N2[:, 1].mean(), abs=1e-4)
+    assert metrics["heldout_score_deviation"] == pytest.approx(scores_N2.std(), abs=1e-4)
+    assert metrics["heldout_score_percentile_50"] == pytest.approx(np.median(scores_N2), abs=1e-4)
+    percentiles = [metrics[f"heldout_score_percentile_{p}"] for p in (5, 25, 50, 75, 95)]
+    assert percentiles == sorted(percentiles)
+
+    differences = scores_N2[:, 0] - scores_N2[:, 1]
+    bins: dict[int, list[float]] = {}
+    for difference in differences:
+        confidence = 1 / (1 + math.exp(-abs(difference)))
+        bins.setdefault(math.ceil((confidence - 0.5) * 30), []).append(float(difference > 0) - confidence)
+    expected = sum(abs(sum(gaps)) for gaps in bins.values()) / len(differences)
+    assert metrics["heldout_calibration_error"] == pytest.approx(expected, abs=1e-3)
+    assert 0 < metrics["heldout_calibration_error_base"] < 1
+
+
+def metrics_of(rows: list[dict[str, Any]], scores_N2: list[list[float]], world: PreferenceWorld, folder: Path) -> Any:
+    pairs = tokenized(rows, world.tokenizer, folder)
+    objective = RewardObjective(RewardParams(**TRAINING, max_steps=1))
+    return heldout_metrics(*torch.tensor(scores_N2, dtype=torch.float64).unbind(1), pairs, objective)
+
+
+def test_accuracies_of_sources_and_corruptions(world: PreferenceWorld, tmp_path: Path) -> None:
+    """Of documents two are shuffled, of which one wins, and one is truncated and wins; of the two of people one ties.
+
+    documents: 2/3; shuffled 1/2; truncated 1; people (1 + 1/2) / 2; all: 3.5/5. From one source alone, that it is from
+    there says nothing.
+    """
+    pair = next(read_rows(world.preferences / "heldout.jsonl"))
+    made = [("documents", "shuffled"), ("documents", "shuffled"), ("documents", "truncated"), ("people", None)]
+    rows = [{**pair, "source": source, "corruption": corruption} for source, corruption in [*made, made[-1]]]
+    scores_N2 = [[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, -1.0], [0.5, 0.5]]
+    metrics = metrics_of(rows, scores_N2, world, tmp_path / "both")
+    assert metrics["heldout_accuracy"] == pytest.approx(0.7, rel=1e-12)
+    of = {name: value for name, value in metrics.items() if name.startswith("heldout_accuracy_of_")}
+    assert of == pytest.approx(
+        {
+            "heldout_accuracy_of_documents": 2 / 3,
+            "heldout_accuracy_of_people": 0.75,
+            "heldout_accuracy_of_shuffled": 0.5,
+            "heldout_accuracy_of_truncated": 1.0,
+        },
+        rel=1e-12,
+    )
+    metrics = metrics_of(rows[:3], scores_N2[:3], world, tmp_path / "one")
+    of = {name: value for name, value in metrics.items() if name.startswith("heldout_accuracy_of_")}
+    assert of == {"heldout_accuracy_of_shuffled": 0.5, "heldout_accuracy_of_truncated": 1.0}
+
+
+def test_pairs_of_several_parts_keep_their_categories_and_margins(world: PreferenceWorld, tmp_path: Path) -> None:
+    """Two processes meet the categories in different orders, and each has every second row."""
+    pair = next(read_rows(world.preferences / "heldout.jsonl"))
+    said = [("b", "x"), ("a", None), (None, "x"), ("b", "y"), ("a", "z")]
+    parts = [Part(with_margins=True), Part(with_margins=True)]
+    for index, (source, corruption) in enumerate(said):
+        row = {**pair, "source": source, "corruption": corruption, "margin": index / 2}
+        parts[index % 2].add(index, row, world.tokenizer, 512)
+    for rank, part in enumerate(parts):
+        part.write(tmp_path / str(rank))
+    pairs = Pairs([tmp_path / "0", tmp_path / "1"])
+    names = [*pairs.categories, None]
+    assert [tuple(names[number] for number in row["categories"]) for row in pairs] == said
+    assert [row["margin"] for row in pairs] == [0.0, 0.5, 1.0, 1.5, 2.0]
+    batch = collate_pairs(0)(list(pairs))
+    assert batch["margin_N"].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert batch["category_N2"].tolist() == pairs.category_N2.tolist()
 
 
 def test_dropped_pairs_are_counted(trained: tuple[Result, Context]) -> None:
@@ -156,6 +246,26 @@ def with_another_head(folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_a_new_head(folder: Path) -> None:
+    """As transformers would make one for a folder that has none."""
+    state = load_file(folder / "model.safetensors")
+    state["score.weight"] = torch.empty_like(state["score.weight"]).normal_(
+        0, 0.02, generator=torch.Generator().manual_seed(0)
+    )
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_another_tokenizer(folder: Path) -> None:
+    """One of the same size and special tokens, which has learned other texts."""
+    words = [word[::-1] for row in FIXED_PROMPTS.values() for message in row for word in message["content"].split()]
+    make_tokenizer(words * 40, vocabulary_size=600).save_pretrained(folder)
+
+
+def with_another_template(folder: Path) -> None:
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", ""))
+
+
 def with_another_padding(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
@@ -166,19 +276,26 @@ def with_another_padding(folder: Path) -> None:
     [
         (without_head, r"score\.weight"),
         (with_another_head, "scores the fixed prompt"),
+        (with_a_new_head, "scores the fixed prompt"),
+        (with_another_tokenizer, "scores the fixed prompt"),
+        (with_another_template, "scores the fixed prompt"),
         (with_another_padding, "padding token"),
     ],
 )
 def test_the_loader_refuses(
     damage: Callable[[Path], None], complaint: str, trained: tuple[Result, Context], tmp_path: Path
 ) -> None:
-    """The same folder opens before the damage, so that it is the damage that is refused."""
+    """In one sentence and a hint. The same folder opens before the damage, so that it is the damage that is refused."""
     result, context = trained
     copy = with_manifest(tmp_path / "copy", context, result.facts)
     load_reward_model(copy)
     damage(copy)
-    with pytest.raises(ArtifactError, match=complaint):
+    with pytest.raises(ArtifactError, match=complaint) as caught:
         load_reward_model(copy)
+    (problem,) = caught.value.problems
+    assert isinstance(problem, Problem)
+    assert problem.where == str(copy) and problem.hint
+    assert "\n" not in str(problem)
 
 
 def test_the_loader_refuses_a_classifier(trained: tuple[Result, Context], tmp_path: Path) -> None:
@@ -264,16 +381,90 @@ def test_the_plan_knows_parameters_and_positions(trained: tuple[Result, Context]
     assert [problem.where for problem in STAGE.check(long)] == ["params.max_length_tokens"]
 
 
-def test_two_processes_under_zero3_train_what_one_trains(world: PreferenceWorld, tmp_path: Path) -> None:
-    """The same pairs in the same steps, so the same held-out numbers, up to the rounding of sums in another order.
+def test_a_margin_that_nothing_uses_is_refused() -> None:
+    with pytest.raises(ValueError, match="margin has no effect with margin_from: column"):
+        RewardParams(**TRAINING, max_steps=1, margin=1.0, margin_from="column")
 
-    Without dropout, which is drawn anew for each micro batch.
-    """
-    model = make_model(tmp_path / "model", world.tokenizer, attention_dropout=0.0)
-    inputs = {"model": model, "preferences": world.preferences}
-    params = {**TRAINING, "max_steps": 4, "learning_rate": 1e-3}
-    alone, context = run(STAGE, inputs, params, tmp_path / "alone")
-    together = run_in_processes("reward", inputs, params, tmp_path / "together", 2, "zero3")
+
+SMOOTHED: dict[str, Any] = {
+    **TRAINING,
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "margin_from": "column",
+    "label_smoothing": 0.2,
+    "center_rewards_coefficient": 0.05,
+}
+
+
+@pytest.fixture(scope="module")
+def graded(world: PreferenceWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Inputs: the pairs with margins from 0 to 3, and a model without dropout, which is drawn anew for each micro batch."""
+    folder = tmp_path_factory.mktemp("graded")
+    (folder / "preferences").mkdir()
+    for split in ("train", "heldout"):
+        rows = list(read_rows(world.preferences / f"{split}.jsonl"))
+        graded = [{**row, "margin": index % 7 / 2} for index, row in enumerate(rows)]
+        write_rows(folder / "preferences" / f"{split}.jsonl", graded)
+    return {
+        "model": make_model(folder / "model", world.tokenizer, attention_dropout=0.0),
+        "preferences": folder / "preferences",
+    }
+
+
+@pytest.fixture(scope="module")
+def trained_alone(graded: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Context]:
+    return run(STAGE, graded, SMOOTHED, tmp_path_factory.mktemp("alone"))
+
+
+def test_each_pair_has_its_own_margin(graded: dict[str, Path], trained_alone: tuple[Result, Context]) -> None:
+    """The held-out loss is the mean of 0.8 log(1 + exp(-d)) + 0.2 log(1 + exp(d)) + 0.05 (r_c + r_r)^2, d = r_c - r_r - m."""
+    rows = list(read_rows(graded["preferences"] / "heldout.jsonl"))
+    scores_N2 = rescored(trained_alone[1].out, rows)
+    margin_N = np.asarray([row["margin"] for row in rows])
+    assert set(margin_N) == {0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0}
+
+    def loss(margin_N: np.ndarray) -> float:
+        d = scores_N2[:, 0] - scores_N2[:, 1] - margin_N
+        centering = 0.05 * scores_N2.sum(axis=1) ** 2
+        return float(np.mean(0.8 * np.log1p(np.exp(-d)) + 0.2 * np.log1p(np.exp(d)) + centering))
+
+    assert trained_alone[0].metrics["heldout_loss"] == pytest.approx(loss(margin_N), rel=1e-4)
+    assert abs(loss(np.zeros(len(rows))) - loss(margin_N)) > 0.1, "without the margins it is another one"
+
+
+def test_training_uses_the_margins_of_its_pairs() -> None:
+    """A model that scores everything 0 is short of each margin: log(1 + exp(log 3)) + log(1 + exp(0)) = log 4 + log 2."""
+
+    def nothing(input_ids: torch.Tensor, **_: Any) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=torch.zeros(len(input_ids), 1))
+
+    ids = torch.ones(4, 3, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids, "margin_N": torch.tensor([math.log(3), 0.0])}
+    objective = RewardObjective(RewardParams(**TRAINING, max_steps=1, margin_from="column"))
+    assert float(objective.loss_sum(nothing, batch)) == pytest.approx(math.log(8), rel=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_pair_without_margin_is_named(graded: dict[str, Path], tmp_path: Path) -> None:
+    """Two of 82: the first in line 4. Before anything is tokenized."""
+    rows = list(read_rows(graded["preferences"] / "train.jsonl"))
+    del rows[3]["margin"]
+    rows[50]["margin"] = -1
+    preferences = shutil.copytree(graded["preferences"], tmp_path / "preferences")
+    write_rows(preferences / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"2 of 82 pairs have no margin.*the first in line 4; sources: ") as caught:
+        run(STAGE, {**graded, "preferences": preferences}, SMOOTHED, tmp_path / "run")
+    assert {rows[3]["source"], rows[50]["source"]} == set(
+        str(caught.value).partition("sources: ")[2].partition(".")[0].split(", ")
+    )
+    assert not (tmp_path / "run" / "pairs").exists()
+
+
+def test_two_processes_under_zero3_train_what_one_trains(
+    graded: dict[str, Path], trained_alone: tuple[Result, Context], tmp_path: Path
+) -> None:
+    """The same pairs in the same steps, so the same held-out numbers, up to the rounding of sums in another order."""
+    alone, context = trained_alone
+    together = run_in_processes("reward", graded, SMOOTHED, tmp_path / "together", 2, "zero3")
     steps = [event["loss"] for event in context.journal.events("step")]
     assert together["losses"] == pytest.approx(steps, rel=1e-5)
     assert set(together["metrics"]) == set(alone.metrics)

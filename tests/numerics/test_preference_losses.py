@@ -114,6 +114,38 @@ def test_reward_loss_with_margin_and_centering() -> None:
     assert loss.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_reward_loss_with_a_margin_for_each_pair() -> None:
+    """The differences 0, 2 and -1 less the margins 0, 2 and 1 are 0, 0 and -2: log 2, log 2, log(1 + e^2)."""
+    loss = reward_loss(*vectors([1.0, 3.0, 0.0], [1.0, 1.0, 1.0]), margin=vectors([0.0, 2.0, 1.0])[0])
+    assert loss.tolist() == pytest.approx([LN2, LN2, math.log1p(math.exp(2))], rel=1e-12)
+
+
+def test_reward_loss_with_label_smoothing() -> None:
+    """(1 - e) log(1 + exp(-d)) + e log(1 + exp(d)) is e d more than without smoothing, with d less its margin.
+
+    With e = 0.1 the differences 0, 2 and -1 give 0, 0.2 and -0.1 more; less a margin of 2 they are -2, 0 and -3, and give
+    -0.2, 0 and -0.3 more.
+    """
+    scores = vectors([1.0, 3.0, 0.0], [1.0, 1.0, 1.0])
+    smooth = reward_loss(*scores, label_smoothing=0.1) - reward_loss(*scores)
+    assert smooth.tolist() == pytest.approx([0.0, 0.2, -0.1], abs=1e-12)
+    smooth = reward_loss(*scores, margin=2.0, label_smoothing=0.1) - reward_loss(*scores, margin=2.0)
+    assert smooth.tolist() == pytest.approx([-0.2, 0.0, -0.3], abs=1e-12)
+
+
+def test_label_smoothing_has_enough_somewhere() -> None:
+    """d/dd = -(1 - e) sigmoid(-d) + e sigmoid(d) is 0 at d = log((1 - e) / e): with e = 0.2, at log 4 = -log(1/4).
+
+    There sigmoid(d) = 4/5 and sigmoid(-d) = 1/5: -0.8 x 0.2 + 0.2 x 0.8. Without smoothing it is still -1/5.
+    """
+    chosen, rejected = vectors([math.log(4)], [0.0])
+    for label_smoothing, expected in ((0.2, 0.0), (0.0, -0.2)):
+        score = chosen.clone().requires_grad_()
+        reward_loss(score, rejected, label_smoothing=label_smoothing).sum().backward()
+        assert score.grad is not None
+        assert score.grad.item() == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("difference", [-1e4, 1e4])
 def test_losses_are_finite_where_a_sigmoid_underflows(difference: float) -> None:
     """sigmoid(-10000) is 0 in floating point and its logarithm is not finite; log(1 + exp(10000)) is 10000, log(1 + 0) is 0."""
