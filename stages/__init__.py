@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.stage import Stage
-from stages.alignment import dpo, reward
+from stages.alignment import dpo, grpo, ppo, reward, rloo
 from stages.compression import distill, quantize
 from stages.data import clean, mix, pack, tokenizer
 from stages.encoder import answer, classify, extract
@@ -19,6 +19,9 @@ STAGES: dict[str, Stage] = {
     "sft": sft.STAGE,
     "reward": reward.STAGE,
     "dpo": dpo.STAGE,
+    "ppo": ppo.STAGE,
+    "grpo": grpo.STAGE,
+    "rloo": rloo.STAGE,
     "distill": distill.STAGE,
     "quantize": quantize.STAGE,
     "evaluate": evaluate.STAGE,

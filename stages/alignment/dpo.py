@@ -7,7 +7,7 @@ The reference's log-probabilities come from its artifact, are computed once, bef
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,7 +55,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
     from transformers import AutoModelForCausalLM
 
     from stages.lib.chat_template import check_chat_template
-    from stages.lib.models import load_model, read_config
+    from stages.lib.models import load_model, read_config, without_dropout
     from stages.lib.preferences import (
         ReferencePass,
         accuracy_by_category,
@@ -186,18 +186,6 @@ class DPOObjective:
     def losses(self, vectors: list[torch.Tensor]) -> torch.Tensor:
         """One loss a pair."""
         return self.loss.function(*vectors, **self.options)
-
-
-def without_dropout(model: Any) -> Any:
-    """The model with its dropout switched off: else policy and reference would differ by chance from the first step on."""
-    from torch.nn import Dropout
-
-    for module in model.modules():
-        if isinstance(module, Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model
 
 
 def publish_logprobs(ctx: Context, train_N2: NDArray[np.float64], heldout_N2: NDArray[np.float64]) -> None:

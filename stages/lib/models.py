@@ -66,6 +66,16 @@ def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel
     return model
 
 
+def without_dropout(model: Any) -> Any:
+    """The model with its dropout switched off: else a policy and its reference would differ by chance from the first step."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
 def count_parameters(model: PreTrainedModel) -> int:
     """The number of parameters, tied ones counted once, whole also where ZeRO-3 has split them."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

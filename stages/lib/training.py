@@ -44,9 +44,16 @@ from stages.lib.training_params import (
     learning_rate_factor,
     optimizer_steps,
     read_layout,
-    zero_stage,
 )
-from stages.lib.training_state import Run, Window, check_checkpoint, checkpoint_bytes, write_receipt, write_state
+from stages.lib.training_state import (
+    Run,
+    Window,
+    check_checkpoint,
+    checkpoint_bytes,
+    find_measured,
+    write_receipt,
+    write_state,
+)
 
 __all__ = ["Collate", "Evaluator", "Measure", "Metrics", "Objective", "Tensors", "Trained", "train"]
 
@@ -170,7 +177,7 @@ class SlipwayTrainer(Trainer):
     def heldout(self) -> Metrics:
         """The stage's held-out metrics at this step, from the journal if they stand there. Raises `StopRequested`."""
         run = self.run
-        if measured := from_main(lambda: find_measured(run, self.state.global_step)):
+        if measured := from_main(lambda: find_measured(run.ctx.journal, self.state.global_step)):
             return measured
         started = time.monotonic()
         evaluator = Evaluator(self.model_wrapped, run.ctx, run.device, run.batch.micro_batch_size)
@@ -243,7 +250,7 @@ class Flow(TrainerCallback):
     def complete(self, step: int) -> None:
         run = self.run
         checkpoints = run.ctx.checkpoints
-        write_state(run, step)
+        write_state(run.ctx, step, {**run.identity(), **run.carried()})
         checkpoints.complete(step)
         checkpoints.rotate()
         run.ctx.journal.write("progress", what="checkpoint", step=step, done=step, total=run.steps)
@@ -274,8 +281,8 @@ def train(
     steps = optimizer_steps(params, len(data))
     require_sound(params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
-    run = Run(ctx, params, batch, steps, device, len(data), fingerprint(data), zero_stage(ctx.resources))
-    resumed = from_main(lambda: check_checkpoint(run)) if ctx.resume is not None else None
+    run = Run(ctx, params, batch, steps, device, len(data), fingerprint(data))
+    resumed = from_main(lambda: check_checkpoint(ctx, run.identity())) if ctx.resume is not None else None
     if resumed:
         run.before = resumed["before"]
         run.window = Window(**resumed["window"])
@@ -377,11 +384,3 @@ def training_arguments(run: Run) -> TrainingArguments:
         push_to_hub=False,
     )
 
-
-def find_measured(run: Run, step: int) -> Metrics | None:
-    """The metrics of the `heldout` event at `step`, if there is one."""
-    known = ("event", "time", "step", "total_steps")
-    for event in run.ctx.journal.events("heldout"):
-        if event["step"] == step:
-            return {name: value for name, value in event.items() if name not in known}
-    return None

@@ -20,15 +20,9 @@ from stages.lib.arithmetic import field_of, memory_bytes_per_rank, parameter_cou
 LAYOUTS = CHECKOUT / "ds_configs"
 
 
-class TrainingParams(Strict):
-    """Fields that every training stage shares. A stage's own params derive from this."""
+class OptimizerParams(Strict):
+    """How a stage that trains steps: learning rate, AdamW, precision."""
 
-    global_batch_size: int = Field(ge=1)
-    """Rows (sequences, pairs, examples) per optimizer step, over all processes."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps in all. Give either this or `epochs`."""
-    epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training rows. Give either this or `max_steps`. Passes flow into each other: no batch is cut short."""
     learning_rate: float = Field(gt=0)
     """Learning rate at its highest, after the warmup."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -49,6 +43,17 @@ class TrainingParams(Strict):
     """Gradients are scaled down to this global L2 norm when they exceed it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward and backward pass, and of the weights that are published."""
+
+
+class TrainingParams(OptimizerParams):
+    """Fields that every stage shares that trains on rows of fixed data. A stage's own params derive from this."""
+
+    global_batch_size: int = Field(ge=1)
+    """Rows (sequences, pairs, examples) per optimizer step, over all processes."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in all. Give either this or `epochs`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows. Give either this or `max_steps`. Passes flow into each other: no batch is cut short."""
     evaluate_every_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations on held-out rows. None: only before the first and after the last step."""
 
@@ -113,7 +118,7 @@ def optimizer_steps(params: TrainingParams, num_rows: int) -> int:
     return max(1, math.ceil(params.epochs * num_rows / params.global_batch_size))
 
 
-def learning_rate_factor(params: TrainingParams, step: int, total_steps: int) -> float:
+def learning_rate_factor(params: OptimizerParams, step: int, total_steps: int) -> float:
     """The learning rate of optimizer step `step` (counted from 0) as a fraction of `params.learning_rate`.
 
     It rises by equal parts over the warmup, (step + 1) / (warmup + 1), so that no step is wasted on a rate of 0, is 1 at
@@ -184,14 +189,20 @@ def estimate_training(
     parameters: int | None = None,
     vocabulary_size: int | None = None,
     train_tokens: int | None = None,
+    total_steps: int | None = None,
 ) -> Estimate:
-    """What `plan` can say of a training step: steps, batch, parameters, memory and disk, as far as each is known."""
+    """What `plan` can say of a training step: steps, batch, parameters, memory and disk, as far as each is known.
+
+    `total_steps` where the stage's own params say them.
+    """
     params, resources = forecast.params, forecast.resources
     if global_batch_size is not None:
         params = params.model_copy(update={"global_batch_size": global_batch_size})
     known = params.global_batch_size is not None
     batch = derive_batch(params.global_batch_size, resources) if known else None
-    steps = optimizer_steps(params, num_rows or 0) if known and (params.max_steps or num_rows) else params.max_steps
+    steps = total_steps
+    if steps is None:
+        steps = optimizer_steps(params, num_rows or 0) if known and (params.max_steps or num_rows) else params.max_steps
     # With the vocabulary unknown the size of the embeddings would be a guess.
     if parameters is None and architecture is not None and architecture.get("vocab_size"):
         parameters = parameter_count(architecture)

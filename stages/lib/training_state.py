@@ -12,9 +12,16 @@ from typing import Any
 import torch
 
 from pipeline.errors import ArtifactError, LaunchError, Problem
+from pipeline.journal import Journal
 from pipeline.stage import Context
 from stages.lib.evaluating import Metrics
-from stages.lib.training_params import CHECKPOINT_BYTES_PER_PARAMETER, Batch, TrainingParams, learning_rate_factor
+from stages.lib.training_params import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
+    Batch,
+    TrainingParams,
+    learning_rate_factor,
+    zero_stage,
+)
 
 STATE = "slipway.json"
 """What we need of a checkpoint beyond what Trainer and DeepSpeed write."""
@@ -50,7 +57,6 @@ class Run:
     device: torch.device
     num_rows: int
     data_fingerprint: str
-    zero_stage: int
     parameters: int = 0
     window: Window = field(default_factory=Window)
     before: Metrics | None = None
@@ -67,63 +73,62 @@ class Run:
             "data": self.data_fingerprint,
         }
 
-
-def write_state(run: Run, step: int) -> None:
-    """Adds our part to the checkpoint of `step`."""
-    content = {
-        "step": step,
-        **run.identity(),
-        "world_size": run.ctx.world.size,
-        "zero_stage": run.zero_stage,
-        "window": asdict(run.window),
-        "before": run.before,
-    }
-    (run.ctx.checkpoints.path(step) / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    def carried(self) -> dict[str, Any]:
+        """What a run that resumes goes on with."""
+        return {"window": asdict(self.window), "before": self.before}
 
 
-def check_checkpoint(run: Run) -> dict[str, Any]:
+def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
+    """Adds our part to the checkpoint of `step`: what the run has in common with one that resumes, and what it carries on."""
+    place = {"step": step, "world_size": ctx.world.size, "zero_stage": zero_stage(ctx.resources)}
+    text = json.dumps({**place, **content}, indent=1, allow_nan=False)
+    (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
+
+
+def check_checkpoint(ctx: Context, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Our part of the checkpoint that is resumed from.
 
     Raises `ArtifactError` if it belongs to another run, `LaunchError` if it was written by processes or in a memory layout
     that DeepSpeed cannot turn into the present ones.
     """
-    path = Path(str(run.ctx.resume)) / STATE
+    path = Path(str(ctx.resume)) / STATE
     try:
         saved: dict[str, Any] = json.loads(path.read_bytes())
-        differs = [name for name, value in run.identity().items() if saved[name] != value]
+        differs = [name for name, value in identity.items() if saved[name] != value]
         processes, stage = saved["world_size"], saved["zero_stage"]
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(Problem(str(path), f"cannot be read: {error!r}", start_over(run))) from None
+        raise ArtifactError(Problem(str(path), f"cannot be read: {error!r}", start_over(ctx))) from None
     if differs:
         name = differs[0]
         raise ArtifactError(
             Problem(
-                str(run.ctx.resume),
-                f"belongs to another run: its {name} is {saved[name]}, the recipe's is {run.identity()[name]}",
-                start_over(run),
+                str(ctx.resume),
+                f"belongs to another run: its {name} is {saved[name]}, the recipe's is {identity[name]}",
+                start_over(ctx),
             )
         )
-    if stage != run.zero_stage:
+    now = zero_stage(ctx.resources)
+    if stage != now:
         raise LaunchError(
             Problem(
                 "resources.deepspeed",
-                f"the checkpoint {run.ctx.resume} was written {layout_words(stage)}, this run is {layout_words(run.zero_stage)}",
-                f"Run {layout_words(stage)} again. {start_over(run)}",
+                f"the checkpoint {ctx.resume} was written {layout_words(stage)}, this run is {layout_words(now)}",
+                f"Run {layout_words(stage)} again. {start_over(ctx)}",
             )
         )
-    if stage and processes != run.ctx.world.size:
+    if stage and processes != ctx.world.size:
         raise LaunchError(
             Problem(
                 "resources.processes",
-                f"the checkpoint {run.ctx.resume} was written by {processes} processes, this run has {run.ctx.world.size}",
-                f"DeepSpeed needs the same number: run with `--set` so that processes x nodes is {processes}. {start_over(run)}",
+                f"the checkpoint {ctx.resume} was written by {processes} processes, this run has {ctx.world.size}",
+                f"DeepSpeed needs the same number: run with `--set` so that processes x nodes is {processes}. {start_over(ctx)}",
             )
         )
     return saved
 
 
-def start_over(run: Run) -> str:
-    return f"To start over, remove {run.ctx.checkpoints.folder}."
+def start_over(ctx: Context) -> str:
+    return f"To start over, remove {ctx.checkpoints.folder}."
 
 
 def layout_words(stage: int) -> str:
@@ -154,3 +159,12 @@ def write_receipt(run: Run, saved: Mapping[str, Any]) -> None:
 def checkpoint_bytes(run: Run) -> int:
     """What a checkpoint takes on the disk, at most."""
     return run.parameters * CHECKPOINT_BYTES_PER_PARAMETER + 2**20
+
+
+def find_measured(journal: Journal, step: int) -> Metrics | None:
+    """The metrics of the `heldout` event at `step`, if there is one."""
+    known = ("event", "time", "step", "total_steps")
+    for event in journal.events("heldout"):
+        if event["step"] == step:
+            return {name: value for name, value in event.items() if name not in known}
+    return None

@@ -1,0 +1,147 @@
+"""`ppo`: proximal policy optimization from a reward (Ziegler et al., 2019; Stiennon et al., 2020; Ouyang et al., 2022).
+
+    for each rollout
+        complete the next prompts with the policy pi                              stages/lib/sampling.py
+        score the completions, and judge their tokens by pi, reference and critic
+        r_t = - beta log(pi / ref) + [t is the last] score                        `PPO.advantages`, below
+        A_t, R_t = GAE(r, V)
+        for each minibatch of each pass
+            L = max(-A rho, -A clip(rho)) + c max((V - R)^2, (clip(V) - R)^2) / 2   stages/lib/on_policy.py: `loss`
+            one step of AdamW on policy and critic
+        lead beta to the KL target
+
+The loop is stages/lib/on_policy.py, the formulas are stages/lib/policy_gradient.py; README.md beside this file explains what
+lies in memory and what the logged numbers should look like.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from pipeline.artifact import Kind
+from pipeline.errors import Problem
+from pipeline.stage import Context, Forecast, Result, Stage, accepts
+from stages.lib.on_policy_params import INPUTS, OnPolicyParams, check_on_policy, estimate_on_policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.lib.experience import Experience
+    from stages.lib.policy_gradient import KLController
+    from stages.lib.scheduling import Tensors
+
+
+class PPOParams(OnPolicyParams):
+    """How the policy is trained, and its critic beside it."""
+
+    epochs_per_rollout: int = Field(default=4, ge=1)
+    """Passes over each rollout's completions, in minibatches of global_batch_size, in a new order each time."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """Lambda of generalized advantage estimation: 0 trusts the critic, 1 the rewards."""
+    whiten_rewards: bool = False
+    """Whether the rewards of tokens are divided by their deviation, over the whole rollout."""
+    whiten_advantages: bool = True
+    """Whether advantages are shifted to mean 0 and scaled to deviation 1, over the whole rollout."""
+    value_coefficient: float = Field(default=0.1, gt=0)
+    """Weight of the critic's loss."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """How far the critic's value of a token may move in a rollout before its loss counts the farther one. null: freely."""
+    value_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the critic at its highest. null: that of the policy."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """Nats per completion to which kl_coefficient is led, from its value at the beginning. null: it stays as it is."""
+    kl_horizon: float = Field(default=10_000.0, gt=0)
+    """Completions over which it may change by a fifth at most."""
+    publish_critic: bool = True
+    """Whether the critic is kept too, in the artifact's folder value/: another run may start from it."""
+
+    @property
+    def has_critic(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def target_can_be_led_to(self) -> PPOParams:
+        if self.kl_target is not None and not self.kl_coefficient:
+            raise ValueError("kl_target cannot be reached from a kl_coefficient of 0")
+        return self
+
+
+class PPO:
+    """Rewards per token with the KL penalty in them, and generalized advantages of a critic."""
+
+    kl_in_loss = False
+
+    def __init__(self, params: PPOParams) -> None:
+        self.params = params
+        self.value_coefficient = params.value_coefficient
+
+    def controller(self) -> KLController:
+        from stages.lib.policy_gradient import KLController
+
+        return KLController(self.params.kl_coefficient, self.params.kl_target, self.params.kl_horizon)
+
+    def advantages(
+        self, experience: Experience, scores_N: Tensor, kl_coefficient: float
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """A_t and R_t of every token, N x K, and how well the critic foresaw them."""
+        from stages.lib import policy_gradient as pg
+
+        mask_NK, values_NK = experience.mask, experience.padded("values")
+        logp_NK, ref_NK = experience.padded("logprobs"), experience.padded("ref_logprobs")
+        kl_NK = pg.KL_ESTIMATORS[self.params.kl_estimator](logp_NK, ref_NK) * mask_NK
+        rewards_NK = pg.token_rewards(scores_N, kl_NK, mask_NK, kl_coefficient=kl_coefficient)
+        if self.params.whiten_rewards:
+            rewards_NK = pg.whiten(rewards_NK, mask_NK, shift_mean=False)
+        advantages_NK, returns_NK = pg.generalized_advantages(
+            rewards_NK, values_NK, mask_NK, gamma=self.params.gamma, lam=self.params.gae_lambda
+        )
+        logged = {
+            "explained_variance": float(pg.explained_variance(values_NK, returns_NK, mask_NK)),
+            "value_mean": float(pg.masked_mean(values_NK, mask_NK)),
+            "return_mean": float(pg.masked_mean(returns_NK, mask_NK)),
+            "return_deviation": float(pg.masked_variance(returns_NK, mask_NK).sqrt()),
+        }
+        if self.params.whiten_advantages:
+            advantages_NK = pg.whiten(advantages_NK, mask_NK)
+        return advantages_NK, returns_NK, logged
+
+    def value_loss(self, values_BK: Tensor, batch: Tensors) -> tuple[Tensor, Tensor]:
+        from stages.lib.policy_gradient import clipped_value_loss
+
+        return clipped_value_loss(values_BK, batch["values"], batch["returns"], clip=self.params.value_clip)
+
+
+def run(ctx: Context, params: PPOParams) -> Result:
+    from stages.lib.on_policy_stage import run_on_policy
+
+    return run_on_policy(ctx, params, PPO(params), params.value_learning_rate)
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    problems = check_on_policy(forecast)
+    if "value" in forecast.inputs and forecast.params.lora is not None:
+        problems.append(
+            Problem(
+                "inputs.value", "is not used under lora, where the critic shares the policy's backbone", "Remove it."
+            )
+        )
+    return problems
+
+
+STAGE = Stage(
+    kind="ppo",
+    version=1,
+    summary="proximal policy optimization of a causal model, from a reward model or programmatic rewards",
+    params=PPOParams,
+    inputs={**INPUTS, "value": accepts(Kind.REWARD_MODEL, optional=True)},
+    output=Kind.CAUSAL_LM,
+    run=run,
+    headline=("heldout_reward", "heldout_reward_base", "heldout_reward_deviation_base", "heldout_kl", "heldout_ended"),
+    distributed=True,
+    estimate=estimate_on_policy,
+    check=check,
+)
