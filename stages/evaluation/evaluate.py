@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.artifact import MANIFEST, Kind, read_manifest
-from pipeline.errors import ArtifactError, DataError, Problem
+from pipeline.artifact import Kind
+from pipeline.errors import ArtifactError, Problem, did_you_mean
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.strict import Strict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from stages.lib.compared_models import Rows, Subject
     from stages.lib.perplexity import ScoredRow
-
-Messages = list[dict[str, str]]
+    from stages.lib.scored_replies import ScoredReplies
 
 
 class GenerationParams(Strict):
@@ -39,6 +37,19 @@ class GenerationParams(Strict):
     """Tokens are drawn from the smallest set that holds this much of the probability."""
 
 
+class ScoredRepliesParams(Strict):
+    heldout_prompts: int = Field(default=64, ge=1)
+    """Held-out chats of which each model writes the last assistant turn: the first so many, without those that a model or a reward model cannot read whole."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest reply, in tokens. One that is cut off there is scored as it is, and counted as truncated."""
+    temperature: float = Field(default=1.0, ge=0)
+    """1 draws replies as the model finds them probable, with the seed of the step, so that their mean reward estimates what it earns; lower is less free, and 0 always takes the likeliest token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Tokens are drawn from the smallest set that holds this much of the probability."""
+    win_rate_against: str | None = None
+    """The model against whose replies those of the others win or lose, by its name in inputs.models. null: against the replies that were held out."""
+
+
 class EvaluateParams(Strict):
     heldout_blocks: int | None = Field(default=None, ge=1)
     """Blocks of held-out tokens on which perplexity is measured: the first so many. null: all."""
@@ -48,6 +59,8 @@ class EvaluateParams(Strict):
     """Held-out preference pairs on which accuracy is measured: the first so many. null: all."""
     generation: GenerationParams | None = None
     """Replies that every model writes to the same prompts, for reading. null: none."""
+    scored_replies: ScoredRepliesParams | None = None
+    """Replies that every model writes to the same held-out prompts, and every reward model scores. null: none."""
 
 
 def check(forecast: Forecast) -> list[Problem]:
@@ -60,55 +73,82 @@ def check(forecast: Forecast) -> list[Problem]:
         for option, role in (("heldout_blocks", "tokens"), ("heldout_chats", "chats"), ("heldout_pairs", "preferences"))
         if getattr(params, option) is not None and role not in roles
     ]
-    if "reward_models" in roles and "preferences" not in roles:
-        problems.append(Problem("inputs.reward_models", "are judged by preferences", "Add preferences to inputs."))
+    if "reward_models" in roles and "preferences" not in roles and params.scored_replies is None:
+        hint = "Add preferences to inputs, or scored_replies to params."
+        problems.append(Problem("inputs.reward_models", "are judged by preferences, or score replies", hint))
     if generation is not None and generation.heldout_prompts and "chats" not in roles:
         where = "params.generation.heldout_prompts"
         problems.append(Problem(where, "are taken from the input chats", "Add it to inputs, or write 0 here."))
     if generation is not None and not generation.heldout_prompts and not generation.prompts:
         problems.append(Problem("params.generation", "has no prompts", "Give heldout_prompts or prompts."))
+    if params.scored_replies is not None:
+        problems += check_scored_replies(params.scored_replies, forecast, roles)
     if not roles & {"tokens", "chats", "preferences"} and generation is None:
         problems.append(Problem("inputs", "there is nothing to measure on", "Add tokens, chats or preferences."))
     return problems
 
 
+def check_scored_replies(params: ScoredRepliesParams, forecast: Forecast, roles: set[str]) -> list[Problem]:
+    """Inputs that the block needs, and a model that it names."""
+    where = "params.scored_replies"
+    problems = [
+        Problem(where, f"{what} the input {role}", f"Add {role} to inputs, or remove scored_replies.")
+        for role, what in (("chats", "answer prompts of"), ("reward_models", "are scored by"))
+        if role not in roles
+    ]
+    models = [role.removeprefix("models.") for role in forecast.inputs if role.startswith("models.")]
+    named = params.win_rate_against
+    if named is not None and named not in models:
+        what = f"'{named}' is no model of inputs.models"
+        problems.append(Problem(f"{where}.win_rate_against", what, did_you_mean(named, models)))
+    return problems
+
+
 def run(ctx: Context, params: EvaluateParams) -> Result:
+    from stages.lib.compared_models import Rows, Subject, add_chats, add_pairs, add_text
     from stages.lib.distributed import use_threads
+    from stages.lib.scored_replies import ScoredReplies, metrics_of
 
     use_threads(ctx.resources)
     subjects = [Subject.open(name, folder) for name, folder in ctx.group("models").items()]
     judges = [Subject.open(name, folder) for name, folder in ctx.group("reward_models").items()]
     rows = Rows()
     if "tokens" in ctx.inputs:
-        add_text(ctx, params, subjects, rows)
+        add_text(rows, ctx.inputs["tokens"], params.heldout_blocks, subjects)
     if "chats" in ctx.inputs:
-        add_chats(ctx, params, subjects, rows)
+        add_chats(rows, ctx.inputs["chats"], params.heldout_chats, subjects)
     if "preferences" in ctx.inputs:
-        add_pairs(ctx, params, subjects, judges, rows)
+        add_pairs(rows, ctx.inputs["preferences"], params.heldout_pairs, [*subjects, *judges])
     prompts = choose_prompts(params.generation, rows)
-    for done, subject in enumerate([*subjects, *judges]):
-        ctx.journal.write("progress", what=f"evaluate {subject.name}", done=done, total=len(subjects) + len(judges))
-        path = ctx.work / f"measured-{'reward' if subject in judges else 'model'}-{subject.name}.json"
-        if path.exists():
-            subject.results = json.loads(path.read_bytes())
-            continue
-        subject.results = judge(ctx, subject) if subject in judges else measure(ctx, params, subject, rows, prompts)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(subject.results, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+    scored = None
+    if params.scored_replies is not None:
+        num_prompts, room = params.scored_replies.heldout_prompts, params.scored_replies.max_new_tokens
+        scored = ScoredReplies.choose(ctx.inputs["chats"], num_prompts, room, subjects, judges)
+    total = len(subjects) + len(judges)
+    for done, subject in enumerate(subjects):
+        ctx.journal.write("progress", what=f"evaluate {subject.name}", done=done, total=total)
+        make = partial(measure, ctx, params, subject, rows, prompts, scored)
+        subject.results = made_once(ctx, f"measured-model-{subject.name}.json", make)
+    if scored is not None:
+        scored.add({each.name: each.results["scored_replies"] for each in subjects}, judges)
+    for done, each in enumerate(judges, start=len(subjects)):
+        ctx.journal.write("progress", what=f"evaluate {each.name}", done=done, total=total)
+        each.results = made_once(ctx, f"measured-reward-{each.name}.json", partial(judge, ctx, each, scored))
     metrics = flatten([*subjects, *judges])
+    summary = summarize(params.scored_replies, scored, judges)
+    metrics |= metrics_of(summary) if summary else {}
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise ArtifactError(Problem(f"models: {bad[0]}", f"is {metrics[bad[0]]}", "Look at this model's weights."))
     metrics |= rows.baselines
-    write_report(ctx, subjects, judges, rows, prompts)
+    write_report(ctx, subjects, judges, rows, prompts, scored, summary)
     return Result(metrics)
 
 
 STAGE = Stage(
     kind="evaluate",
-    version=1,
-    summary="models side by side: perplexity, loss on chats, preference accuracy, sample replies",
+    version=2,
+    summary="models side by side: perplexity, loss on chats, preference accuracy, sample replies, rewards of replies",
     params=EvaluateParams,
     inputs={
         "models": accepts(Kind.CAUSAL_LM, Kind.QUANTIZED_LM, many=True),
@@ -119,159 +159,40 @@ STAGE = Stage(
     },
     output=Kind.REPORT,
     run=run,
-    headline=("heldout_perplexity.",),
+    headline=("heldout_perplexity.", "heldout_reward.", "heldout_reward_reference."),
     check=check,
 )
-
-
-@dataclass
-class Subject:
-    """A model that is measured, and what was found."""
-
-    name: str
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_digest: str
-    template_digest: str | None
-    context_tokens: int | None
-    """How many tokens it reads at once; None if its config sets no limit."""
-    text: list[ScoredRow] = field(default_factory=list)
-    text_tokens: int = 0
-    """All tokens of the held-out text in its tokenizer, of which it predicts those that have one before them."""
-    chats: list[ScoredRow] = field(default_factory=list)
-    pairs: list[tuple[ScoredRow, ScoredRow]] = field(default_factory=list)
-    results: dict[str, Any] = field(default_factory=dict)
-    """`measures`: name -> number; `facts`: name -> what the model is; `replies`: one per prompt."""
-
-    @classmethod
-    def open(cls, name: str, folder: Path) -> Subject:
-        from stages.lib.models import read_config
-        from stages.lib.tokenization import chat_template_digest, load_tokenizer, tokenizer_digest
-
-        tokenizer = load_tokenizer(folder)
-        length = read_config(folder).get("max_position_embeddings")
-        return cls(name, folder, tokenizer, tokenizer_digest(tokenizer), chat_template_digest(tokenizer), length)
-
-    def length(self, otherwise: int = 2**31) -> int:
-        return min(self.context_tokens or otherwise, otherwise)
-
-
-@dataclass
-class Rows:
-    """The held-out rows that all models are measured on."""
-
-    text_blocks: int = 0
-    text_bytes: int = 0
-    chats: list[Messages] = field(default_factory=list)
-    chats_left_out: int = 0
-    pairs: list[dict[str, Any]] = field(default_factory=list)
-    pairs_left_out: int = 0
-    baselines: dict[str, float] = field(default_factory=dict)
-
-    def describe(self) -> dict[str, dict[str, int]]:
-        return {
-            "text": {"blocks": self.text_blocks, "bytes": self.text_bytes},
-            "chats": {"used": len(self.chats), "left_out": self.chats_left_out},
-            "pairs": {"used": len(self.pairs), "left_out": self.pairs_left_out},
-        }
-
-    @property
-    def chat_bytes(self) -> int:
-        """Bytes of what the assistant says."""
-        return sum(len(m["content"].encode()) for messages in self.chats for m in messages if m["role"] == "assistant")
-
-
-def add_text(ctx: Context, params: EvaluateParams, subjects: Sequence[Subject], rows: Rows) -> None:
-    """The first blocks of held-out tokens, and the same text in the tokens of models with another tokenizer."""
-    from stages.lib.perplexity import document_pieces, encode_text_rows, heldout_text
-    from stages.lib.tokenization import load_tokenizer, tokenizer_digest
-    from stages.lib.tokens import PackedTokens
-
-    folder = ctx.inputs["tokens"]
-    packed, packer = PackedTokens(folder, "heldout"), load_tokenizer(folder)
-    digest = tokenizer_digest(packer)
-    rows.text_blocks = len(packed) if params.heldout_blocks is None else min(params.heldout_blocks, len(packed))
-    if not rows.text_blocks:
-        raise DataError(Problem("inputs.tokens", "has no whole block of held-out tokens", "Hold out more in the mix."))
-    own, text = document_pieces(packed, rows.text_blocks), heldout_text(packed, packer, rows.text_blocks)
-    rows.text_bytes = text.num_bytes
-    for subject in subjects:
-        if subject.tokenizer_digest != digest:
-            subject.text, subject.text_tokens = encode_text_rows(
-                subject.tokenizer, text, packed, subject.length(packed.sequence_length)
-            )
-        elif subject.length(packed.sequence_length) < packed.sequence_length:
-            raise DataError(
-                Problem(
-                    f"inputs.models.{subject.name}",
-                    f"reads {subject.context_tokens} tokens, and the blocks of inputs.tokens have {packed.sequence_length}",
-                    "Pack blocks that all models read.",
-                )
-            )
-        else:
-            subject.text, subject.text_tokens = own, text.num_tokens
-
-
-def add_chats(ctx: Context, params: EvaluateParams, subjects: Sequence[Subject], rows: Rows) -> None:
-    """The first held-out chats that every model reads whole."""
-    from stages.lib.perplexity import chat_row
-    from stages.lib.rows import read_rows
-
-    read = list(islice(read_rows(ctx.inputs["chats"] / "heldout.jsonl"), params.heldout_chats))
-    for row in read:
-        encoded = [chat_row(subject.tokenizer, row["messages"], subject.length()) for subject in subjects]
-        if all(each is not None for each in encoded):
-            rows.chats.append(row["messages"])
-            for subject, each in zip(subjects, encoded, strict=True):
-                subject.chats.append(each)
-    rows.chats_left_out = len(read) - len(rows.chats)
-    require_rows("inputs.chats", len(read), len(rows.chats))
-
-
-def add_pairs(
-    ctx: Context, params: EvaluateParams, subjects: Sequence[Subject], judges: Sequence[Subject], rows: Rows
-) -> None:
-    """The first held-out pairs that every model reads whole and tells apart; and how often the longer answer is chosen."""
-    import torch
-
-    from stages.lib.perplexity import pair_rows
-    from stages.lib.preferences import wins
-    from stages.lib.rows import read_rows
-
-    read = list(islice(read_rows(ctx.inputs["preferences"] / "heldout.jsonl"), params.heldout_pairs))
-    for row in read:
-        encoded = [pair_rows(each.tokenizer, row, each.length()) for each in (*subjects, *judges)]
-        if all(each is not None for each in encoded):
-            rows.pairs.append(row)
-            for subject, each in zip((*subjects, *judges), encoded, strict=True):
-                subject.pairs.append(each)
-    rows.pairs_left_out = len(read) - len(rows.pairs)
-    require_rows("inputs.preferences", len(read), len(rows.pairs))
-    lengths_N2 = torch.tensor(
-        [[sum(len(m["content"]) for m in row[side]) for side in ("chosen", "rejected")] for row in rows.pairs]
-    )
-    rows.baselines["heldout_preference_accuracy_longer"] = float(wins(*lengths_N2.unbind(1)).mean())
-
-
-def require_rows(where: str, read: int, kept: int) -> None:
-    if not kept:
-        what = f"none of its {read} held-out rows fits all models" if read else "has no held-out rows"
-        raise DataError(Problem(where, what, "Hold out more rows, or shorter ones."))
 
 
 def choose_prompts(params: GenerationParams | None, rows: Rows) -> list[dict[str, Any]]:
     """`prompt` and, where it comes from a held-out chat, the `reference`: the assistant turn that was held out."""
     if params is None:
         return []
-    prompts = []
-    for messages in rows.chats[: params.heldout_prompts]:
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        prompts.append({"prompt": messages[:last], "reference": messages[last]["content"]})
+    from stages.lib.scored_replies import split_last_turn
+
+    last_turns = [split_last_turn(messages) for messages in rows.chats[: params.heldout_prompts]]
+    prompts: list[dict[str, Any]] = [{"prompt": prompt, "reference": reference} for prompt, reference in last_turns]
     return prompts + [{"prompt": [{"role": "user", "content": each}], "reference": None} for each in params.prompts]
 
 
+def made_once(ctx: Context, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returns, kept in the work folder under `name`: after a restart it is read from there."""
+    path = ctx.work / name
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(make(), ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+    made: dict[str, Any] = json.loads(path.read_bytes())
+    return made
+
+
 def measure(
-    ctx: Context, params: EvaluateParams, subject: Subject, rows: Rows, prompts: Sequence[Mapping[str, Any]]
+    ctx: Context,
+    params: EvaluateParams,
+    subject: Subject,
+    rows: Rows,
+    prompts: Sequence[Mapping[str, Any]],
+    scored: ScoredReplies | None,
 ) -> dict[str, Any]:
     """The measures of one language model, and its replies."""
     from stages.lib.distributed import device_type
@@ -296,7 +217,10 @@ def measure(
     if replies:
         measures["truncated_replies"] = sum(each["truncated"] for each in replies) / len(replies)
     facts = {"parameters": num_weights(model), "vocabulary": len(subject.tokenizer)}
-    return {"measures": measures, "facts": facts, "replies": replies}
+    results = {"measures": measures, "facts": facts, "replies": replies}
+    if scored is not None:
+        results["scored_replies"] = replies_to_score(ctx, params, model, subject.tokenizer, scored)
+    return results
 
 
 def num_weights(model: PreTrainedModel) -> int:
@@ -335,6 +259,7 @@ def write_reply(
 ) -> dict[str, Any]:
     """The model's reply to prompt number `index`. All models draw with the same seed."""
     from stages.lib.generation import stream_reply, whole_reply
+    from stages.lib.scored_replies import reply_record
 
     assert params.generation is not None
     stream = stream_reply(
@@ -346,12 +271,37 @@ def write_reply(
         top_p=params.generation.top_p,
         seed=ctx.seed + index,
     )
-    reply = whole_reply(stream)
-    return {"text": reply.text, "tokens": reply.num_tokens, "truncated": reply.truncated}
+    return reply_record(whole_reply(stream))
 
 
-def judge(ctx: Context, subject: Subject) -> dict[str, Any]:
-    """The measures of one reward model."""
+def replies_to_score(
+    ctx: Context,
+    params: EvaluateParams,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: ScoredReplies,
+) -> list[dict[str, Any]]:
+    """The model's reply to each of the prompts. All models draw with the same random numbers."""
+    from stages.lib.generation import write_replies
+    from stages.lib.scored_replies import reply_record
+
+    assert params.scored_replies is not None
+    replies = write_replies(
+        model,
+        tokenizer,
+        [each.prompt for each in scored.prompts],
+        positions=[each.row for each in scored.prompts],
+        max_new_tokens=params.scored_replies.max_new_tokens,
+        temperature=params.scored_replies.temperature,
+        top_p=params.scored_replies.top_p,
+        seed=ctx.seed,
+        batch_size=ctx.resources.micro_batch_size or 8,
+    )
+    return [reply_record(reply) for reply in replies]
+
+
+def judge(ctx: Context, subject: Subject, scored: ScoredReplies | None) -> dict[str, Any]:
+    """The measures of one reward model, and its scores of all replies."""
     import torch
 
     from stages.lib.distributed import device_type
@@ -360,15 +310,17 @@ def judge(ctx: Context, subject: Subject) -> dict[str, Any]:
     from stages.lib.reward_models import load_reward_model
 
     model, tokenizer = load_reward_model(subject.folder, device_type(ctx.resources))
-    rows = [row for pair in subject.pairs for row in pair]
-    values = reward_rows(model, rows, ctx.resources.micro_batch_size or 8, tokenizer.pad_token_id)
-    scores_N2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
-    measures = {
-        "heldout_reward_accuracy": float(wins(*scores_N2.unbind(1)).mean()),
-        "heldout_reward_margin": float((scores_N2[:, 0] - scores_N2[:, 1]).mean()),
-    }
+    batch_size = ctx.resources.micro_batch_size or 8
+    measures: dict[str, float] = {}
+    if subject.pairs:
+        rows = [row for pair in subject.pairs for row in pair]
+        values = reward_rows(model, rows, batch_size, tokenizer.pad_token_id)
+        scores_N2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
+        measures["heldout_reward_accuracy"] = float(wins(*scores_N2.unbind(1)).mean())
+        measures["heldout_reward_margin"] = float((scores_N2[:, 0] - scores_N2[:, 1]).mean())
     facts = {"parameters": num_weights(model), "vocabulary": len(tokenizer)}
-    return {"measures": measures, "facts": facts, "replies": []}
+    scores = scored.score(model, tokenizer, batch_size) if scored is not None else None
+    return {"measures": measures, "facts": facts, "scores": scores}
 
 
 def flatten(everyone: Sequence[Subject]) -> dict[str, float]:
@@ -382,20 +334,36 @@ def flatten(everyone: Sequence[Subject]) -> dict[str, float]:
     }
 
 
+def summarize(
+    params: ScoredRepliesParams | None, scored: ScoredReplies | None, judges: Sequence[Subject]
+) -> dict[str, Any] | None:
+    """How the replies were written, and what was measured of them; None where nobody asked for them."""
+    if params is None or scored is None:
+        return None
+    scores = {each.name: each.results["scores"] for each in judges}
+    return {**params.model_dump(), **scored.summary(scores, params.win_rate_against)}
+
+
 def write_report(
     ctx: Context,
     subjects: Sequence[Subject],
     judges: Sequence[Subject],
     rows: Rows,
     prompts: Sequence[Mapping[str, Any]],
+    scored: ScoredReplies | None,
+    summary: Mapping[str, Any] | None,
 ) -> None:
-    """`report.json` with all numbers, `report.md` for reading, `generations.jsonl` with one line per prompt."""
+    """`report.json` with all numbers, `report.md` for reading, `generations.jsonl` with one line per prompt.
+
+    Where replies were scored, `scored_replies.jsonl` has one line per prompt of these.
+    """
+    from stages.lib.compared_models import comparison_notes
     from stages.lib.report import report_markdown
     from stages.lib.rows import write_rows
 
-    report = {
-        "models": {each.name: describe(each) for each in subjects},
-        "reward_models": {each.name: describe(each) for each in judges},
+    report: dict[str, Any] = {
+        "models": {each.name: each.describe() for each in subjects},
+        "reward_models": {each.name: each.describe() for each in judges},
         "rows": rows.describe(),
         "baselines": rows.baselines,
         "notes": comparison_notes(subjects, rows),
@@ -404,45 +372,13 @@ def write_report(
         {**prompt, "replies": {subject.name: subject.results["replies"][index] for subject in subjects}}
         for index, prompt in enumerate(prompts)
     ]
+    replies: list[dict[str, Any]] = []
+    if scored is not None:
+        report["rows"]["scored_replies"] = {"used": len(scored.prompts), "left_out": dict(scored.left_out)}
+        report["scored_replies"] = summary
+        replies = scored.rows({each.name: each.results["scores"] for each in judges})
+        write_rows(ctx.out / "scored_replies.jsonl", replies)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (ctx.out / "report.json").write_text(text + "\n", encoding="utf-8")
-    (ctx.out / "report.md").write_text(report_markdown(report, generations), encoding="utf-8")
+    (ctx.out / "report.md").write_text(report_markdown(report, generations, replies), encoding="utf-8")
     write_rows(ctx.out / "generations.jsonl", generations)
-
-
-def describe(subject: Subject) -> dict[str, Any]:
-    """What the model is, and what was measured."""
-    manifest = read_manifest(subject.folder) if (subject.folder / MANIFEST).exists() else None
-    return {
-        "artifact_id": manifest.artifact_id if manifest else None,
-        "stage": manifest.stage if manifest else None,
-        "dtype": manifest.facts.dtype if manifest else None,
-        "bytes": sum(path.stat().st_size for path in subject.folder.glob("*.safetensors")),
-        "tokenizer_digest": subject.tokenizer_digest,
-        "chat_template_digest": subject.template_digest,
-        **subject.results["facts"],
-        "measures": subject.results["measures"],
-    }
-
-
-def comparison_notes(subjects: Sequence[Subject], rows: Rows) -> list[str]:
-    """Which columns compare with which, and what was left out."""
-    notes = []
-    for what, measure, key in (
-        ("tokenizers", "Perplexity and nats per token compare", "tokenizer_digest"),
-        ("chat templates", "Measures of chats and preferences compare", "template_digest"),
-    ):
-        groups: dict[Any, list[str]] = {}
-        for subject in subjects:
-            groups.setdefault(getattr(subject, key), []).append(subject.name)
-        if len(groups) > 1:
-            listed = "; ".join(", ".join(names) for names in groups.values())
-            notes.append(f"The models have {len(groups)} different {what}: {measure} only within {listed}.")
-            if key == "tokenizer_digest":
-                notes.append("Bits per byte compare between all of them, because all read the same text.")
-    for left_out, what in ((rows.chats_left_out, "chats"), (rows.pairs_left_out, "pairs")):
-        if left_out:
-            notes.append(
-                f"{left_out} held-out {what} were left out for all models, because one of them cannot use them."
-            )
-    return notes

@@ -1,4 +1,7 @@
-"""Text from a causal model: one reply token by token, and the conversation that `slipway chat` holds."""
+"""Text from a causal model: one reply token by token, many at once, and the conversation that `slipway chat` holds.
+
+B: replies of a batch, T: tokens of their prompts, padded on the left, K: tokens that each reply may have.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
     CompressedTensorsConfig,
+    GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.utils import logging as transformers_logging
@@ -23,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import ArtifactError, DataError, Problem
 from stages.lib.chat_template import Messages, encode_prompt
 from stages.lib.models import read_config
+from stages.lib.sampling import DrawByUniforms, only_this_generation_config, uniforms_for
 from stages.lib.tokenization import load_tokenizer
 from stages.lib.tokenization import stop_token_ids as usual_stop_token_ids
 
@@ -149,6 +158,97 @@ def whole_reply(stream: Generator[str, None, Reply]) -> Reply:
         except StopIteration as end:
             result: Reply = end.value
             return result
+
+
+def write_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    *,
+    positions: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch_size: int,
+) -> list[Reply]:
+    """The assistant's next turn in each conversation, `batch_size` of them at a time.
+
+    Temperature 0 writes what `stream_reply` writes. Above, the random numbers of a reply are a function of the seed and
+    of its position: what stands in a batch together decides nothing but the last bits of the probabilities. Raises
+    `DataError` if a conversation leaves no room for `max_new_tokens` in the model's context.
+    """
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    limit = context_length_tokens(model)
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise DataError(
+            Problem(
+                "conversation",
+                f"is {longest:,} tokens long, and the model reads {limit:,} with the {max_new_tokens:,} of the reply",
+                "Leave it out, or lower max_new_tokens.",
+            )
+        )
+    stops = stop_token_ids(model, tokenizer)
+    replies: dict[int, Reply] = {}
+    # Prompts of like length share a batch, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        uniforms_BK = np.stack([uniforms_for(seed, positions[index], max_new_tokens) for index in batch])
+        written = write_tokens(
+            model,
+            [prompts[index] for index in batch],
+            uniforms_BK,
+            stops,
+            tokenizer.pad_token_id or 0,
+            temperature,
+            top_p,
+        )
+        for index, ids in zip(batch, written, strict=True):
+            end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+            decoder = IncrementalDecoder(tokenizer)
+            for token in ids[:end]:
+                decoder.add(token)
+            decoder.rest()
+            replies[index] = Reply(decoder.given, end, truncated=end == len(ids))
+    return [replies[index] for index in range(len(prompts))]
+
+
+@torch.inference_mode()
+def write_tokens(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms_BK: NDArray[np.float64],
+    stops: frozenset[int],
+    padding_id: int,
+    temperature: float,
+    top_p: float,
+) -> list[list[int]]:
+    """The ids that follow each prompt, at most K: after a stop id, which is among them, nothing more counts."""
+    length = max(map(len, prompts))
+    ids_BT = torch.tensor([[padding_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    processors = LogitsProcessorList()
+    if temperature > 0:
+        # With what is left out at probability 0, the drawing leaves one token to choose: greedy decoding then samples.
+        processors.append(TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(DrawByUniforms(uniforms_BK, length, temperature=1.0))
+    config = GenerationConfig(
+        max_new_tokens=uniforms_BK.shape[1],
+        do_sample=False,
+        eos_token_id=sorted(stops),
+        pad_token_id=padding_id,
+        use_cache=True,
+    )
+    with only_this_generation_config(model, config):
+        output = model.generate(
+            input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), logits_processor=processors
+        )
+    written: list[list[int]] = output[:, length:].tolist()
+    return written
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The report of an evaluation in Markdown, from what its report.json and generations.jsonl hold."""
+"""The report of an evaluation in Markdown, from what its report.json, generations.jsonl and scored_replies.jsonl hold."""
 
 from __future__ import annotations
 
@@ -21,11 +21,30 @@ LABELS = {
 }
 """Name of a measure -> what it is called in a table, in the order of the lines."""
 
+REWARD_LABELS = {
+    "heldout_reward": "mean reward",
+    "heldout_reward_deviation": "deviation",
+    "heldout_reward_win_rate": "win rate",
+    "heldout_reply_tokens": "tokens",
+    "heldout_truncated_replies": "cut off",
+}
+"""Name of a measure of scored replies -> the column of the table that has a line per model."""
+
+HELD_OUT = "(held out)"
+"""Stands in that table for whoever wrote the replies that were held out."""
+
+SHOWN_PROMPTS = 3
+"""Of so many prompts the scored replies are shown; scored_replies.jsonl has all."""
+
 ABSENT = "-"
 """Stands where a column has no such number."""
 
 
-def report_markdown(report: Mapping[str, Any], generations: Sequence[Mapping[str, Any]]) -> str:
+def report_markdown(
+    report: Mapping[str, Any],
+    generations: Sequence[Mapping[str, Any]],
+    scored_replies: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """What the models are, what was measured, and what they reply."""
     parts = ["# Evaluation\n"]
     for title, group in (("Models", report["models"]), ("Reward models", report["reward_models"])):
@@ -43,14 +62,54 @@ def report_markdown(report: Mapping[str, Any], generations: Sequence[Mapping[str
             f"- pairs: {pairs['used']:,}; guessing is right in half of them, the longer answer in {longer:.1%}\n"
         )
     parts += [f"- {note}\n" for note in report["notes"]]
+    if scored_replies:
+        parts.append(scored_replies_part(report, scored_replies))
     for number, generation in enumerate(generations, start=1):
         parts.append(f"\n## Prompt {number}\n")
-        parts += [f"\n{message['role']}:\n\n{quoted(message['content'])}" for message in generation["prompt"]]
+        parts.append(conversation(generation["prompt"]))
         if generation["reference"] is not None:
             parts.append(f"\n### held out\n\n{quoted(generation['reference'])}")
         for name, reply in generation["replies"].items():
             cut = " (cut off)" if reply["truncated"] else ""
             parts.append(f"\n### {name}{cut}\n\n{quoted(reply['text'])}")
+    return "".join(parts)
+
+
+def conversation(messages: Sequence[Mapping[str, str]]) -> str:
+    return "".join(f"\n{message['role']}:\n\n{quoted(message['content'])}" for message in messages)
+
+
+def scored_replies_part(report: Mapping[str, Any], replies: Sequence[Mapping[str, Any]]) -> str:
+    """How the replies were written, a table for each reward model, and the replies to the first prompts."""
+    scored, rows = report["scored_replies"], report["rows"]["scored_replies"]
+    how = "the likeliest tokens"
+    if scored["temperature"]:
+        nucleus = f" and top_p {scored['top_p']:g}" if scored["top_p"] < 1 else ""
+        how = f"tokens drawn at temperature {scored['temperature']:g}{nucleus}"
+    against = scored["win_rate_against"]
+    opponent = "held-out one" if against is None else f"one of {against}"
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in rows["left_out"].items()) or "none"
+    prompts = f"{rows['used']:,} held-out chats up to the assistant's last turn, the same for all models"
+    parts = [
+        "\n## Rewards of replies\n\n",
+        f"- prompts: {prompts}; left out: {left_out}\n",
+        f"- replies: {how}, cut off at {scored['max_new_tokens']:,} tokens\n",
+        "- deviation: the standard deviation of the rewards over the prompts\n",
+        f"- win rate: the share of prompts whose reply has a higher reward than the {opponent}; ties count half\n",
+    ]
+    for judge, found in scored["reward_models"].items():
+        lines = {name: {**measures, **scored["replies"][name]} for name, measures in found["models"].items()}
+        table = {
+            name: {label: measures.get(key) for key, label in REWARD_LABELS.items()}
+            for name, measures in [*lines.items(), (HELD_OUT, found["reference"])]
+        }
+        parts.append(f"\n### Reward model {judge}\n\n{markdown_table('', list(REWARD_LABELS.values()), table)}")
+    for number, row in enumerate(replies[:SHOWN_PROMPTS], start=1):
+        parts.append(f"\n### Rewarded prompt {number} of {len(replies):,}\n{conversation(row['prompt'])}")
+        for name, reply in [(HELD_OUT, row["reference"]), *row["replies"].items()]:
+            said = [f"{judge} {format_number(score)}" for judge, score in reply["scores"].items()]
+            said += ["cut off"] if reply.get("truncated") else []
+            parts.append(f"\n#### {name}: {', '.join(said)}\n\n{quoted(reply['text'])}")
     return "".join(parts)
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.errors import DataError  # noqa: E402
 from pipeline.recipe import Resources  # noqa: E402
 from pipeline.stage import Estimate, Forecast, Result  # noqa: E402
 from stages.evaluation.evaluate import STAGE, EvaluateParams  # noqa: E402
-from stages.lib.chat_template import encode_chat  # noqa: E402
+from stages.lib.chat_template import encode_chat, encode_prompt  # noqa: E402
 from stages.lib.perplexity import Score, ScoredRow, bits_per_byte, document_pieces, heldout_text, score_rows  # noqa: E402
 from stages.lib.rows import read_rows  # noqa: E402
 from stages.lib.tokenization import encode_texts, load_tokenizer  # noqa: E402
@@ -62,6 +63,44 @@ def without_head(source: Path, folder: Path) -> Path:
     torch.nn.init.zeros_(model.lm_head.weight)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def rewarding(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model with the models' tokenizer."""
+    return with_reward_head(world.model, tmp_path_factory.mktemp("rewarding"))
+
+
+@pytest.fixture(scope="module")
+def rewarding_otherwise(foreign: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with another tokenizer and another chat template."""
+    folder = with_reward_head(foreign, tmp_path_factory.mktemp("rewarding_otherwise"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>' }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_reward_head(source: Path, folder: Path) -> Path:
+    from stages.lib.reward_models import add_reward_head, choose_padding
+
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(0)
+    add_reward_head(source, choose_padding(tokenizer, set())).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def reading_less(source: Path, folder: Path, context_tokens: int) -> Path:
+    """The model in `source`, whose config says that it reads so many tokens."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context_tokens}))
+    return folder
+
+
+def answered(prompt: list[dict[str, str]], text: str) -> list[dict[str, str]]:
+    return [*prompt, {"role": "assistant", "content": text}]
 
 
 def load(folder: Path) -> Any:
@@ -250,10 +289,7 @@ def test_every_model_replies_to_the_same_prompts(world: TinyWorld, even: Path, t
 
 def test_a_row_that_one_model_cannot_read_is_left_out_for_all(world: TinyWorld, even: Path, tmp_path: Path) -> None:
     """The second model reads 40 tokens: only chats of at most that count, for both."""
-    small = tmp_path / "small"
-    shutil.copytree(even, small)
-    config = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    small = reading_less(even, tmp_path / "small", 40)
     tokenizer = load_tokenizer(even)
     chats = list(read_rows(world.chats / "heldout.jsonl"))
     fitting = [chat for chat in chats if len(encode_chat(tokenizer, chat["messages"]).input_ids) <= 40]
@@ -270,18 +306,13 @@ def test_a_row_that_one_model_cannot_read_is_left_out_for_all(world: TinyWorld, 
         evaluate({"small": small}, tmp_path / "blocks", tokens=world.tokens)
 
 
-def test_reward_models_are_judged_on_the_same_pairs(world: TinyWorld, tmp_path: Path) -> None:
-    from stages.lib.reward_models import add_reward_head, choose_padding, load_reward_model, score_chats
+def test_reward_models_are_judged_on_the_same_pairs(world: TinyWorld, rewarding: Path, tmp_path: Path) -> None:
+    from stages.lib.reward_models import load_reward_model, score_chats
 
-    tokenizer = load_tokenizer(world.model)
-    torch.manual_seed(0)
-    folder = tmp_path / "reward"
-    add_reward_head(world.model, choose_padding(tokenizer, set())).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    inputs = {"preferences": world.preferences, "reward_models.judge": folder}
+    inputs = {"preferences": world.preferences, "reward_models.judge": rewarding}
     result, out = evaluate({"base": world.model}, tmp_path / "report", **inputs)
     rows = list(read_rows(world.preferences / "heldout.jsonl"))
-    model, tokenizer = load_reward_model(folder)
+    model, tokenizer = load_reward_model(rewarding)
     chosen, rejected = (
         score_chats(model, tokenizer, [[*row["prompt"], *row[side]] for row in rows]) for side in ("chosen", "rejected")
     )
@@ -297,21 +328,172 @@ def test_reward_models_are_judged_on_the_same_pairs(world: TinyWorld, tmp_path: 
     assert "## Reward models" in (out / "report.md").read_text()
 
 
-def test_a_restart_measures_no_model_twice(world: TinyWorld, even: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_reward_models_score_the_replies_of_all_models(
+    world: TinyWorld, even: Path, rewarding: Path, rewarding_otherwise: Path, tmp_path: Path
+) -> None:
+    """The oracle scores each chat by itself, in the template and tokens of the reward model. Win rates are counted by hand;
+    base and its twin draw the same replies, which tie, also in the last bits."""
+    from stages.lib.reward_models import load_reward_model, score_chats
+
+    models = {"even": even, "base": world.model, "twin": world.model}
+    judges = {"own": rewarding, "other": rewarding_otherwise}
+    params = {"heldout_prompts": 9, "max_new_tokens": 12, "win_rate_against": "base"}
+    inputs = {"chats": world.chats, **{f"reward_models.{name}": folder for name, folder in judges.items()}}
+    result, out = evaluate(models, tmp_path, {"scored_replies": params, "heldout_chats": 2}, **inputs)
+    rows = list(read_rows(out / "scored_replies.jsonl"))
+    chats = [chat["messages"] for chat in read_rows(world.chats / "heldout.jsonl")][:9]
+    assert [row["prompt"] for row in rows] == [messages[:-1] for messages in chats]
+    assert [row["reference"]["text"] for row in rows] == [messages[-1]["content"] for messages in chats]
+    written = {name: [row["replies"][name] for row in rows] for name in models}
+    assert [each["text"] for each in written["base"]] == [each["text"] for each in written["twin"]]
+    assert written["base"] != written["even"]
+
+    expected = {}
+    for judge, folder in judges.items():
+        model, tokenizer = load_reward_model(folder)
+        scores = {}
+        for name, replies in {"reference": [row["reference"] for row in rows], **written}.items():
+            said = [{"role": "assistant", "content": reply["text"]} for reply in replies]
+            alone = score_chats(
+                model, tokenizer, [[*row["prompt"], each] for row, each in zip(rows, said, strict=True)]
+            )
+            scores[name] = [reply["scores"][judge] for reply in replies]
+            assert scores[name] == pytest.approx(alone, rel=1e-4, abs=1e-5)
+        for name in models:
+            expected[f"heldout_reward.{judge}.{name}"] = sum(scores[name]) / 9
+            expected[f"heldout_reward_deviation.{judge}.{name}"] = statistics.pstdev(scores[name])
+        won = [(a > b) + (a == b) / 2 for a, b in zip(scores["even"], scores["base"], strict=True)]
+        expected[f"heldout_reward_win_rate.{judge}.even"] = sum(won) / 9
+        expected[f"heldout_reward_win_rate.{judge}.twin"] = 0.5
+        expected[f"heldout_reward_reference.{judge}"] = sum(scores["reference"]) / 9
+    for name, replies in written.items():
+        expected[f"heldout_reply_tokens.{name}"] = sum(reply["tokens"] for reply in replies) / 9
+        expected[f"heldout_truncated_replies.{name}"] = sum(reply["truncated"] for reply in replies) / 9
+    found = {name: value for name, value in result.metrics.items() if "reward" in name or "repl" in name}
+    assert found == pytest.approx(expected)
+    assert len(set(scores["base"])) == 9
+
+    lines = (out / "report.md").read_text().splitlines()
+    tables = [index for index, line in enumerate(lines) if line.startswith("### Reward model ")]
+    assert [lines[index] for index in tables] == ["### Reward model own", "### Reward model other"]
+    for judge, index in zip(judges, tables, strict=True):
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[index + 2 : index + 8]]
+        assert [line[0] for line in cells] == ["", "-" * len("(held out)"), *models, "(held out)"]
+        reward, share = (
+            result.metrics[f"{name}.{judge}.even"] for name in ("heldout_reward", "heldout_reward_win_rate")
+        )
+        assert [cells[2][1], cells[2][3]] == [f"{reward:.4g}", f"{share:.4g}"]
+        assert [cells[3][3], cells[5][4]] == ["-", "-"]
+    shown = f"#### even: own {rows[0]['replies']['even']['scores']['own']:.4g}, other"
+    assert any(line.startswith(shown) for line in lines)
+
+
+def test_prompts_without_room_or_reader_are_left_out_for_all(
+    world: TinyWorld, even: Path, rewarding: Path, tmp_path: Path
+) -> None:
+    """One model reads 45 tokens: prompts of at most 35 leave room for the 10 of a reply. The reward model reads 46: those
+    count to which all replies are so short with the prompt, and the held-out one is. What is left gets the same replies."""
+    inputs = {"chats": world.chats, "reward_models.judge": rewarding}
+    params = {"scored_replies": {"heldout_prompts": 40, "max_new_tokens": 10}}
+    _, out = evaluate({"base": world.model, "even": even}, tmp_path / "all", params, **inputs)
+    rows = list(read_rows(out / "scored_replies.jsonl"))
+    assert len(rows) == 40
+
+    short = reading_less(even, tmp_path / "short", 45)
+    inputs["reward_models.judge"] = reading_less(rewarding, tmp_path / "judge", 46)
+    result, out = evaluate({"base": world.model, "even": short}, tmp_path / "some", params, **inputs)
+    tokenizer = load_tokenizer(world.model)
+    with_room = [row for row in rows if len(encode_prompt(tokenizer, row["prompt"])) <= 35]
+    read = [
+        row
+        for row in with_room
+        for said in [[reply["text"] for reply in (row["reference"], *row["replies"].values())]]
+        if max(len(encode_chat(tokenizer, answered(row["prompt"], text)).input_ids) for text in said) <= 46
+    ]
+    assert 1 < len(read) < len(with_room) < 40
+    left_out = {"no_room_for_reply": 40 - len(with_room), "unread_by_reward_model": len(with_room) - len(read)}
+    report = json.loads((out / "report.json").read_text())
+    assert report["rows"]["scored_replies"] == {"used": len(read), "left_out": left_out}
+    kept = list(read_rows(out / "scored_replies.jsonl"))
+    assert [(row["prompt"], row["replies"]["base"]["text"]) for row in kept] == [
+        (row["prompt"], row["replies"]["base"]["text"]) for row in read
+    ]
+    mean = sum(row["replies"]["base"]["scores"]["judge"] for row in read) / len(read)
+    assert result.metrics["heldout_reward.base"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+
+    inputs["reward_models.judge"] = reading_less(rewarding, tmp_path / "blind", 10)
+    with pytest.raises(DataError, match="none of its 40 held-out rows fits all models"):
+        evaluate({"base": world.model}, tmp_path / "none", params, **inputs)
+
+
+def test_a_reply_that_spells_special_tokens_is_scored_as_text(world: TinyWorld, rewarding: Path) -> None:
+    """As text the end of a turn is several tokens. Equal replies get one score: of three in batches of two, one would be
+    alone or with others, padded or not, which shows in the last bits."""
+    from stages.lib.reward_models import load_reward_model, score_chats
+    from stages.lib.scored_replies import HeldoutPrompt, ScoredReplies
+
+    prompt = [{"role": "user", "content": "Say it."}]
+    texts = ["a<|end|><|user|>b", "a", "It was a longer reply."]
+    scored = ScoredReplies(prompts=[HeldoutPrompt(index, prompt, text) for index, text in enumerate(texts)])
+    scored.replies = {name: [{"text": text} for text in texts] for name in ("same", "twin")}
+    model, tokenizer = load_reward_model(rewarding)
+    scores: Any = scored.score(model, tokenizer, 2)
+    alone = score_chats(model, tokenizer, [answered(prompt, text) for text in texts])
+    assert scores["reference"] == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    assert scores["models"]["same"] == scores["models"]["twin"] == scores["reference"]
+
+
+def test_what_scores_come_to_by_hand() -> None:
+    """Scores 1, 3, 5 and -1 have the mean 2 and the deviation sqrt(20 / 4). Against 0, 3, 6 and 0 they win, tie, lose and
+    lose: 1.5 of 4. Only with several reward models does a metric say which one."""
+    from stages.lib.scored_replies import measures_under, metrics_of
+
+    found = {"reference": [0.0, 3.0, 6.0, 0.0], "models": {"chat": [1.0, 3.0, 5.0, -1.0]}}
+    under = measures_under(found, None)
+    metrics = metrics_of({"replies": {}, "reward_models": {"judge": under}})
+    assert metrics == pytest.approx(
+        {
+            "heldout_reward.chat": 2.0,
+            "heldout_reward_reference.judge": 2.25,
+            "heldout_reward_deviation.chat": math.sqrt(5),
+            "heldout_reward_win_rate.chat": 0.375,
+        }
+    )
+    several = metrics_of({"replies": {}, "reward_models": {"judge": under, "other": under}})
+    assert {name for name in several if name.startswith("heldout_reward.")} == {
+        "heldout_reward.judge.chat",
+        "heldout_reward.other.chat",
+    }
+    assert set(measures_under(found, "chat")["models"]["chat"]) == {"heldout_reward", "heldout_reward_deviation"}
+    assert measures_under(found, "chat")["reference"]["heldout_reward_win_rate"] == 0.625
+
+
+def test_a_restart_measures_no_model_twice(
+    world: TinyWorld, even: Path, rewarding: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     models = {"base": world.model, "even": even}
-    params = {"heldout_blocks": 2, "generation": {"heldout_prompts": 0, "prompts": ["a"], "max_new_tokens": 3}}
-    first, out = evaluate(models, tmp_path, params, tokens=world.tokens)
+    params = {
+        "heldout_blocks": 2,
+        "generation": {"heldout_prompts": 0, "prompts": ["a"], "max_new_tokens": 3},
+        "scored_replies": {"heldout_prompts": 2, "max_new_tokens": 3},
+    }
+    inputs = {"tokens": world.tokens, "chats": world.chats, "reward_models.judge": rewarding}
+    first, out = evaluate(models, tmp_path, params, **inputs)
     written = {path.name: path.read_bytes() for path in out.iterdir()}
     shutil.rmtree(out)
     (tmp_path / "measured-model-even.json").unlink()
     loaded = []
-    from stages.lib import generation
+    from stages.lib import generation, reward_models
 
     original = generation.load_language_model
-    monkeypatch.setattr(
-        generation, "load_language_model", lambda folder, device: loaded.append(folder) or original(folder, device)
-    )
-    second, out = evaluate(models, tmp_path, params, tokens=world.tokens)
+
+    def load_and_tell(folder: Path, device: str) -> Any:
+        loaded.append(folder)
+        return original(folder, device)
+
+    monkeypatch.setattr(generation, "load_language_model", load_and_tell)
+    monkeypatch.setattr(reward_models, "load_reward_model", lambda *args: pytest.fail("its scores are there"))
+    second, out = evaluate(models, tmp_path, params, **inputs)
     assert loaded == [even]
     assert second == first
     assert {path.name: path.read_bytes() for path in out.iterdir()} == written
@@ -331,3 +513,8 @@ def test_plan_refuses_options_that_nothing_would_use() -> None:
     assert "are judged by preferences" in problems(["tokens", "reward_models.a"])[0]
     assert "are taken from the input chats" in problems(["tokens"], generation={})[0]
     assert "has no prompts" in problems(["tokens"], generation={"heldout_prompts": 0})[0]
+    scored = problems(["tokens"], scored_replies={"win_rate_against": "bse"})
+    assert "params.scored_replies: answer prompts of the input chats" in scored[0]
+    assert "params.scored_replies: are scored by the input reward_models" in scored[1]
+    assert "win_rate_against: 'bse' is no model of inputs.models. Did you mean 'base'?" in scored[2]
+    assert problems(["chats", "reward_models.a"], scored_replies={"win_rate_against": "base"}) == []

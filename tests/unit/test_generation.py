@@ -21,7 +21,9 @@ from stages.lib.generation import (  # noqa: E402
     stream_reply,
     stream_tokens,
     whole_reply,
+    write_replies,
 )
+from stages.lib.sampling import uniforms_for  # noqa: E402
 
 BOS, EOS, TURN_END = 1, 2, 3
 TEMPLATE = (
@@ -177,6 +179,73 @@ def test_the_context_limits_the_reply_and_refuses_a_conversation_that_fills_it(m
     assert whole_reply(stream_reply(model, tokenizer, user(letters), max_new_tokens=50)).num_tokens == 4
     with pytest.raises(DataError, match="160 tokens long, and the model reads 160"):
         list(stream_reply(model, tokenizer, user(letters + "ssss"), max_new_tokens=50))
+
+
+CONVERSATIONS = [user(text) for text in ("a", "the cat sat on the hat", "hello", "\u4f60\u597d", "rain", "is it late?")]
+"""Of 6 lengths, so that batches are padded."""
+
+
+def replies_in_batches(model: Any, tokenizer: Any, batch_size: int, **options: Any) -> list[Any]:
+    """24 tokens at most, drawn at temperature 1 unless `options` say otherwise."""
+    chosen = {"positions": range(len(CONVERSATIONS)), "max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    conversations = [CONVERSATIONS[position] for position in {**chosen, **options}["positions"]]
+    return write_replies(model, tokenizer, conversations, batch_size=batch_size, **{**chosen, **options})
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_likeliest_replies_are_those_of_the_stream(model: Any, tokenizer: Any, batch_size: int) -> None:
+    """The tenth token of the first reply is declared a stop id: that reply ends there or before, others go on or end
+    elsewhere, so that a batch holds replies of different lengths."""
+    prompt = encode_prompt(tokenizer, CONVERSATIONS[0])
+    ids = list(stream_tokens(model, prompt, frozenset([EOS]), max_new_tokens=10, temperature=0, top_p=1.0, seed=0))
+    before = model.generation_config.eos_token_id
+    try:
+        model.generation_config.eos_token_id = [EOS, ids[9]]
+        streamed = [whole_reply(stream_reply(model, tokenizer, each, max_new_tokens=24)) for each in CONVERSATIONS]
+        written = replies_in_batches(model, tokenizer, batch_size, temperature=0)
+    finally:
+        model.generation_config.eos_token_id = before
+    assert written == streamed
+    assert not written[0].truncated
+    assert len({reply.num_tokens for reply in written}) > 2
+
+
+def test_a_drawn_reply_depends_on_its_position_and_on_no_other_reply(model: Any, tokenizer: Any) -> None:
+    together = replies_in_batches(model, tokenizer, 4, top_p=0.9)
+    assert replies_in_batches(model, tokenizer, 1, top_p=0.9) == together
+    assert replies_in_batches(model, tokenizer, 4, top_p=0.9, positions=[4, 1]) == [together[4], together[1]]
+    assert replies_in_batches(model, tokenizer, 4, top_p=0.9, seed=4) != together
+
+
+def test_drawn_tokens_are_those_at_the_place_of_their_random_number(model: Any, tokenizer: Any) -> None:
+    """One token at temperature 2 from the likeliest ones that hold 0.7: of these, scaled to 1 and added up in the order
+    of their ids, the first whose sum is above the random number."""
+    written = replies_in_batches(model, tokenizer, 3, temperature=2.0, top_p=0.7, max_new_tokens=1)
+    expected = []
+    for position, messages in enumerate(CONVERSATIONS):
+        with torch.no_grad():
+            logits_V = model(torch.tensor([encode_prompt(tokenizer, messages)])).logits[0, -1]
+        p_V = (logits_V / 2).softmax(-1)
+        likeliest = p_V.argsort(descending=True).tolist()
+        needed = next(k for k in range(1, len(likeliest)) if p_V[likeliest[:k]].sum() >= 0.7)
+        nucleus = sorted(likeliest[:needed])
+        sums = (p_V[nucleus] / p_V[nucleus].sum()).cumsum(0).tolist()
+        place = uniforms_for(3, position, 1)[0]
+        expected.append(nucleus[next(index for index, total in enumerate(sums) if total > place)])
+    texts = ["" if token == EOS else "".join(pieces_of(tokenizer, [token])) for token in expected]
+    assert [reply.text for reply in written] == texts
+    assert len(set(expected)) > 3
+
+
+def test_many_replies_need_room_for_all_their_tokens(model: Any, tokenizer: Any) -> None:
+    """The model reads 160 tokens: the longest prompt has 160 - 24 of them, or one more."""
+    room = 160 - 24 - len(encode_prompt(tokenizer, user("")))
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0, "top_p": 1.0, "seed": 0, "batch_size": 2}
+    fitting = [user("s" * room), user("a")]
+    written = write_replies(model, tokenizer, fitting, positions=[0, 1], **options)
+    assert all(reply.num_tokens == 24 or not reply.truncated for reply in written)
+    with pytest.raises(DataError, match="reads 160 with the 24 of the reply"):
+        write_replies(model, tokenizer, [user("s" * (room + 1)), user("a")], positions=[0, 1], **options)
 
 
 class Console:
