@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SETTINGS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DO_NOT_TRACK": "1",
+    "SLIPWAY_CACHE": str(Path(tempfile.gettempdir(), "slipway-tests")),
 }
 os.environ.update(SETTINGS)
 os.environ.pop("SLIPWAY_STORE", None)

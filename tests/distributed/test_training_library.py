@@ -14,7 +14,7 @@ import torch
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError, RecipeError, StoreError
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, World
 from stages.lib import training
 from stages.lib.losses import TARGETS, TokenObjective, measure_tokens, next_tokens, token_metrics

@@ -21,7 +21,7 @@ import torch
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import Preempted, SlipwayError
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, World
 from stages.lib import distributed, training
 
@@ -30,7 +30,11 @@ WORLD = World(
     size=int(os.environ.get("WORLD_SIZE", "1")),
     local_rank=int(os.environ.get("LOCAL_RANK", "0")),
 )
-IS_LAST = WORLD.rank == WORLD.size - 1
+ON_POLICY = ("stages.alignment.ppo", "stages.alignment.grpo", "stages.alignment.rloo")
+
+
+def is_last() -> bool:
+    return WORLD.rank == WORLD.size - 1
 
 
 UNWATCHED = (training.SlipwayTrainer.compute_loss, training.SlipwayTrainer.heldout, torch.save)
@@ -48,10 +52,15 @@ def watch(job: dict[str, Any]) -> None:
     """Lets this process die where the job says so."""
     compute_loss, heldout, save = UNWATCHED
     die = job["die"] or {}
+    if job["kind"] in ON_POLICY:
+        from tests.distributed import interruptions
+
+        interruptions.watch(die, WORLD.rank == die.get("rank", WORLD.size - 1))
+        return
 
     def watched_loss(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         Steps.now = self.state.global_step + 1
-        if IS_LAST and die.get("during") == "step" and Steps.now == die["step"]:
+        if is_last() and die.get("during") == "step" and Steps.now == die["step"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return compute_loss(self, *arguments, **options)
 
@@ -60,7 +69,7 @@ def watch(job: dict[str, Any]) -> None:
         return heldout(self)
 
     def watched_save(value: Any, file: Any, *arguments: Any, **options: Any) -> None:
-        if IS_LAST and die.get("during") == "checkpoint" and f"checkpoint-{die['step']}/" in str(file):
+        if is_last() and die.get("during") == "checkpoint" and f"checkpoint-{die['step']}/" in str(file):
             whole = io.BytesIO()
             save(value, whole)
             Path(file).write_bytes(whole.getvalue()[: whole.tell() // 2])
@@ -82,14 +91,21 @@ def run(job: dict[str, Any]) -> None:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         checkpoints.folder.mkdir(exist_ok=True)
-        checkpoints.discard_after(checkpoints.newest().step)
+        newest = checkpoints.newest()
+        checkpoints.discard_after(newest.step)
+        if newest.path is None:
+            Journal(work / "journal.jsonl", writes=True).rewind(-1)
     distributed.barrier()  # the first job has nothing to discard
     stage = importlib.import_module(job["kind"]).STAGE
     stop = job["stop"] or {}
 
     def stop_requested() -> bool:
+        if job["kind"] in ON_POLICY:
+            from tests.distributed import interruptions
+
+            return is_last() and bool(stop) and interruptions.stop_is_due(stop)
         late = Steps.now >= stop.get("step", sys.maxsize)
-        return IS_LAST and (late or Steps.measured == stop.get("heldout_at_step"))
+        return is_last() and (late or Steps.measured == stop.get("heldout_at_step"))
 
     context = Context(
         inputs={role: Path(path) for role, path in job["inputs"].items()},

@@ -14,6 +14,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("training_driver.py")
+FORKED_DRIVER = Path(__file__).with_name("forked_driver.py")
 SEQUENCE_LENGTH = 32
 VOCABULARY_SIZE = 384
 MODULES = ("argparse", "ast", "calendar", "configparser", "heapq", "shutil", "textwrap", "zipfile")
@@ -140,11 +141,13 @@ class Job:
     resources: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 7
     die: Mapping[str, Any] | None = None
-    """{"step": n, "during": "step" or "checkpoint"}: the last process kills itself there."""
+    """{"step": n, "during": "step" or "checkpoint"}: the last process kills itself there. On-policy: interruptions.py."""
     may_fail: bool = False
     """Whether the next job is run also when this one ends with a mistake of the user's."""
     stop: Mapping[str, Any] | None = None
-    """{"step": n} or {"heldout_at_step": n}: the last process is asked to stop there."""
+    """{"step": n} or {"heldout_at_step": n}: the last process is asked to stop there. On-policy: interruptions.py."""
+    processes: int = 1
+    """How many it has where it has processes of its own: `run_forked`."""
 
     def as_json(self) -> dict[str, Any]:
         inputs = {role: str(path) for role, path in self.inputs.items()}
@@ -166,9 +169,27 @@ class Job:
 
 def run_jobs(folder: Path, jobs: Sequence[Job], processes: int, *, expected: int = 0) -> str:
     """Runs the jobs one after the other in the same processes; returns what they printed."""
+    command = [sys.executable, str(DRIVER), write_jobs(folder, jobs)]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command[1:]]
+    return run_command(command, expected=expected)
+
+
+def run_forked(folder: Path, jobs: Sequence[Job], *, timeout_seconds: float = 600) -> str:
+    """Runs the jobs one after the other, each in as many fresh processes as it asks for; returns what they printed."""
+    return run_command([sys.executable, str(FORKED_DRIVER), write_jobs(folder, jobs)], timeout_seconds=timeout_seconds)
+
+
+def write_jobs(folder: Path, jobs: Sequence[Job]) -> str:
+    """The path of a new file that lists the jobs."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     listed.write_text(json.dumps([job.as_json() for job in jobs]))
+    return str(listed)
+
+
+def run_command(command: Sequence[str], *, expected: int = 0, timeout_seconds: float = 600) -> str:
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
         "PYTHONPATH": str(CHECKOUT),
@@ -178,11 +199,9 @@ def run_jobs(folder: Path, jobs: Sequence[Job], processes: int, *, expected: int
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, str(DRIVER), str(listed)]
-    if processes > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command[1:]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout_seconds, check=False
+    )
     output = done.stdout + done.stderr
     assert (done.returncode == 0) == (expected == 0), f"exit code {done.returncode}\n{output[-6000:]}"
     return output

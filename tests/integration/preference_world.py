@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.checkpoints import Checkpoints
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
 from tests.integration.tiny_language_model import asked, make_tokenizer, real_data, said, write_split
 

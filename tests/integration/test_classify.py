@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
 
 from pipeline.errors import ArtifactError, DataError, Problem  # noqa: E402
-from pipeline.recipe import Resources  # noqa: E402
+from pipeline.resources import Resources  # noqa: E402
 from pipeline.stage import Estimate, Forecast  # noqa: E402
 from stages.encoder.classify import STAGE, ClassifyParams  # noqa: E402
 from tests.integration.tiny_encoder import (  # noqa: E402

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifact import digest_file
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, Estimate, Forecast, Result
 from stages.compression.distill import STAGE, DistillParams, distillation_metrics
 from stages.language_model import pretrain

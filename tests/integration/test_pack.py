@@ -19,7 +19,7 @@ from pipeline.artifact import list_files
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError, Preempted
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, Estimate, Forecast, Result, World
 from pipeline.strict import CHECKOUT
 from stages.data import pack, tokenizer

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from pipeline.artifact import Kind, digest_file  # noqa: E402
 from pipeline.errors import ArtifactError, DataError, GateError  # noqa: E402
-from pipeline.recipe import Resources  # noqa: E402
+from pipeline.resources import Resources  # noqa: E402
 from pipeline.stage import Estimate, Forecast  # noqa: E402
 from pipeline.strict import validate  # noqa: E402
 from stages.compression.quantize import STAGE, QuantizeParams, require_quality  # noqa: E402

@@ -22,7 +22,7 @@ from pipeline.artifact import list_files
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, Result, World
 from pipeline.strict import CHECKOUT, Reading, validate
 from stages.data.tokenizer import Params, find_merges, run, sample_texts, split_lines

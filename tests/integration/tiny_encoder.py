@@ -16,7 +16,7 @@ from pipeline.artifact import list_files
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import Preempted
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
 from tests.integration.tiny_language_model import make_tokenizer, real_data
 

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.checkpoints import Checkpoints
 from pipeline.journal import Journal
-from pipeline.recipe import Resources
+from pipeline.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
