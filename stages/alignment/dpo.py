@@ -240,7 +240,7 @@ def check(forecast: Forecast) -> list[Problem]:
 
 STAGE = Stage(
     kind="dpo",
-    version=1,
+    version=2,
     summary="direct preference optimization of a causal model on pairs of answers",
     params=DPOParams,
     inputs={

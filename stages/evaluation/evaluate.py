@@ -60,7 +60,7 @@ class EvaluateParams(Strict):
     generation: GenerationParams | None = None
     """Replies that every model writes to the same prompts, for reading. null: none."""
     scored_replies: ScoredRepliesParams | None = None
-    """Replies that every model writes to the same held-out prompts, and every reward model scores. null: none."""
+    """Replies that every model writes to the same held-out prompts, and every reward model scores: metrics such as heldout_reward.<model>, or with several reward models heldout_reward.<reward model>.<model>. null: none."""
 
 
 def check(forecast: Forecast) -> list[Problem]:

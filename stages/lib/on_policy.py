@@ -436,13 +436,13 @@ class Aligner:
             terms |= {
                 "clipped": clipped,
                 "ratio": ratio,
-                "ratio_squares": ratio.square(),
+                "ratio_squares": ratio.double().square(),  # whose mean is compared with the square of the mean
                 # Of the policy that wrote the completions from the one now, estimated by k3.
                 "policy_kl": pg.k3(old, logp),
                 "loss": loss,
             }
             for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + float((value.detach() * mask).sum().double())
+                totals[name] = totals.get(name, 0.0) + float((value.detach().double() * mask).sum())
         return loss.sum() / tokens * self.ctx.world.size
 
     def to_device(self, batch: Tensors) -> Tensors:

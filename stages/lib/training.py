@@ -383,4 +383,3 @@ def training_arguments(run: Run) -> TrainingArguments:
         deepspeed=None if ctx.resources.deepspeed is None else read_layout(ctx.resources.deepspeed),
         push_to_hub=False,
     )
-
