@@ -40,10 +40,9 @@ test-quick: environment
 
 check: lint types test-quick
 
-# First what fails fast, then what starts processes.
-test: check
-	$(BIN)/pytest -q -n $(WORKERS) -m "not slow" --ignore tests/unit --ignore tests/contracts
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m slow --durations 10
+# In one go, because each worker loads torch and its like before its first test. tests/conftest.py puts first what fails fast.
+test: lint types
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 format: environment
 	$(BIN)/ruff check --fix .

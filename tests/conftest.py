@@ -28,6 +28,35 @@ SETTINGS = {
 os.environ.update(SETTINGS)
 os.environ.pop("SLIPWAY_STORE", None)
 
+END_TO_END_LONGEST_FIRST = (
+    "test_commands",
+    "test_kill_language_model",
+    "test_kill_alignment",
+    "test_kill_encoder",
+    "test_real_data",
+    "test_damaged_checkpoint",
+    "test_kill_compression",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts first what fails fast, then orders the files such that two workers end at the same time (`--dist loadfile`).
+
+    One worker makes the run of the tiny recipe that the tests in e2e/ share while the other goes on with other files.
+    """
+    items.sort(key=place)
+
+
+def place(item: pytest.Item) -> tuple[int, int]:
+    if item.get_closest_marker("slow") is None:
+        return 0, 0
+    if item.path.parent.name != "e2e":
+        return 2, 0
+    if item.path.stem == "test_whole_run":
+        return 1, 0
+    known = item.path.stem in END_TO_END_LONGEST_FIRST
+    return 3, END_TO_END_LONGEST_FIRST.index(item.path.stem) if known else -1
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -142,6 +142,9 @@ class Parts:
     """The reference's judgement, without gradients; None where nothing holds the policy to one."""
     mixture: ChatMixture | None
     parameters: int
+    """Of all that is in memory for training."""
+    policy_parameters: int
+    """Of the policy alone, as it is published."""
 
 
 class Aligner:
@@ -467,10 +470,11 @@ class Aligner:
         for name, value in {**stats, "num_steps": 1.0}.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         step = progress.step
+        rate = self.parts.rates[0] * learning_rate_factor(params, step - 1, params.total_steps)
+        progress.collected["learning_rate"] = rate
         if step % self.ctx.resources.log_every_steps and step != params.total_steps:
             return
         shown = {name: value for name, value in stats.items() if name not in ("tokens", "seconds")}
-        rate = self.parts.rates[0] * learning_rate_factor(params, step - 1, params.total_steps)
         self.ctx.journal.write(
             "step",
             step=step,
@@ -492,7 +496,6 @@ class Aligner:
         line: Metrics = {
             **collected,
             **{name: value / steps for name, value in sums.items()},
-            "learning_rate": self.parts.rates[0] * learning_rate_factor(params, progress.step - 1, params.total_steps),
             "optimizer_steps": steps,
             "passes_ended_early": early,
             "update_seconds": round(seconds, 3),

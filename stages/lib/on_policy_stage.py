@@ -93,7 +93,7 @@ def run_on_policy(
         head_type="causal_lm",
         dtype=params.precision,
         max_length_tokens=params.max_prompt_tokens + params.max_new_tokens,
-        parameters=parts.parameters,
+        parameters=parts.policy_parameters,
         train_rows=len(prompts),
         heldout_rows=len(heldout),
         dropped_rows=dict(ledger.dropped),
@@ -175,6 +175,7 @@ def build_parts(
     with split_while_loading(layout):
         policy = load_policy(start)
         value = load_value(critic) if critic is not None else None
+    policy_parameters = count_parameters(policy)  # before adapters become a part of it
     options = {"temperature": params.temperature, "entropy_has_gradients": params.entropy_coefficient > 0}
     if params.lora is not None:
         module = adapted(policy, params.lora, ctx.seed, critic=params.has_critic, **options)
@@ -223,6 +224,7 @@ def build_parts(
         reference=reference,
         mixture=mixture,
         parameters=count_parameters(module),
+        policy_parameters=policy_parameters,
     )
 
 

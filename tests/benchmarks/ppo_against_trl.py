@@ -235,7 +235,9 @@ def compare(name: str, slipway: Sequence[Run], trl: Sequence[Run], window: int) 
         gaps.append(gap)
         spreads.append(spread)
         if point % window == 0 or point == num_points - 1:
-            shown = [f"{mean:8.3f} {min(side):8.3f}..{max(side):<7.3f}" for mean, side in zip(means, values, strict=True)]
+            shown = [
+                f"{mean:8.3f} {min(side):8.3f}..{max(side):<7.3f}" for mean, side in zip(means, values, strict=True)
+            ]
             mark = "" if agrees else "  apart"
             print(f"{point + 1:4}-{point + window:<4}   {shown[0]}   {shown[1]}   {gap:+10.3f}   {spread:6.3f}{mark}")
     share = agreeing / num_points

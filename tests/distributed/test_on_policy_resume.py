@@ -92,7 +92,7 @@ class Run:
         return replace(job, **changes)
 
 
-ALONE = [Run("ppo", 1, None), Run("ppo_lora", 1, None), Run("rloo", 1, "zero1"), Run("grpo", 1, "zero3")]
+ALONE = [Run("ppo", 1, None), Run("ppo_lora", 1, None), Run("rloo", 1, "zero1"), Run("grpo", 1, "zero2")]
 TOGETHER = [Run("ppo", 2, "zero2"), Run("grpo", 2, None), Run("ppo_lora", 2, "zero1"), Run("ppo", 2, "zero3")]
 PHASES = ("generation", "update", "checkpoint")
 

@@ -1,6 +1,6 @@
 """Killed at any instant and started again, a stage ends with the same weight file, byte for byte, as one never killed.
 
-Starting processes takes longer than training in them, so that all jobs of the same kind share one start.
+Loading torch takes longer than training, so that it is loaded twice for all jobs: their processes are forked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.distributed.training_world import (
     GPT2_WITH_DROPOUT,
     Job,
     make_tokenizer,
-    run_jobs,
+    run_forked,
     write_chats,
     write_model,
     write_tokens,
@@ -56,9 +56,9 @@ class Interrupted:
 
     def job(self, folder: Path, inputs: dict[str, dict[str, Path]]) -> Job:
         resources = {**RESOURCES, "deepspeed": self.layout}
-        return Job(
-            folder / self.name, f"stages.language_model.{self.kind}", PARAMS[self.kind], inputs[self.kind], resources
-        )
+        module = f"stages.language_model.{self.kind}"
+        work, params = folder / self.name, PARAMS[self.kind]
+        return Job(work, module, params, inputs[self.kind], resources, processes=self.processes)
 
     @property
     def whole(self) -> Interrupted:
@@ -95,7 +95,8 @@ class World:
     inputs: dict[str, dict[str, Path]]
     before: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Name -> the checkpoints that the interrupted job said it had written."""
-    refusals: list[str] = field(default_factory=list)
+    refusals: str = ""
+    """What the refused jobs printed."""
 
     def job(self, case: Interrupted, **changes: Any) -> Job:
         return replace(case.job(self.folder, self.inputs), **changes)
@@ -115,22 +116,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     }
     world = World(folder, inputs)
     killed = KILLED_IN_A_STEP + KILLED_IN_A_CHECKPOINT
-    for case in killed:
-        run_jobs(folder, [world.job(case, die=case.how)], case.processes, expected=1)
-    stopping = [world.job(case, stop=case.how) for case in [*STOPPED, OTHER_PROCESSES]]
     wholes = {case.whole.name: case.whole for case in [*killed, *STOPPED, TWICE]}.values()
-    run_jobs(folder, [*stopping, *(world.job(case) for case in wholes if case.processes == 2)], 2)
+    interrupted = [world.job(case, die=case.how) for case in killed]
+    interrupted += [world.job(case, stop=case.how) for case in [*STOPPED, OTHER_PROCESSES]]
+    run_forked(folder, [*interrupted, *map(world.job, wholes)])
     for case in [*killed, *STOPPED, OTHER_PROCESSES]:
         world.before[case.name] = world.job(case).events("progress")
 
     # Refused first: the checkpoints are there still, and must be left as they are.
-    refused = [world.job(STOPPED[0], may_fail=True, **changes) for changes, _, _ in REFUSED]
-    for processes in (1, 2):
-        again = [world.job(case) for case in [*killed, *STOPPED] if case.processes == processes]
-        alone = [world.job(case) for case in wholes if case.processes == processes == 1]
-        other = [world.job(OTHER_PROCESSES)] if processes == 1 else [world.job(TWICE)]
-        mine = [job for job, (_, wanted, _) in zip(refused, REFUSED, strict=True) if wanted == processes]
-        world.refusals.append(run_jobs(folder, [*mine, *again, *alone, *other], processes))
+    refused = [
+        world.job(STOPPED[0], may_fail=True, processes=processes, **changes) for changes, processes, _ in REFUSED
+    ]
+    again = [*map(world.job, [*killed, *STOPPED, TWICE]), world.job(OTHER_PROCESSES, processes=1)]
+    world.refusals = run_forked(folder, [*refused, *again])
     return world
 
 
@@ -201,10 +199,7 @@ def test_from_the_last_checkpoint_nothing_is_trained_again(world: World) -> None
     assert_same_end(job, world.job(KILLED_IN_A_STEP[-1]))
 
 
-@pytest.mark.parametrize(("changes", "processes", "message"), REFUSED)
-def test_a_checkpoint_of_another_run_is_refused(
-    world: World, changes: dict[str, Any], processes: int, message: str
-) -> None:
-    output = world.refusals[processes - 1]
-    assert message in output
-    assert "To start over, remove" in output
+@pytest.mark.parametrize("message", [message for _, _, message in REFUSED])
+def test_a_checkpoint_of_another_run_is_refused(world: World, message: str) -> None:
+    assert message in world.refusals
+    assert "To start over, remove" in world.refusals

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifact import Manifest, read_manifest
 from pipeline.checkpoints import COMPLETE, Checkpoints
@@ -47,13 +48,8 @@ def kill_when(moment: Callable[[], bool], store: Path, *arguments: object) -> No
         command(*arguments, "--store", store), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
-    deadline = time.monotonic() + DEADLINE_SECONDS
     try:
-        while not moment():
-            if process.poll() is not None:
-                raise AssertionError(f"ended before it could be killed:\n{process.stdout.read()}")
-            assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.001)
+        wait_for(moment, process, store)
     finally:
         for pid in [*processes_about(str(store)), process.pid]:
             with contextlib.suppress(ProcessLookupError):
@@ -64,6 +60,23 @@ def kill_when(moment: Callable[[], bool], store: Path, *arguments: object) -> No
             time.sleep(0.01)
 
 
+def wait_for(moment: Callable[[], bool], process: subprocess.Popen[str], store: Path) -> None:
+    """Returns as soon as `moment()` holds, which may be for some milliseconds only.
+
+    While the process loads its libraries, and no journal grows, it looks seldom: that would take the time of the loading.
+    """
+    started = time.time()
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    pause = 0.05
+    while not moment():
+        if process.poll() is not None:
+            raise AssertionError(f"ended before the moment came:\n{process.stdout.read() if process.stdout else ''}")
+        assert time.monotonic() < deadline, "the moment never came"
+        if any(path.stat().st_mtime >= started for path in store.glob("work/*/journal.jsonl")):
+            pause = 0.001
+        time.sleep(pause)
+
+
 def work_folder(store: Path, step: str) -> Path:
     folders = list((store / "work").glob(f"{step}-????????"))
     return folders[0] if folders else store / "work" / f"{step}-none"
@@ -71,11 +84,9 @@ def work_folder(store: Path, step: str) -> Path:
 
 def at_step(store: Path, step: str, number: int) -> Callable[[], bool]:
     """Whether the step's journal has come to training step `number`."""
-    path = work_folder(store, step) / "journal.jsonl"
 
     def reached() -> bool:
-        events = read_journal(work_folder(store, step) / path.name)
-        return any(event["event"] == "step" and event["step"] >= number for event in events)
+        return any(event["step"] >= number for event in training_steps(store, step))
 
     return reached
 
@@ -122,3 +133,32 @@ def weights(store: Path, step: str) -> dict[str, str]:
     found = {name: entry.sha256 for name, entry in files.items() if name.endswith(".safetensors")}
     assert found, f"{step} made no weights: {sorted(files)}"
     return found
+
+
+def assert_two_kills_change_nothing(reference: Path, folder: Path, step: str) -> None:
+    """Kills the step of the tiny recipe in training step 8, then while a checkpoint is written, and lets it end.
+
+    Weights and losses must be those of the reference store, where it was never killed.
+    """
+    store = store_without(reference, step, folder)
+    run = ("run", TINY, "--only", step)
+    kill_when(at_step(store, step, 8), store, *run)
+    assert checkpoints(store, step).newest().step >= 6
+    assert [event["step"] for event in training_steps(store, step)][-1] < 24
+
+    target = checkpoints(store, step).newest().step + 6
+    kill_when(writing_checkpoint(store, step, target), store, *run)
+    assert checkpoints(store, step).newest().step == target - 6
+
+    ended = slipway(*run, "--store", store)
+    assert ended.returncode == 0, ended.stdout
+    assert f"checkpoint {target - 6} of 24, verified" in ended.stdout
+    assert weights(store, step) == weights(reference, step)
+    losses, expected = ([event["loss"] for event in training_steps(each, step)] for each in (store, reference))
+    assert len(losses) == 24
+    assert losses == expected
+
+
+def training_steps(store: Path, step: str) -> list[dict[str, Any]]:
+    """What the step's journal says of its training steps."""
+    return [event for event in read_journal(work_folder(store, step) / "journal.jsonl") if event["event"] == "step"]

@@ -1,4 +1,4 @@
-"""The command as a user meets it: mistakes, skips, changes, launchers, and what the other commands say."""
+"""The command as a user meets it: mistakes, changes, launchers, and what the other commands say."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.e2e.driving import (
     manifest_of,
     slipway,
     store_without,
+    wait_for,
     weights,
     work_folder,
 )
@@ -71,14 +72,6 @@ def test_ten_mistakes_are_printed_at_once_without_a_traceback_and_nothing_is_cre
     assert [path.name for path in tmp_path.iterdir()] == ["mistakes.yaml"]
 
 
-def test_a_second_run_skips_every_step(reference_store: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (reference_store / "artifacts").glob("*/*")}
-    ended = slipway("run", TINY, "--store", reference_store)
-    assert ended.returncode == 0
-    assert ended.stdout.count("  skip  made ") == len(list((reference_store / "artifacts").iterdir()))
-    assert {path: path.stat().st_mtime_ns for path in (reference_store / "artifacts").glob("*/*")} == before
-
-
 def test_one_changed_parameter_reruns_its_stage_and_what_depends_on_it(reference_store: Path) -> None:
     ended = slipway("plan", TINY, "--store", reference_store, "--set", "aligned.beta=0.3", "--json")
     steps = {step["name"]: step for step in json.loads(ended.stdout)["steps"]}
@@ -124,10 +117,7 @@ def test_asked_to_stop_it_saves_and_exits_with_75_and_goes_on_to_the_same_weight
     process = subprocess.Popen(
         command("run", TINY, "--only", "base", "--store", store), cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    reached = at_step(store, "base", 2)
-    while not reached():
-        assert process.poll() is None
-        time.sleep(0.001)
+    wait_for(at_step(store, "base", 2), process, store)
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 75, output

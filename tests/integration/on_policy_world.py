@@ -14,7 +14,7 @@ import pytest
 from pipeline.artifact import MANIFEST, Facts, Kind, Manifest
 from pipeline.stage import Context, Result
 from stages import STAGES
-from tests.distributed.training_world import make_tokenizer, write_chats, write_model
+from tests.distributed.training_world import docstrings, make_tokenizer, write_chats, write_model
 from tests.integration.preference_world import run
 
 END = "<|end|>"
@@ -37,7 +37,7 @@ PARAMS: dict[str, Any] = {
 
 
 def write_policy(folder: Path, tokenizer: Any, **fields: Any) -> Path:
-    """A Llama of two layers with random weights, which ends about a third of its completions before their eighth token.
+    """A Llama of two layers with random weights, which ends most of its completions, but not all, within eight tokens.
 
     Its row of the head for `END` is long, so that the logit of that token is large in some contexts and small in others.
     """
@@ -89,6 +89,39 @@ def write_manifest(folder: Path, kind: Kind, **facts: Any) -> Path:
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return folder
+
+
+def write_reward_model(folder: Path, tokenizer: Any, **fields: Any) -> Path:
+    """A reward model with random weights, like one that its stage made, whose scores lie some tenths apart."""
+    import torch
+
+    from stages.lib.reward_models import HEAD_TYPE, add_reward_head, fixed_prompt_scores, load_reward_model
+
+    causal = write_model(folder.with_name(f"{folder.name}_causal"), tokenizer, **fields)
+    torch.manual_seed(1)
+    model = add_reward_head(causal, tokenizer.pad_token_id)
+    with torch.no_grad():
+        model.score.weight *= 10
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return write_manifest(
+        folder,
+        Kind.REWARD_MODEL,
+        head_type=HEAD_TYPE,
+        fixed_prompt_scores=fixed_prompt_scores(*load_reward_model(folder)),
+    )
+
+
+def make_other_tokenizer() -> Any:
+    """Another vocabulary and another chat template than the policy's."""
+    from stages.lib.chat_template import PRESETS
+    from tests.integration.tiny_language_model import make_tokenizer as make
+
+    preset = PRESETS["chatml"]
+    tokenizer = make([text[::-1] for _, text in docstrings()[:100]], vocabulary_size=320)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(preset.special_tokens)})
+    tokenizer.chat_template = preset.template
+    return tokenizer
 
 
 @dataclass

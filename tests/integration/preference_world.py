@@ -1,14 +1,8 @@
-"""A tiny chat model, real preference pairs, and a way to run a stage in this process or in several.
-
-As a script, `torchrun ... preference_world.py SPEC.json` runs one stage in each process, as the worker would.
-"""
+"""A tiny chat model, real preference pairs, and a way to run a stage in this process or in several."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +12,8 @@ from pipeline.checkpoints import Checkpoints
 from pipeline.journal import Journal
 from pipeline.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
+from tests.distributed.training_world import Job, run_forked
 from tests.integration.tiny_language_model import asked, make_tokenizer, real_data, said, write_split
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -113,15 +106,11 @@ def run(
     return stage.run(context, stage.params(**params)), context
 
 
-def stage_named(kind: str) -> Stage:
-    """By name, for the script."""
-    if kind == "distill":
-        from stages.compression.distill import STAGE
-
-        return STAGE
-    from stages.alignment import dpo, reward
-
-    return {"dpo": dpo.STAGE, "reward": reward.STAGE}[kind]
+MODULES = {
+    "distill": "stages.compression.distill",
+    "dpo": "stages.alignment.dpo",
+    "reward": "stages.alignment.reward",
+}
 
 
 def run_in_processes(
@@ -132,55 +121,8 @@ def run_in_processes(
     processes: int,
     deepspeed: str | None,
 ) -> dict[str, Any]:
-    """Runs the stage under torchrun; returns its metrics, facts and the losses of its steps."""
-    folder.mkdir(parents=True)
-    spec = {
-        "kind": kind,
-        "inputs": {role: str(path) for role, path in inputs.items()},
-        "params": dict(params),
-        "folder": str(folder),
-        "resources": {"launcher": "torchrun", "processes": processes, "deepspeed": deepspeed},
-    }
-    (folder / "spec.json").write_text(json.dumps(spec))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    ended = subprocess.run(
-        [sys.executable, *command, __file__, str(folder / "spec.json")],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:]
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return found
-
-
-def main() -> None:
-    from stages.lib.distributed import leave_processes
-
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
-    folder = Path(spec["folder"])
-    inputs = {role: Path(path) for role, path in spec["inputs"].items()}
-    result, context = run(
-        stage_named(spec["kind"]), inputs, spec["params"], folder, resources=spec["resources"], world=world
-    )
-    if world.is_main:
-        losses = [event["loss"] for event in context.journal.events("step")]
-        found = {"metrics": dict(result.metrics), "facts": result.facts.model_dump(), "losses": losses}
-        (folder / "result.json").write_text(json.dumps(found))
-    leave_processes()
-
-
-if __name__ == "__main__":
-    main()
+    """Runs the stage in as many processes, as `run` does in this one; returns its metrics, facts and losses of steps."""
+    resources = {"deepspeed": deepspeed, "log_every_steps": 1}
+    job = Job(folder, MODULES[kind], params, inputs, resources, seed=0, processes=processes)
+    run_forked(folder, [job])
+    return {**job.result(), "losses": job.losses()}

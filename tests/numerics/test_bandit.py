@@ -44,12 +44,12 @@ BETA = 0.5
 TRAINING: dict[str, Any] = {
     "rewards": REWARDS,
     "rendering": "raw",
-    "rollouts": 60,
+    "rollouts": 30,
     "rollout_batch_size": 128,
     "global_batch_size": 64,
     "max_prompt_tokens": 2,
     "max_new_tokens": 1,
-    "learning_rate": 3e-3,
+    "learning_rate": 2e-3,
     "schedule": "linear",
     "kl_coefficient": BETA,
     "heldout_prompts": 2,
@@ -108,7 +108,7 @@ def test_ppo_reaches_the_optimum_of_a_bandit(temperature: float, tmp_path: Path)
     The policy is the softmax of logits / temperature, and so is the reference; both are enumerated, none is sampled.
     """
     tokenizer = make_tokenizer()
-    model = write_model(tmp_path / "model", tokenizer, initializer_range=0.3)
+    model = write_model(tmp_path / "model", tokenizer, num_hidden_layers=1, initializer_range=0.1)
     rows = [{"text": prompt, "columns": {"answer": answer}} for prompt, answer in ANSWERS.items()]
     prompts = write_prompts(tmp_path / "prompts", rows, rows)
     _, context = run(
@@ -121,8 +121,9 @@ def test_ppo_reaches_the_optimum_of_a_bandit(temperature: float, tmp_path: Path)
     ref_XV, policy_XV = (logp_XV(folder, tokenizer, temperature) for folder in (model, context.out))
     r_XV = rewards_XV(tokenizer, TABLE)
     optimum_X = BETA * (ref_XV + r_XV / BETA).logsumexp(-1)
-    start, end, optimum = (
-        float(each.mean()) for each in (objective_X(ref_XV, ref_XV, r_XV), objective_X(policy_XV, ref_XV, r_XV), optimum_X)
+    start, end = (float(objective_X(each, ref_XV, r_XV).mean()) for each in (ref_XV, policy_XV))
+    optimum = float(optimum_X.mean())
+    missed = (optimum - end) / (optimum - start)
+    assert missed < 0.02, (
+        f"J of the reference {start:.4f}, of the policy {end:.4f}, at best {optimum:.4f}: missed {missed:.2%}"
     )
-    print(f"temperature {temperature}: J of the reference {start:.4f}, of the policy {end:.4f}, at best {optimum:.4f}: missed {(optimum - end) / (optimum - start):.2%}")
-    assert optimum - end < 0.02 * (optimum - start)

@@ -165,6 +165,7 @@ def aligner(
         reference=None,
         mixture=None,
         parameters=0,
+        policy_parameters=0,
     )
     batch = derive_batch(params.global_batch_size, Resources(micro_batch_size=micro_batch_size))
     return Aligner(ctx, params, algorithm, parts, Progress(controller=algorithm.controller()), batch)
@@ -243,7 +244,7 @@ def test_the_loss_of_grpo(estimator: str, divergence: float, tmp_path: Path) -> 
     """
     loss, logged = loss_of(grpo(tmp_path, more={"kl_estimator": estimator}))
     assert logged["kl_loss"] == pytest.approx(divergence, abs=1e-6)
-    assert loss == logged["loss"] == pytest.approx(0.9 + 0.5 * divergence, abs=1e-6)
+    assert [loss, logged["loss"]] == pytest.approx([0.9 + 0.5 * divergence] * 2, abs=1e-6)
     assert "value_loss" not in logged
 
 
@@ -358,12 +359,31 @@ def test_processes_do_not_change_the_loss(make: Any, tmp_path: Path) -> None:
 
 
 def test_padding_has_no_part_in_a_step(tmp_path: Path) -> None:
-    """Of the tables' rows those behind padding, and only those, have no gradient."""
-    module = ppo(tmp_path)
-    batch = collate_episodes(two_episodes().episodes, PADDING)
-    module.loss(batch, NUM_TOKENS, {}).backward()
-    for table in (module.parts.module.policy, module.parts.module.value.base_model):  # type: ignore[union-attr]
+    """Of the tables' rows that behind padding, and only that, has no gradient."""
+    with_critic, with_divergence = ppo(tmp_path), grpo(tmp_path)
+    for each in (with_critic, with_divergence):
+        each.loss(collate_episodes(two_episodes().episodes, PADDING), NUM_TOKENS, {}).backward()
+    for table in (with_critic.parts.module.value.base_model, with_divergence.parts.module.policy):  # type: ignore[union-attr]
         assert table.rows.grad.abs().sum(dim=1).bool().tolist() == [False, True, True, True]
+
+
+NOT_YET = pytest.mark.xfail(
+    reason="Aligner.loss does not put 0 for what the policy says of padding before k3", strict=True
+)
+
+
+@pytest.mark.parametrize("make", [ppo, pytest.param(grpo, marks=NOT_YET)])
+def test_a_policy_that_never_pads_has_a_finite_loss(make: Any, tmp_path: Path) -> None:
+    """It says -200 of the padding id, and exp(200) is infinite in float32: 0 times that would be no number."""
+    plain, sharp = make(tmp_path), make(tmp_path)
+    with torch.no_grad():
+        for each, logit in ((plain, -30.0), (sharp, -200.0)):
+            each.parts.module.policy.rows[:, PADDING] = logit
+    (expected, _), (loss, logged) = loss_of(plain), loss_of(sharp)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert all(map(math.isfinite, logged.values()))
+    sharp.loss(collate_episodes(two_episodes().episodes, PADDING), NUM_TOKENS, {}).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in sharp.parts.module.parameters())
 
 
 # Advantages of the algorithms.
@@ -421,11 +441,11 @@ def test_the_advantages_of_ppo_with_whitened_rewards() -> None:
 
 
 def test_ppo_discounts_and_trusts_its_critic_as_it_is_told() -> None:
-    """gamma = lambda = 1/2: delta_1 = 5/2 - 1/2 = 2; delta_0 = -1/2 + 1/4 - 1 = -5/4, and A_0 = -5/4 + 1/4 x 2 = -3/4."""
-    params = PPOParams(**COMMON, gamma=0.5, gae_lambda=0.5, whiten_advantages=False)
+    """gamma = 1/2, lambda = 1/4: delta_1 = 5/2 - 1/2 = 2, delta_0 = -1/2 + 1/4 - 1 = -5/4, A_0 = -5/4 + 1/8 x 2 = -1."""
+    params = PPOParams(**COMMON, gamma=0.5, gae_lambda=0.25, whiten_advantages=False)
     found, returns, _ = advantages(PPO(params), of_two_tokens_and_one(), [2, -1], 0.5)
-    assert found == near([[-0.75, 2], [-2, 0]])
-    assert returns == near([[0.25, 2.5], [-2, 0]])
+    assert found == near([[-1, 2], [-2, 0]])
+    assert returns == near([[0, 2.5], [-2, 0]])
 
 
 def of_four() -> Experience:

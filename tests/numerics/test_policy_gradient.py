@@ -59,6 +59,18 @@ def test_log_probabilities_and_entropy_by_hand() -> None:
     assert all(each.dtype == torch.float32 for each in pg.logprobs_and_entropy(logits_BKV.bfloat16(), ids_BK))
 
 
+def test_entropy_without_gradients() -> None:
+    """Is the same number, and log-probabilities have the same gradients as with it: [i = id] - p_i, at temperature 1."""
+    logits_BKV = torch.tensor([[[1.0, 1.0, 2.0]]]).log().requires_grad_()
+    _, with_BK = pg.logprobs_and_entropy(logits_BKV, torch.tensor([[2]]))
+    logp_BK, without_BK = pg.logprobs_and_entropy(logits_BKV, torch.tensor([[2]]), entropy_has_gradients=False)
+    assert with_BK.requires_grad and not without_BK.requires_grad
+    assert torch.equal(with_BK, without_BK)
+    logp_BK.sum().backward()
+    assert logits_BKV.grad is not None
+    assert logits_BKV.grad.flatten().tolist() == pytest.approx([-0.25, -0.25, 0.5], abs=1e-6)
+
+
 # Divergence.
 
 

@@ -1,0 +1,170 @@
+"""What the recipes of on-policy stages may say, and what `plan` finds wrong with them before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import Problem
+from pipeline.resources import Resources
+from pipeline.stage import Estimate, Forecast
+from stages import STAGES
+from tests.unit.running_stages import params_of, problems_of
+
+LENGTH_PENALTY = {"kind": "length_penalty", "target_tokens": 4, "per_token": 0.1}
+LEARNED = {"kind": "reward_model"}
+PARAMS: dict[str, Any] = {
+    "rewards": [LENGTH_PENALTY],
+    "rollouts": 3,
+    "rollout_batch_size": 16,
+    "global_batch_size": 8,
+    "max_prompt_tokens": 24,
+    "max_new_tokens": 8,
+    "learning_rate": 1e-3,
+}
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+MODEL = Estimate(parameters=1000, architecture=ARCHITECTURE, vocabulary_size=100)
+ALL = ("ppo", "grpo", "rloo")
+
+
+def problems(
+    kind: str, changes: dict[str, Any] | None = None, inputs: tuple[str, ...] = (), **resources: Any
+) -> list[Problem]:
+    """What the stage says of a recipe with a model, prompts and these further inputs."""
+    stage = STAGES[kind]
+    known = {"model": MODEL, "prompts": Estimate(train_rows=50), **dict.fromkeys(inputs, MODEL)}
+    return stage.check(Forecast(stage.params(**{**PARAMS, **(changes or {})}), Resources(**resources), known))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_nothing_is_wrong_with_a_sound_recipe(kind: str) -> None:
+    """The prompt and its completion fill the 32 positions exactly."""
+    assert problems(kind) == []
+    assert problems(kind, {"rewards": [LEARNED]}, ("reward",)) == []
+    assert problems(kind, {"ptx_coefficient": 0.1}, ("chats", "reference")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "inputs", "resources", "where", "what"),
+    [
+        ({"rewards": [LEARNED]}, (), {}, "inputs.reward", "is missing"),
+        ({}, ("reward",), {}, "inputs.reward", "no reward uses it"),
+        ({"rewards": [LEARNED], "rendering": "raw"}, ("reward",), {}, "params.rendering", "scores conversations"),
+        ({"ptx_coefficient": 0.1}, (), {}, "inputs.chats", "go together"),
+        ({}, ("chats",), {}, "inputs.chats", "go together"),
+        ({"kl_coefficient": 0}, ("reference",), {}, "inputs.reference", "is not used"),
+        ({"max_prompt_tokens": 25}, (), {}, "params.max_prompt_tokens", "25 and max_new_tokens 8 are 33"),
+        ({}, (), {"micro_batch_size": 3}, "params.global_batch_size", "8 is not a multiple of 3"),
+        ({}, (), {"deepspeed": "zero_2"}, "resources.deepspeed", "no memory layout"),
+        (
+            {"ptx_coefficient": 0.1, "ptx_batch_size": 5},
+            ("chats",),
+            {"processes": 2},
+            "params.ptx_batch_size",
+            "5 is not a multiple of 2",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_by_plan(
+    changes: dict[str, Any], inputs: tuple[str, ...], resources: dict[str, Any], where: str, what: str
+) -> None:
+    (problem,) = problems("grpo", changes, inputs, **resources)
+    assert problem.where == where and what in str(problem) and problem.hint
+
+
+def test_a_rollout_must_be_shared_by_the_processes() -> None:
+    """The batch of a step, a divisor of the rollout's, cannot be shared either: both are told."""
+    found = {problem.where: str(problem) for problem in problems("grpo", {}, processes=3)}
+    assert set(found) == {"params.global_batch_size", "params.rollout_batch_size"}
+    assert "16 cannot be shared by 3 processes" in found["params.rollout_batch_size"]
+
+
+def test_problems_are_told_together() -> None:
+    changes = {"rewards": [LEARNED], "rendering": "raw", "kl_coefficient": 0, "max_new_tokens": 9}
+    assert [problem.where for problem in problems("rloo", changes, ("reference", "chats"), micro_batch_size=5)] == [
+        "params.global_batch_size",
+        "inputs.reward",
+        "params.rendering",
+        "inputs.chats",
+        "inputs.reference",
+        "params.max_prompt_tokens",
+    ]
+
+
+def test_a_reward_model_that_only_the_critic_starts_from() -> None:
+    """With PPO it is of use without a reward that asks for it; the others have no critic."""
+    assert problems("ppo", {}, ("reward",)) == []
+    assert [problem.where for problem in problems("rloo", {}, ("reward",))] == ["inputs.reward"]
+
+
+def test_a_critic_beside_lora_is_refused() -> None:
+    assert problems("ppo", {}, ("value",)) == []
+    (problem,) = problems("ppo", {"lora": {}}, ("value",))
+    assert problem.where == "inputs.value" and "shares the policy's backbone" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        ("ppo", {"global_batch_size": 5}, "rollout_batch_size 16 is not a multiple of global_batch_size 5"),
+        ("grpo", {"completions_per_prompt": 3}, "rollout_batch_size 16 is not a multiple of completions_per_prompt 3"),
+        ("rloo", {"completions_per_prompt": 1}, "greater than or equal to 2"),
+        ("ppo", {"warmup_steps": 24}, "warmup_steps 24 must be below the 24 optimizer steps"),
+        ("rloo", {"warmup_steps": 6}, "warmup_steps 6 must be below the 6 optimizer steps"),
+        ("ppo", {"ptx_batch_size": 4}, "have no effect while ptx_coefficient is 0"),
+        ("ppo", {"kl_coefficient": 0, "kl_target": 0.1}, "kl_target cannot be reached from a kl_coefficient of 0"),
+        ("grpo", {"kl_estimator": "k1"}, "k2"),
+        ("grpo", {"precision": "fp16"}, "fp32"),
+        ("ppo", {"rewards": []}, "rewards"),
+        ("ppo", {"rewards": [LEARNED, LEARNED]}, "reward_model stands there more than once"),
+        ("ppo", {"rewards": [{"kind": "lenght_penalty"}]}, "Did you mean 'length_penalty'"),
+        ("ppo", {"clip_ratio": 1.0}, "less than 1"),
+        ("ppo", {"temperature": 0}, "greater than 0"),
+        ("ppo", {"gae_lambda": 1.5}, "gae_lambda"),
+        ("ppo", {"lora": {"ranks": 4}}, "ranks"),
+        ("ppo", {"completions_per_prompt": 4}, "completions_per_prompt"),
+    ],
+)
+def test_params_that_are_refused(kind: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """16 / 8 steps a pass; 4 passes x 3 rollouts for ppo, one pass for the others: 24 and 6 steps."""
+    params_of(STAGES[kind].params, PARAMS, tmp_path)
+    assert sentence in problems_of(STAGES[kind].params, {**PARAMS, **changes}, tmp_path)
+
+
+def test_steps_by_hand() -> None:
+    """48 completions in steps of 8 are 6 steps a pass; 3 passes, 5 rollouts."""
+    params = STAGES["grpo"].params(
+        **{**PARAMS, "rollout_batch_size": 48, "rollouts": 5, "epochs_per_rollout": 3, "completions_per_prompt": 6}
+    )
+    assert (params.passes_steps, params.rollout_steps, params.total_steps, params.group_size) == (6, 18, 90, 6)
+    known = {"model": MODEL, "prompts": Estimate(train_rows=50)}
+    estimate = STAGES["grpo"].estimate(Forecast(params, Resources(), known))
+    assert estimate.optimizer_steps == 90 and estimate.sequence_length == 32
+
+
+def memory(kind: str, changes: dict[str, Any], inputs: dict[str, Estimate] | None = None) -> int:
+    stage = STAGES[kind]
+    known = {"model": MODEL, "prompts": Estimate(train_rows=50), **(inputs or {})}
+    found = stage.estimate(Forecast(stage.params(**{**PARAMS, **changes}), Resources(), known)).memory_bytes_per_rank
+    assert found is not None
+    return found
+
+
+def test_the_plan_counts_what_lies_in_memory() -> None:
+    """1000 parameters in fp32: 4000 bytes for each model that is frozen; under lora there is one, without an optimizer."""
+    alone = memory("grpo", {"kl_coefficient": 0})
+    assert memory("grpo", {}) == alone + 4000
+    with_reward = memory("grpo", {"rewards": [LEARNED]}, {"reward": Estimate(parameters=500)})
+    assert with_reward == alone + 4000 + 2000
+    assert memory("ppo", {"kl_coefficient": 0}) == 2 * alone, "a critic of the same size is trained beside the policy"
+    assert 4000 <= memory("ppo", {"lora": {}}) < alone
