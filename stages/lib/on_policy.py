@@ -415,7 +415,8 @@ class Aligner:
         params = self.params
         mask = batch["mask"]
         judged: Judged = self.parts.engine.forward(batch["input_ids"], batch["attention_mask"], mask.shape[1])
-        logp, old = judged.logprobs, batch["logprobs"]
+        # exp of what the policy says of padding may be infinite, and 0 times that is no number.
+        logp, old = judged.logprobs.masked_fill(mask == 0, 0.0), batch["logprobs"]
         policy, clipped = pg.clipped_policy_loss(
             logp,
             old,

@@ -67,14 +67,13 @@ def wait_for(moment: Callable[[], bool], process: subprocess.Popen[str], store: 
     """
     started = time.time()
     deadline = time.monotonic() + DEADLINE_SECONDS
-    pause = 0.05
+    training = False
     while not moment():
         if process.poll() is not None:
             raise AssertionError(f"ended before the moment came:\n{process.stdout.read() if process.stdout else ''}")
         assert time.monotonic() < deadline, "the moment never came"
-        if any(path.stat().st_mtime >= started for path in store.glob("work/*/journal.jsonl")):
-            pause = 0.001
-        time.sleep(pause)
+        training = training or any(path.stat().st_mtime >= started for path in store.glob("work/*/journal.jsonl"))
+        time.sleep(0.001 if training else 0.05)
 
 
 def work_folder(store: Path, step: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.training_world import Job, make_tokenizer, run_forked, write_chats
-from tests.integration.on_policy_world import REWARDS, write_policy
+from tests.integration.on_policy_world import REWARDS, make_other_tokenizer, write_policy, write_reward_model
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,15 @@ COMMON: dict[str, Any] = {
     "heldout_prompts": 5,  # cannot be shared evenly
     "journal_samples": 16,
 }
-PPO = {**COMMON, "kl_coefficient": 0.1, "kl_target": 0.05, "kl_horizon": 80, "entropy_coefficient": 0.01}
+PPO = {
+    **COMMON,
+    # Under ZeRO-3 the reward model is split, too, and all processes score together.
+    "rewards": [*REWARDS, {"kind": "reward_model", "weight": 0.5}],
+    "kl_coefficient": 0.1,
+    "kl_target": 0.05,
+    "kl_horizon": 80,
+    "entropy_coefficient": 0.01,
+}
 PARAMS: dict[str, dict[str, Any]] = {
     "ppo": PPO,
     "ppo_ptx": {**PPO, "ptx_coefficient": 0.5, "ptx_batch_size": 8},
@@ -88,9 +96,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Spread], J
     tokenizer = make_tokenizer()
     chats = write_chats(folder / "chats")
     model = write_policy(folder / "model", tokenizer)
+    reward = write_reward_model(folder / "reward", make_other_tokenizer(), max_position_embeddings=512)
     jobs = {}
     for name, spreads in CLASSES.items():
         inputs = {"model": model, "prompts": chats}
+        if name.startswith("ppo"):
+            inputs["reward"] = reward
         if "ptx_coefficient" in PARAMS[name]:
             inputs["chats"] = chats
         for spread in spreads:

@@ -367,12 +367,7 @@ def test_padding_has_no_part_in_a_step(tmp_path: Path) -> None:
         assert table.rows.grad.abs().sum(dim=1).bool().tolist() == [False, True, True, True]
 
 
-NOT_YET = pytest.mark.xfail(
-    reason="Aligner.loss does not put 0 for what the policy says of padding before k3", strict=True
-)
-
-
-@pytest.mark.parametrize("make", [ppo, pytest.param(grpo, marks=NOT_YET)])
+@pytest.mark.parametrize("make", [ppo, grpo])
 def test_a_policy_that_never_pads_has_a_finite_loss(make: Any, tmp_path: Path) -> None:
     """It says -200 of the padding id, and exp(200) is infinite in float32: 0 times that would be no number."""
     plain, sharp = make(tmp_path), make(tmp_path)
