@@ -52,8 +52,8 @@ SETTINGS: dict[str, Any] = {
     "rewards": [{"kind": "format", "parts": ["e"] * 4, "must_end": True, "partial_credit": True}],
     "missing_end_penalty": 0.2,
     "rollouts": 40,
-    "rollout_batch_size": 64,
-    "global_batch_size": 32,
+    "rollout_batch_size": 128,
+    "global_batch_size": 64,
     "epochs_per_rollout": 4,
     "max_new_tokens": 12,
     "temperature": 1.0,
@@ -65,7 +65,7 @@ SETTINGS: dict[str, Any] = {
     "value_coefficient": 0.1,
     "value_clip": 0.2,
     "whiten_rewards": False,
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-4,
     "schedule": "constant",
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
@@ -76,7 +76,7 @@ SETTINGS: dict[str, Any] = {
 
 SLIPWAY_ONLY: dict[str, Any] = {
     "max_gradient_norm": 1e9,
-    "max_prompt_tokens": 64,
+    "max_prompt_tokens": 32,
     "heldout_prompts": 1,
     "journal_samples": 0,
     "publish_critic": False,
@@ -127,7 +127,7 @@ def oracle_python(folder: Path) -> Path:
 
 
 def write_world(folder: Path, hidden: int, layers: int) -> tuple[Path, Path, list[list[int]]]:
-    """A model that ends some of its completions and never writes padding, chats that ask, and the ids of these prompts."""
+    """A model that ends some of its completions and never writes padding; chats that ask; the ids of their prompts."""
     from stages.lib.prompts import encode, prompt_of
     from stages.lib.rows import read_rows
     from tests.distributed.training_world import make_tokenizer, write_chats, write_model
@@ -137,21 +137,27 @@ def write_world(folder: Path, hidden: int, layers: int) -> tuple[Path, Path, lis
     fields = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     model = write_model(folder / "model", tokenizer, **fields)
     change_head(model / "model.safetensors", tokenizer)
-    chats = write_chats(folder / "chats", num_chats=SETTINGS["rollout_batch_size"])
-    prompts = [encode(tokenizer, prompt_of(row, "chat")) for row in read_rows(chats / "train.jsonl")]
-    return model, chats, prompts
+    num_prompts = SETTINGS["rollout_batch_size"]  # each rollout has all of them, on both sides
+    chats = write_chats(folder / "chats", num_chats=4 * num_prompts)
+    rows = list(read_rows(chats / "train.jsonl"))
+    prompts = {index: encode(tokenizer, prompt_of(row, "chat")) for index, row in enumerate(rows)}
+    kept = [index for index, ids in prompts.items() if len(ids) <= SLIPWAY_ONLY["max_prompt_tokens"]][:num_prompts]
+    assert len(kept) == num_prompts
+    lines = (chats / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (chats / "train.jsonl").write_text("".join(lines[index] for index in kept), encoding="utf-8")
+    return model, chats, [prompts[index] for index in kept]
 
 
 def change_head(path: Path, tokenizer: Any) -> None:
-    """Makes the logit of the end large in some contexts and small in others, and that of padding small in all of them."""
+    """Makes the probability of the end about a fifteenth in all contexts, and that of padding none."""
     from safetensors.torch import load_file, save_file
 
     state = load_file(path)
-    state["lm_head.weight"][tokenizer.eos_token_id] *= 60
-    # One coordinate of the hidden state is positive everywhere, and padding's row of the head knows only that one.
+    # The first coordinate of the hidden state is the same everywhere, about 2.7, and these rows of the head know no other.
     state["model.embed_tokens.weight"][:, 0] = 0.06
-    state["lm_head.weight"][tokenizer.pad_token_id] = 0.0
-    state["lm_head.weight"][tokenizer.pad_token_id, 0] = -10.0
+    for token, weight in ((tokenizer.eos_token_id, 1.2), (tokenizer.pad_token_id, -10.0)):
+        state["lm_head.weight"][token] = 0.0
+        state["lm_head.weight"][token, 0] = weight
     save_file(state, path, metadata={"format": "pt"})
 
 
@@ -272,6 +278,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--curves", type=Path, help="a JSON file for what all runs wrote")
     parser.add_argument("--slipway", type=json.loads, default={}, help="JSON: settings of Slipway's side alone")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -291,6 +298,8 @@ def main() -> None:
                 command = [sys.executable, __file__] if side == "slipway" else [python, RUNNER]
                 runs[side].append(run_side(command, spec, Path(scratch, f"{side}-{seed}")))
                 print(f"seed {seed}, {side}: {time.perf_counter() - started:.0f} s in all", flush=True)
+    if options.curves is not None:
+        options.curves.write_text(json.dumps({side: [vars(run) for run in these] for side, these in runs.items()}))
     agreements = [compare(name, runs["slipway"], runs["trl"], options.window) for name in CURVES]
     report_speed(runs["slipway"], runs["trl"], settings["rollout_batch_size"])
     if not all(agreements):

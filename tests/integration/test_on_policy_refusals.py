@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from pipeline.artifact import Kind, digest_file, read_manifest
 from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError, Problem, RewardError
+from pipeline.journal import read_journal
 from stages.lib import rewards as rewards_library
 from stages.lib.chat_template import encode_prompt
 from stages.lib.rewards import Completion
@@ -29,6 +29,7 @@ from tests.integration.on_policy_world import (
     make_other_tokenizer,
     write_manifest,
     write_policy,
+    write_prompts,
     write_reward_model,
 )
 
@@ -158,7 +159,7 @@ def test_rows_that_a_reward_cannot_score_are_found_before_anything_is_written(
     rewards = [{"kind": "exact_match", "column": "answer"}]
     with pytest.raises(RewardError, match=r"rewards\.exact_match: cannot score .* rows: row 1: .*'answer'"):
         align("grpo", world.inputs, tmp_path, {**CHANGES, "rewards": rewards})
-    assert not any("completions" in json.dumps(line) for line in map(json.loads, (tmp_path / "journal.jsonl").open()))
+    assert {line["event"] for line in read_journal(tmp_path / "journal.jsonl")} == {"note"}
 
 
 # Models
@@ -229,15 +230,16 @@ def test_a_window_that_is_longer_than_the_models_positions(world: OnPolicyWorld,
 
 
 def test_too_many_prompts_that_are_too_long(world: OnPolicyWorld, tmp_path: Path) -> None:
-    """They are dropped, not cut: more than the half of them, and the run stops with how many; none left, and it says so."""
-    prompts = [
-        encode_prompt(world.tokenizer, row["messages"][:-1])
-        for split in ("train", "heldout")
-        for row in read_rows(world.chats / f"{split}.jsonl")
-    ]
-    shortest = sorted(map(len, prompts))[len(prompts) // 4]
-    dropped = sum(len(prompt) > shortest for prompt in prompts)
-    with pytest.raises(DataError, match=rf"cannot be used: {{'prompt_too_long': {dropped}}}"):
-        align("grpo", world.inputs, tmp_path / "many", {**CHANGES, "max_prompt_tokens": shortest})
-    with pytest.raises(DataError, match="has no training prompt that can be used"):
-        align("grpo", world.inputs, tmp_path / "all", {**CHANGES, "max_prompt_tokens": 3})
+    """They are dropped, not cut. 7 of 8 training prompts and 1 of 4 held-out ones are: 8 of 12, 67 percent."""
+    short, long = ({"messages": [{"role": "user", "content": text}]} for text in ("Why?", "Why not? " * 20))
+    prompts = write_prompts(tmp_path / "prompts", [short, *[long] * 7], [long, short, short, short])
+    inputs = {"model": world.model, "prompts": prompts}
+    with pytest.raises(DataError, match=r"67% of the prompts cannot be used: {'prompt_too_long': 8}"):
+        align("grpo", inputs, tmp_path / "many", CHANGES)
+    seen = align("grpo", inputs, tmp_path / "run", {**CHANGES, "max_dropped_fraction": 0.7, "rollouts": 1})
+    assert {tuple(each.prompt_ids) for each in seen.experiences[0].episodes} == {
+        tuple(encode_prompt(world.tokenizer, short["messages"]))
+    }
+    assert seen.result.facts.dropped_rows == {"prompt_too_long": 8}
+    with pytest.raises(DataError, match=r"has no training prompt that can be used: {'prompt_too_long': 12}"):
+        align("grpo", inputs, tmp_path / "all", {**CHANGES, "max_prompt_tokens": 3})
