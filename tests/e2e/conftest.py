@@ -17,6 +17,6 @@ def reference_store(tmp_path_factory: pytest.TempPathFactory, worker_id: str) ->
     shared = base if worker_id == "master" else base.parent
     store = shared / "reference-store"
     with FileLock(shared / "reference-store.lock"):
-        ended = slipway("run", TINY, "--store", store, timeout=900)
+        ended = slipway("run", TINY, "--store", store, timeout=1800)
         assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-3000:]
     return store

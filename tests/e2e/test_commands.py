@@ -75,9 +75,10 @@ def test_ten_mistakes_are_printed_at_once_without_a_traceback_and_nothing_is_cre
 def test_one_changed_parameter_reruns_its_stage_and_what_depends_on_it(reference_store: Path) -> None:
     ended = slipway("plan", TINY, "--store", reference_store, "--set", "aligned.beta=0.3", "--json")
     steps = {step["name"]: step for step in json.loads(ended.stdout)["steps"]}
-    assert {name for name, step in steps.items() if step["action"] == "run"} == {"aligned", "int8", "report"}
+    assert {name for name, step in steps.items() if step["action"] == "run"} == {"aligned", "grpo", "int8", "report"}
     assert steps["aligned"]["reason"] == "beta 0.1 -> 0.3"
     assert steps["int8"]["reason"] == "input 'model' changed"
+    assert steps["grpo"]["reason"] == "input 'reference' changed"
 
 
 def printed_commands(store: Path) -> dict[str, str]:

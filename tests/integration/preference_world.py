@@ -83,12 +83,10 @@ def run(
     folder: Path,
     *,
     resources: Mapping[str, Any] | None = None,
-    world: World | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     seed: int = 0,
 ) -> tuple[Result, Context]:
     """Runs the stage in `folder`, from the newest checkpoint in it if there is one."""
-    world = world or World()
     checkpoints = Checkpoints(folder / "checkpoints")
     context = Context(
         inputs=inputs,
@@ -98,8 +96,8 @@ def run(
         checkpoints=checkpoints,
         seed=seed,
         resources=Resources(**{"device": "cpu", "threads": 1, "log_every_steps": 1, **(resources or {})}),
-        journal=Journal(folder / "journal.jsonl", writes=world.is_main),
-        world=world,
+        journal=Journal(folder / "journal.jsonl", writes=True),
+        world=World(),
         stop_requested=stop_requested,
     )
     context.out.mkdir(parents=True, exist_ok=True)
