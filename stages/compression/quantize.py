@@ -336,10 +336,12 @@ def compress(
 ) -> None:
     """Quantizes `model` with llm-compressor and writes it to `ctx.out` in the compressed-tensors format.
 
-    Raises `DataError` where gptq could not be carried out, and llm-compressor rounded to nearest instead.
+    Raises `DataError` where gptq could not be carried out, whether llm-compressor rounded to nearest instead or gave up.
     """
+    import torch
+
     with quiet_compressor(ctx.work / "llm-compressor.log") as warned:
-        from llmcompressor import oneshot
+        from llmcompressor import oneshot, reset_session
         from llmcompressor.modifiers.gptq import GPTQModifier
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -358,15 +360,21 @@ def compress(
             )
         else:
             modifier = QuantizationModifier(config_groups=groups, ignore=params.ignore)
-        oneshot(
-            model=model,
-            tokenizer=tokenizer,
-            recipe=modifier,
-            dataset=batches,
-            pipeline="datafree" if batches is None else "sequential",
-            clear_sparse_session=True,
-        )
-        model.save_pretrained(ctx.out, save_compressed=True)
+        try:
+            oneshot(
+                model=model,
+                tokenizer=tokenizer,
+                recipe=modifier,
+                dataset=batches,
+                pipeline="datafree" if batches is None else "sequential",
+            )
+        except torch.linalg.LinAlgError as error:
+            # A Hessian that has an inverse by a hair, whose inverse then has no factors.
+            warned.append(f"Hessian inversion failed: {error}")
+        else:
+            model.save_pretrained(ctx.out, save_compressed=True)
+        finally:
+            reset_session()
     failed = [sentence for sentence in warned if sentence.startswith("Hessian inversion failed")]
     if failed:
         raise DataError(

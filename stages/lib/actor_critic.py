@@ -73,7 +73,8 @@ class ActorCritic(nn.Module):
         """
         if targets_BT is not None:
             output = self.policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            return cross_entropy_sum(output.logits, targets_BT)
+            nats = cross_entropy_sum(output.logits, targets_BT)
+            return nats if self.value is None else nats + self.no_part_of_critic(input_ids)
         model = self.reference if by_reference else self.policy
         options = {**positions(model, attention_mask), "attention_mask": attention_mask, "use_cache": False}
         logits_BKV = next_token_logits(model, input_ids, num_new_tokens, options)
@@ -87,6 +88,12 @@ class ActorCritic(nn.Module):
         # V of the state before a token is read off the token that stands there.
         values_BK1 = self.value.score(hidden_BTH[:, -num_new_tokens - 1 : -1])
         return Judged(logp_BK, entropy_BK, values_BK1.squeeze(-1).float())
+
+    def no_part_of_critic(self, input_ids: Tensor) -> Tensor:
+        """0, with gradients of 0 for the critic: where a step begins with none, ZeRO-3 goes on with those of the step before."""
+        assert self.value is not None
+        hidden_11H = self.value.base_model(input_ids=input_ids[:1, :1], use_cache=False).last_hidden_state
+        return 0.0 * self.value.score(hidden_11H).float().sum()
 
 
 class SharedCritic(nn.Module):

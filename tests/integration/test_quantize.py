@@ -290,10 +290,31 @@ def test_a_layer_that_does_not_fit_and_a_name_that_is_no_layer_are_refused_toget
     assert "'lm_heat' is no linear layer of this model. Did you mean 'lm_head'?" in message
 
 
-def test_gptq_that_falls_back_to_rounding_is_an_error(world: TinyWorld, tmp_path: Path) -> None:
-    """64 tokens give statistics of rank 64 at most; a layer with 160 columns cannot be solved without dampening."""
-    with pytest.raises(DataError, match="Hessian inversion failed"):
-        quantize(world, tmp_path, bits=4, group_size=32, calibration_rows=1, dampening=1e-12)
+def test_gptq_that_cannot_be_solved_is_an_error(world: TinyWorld, tmp_path: Path) -> None:
+    """64 tokens give statistics of rank 64 at most; a layer with 160 columns cannot be solved without dampening.
+
+    Rounding decides whether the inverse is not found, and llm-compressor falls back to rounding the weights to nearest, or
+    found and of no use. Both are one error, and the same process can quantize again.
+    """
+    for attempt in ("first", "second"):
+        with pytest.raises(DataError, match=r"params.dampening: Hessian inversion failed.* Raise dampening"):
+            quantize(world, tmp_path / attempt, bits=4, group_size=32, calibration_rows=1, dampening=1e-12)
+
+
+def test_an_inverse_without_factors_is_an_error_of_the_same_kind(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which matrices have one depends on the machine, so linear algebra is made to say so here."""
+    import torch
+
+    def cholesky(*arguments: Any, **options: Any) -> None:
+        raise torch.linalg.LinAlgError("the leading minor of order 50 is not positive-definite.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "cholesky", cholesky)
+        with pytest.raises(DataError, match=r"Hessian inversion failed: .* order 50"):
+            quantize(world, tmp_path / "broken", bits=4, group_size=32, calibration_rows=1)
+    quantize(world, tmp_path / "again", bits=4, group_size=32, calibration_rows=1)
 
 
 def test_more_calibration_rows_than_there_are(world: TinyWorld, tmp_path: Path) -> None:
