@@ -15,6 +15,7 @@ from pipeline.artifact import Kind
 from pipeline.errors import ArtifactError, Problem, did_you_mean
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.strict import Strict
+from stages.lib.chat_template import split_last_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -168,9 +169,7 @@ def choose_prompts(params: GenerationParams | None, rows: Rows) -> list[dict[str
     """`prompt` and, where it comes from a held-out chat, the `reference`: the assistant turn that was held out."""
     if params is None:
         return []
-    from stages.lib.scored_replies import split_last_turn
-
-    last_turns = [split_last_turn(messages) for messages in rows.chats[: params.heldout_prompts]]
+    last_turns = [split_last_answer(messages) for messages in rows.chats[: params.heldout_prompts]]
     prompts: list[dict[str, Any]] = [{"prompt": prompt, "reference": reference} for prompt, reference in last_turns]
     return prompts + [{"prompt": [{"role": "user", "content": each}], "reference": None} for each in params.prompts]
 

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, str]]
 
 
+def split_last_answer(messages: Messages) -> tuple[list[Mapping[str, str]], str]:
+    """The conversation up to the assistant's last turn, and what that turn says; all of it and "" if there is no such turn."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return (list(messages[: turns[-1]]), messages[turns[-1]]["content"]) if turns else (list(messages), "")
+
+
 @dataclass(frozen=True)
 class Preset:
     """A chat template and the special tokens it is written with. Assistant turns stand in `{% generation %}` blocks."""

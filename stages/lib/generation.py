@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
     CompressedTensorsConfig,
-    GenerationConfig,
-    LogitsProcessorList,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -31,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import ArtifactError, DataError, Problem
 from stages.lib.chat_template import Messages, encode_prompt
 from stages.lib.models import read_config
-from stages.lib.sampling import DrawByUniforms, only_this_generation_config, uniforms_for
+from stages.lib.sampling import DrawByUniforms, continuations, uniforms_for
 from stages.lib.tokenization import load_tokenizer
 from stages.lib.tokenization import stop_token_ids as usual_stop_token_ids
 
@@ -226,28 +225,16 @@ def write_tokens(
     top_p: float,
 ) -> list[list[int]]:
     """The ids that follow each prompt, at most K: after a stop id, which is among them, nothing more counts."""
-    length = max(map(len, prompts))
-    ids_BT = torch.tensor([[padding_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    processors = LogitsProcessorList()
+    processors: list[LogitsProcessor] = []
     if temperature > 0:
         # With what is left out at probability 0, the drawing leaves one token to choose: greedy decoding then samples.
         processors.append(TemperatureLogitsWarper(temperature))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
-        processors.append(DrawByUniforms(uniforms_BK, length, temperature=1.0))
-    config = GenerationConfig(
-        max_new_tokens=uniforms_BK.shape[1],
-        do_sample=False,
-        eos_token_id=sorted(stops),
-        pad_token_id=padding_id,
-        use_cache=True,
-    )
-    with only_this_generation_config(model, config):
-        output = model.generate(
-            input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), logits_processor=processors
-        )
-    written: list[list[int]] = output[:, length:].tolist()
+        processors.append(DrawByUniforms(uniforms_BK, max(map(len, prompts)), temperature=1.0))
+    written: list[list[int]] = continuations(
+        model, prompts, uniforms_BK.shape[1], processors, stop_ids=stops, padding_id=padding_id
+    ).tolist()
     return written
 
 

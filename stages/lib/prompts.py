@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
-from stages.lib.chat_template import Messages, encode_prompt
+from stages.lib.chat_template import encode_prompt, split_last_answer
 from stages.lib.distributed import from_all, join_processes
 from stages.lib.ledger import Ledger
 from stages.lib.rewards import Prompt
@@ -119,7 +119,10 @@ def prompt_row(
 
 
 def prompt_of(row: Row, rendering: Rendering) -> Prompt:
-    """What the policy is asked: the text itself, or the conversation up to where the assistant speaks last."""
+    """What the policy is asked: the text itself, or the conversation up to where the assistant speaks last.
+
+    Empty where no user asks anything.
+    """
     match format_of_row(row), rendering:
         case "text", "raw":
             return str(row["text"])
@@ -128,18 +131,12 @@ def prompt_of(row: Row, rendering: Rendering) -> Prompt:
         case "preferences", "chat":
             return list(row["prompt"])
         case "chats", "chat":
-            return before_last_answer(row["messages"])
+            asked, _ = split_last_answer(row["messages"])
+            return asked if any(message["role"] == "user" for message in asked) else []
         case format, _:
             raise DataError(
                 Problem("params.rendering", f"is raw, and the prompts are {format}", "Write chat, or give texts.")
             )
-
-
-def before_last_answer(messages: Messages) -> list[Any]:
-    """The conversation up to the last turn of the assistant; all of it where it does not speak. Empty without a question."""
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    before = list(messages[: turns[-1]] if turns else messages)
-    return before if any(message["role"] == "user" for message in before) else []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

@@ -10,13 +10,14 @@ B: completions of a batch, K: tokens that each may have, V: vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from stages.lib.scheduling import seed_of
@@ -95,17 +96,34 @@ def sample_by_transformers(
     temperature: float,
 ) -> list[Sampled]:
     """`sample` with `generate`, greedily, because `DrawByUniforms` leaves one token to choose."""
+    drawing = DrawByUniforms(uniforms_BK, max(map(len, prompts)), temperature)
+    new_BK = continuations(
+        model, prompts, uniforms_BK.shape[1], [drawing], stop_ids=stop_ids, padding_id=padding_id
+    ).numpy()
+    logp_BK = torch.stack(drawing.logprobs, dim=1).float().cpu().numpy()
+    return [cut(ids_K, logp_K, stop_ids) for ids_K, logp_K in zip(new_BK, logp_BK, strict=True)]
+
+
+def continuations(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor],
+    *,
+    stop_ids: Iterable[int],
+    padding_id: int,
+) -> Tensor:
+    """The ids that follow each prompt, B x K on the CPU: the likeliest after the processors, padding behind a stop id.
+
+    The prompts are padded on the left. K: `max_new_tokens`, or less if all end sooner.
+    """
     length = max(map(len, prompts))
-    ids_BT = torch.full((len(prompts), length), padding_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, length - len(prompt) :] = torch.tensor(list(prompt))
-        mask_BT[row, length - len(prompt) :] = 1
-    drawing = DrawByUniforms(uniforms_BK, length, temperature)
+    ids_BT = torch.tensor([[padding_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     config = GenerationConfig(
-        max_new_tokens=uniforms_BK.shape[1],
+        max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=list(stop_ids),
+        eos_token_id=sorted(stop_ids),
         pad_token_id=padding_id,
         use_cache=True,
     )
@@ -113,11 +131,10 @@ def sample_by_transformers(
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
-            logits_processor=LogitsProcessorList([drawing]),
+            logits_processor=LogitsProcessorList(processors),
         )
-    new_BK = output_BT[:, length:].cpu().numpy()
-    logp_BK = torch.stack(drawing.logprobs, dim=1).float().cpu().numpy()
-    return [cut(ids_K, logp_K, stop_ids) for ids_K, logp_K in zip(new_BK, logp_BK, strict=True)]
+    new_BK: Tensor = output_BT[:, length:].cpu()
+    return new_BK
 
 
 def cut(ids_K: NDArray[np.int64], logp_K: NDArray[np.float32], stop_ids: Sequence[int]) -> Sampled:

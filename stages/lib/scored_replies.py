@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
-from stages.lib.chat_template import Messages, encode_prompt, render, tokenize
+from stages.lib.chat_template import Messages, encode_prompt, render, split_last_answer, tokenize
 from stages.lib.compared_models import Subject, require_rows
 from stages.lib.generation import Reply
 from stages.lib.perplexity import ScoredRow, reward_rows
@@ -39,18 +39,12 @@ class HeldoutPrompt:
 
     row: int
     """Which row of the file it is, from 0. The random numbers of replies depend on it."""
-    prompt: list[dict[str, str]]
+    prompt: Messages
     reference: str
     """The turn that was held out."""
 
     def with_reply(self, text: str) -> Messages:
         return [*self.prompt, {"role": "assistant", "content": text}]
-
-
-def split_last_turn(messages: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
-    """The conversation up to the assistant's last turn, and what that turn says."""
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return list(messages[:last]), messages[last]["content"]
 
 
 def reply_record(reply: Reply) -> dict[str, Any]:
@@ -81,7 +75,7 @@ class ScoredReplies:
         chosen = cls()
         read = list(islice(read_rows(chats / "heldout.jsonl"), num_prompts))
         for index, row in enumerate(read):
-            prompt = HeldoutPrompt(index, *split_last_turn(row["messages"]))
+            prompt = HeldoutPrompt(index, *split_last_answer(row["messages"]))
             if any(
                 len(encode_prompt(model.tokenizer, prompt.prompt)) + max_new_tokens > model.length() for model in models
             ):
