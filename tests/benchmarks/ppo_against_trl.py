@@ -6,7 +6,7 @@ Both train the same tiny Llama on the same prompts, for the same rewards, with t
 a number per rollout: the mean score of its completions (the penalty for a missing end included), or their mean KL from
 the reference (k1, summed over tokens). Each is smoothed over `--window` rollouts. Two curves agree at a rollout where
 the means over seeds differ by no more than the larger of both sides' spreads, from the lowest to the highest seed; and
-they agree if they do at nine rollouts of ten. Exit code 1 if they do not.
+they agree if they do at eight rollouts of ten. Exit code 1 if they do not.
 
 The sides take turns, so that a machine whose speed drifts slows both. Completions per second are those of all rollouts
 but the first, by the wall clock and, since a busy machine makes that a lottery, by the process's own CPU time.
@@ -83,9 +83,10 @@ SLIPWAY_ONLY: dict[str, Any] = {
     "publish_critic": False,
 }
 CURVES = {"reward": "mean score", "kl": "KL per completion in nats"}
-ENOUGH = 0.9
-"""At how many of the rollouts curves that agree must agree. Of two sets of three seeds of the very same program, the means
-lie outside the larger spread at about one point of twenty, and neighbouring points do so together."""
+ENOUGH = 0.8
+"""At how many of the rollouts curves that agree must agree. Of ten seeds of each side, two sets of three of the very same
+program agree at nine rollouts of ten in 83 cases of 100, and at eight of ten in 96: neighbours fall apart together. One set
+of each program: in 87 and 98."""
 
 
 @dataclass(frozen=True)
