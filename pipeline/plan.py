@@ -321,7 +321,9 @@ class StepPlanner:
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, plain value) of every leaf of nested mappings."""
+    """(dotted path, plain value) of every leaf of nested mappings and of lists of mappings; their numbers count from 0."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else key)

@@ -84,7 +84,11 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> list[
                 Problem(f"--set {override}", "is not of the form path=value", "Write --set align.beta=0.2.")
             )
             continue
-        if keys[0] not in RecipeFile.model_fields and keys[0] in stages:
+        if keys[0] not in RecipeFile.model_fields:
+            if keys[0] not in stages:
+                hint = did_you_mean(keys[0], [*stages, *RecipeFile.model_fields])
+                problems.append(Problem(f"--set {override}", f"the recipe has no stage '{keys[0]}'", hint))
+                continue
             below = keys[1:] if keys[1:2] and keys[1] in StageSpec.model_fields else ["params", *keys[1:]]
             keys = ["stages", keys[0], *below]
         try:

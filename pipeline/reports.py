@@ -7,7 +7,8 @@ import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -240,9 +241,14 @@ def default_text(info: Any) -> str:
 
 
 def type_text(annotation: Any) -> str:
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    for old in ("typing.", "pathlib.", "pipeline.strict.", "pipeline.resources."):
-        text = text.replace(old, "")
-    return text if len(text) <= 60 else text[:57] + "..."
+    """The type as one writes it, without what it is validated by."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(type_text(argument) for argument in arguments))
+    if origin is Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(type_text(argument) for argument in arguments)}]"
+    return "None" if annotation is NoneType else getattr(annotation, "__name__", str(annotation))

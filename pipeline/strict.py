@@ -44,9 +44,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown fields and converts nothing."""
+    """A frozen model that refuses unknown fields and numbers that are not finite, and converts nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
 
 @dataclass

@@ -67,6 +67,8 @@ class PPOParams(OnPolicyParams):
     def target_can_be_led_to(self) -> PPOParams:
         if self.kl_target is not None and not self.kl_coefficient:
             raise ValueError("kl_target cannot be reached from a kl_coefficient of 0")
+        if self.kl_target is None and self.kl_horizon != PPOParams.model_fields["kl_horizon"].default:
+            raise ValueError("kl_horizon has no effect without a kl_target")
         return self
 
 

@@ -67,7 +67,13 @@ def run(ctx: Context, params: CleanParams) -> Result:
     candidates.unlink()
     if not ledger.kept:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in ledger.dropped.most_common())
-        raise DataError(Problem("source", f"no row of {ledger.read:,} is left ({reasons})", "Loosen the filters."))
+        raise DataError(
+            Problem(
+                "source",
+                f"no row of {ledger.read:,} is left ({reasons})",
+                "Look at the source's layout, columns and carry, and at the filters.",
+            )
+        )
     ledger.write(ctx.out)
     report(ctx, ledger)
     metrics = {**ledger.metrics(), "characters_kept": float(characters)}

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from pipeline.errors import ArtifactError, Problem
+from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
 from stages.lib.losses import cross_entropy_sum
 from stages.lib.models import load_model, without_dropout
 from stages.lib.on_policy_params import LoraParams
@@ -125,8 +125,25 @@ def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
     return get_peft_model(model, config)
 
 
+def require_layers(backbone: nn.Module, names: list[str]) -> None:
+    """Raises `DataError` if one of the names is that of no linear layer; peft would pass over it while others are found."""
+    layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    known = sorted({layer.rpartition(".")[2] for layer in layers})
+    problems = [
+        Problem("params.lora.target_modules", f"the model has no linear layer '{name}'", did_you_mean(name, known))
+        for name in names
+        if not any(f".{layer}".endswith(f".{name}") for layer in layers)
+    ]
+    if problems:
+        raise DataError(*problems)
+
+
 def adapted(base: PreTrainedModel, lora: LoraParams, seed: int, *, critic: bool, **options: Any) -> ActorCritic:
-    """Policy, critic and reference on the weights of `base`, which lie in memory once."""
+    """Policy, critic and reference on the weights of `base`, which lie in memory once.
+
+    Raises `DataError` where `lora` names layers that the backbone does not have.
+    """
+    require_layers(base.base_model, lora.target_modules or [])
     reference = sharing_weights(base).requires_grad_(False)
     value = None
     if critic:

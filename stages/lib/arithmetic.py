@@ -282,20 +282,23 @@ def memory_bytes_per_rank(
     their gradient.
     """
     width = BYTES[precision]
-    zero = (layout or {}).get("zero_optimization", {})
-    stage = zero.get("stage", 0) if layout is not None else None
-    if stage is None:
-        states = parameters * (4 + 4 + 8) + (parameters * width if precision != "fp32" else 0)
-    else:
-        moved = {
-            name for name in ("optimizer", "param") if zero.get(f"offload_{name}", {}).get("device", "none") != "none"
-        }
-        weights = 0 if "param" in moved else parameters * width / (world_size if stage == 3 else 1)
-        gradients = parameters * width / (world_size if stage >= 2 else 1)
-        optimizer = 0 if "optimizer" in moved else parameters * 12 / (world_size if stage >= 1 else 1)
-        states = int(weights + gradients + optimizer)
+    states = state_bytes_per_rank(parameters=parameters, layout=layout, world_size=world_size, precision=precision)
     tokens = micro_batch * sequence_length
     kept_layers = 1 + layers / 17 if gradient_checkpointing else layers
     activations = tokens * hidden * 17 * width * kept_layers
     logits = tokens * vocabulary * (width + 4 + 4)
     return int(states + activations + logits)
+
+
+def state_bytes_per_rank(*, parameters: int, layout: Mapping[str, Any] | None, world_size: int, precision: str) -> int:
+    """Of `memory_bytes_per_rank` the weights, gradients and optimizer."""
+    width = BYTES[precision]
+    zero = (layout or {}).get("zero_optimization", {})
+    stage = zero.get("stage", 0) if layout is not None else None
+    if stage is None:
+        return parameters * (4 + 4 + 8) + (parameters * width if precision != "fp32" else 0)
+    moved = {name for name in ("optimizer", "param") if zero.get(f"offload_{name}", {}).get("device", "none") != "none"}
+    weights = 0 if "param" in moved else parameters * width / (world_size if stage == 3 else 1)
+    gradients = parameters * width / (world_size if stage >= 2 else 1)
+    optimizer = 0 if "optimizer" in moved else parameters * 12 / (world_size if stage >= 1 else 1)
+    return int(weights + gradients + optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,13 +12,14 @@ from pipeline.artifact import Kind
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.strict import Strict
-from stages.lib.arithmetic import BYTES, field_of
+from stages.lib.arithmetic import BYTES, field_of, state_bytes_per_rank
 from stages.lib.rewards import Rewards, learned
 from stages.lib.training_params import (
     OptimizerParams,
     check_training,
     derive_batch,
     estimate_training,
+    read_layout,
 )
 
 INPUTS: dict[str, Input] = {
@@ -39,8 +40,8 @@ class LoraParams(Strict):
     """Rank of the matrices that are added."""
     alpha: float = Field(default=32.0, gt=0)
     """What they add is multiplied by alpha / rank."""
-    target_modules: list[str] | None = None
-    """Names of the linear layers that get one. null: all but the head."""
+    target_modules: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    """Names of the backbone's linear layers that get one. null: all of them."""
 
 
 class OnPolicyParams(OptimizerParams):
@@ -165,15 +166,18 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     roles = set(forecast.inputs)
     if learned(params.rewards) and "reward" not in roles:
         problems.append(Problem("inputs.reward", "is missing, and params.rewards asks for reward_model", "Add it."))
-    if "reward" in roles and not learned(params.rewards) and not params.has_critic:
+    critic_starts_from_it = params.has_critic and params.lora is None
+    if "reward" in roles and not learned(params.rewards) and not critic_starts_from_it:
         problems.append(
             Problem("inputs.reward", "is given, and no reward uses it", "Add {kind: reward_model} to params.rewards.")
         )
+    if params.generation == "vllm" and forecast.resources.device == "cpu":
+        problems.append(Problem("params.generation", "is vllm, and resources.device is cpu", "Write transformers."))
     if learned(params.rewards) and params.rendering == "raw":
         problems.append(Problem("params.rendering", "is raw, and a reward model scores conversations", "Write chat."))
     if ("chats" in roles) != bool(params.ptx_coefficient):
         problems.append(
-            Problem("inputs.chats", "and params.ptx_coefficient go together", "Give both, or leave both out.")
+            Problem("inputs.chats", "goes together with params.ptx_coefficient", "Give both, or leave both out.")
         )
     if "reference" in roles and not params.kl_coefficient:
         problems.append(Problem("inputs.reference", "is not used while kl_coefficient is 0", "Remove it."))
@@ -231,8 +235,14 @@ def estimate_on_policy(forecast: Forecast) -> Estimate:
     frozen = (forecast.inputs.get("reward", Estimate()).parameters or 0) * width
     memory = known.memory_bytes_per_rank
     if params.lora:
-        # Only adapters have gradients and moments, which are small beside the weights.
-        memory = known.parameters * width
+        # Weights without gradients and moments; those of the adapters are small beside them.
+        states = state_bytes_per_rank(
+            parameters=known.parameters,
+            layout=read_layout(forecast.resources.deepspeed) if forecast.resources.deepspeed else None,
+            world_size=forecast.resources.world_size,
+            precision=params.precision,
+        )
+        memory = known.parameters * width + (memory - states) * (2 if params.has_critic else 1)
     else:
         if params.has_critic:
             memory += round(memory * value / known.parameters)

@@ -69,7 +69,9 @@ class Unscorable(Exception):
 
 
 def compiles(pattern: str) -> str:
-    """The pattern, if it is a regular expression."""
+    """The pattern, if it is a regular expression that says anything."""
+    if not pattern:
+        raise ValueError("'' matches every text")
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -84,7 +86,7 @@ Pattern = Annotated[str, AfterValidator(compiles)]
 class WeightedReward(Strict):
     """What all rewards have in common."""
 
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    weight: float = 1.0
     """What the reward is multiplied by before the rewards of a completion are added up; below 0, it is a penalty. Not 0."""
 
     @field_validator("weight")
@@ -133,9 +135,9 @@ class LengthPenaltyReward(WeightedReward):
     """0 up to a number of tokens, and from there less with every token."""
     target_tokens: int = Field(ge=0)
     """Longest completion without a penalty, in tokens, the one that ends it included."""
-    per_token: float = Field(gt=0.0, allow_inf_nan=False)
+    per_token: float = Field(gt=0.0)
     """What each token beyond target_tokens costs."""
-    max_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    max_penalty: float = Field(default=1.0, gt=0.0)
     """Most that a completion loses, however long it is."""
 
 

@@ -348,7 +348,7 @@ def test_a_damaged_file_is_told_loudly(tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"source: no row of 2 is left \(too_short 2\). Loosen the filters"):
+    with pytest.raises(DataError, match=r"source: no row of 2 is left \(too_short 2\). Look at the source"):
         clean(tmp_path, [{"text": "a"}, {"text": "b"}], filters={"min_characters": 5})
 
 

@@ -12,6 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from pipeline.errors import DataError
 from tests.integration.on_policy_world import OnPolicyWorld, Seen, align, make_on_policy_world, write_policy
 
 pytestmark = pytest.mark.slow
@@ -135,3 +136,16 @@ def test_a_reference_of_its_own(world: OnPolicyWorld, tmp_path: Path) -> None:
     config = json.loads((seen.context.out / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj"] and config["r"] == 2
     assert config["base_model_name_or_path"] == str(world.model)
+
+
+def test_layers_that_the_model_does_not_have_are_refused(world: OnPolicyWorld, tmp_path: Path) -> None:
+    """peft would pass over those beside one that is found; the head is none of the backbone's."""
+    changes = {"lora": {"target_modules": ["q_proj", "v_porj", "lm_head"]}}
+    with pytest.raises(DataError) as caught:
+        align("ppo", world.inputs, tmp_path, changes)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "params.lora.target_modules: the model has no linear layer 'v_porj'. Did you mean 'v_proj'?",
+        "params.lora.target_modules: the model has no linear layer 'lm_head'. Known: "
+        + ", ".join(sorted(LINEAR))
+        + ".",
+    ]

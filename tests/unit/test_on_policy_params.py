@@ -60,10 +60,11 @@ def test_nothing_is_wrong_with_a_sound_recipe(kind: str) -> None:
         ({"rewards": [LEARNED]}, (), {}, "inputs.reward", "is missing"),
         ({}, ("reward",), {}, "inputs.reward", "no reward uses it"),
         ({"rewards": [LEARNED], "rendering": "raw"}, ("reward",), {}, "params.rendering", "scores conversations"),
-        ({"ptx_coefficient": 0.1}, (), {}, "inputs.chats", "go together"),
-        ({}, ("chats",), {}, "inputs.chats", "go together"),
+        ({"ptx_coefficient": 0.1}, (), {}, "inputs.chats", "goes together"),
+        ({}, ("chats",), {}, "inputs.chats", "goes together"),
         ({"kl_coefficient": 0}, ("reference",), {}, "inputs.reference", "is not used"),
         ({"max_prompt_tokens": 25}, (), {}, "params.max_prompt_tokens", "25 and max_new_tokens 8 are 33"),
+        ({"generation": "vllm"}, (), {"device": "cpu"}, "params.generation", "resources.device is cpu"),
         ({}, (), {"micro_batch_size": 3}, "params.global_batch_size", "8 is not a multiple of 3"),
         ({}, (), {"deepspeed": "zero_2"}, "resources.deepspeed", "no memory layout"),
         (
@@ -105,6 +106,7 @@ def test_a_reward_model_that_only_the_critic_starts_from() -> None:
     """With PPO it is of use without a reward that asks for it; the others have no critic."""
     assert problems("ppo", {}, ("reward",)) == []
     assert [problem.where for problem in problems("rloo", {}, ("reward",))] == ["inputs.reward"]
+    assert [problem.where for problem in problems("ppo", {"lora": {}}, ("reward",))] == ["inputs.reward"]
 
 
 def test_a_critic_beside_lora_is_refused() -> None:
@@ -123,6 +125,10 @@ def test_a_critic_beside_lora_is_refused() -> None:
         ("rloo", {"warmup_steps": 6}, "warmup_steps 6 must be below the 6 optimizer steps"),
         ("ppo", {"ptx_batch_size": 4}, "have no effect while ptx_coefficient is 0"),
         ("ppo", {"kl_coefficient": 0, "kl_target": 0.1}, "kl_target cannot be reached from a kl_coefficient of 0"),
+        ("ppo", {"kl_horizon": 80.0}, "kl_horizon has no effect without a kl_target"),
+        ("grpo", {"learning_rate": float("inf")}, "params.learning_rate: input should be a finite number"),
+        ("ppo", {"lora": {"target_modules": []}}, "at least 1 item"),
+        ("ppo", {"rewards": [{"kind": "regular_expression", "pattern": ""}]}, "'' matches every text"),
         ("grpo", {"kl_estimator": "k1"}, "k2"),
         ("grpo", {"precision": "fp16"}, "fp32"),
         ("ppo", {"rewards": []}, "rewards"),
@@ -161,10 +167,13 @@ def memory(kind: str, changes: dict[str, Any], inputs: dict[str, Estimate] | Non
 
 
 def test_the_plan_counts_what_lies_in_memory() -> None:
-    """1000 parameters in fp32: 4000 bytes for each model that is frozen; under lora there is one, without an optimizer."""
+    """1000 parameters in fp32: 4000 bytes for each model that is frozen; under lora there is one, without gradients (4)
+    and moments (8), and the activations of the policy and those of the critic come to it."""
     alone = memory("grpo", {"kl_coefficient": 0})
     assert memory("grpo", {}) == alone + 4000
     with_reward = memory("grpo", {"rewards": [LEARNED]}, {"reward": Estimate(parameters=500)})
     assert with_reward == alone + 4000 + 2000
     assert memory("ppo", {"kl_coefficient": 0}) == 2 * alone, "a critic of the same size is trained beside the policy"
-    assert 4000 <= memory("ppo", {"lora": {}}) < alone
+    activations = alone - 16_000
+    assert memory("grpo", {"lora": {}}) == 4000 + activations
+    assert memory("ppo", {"lora": {}}) == 4000 + 2 * activations

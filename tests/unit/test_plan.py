@@ -16,7 +16,7 @@ from pipeline.console import Progress
 from pipeline.errors import RecipeError
 from pipeline.execute import execute
 from pipeline.job import Job
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, flatten, make_plan
 from pipeline.recipe_reader import load_recipe
 from pipeline.store import Store
 from tests.unit.fake_stages import LAUNCHERS, STAGES
@@ -89,6 +89,18 @@ def test_one_changed_param_reruns_its_stage_and_what_depends_on_it_and_is_named(
     assert after["second"].startswith("skip")
     assert actions(planned(tmp_path, "second.block.words=[b]")[0])["second"] == 'run block.words ["a"] -> ["b"]'
     assert actions(planned(tmp_path, "second.seed=3")[0])["second"] == "run seed 42 -> 3"
+
+
+def test_lists_of_blocks_are_compared_block_by_block() -> None:
+    """Or a weight that changed would be somewhere within two long texts; a list of plain values is one value."""
+    params = {"rewards": [{"kind": "a", "weight": 1.0}, {"kind": "b"}], "paths": ["x", "y"], "none": []}
+    assert dict(flatten(params)) == {
+        "rewards.0.kind": "a",
+        "rewards.0.weight": 1.0,
+        "rewards.1.kind": "b",
+        "paths": ["x", "y"],
+        "none": [],
+    }
 
 
 def test_comments_resources_and_places_retrain_nothing(tmp_path: Path) -> None:

@@ -124,6 +124,9 @@ def test_overrides_reach_params_by_the_stage_name_and_any_field_by_its_path(tmp_
     assert problems(tmp_path, GOOD, "beta") == [
         "--set beta: is not of the form path=value. Write --set align.beta=0.2."
     ]
+    assert problems(tmp_path, GOOD, "jioned.beta=1") == [
+        "--set jioned.beta=1: the recipe has no stage 'jioned'. Did you mean 'joined'?"
+    ]
 
 
 def test_an_override_of_an_aliased_block_reaches_one_place_only(tmp_path: Path) -> None:
