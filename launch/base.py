@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import LaunchError, Problem
-from pipeline.job import Job
-from pipeline.strict import CHECKOUT
+from pipeline.settings.strict import CHECKOUT
+from pipeline.store.job import Job
 
-WORKER = "pipeline.worker"
+WORKER = "pipeline.running.worker"
 POLL_SECONDS = 0.1
 Watch = Callable[[], bool]
 """Called several times a second while the processes run; True means: kill them now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launch.base import WORKER, LocalProcess, script
 from pipeline.errors import LaunchError, Problem
-from pipeline.job import Job
+from pipeline.store.job import Job
 
 FIRST_PORT = 29500
 PORTS = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from launch.base import WORKER, LocalProcess
-from pipeline.job import Job
+from pipeline.store.job import Job
 
 
 class Local(LocalProcess):

@@ -8,7 +8,7 @@ import gc
 def main() -> None:
     # What is imported stays. Looking through it for garbage again and again would be a tenth of the time of `slipway plan`.
     gc.disable()
-    from pipeline import cli
+    from pipeline.command import cli
 
     gc.freeze()
     gc.enable()

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Facts, Kind
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import Problem
-from pipeline.journal import Journal
-from pipeline.resources import Resources
-from pipeline.strict import Strict
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import Strict
+from pipeline.store.artifact import Facts, Kind
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,20 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from stages.lib.arithmetic import BYTES
-from stages.lib.preference_losses import PREFERENCE_LOSSES
-from stages.lib.preference_params import (
-    PreferenceParams,
-    check_preference_training,
-    estimate_preference_training,
-    require_positions,
-)
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.formulas.preference_losses import PREFERENCE_LOSSES
+from stages.lib.models.arithmetic import BYTES
+from stages.lib.models.lengths import require_positions
+from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from stages.lib.training import Tensors
+    from stages.lib.formulas.token_losses import Tensors
 
 PUBLISHED_LOGPROBS_BYTES = 64_000_000
 """The reference's log-probabilities are published with the model if they are no larger."""
@@ -54,19 +50,16 @@ class DPOParams(PreferenceParams):
 def run(ctx: Context, params: DPOParams) -> Result:
     from transformers import AutoModelForCausalLM
 
-    from stages.lib.chat_template import check_chat_template
-    from stages.lib.models import load_model, read_config, without_dropout
-    from stages.lib.preferences import (
-        ReferencePass,
-        accuracy_by_category,
-        collate_pairs,
-        open_pairs,
-        padding_of,
-        wins,
-        wins_by_category,
-    )
-    from stages.lib.tokenization import facts_of_tokenizer, load_tokenizer, require_same_tokenizer
-    from stages.lib.training import Evaluator, train
+    from stages.lib.formulas.calibration import wins
+    from stages.lib.models.config import read_config
+    from stages.lib.models.loading import load_model, without_dropout
+    from stages.lib.preferring.answers import accuracy_by_category, wins_by_category
+    from stages.lib.preferring.pairs import collate_pairs, open_pairs, padding_of
+    from stages.lib.preferring.reference import ReferencePass
+    from stages.lib.text.chat_check import check_chat_template
+    from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer, require_same_tokenizer
+    from stages.lib.training.evaluating import Evaluator
+    from stages.lib.training.loop import train
 
     start = ctx.inputs["model"]
     reference = ctx.inputs.get("reference", start)
@@ -91,8 +84,8 @@ def run(ctx: Context, params: DPOParams) -> Result:
     collate = collate_pairs(padding_of(tokenizer))
 
     def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
-        from stages.lib.preference_losses import implicit_margin
-        from stages.lib.preferences import answer_logprobs
+        from stages.lib.formulas.preference_losses import implicit_margin
+        from stages.lib.preferring.answers import answer_logprobs
 
         logp_2N = answer_logprobs(model, batch)
         vectors = objective.vectors(logp_2N, batch)
@@ -164,18 +157,18 @@ class DPOObjective:
             self.options["label_smoothing"] = params.label_smoothing
 
     def count(self, batch: Tensors) -> torch.Tensor:
-        from stages.lib.preferences import num_pairs
+        from stages.lib.preferring.pairs import num_pairs
 
         return num_pairs(batch)
 
     def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-        from stages.lib.preferences import answer_logprobs
+        from stages.lib.preferring.answers import answer_logprobs
 
         return self.losses(self.vectors(answer_logprobs(model, batch), batch)).sum()
 
     def vectors(self, logp_2N: torch.Tensor, batch: Tensors) -> list[torch.Tensor]:
         """`chosen_N, rejected_N, ref_chosen_N, ref_rejected_N`, as the loss wants them: sums over tokens, or means."""
-        from stages.lib.preferences import answer_tokens
+        from stages.lib.preferring.answers import answer_tokens
 
         ref_2N = batch["reference_N2"].T.reshape(-1).to(logp_2N.dtype)
         if self.loss.averages_over_tokens:
@@ -203,7 +196,8 @@ def baselines(reference_N2: NDArray[np.float64], answer_tokens_N2: NDArray[np.in
     """
     import torch
 
-    from stages.lib.preferences import accuracy_of_length, wins
+    from stages.lib.formulas.calibration import wins
+    from stages.lib.preferring.answers import accuracy_of_length
 
     per_token_N2 = reference_N2 / answer_tokens_N2
     return {

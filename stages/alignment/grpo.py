@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Kind
 from pipeline.stage import Context, Result, Stage
-from stages.lib.on_policy_params import INPUTS, GroupParams, check_on_policy, estimate_on_policy
+from pipeline.store.artifact import Kind
+from stages.lib.on_policy.params import INPUTS, GroupParams, check_on_policy, estimate_on_policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.lib.experience import Experience
-    from stages.lib.policy_gradient import KLController
+    from stages.lib.formulas.policy_gradient import KLController
+    from stages.lib.on_policy.experience import Experience
 
 
 class GRPOParams(GroupParams):
@@ -43,7 +43,7 @@ class GRPO:
         self.params = params
 
     def controller(self) -> KLController:
-        from stages.lib.policy_gradient import KLController
+        from stages.lib.formulas.policy_gradient import KLController
 
         return KLController(self.params.kl_coefficient)
 
@@ -51,7 +51,7 @@ class GRPO:
         self, experience: Experience, scores_N: Tensor, kl_coefficient: float
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """A of every token, N x K; and in how many groups all scores are equal, so that they teach nothing."""
-        from stages.lib.policy_gradient import group_advantages
+        from stages.lib.formulas.policy_gradient import group_advantages
 
         mask_NK = experience.mask
         groups_GS = scores_N.view(-1, self.params.group_size)
@@ -64,7 +64,7 @@ class GRPO:
 
 
 def run(ctx: Context, params: GRPOParams) -> Result:
-    from stages.lib.on_policy_stage import run_on_policy
+    from stages.lib.on_policy.setup import run_on_policy
 
     return run_on_policy(ctx, params, GRPO(params))
 

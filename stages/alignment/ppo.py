@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Kind
 from pipeline.errors import Problem
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
-from stages.lib.on_policy_params import INPUTS, OnPolicyParams, check_on_policy, estimate_on_policy
+from pipeline.store.artifact import Kind
+from stages.lib.on_policy.params import INPUTS, OnPolicyParams, check_on_policy, estimate_on_policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.lib.experience import Experience
-    from stages.lib.policy_gradient import KLController
-    from stages.lib.scheduling import Tensors
+    from stages.lib.formulas.policy_gradient import KLController
+    from stages.lib.formulas.token_losses import Tensors
+    from stages.lib.on_policy.experience import Experience
 
 
 class PPOParams(OnPolicyParams):
@@ -82,7 +82,7 @@ class PPO:
         self.value_coefficient = params.value_coefficient
 
     def controller(self) -> KLController:
-        from stages.lib.policy_gradient import KLController
+        from stages.lib.formulas.policy_gradient import KLController
 
         return KLController(self.params.kl_coefficient, self.params.kl_target, self.params.kl_horizon)
 
@@ -90,7 +90,7 @@ class PPO:
         self, experience: Experience, scores_N: Tensor, kl_coefficient: float
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """A_t and R_t of every token, N x K, and how well the critic foresaw them."""
-        from stages.lib import policy_gradient as pg
+        from stages.lib.formulas import policy_gradient as pg
 
         mask_NK, values_NK = experience.mask, experience.padded("values")
         logp_NK, ref_NK = experience.padded("logprobs"), experience.padded("ref_logprobs")
@@ -112,13 +112,13 @@ class PPO:
         return advantages_NK, returns_NK, logged
 
     def value_loss(self, values_BK: Tensor, batch: Tensors) -> tuple[Tensor, Tensor]:
-        from stages.lib.policy_gradient import clipped_value_loss
+        from stages.lib.formulas.policy_gradient import clipped_value_loss
 
         return clipped_value_loss(values_BK, batch["values"], batch["returns"], clip=self.params.value_clip)
 
 
 def run(ctx: Context, params: PPOParams) -> Result:
-    from stages.lib.on_policy_stage import run_on_policy
+    from stages.lib.on_policy.setup import run_on_policy
 
     return run_on_policy(ctx, params, PPO(params), params.value_learning_rate)
 

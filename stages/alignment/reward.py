@@ -11,23 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from stages.lib.arithmetic import completed, field_of
-from stages.lib.preference_params import (
-    PreferenceParams,
-    check_preference_training,
-    estimate_preference_training,
-    require_positions,
-)
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.arithmetic import completed, field_of
+from stages.lib.models.lengths import require_positions
+from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-    from stages.lib.preferences import Pairs
-    from stages.lib.training import Tensors
+    from stages.lib.formulas.token_losses import Tensors
+    from stages.lib.preferring.pairs import Pairs
 
 
 class RewardParams(PreferenceParams):
@@ -52,12 +48,16 @@ class RewardParams(PreferenceParams):
 def run(ctx: Context, params: RewardParams) -> Result:
     from transformers import AutoModelForSequenceClassification
 
-    from stages.lib.chat_template import check_chat_template
-    from stages.lib.models import initial_weights, load_model, read_config
-    from stages.lib.preferences import accuracy_of_length, collate_pairs, open_pairs
-    from stages.lib.reward_models import HEAD_TYPE, add_reward_head, choose_padding, scores
-    from stages.lib.tokenization import facts_of_tokenizer, load_tokenizer
-    from stages.lib.training import Evaluator, train
+    from stages.lib.models.config import read_config
+    from stages.lib.models.heads import add_reward_head, choose_padding
+    from stages.lib.models.loading import initial_weights, load_model
+    from stages.lib.preferring.answers import accuracy_of_length
+    from stages.lib.preferring.pairs import collate_pairs, open_pairs
+    from stages.lib.preferring.reward_models import HEAD_TYPE, scores
+    from stages.lib.text.chat_check import check_chat_template
+    from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer
+    from stages.lib.training.evaluating import Evaluator
+    from stages.lib.training.loop import train
 
     causal = ctx.inputs["model"]
     require_positions(read_config(causal), params.max_length_tokens)
@@ -133,18 +133,18 @@ class RewardObjective:
         self, chosen_N: torch.Tensor, rejected_N: torch.Tensor, margin_N: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One loss a pair. `margin_N` is there where pairs were opened with their margins."""
-        from stages.lib.preference_losses import reward_loss
+        from stages.lib.formulas.preference_losses import reward_loss
 
         margin = self.margin if margin_N is None else margin_N
         return reward_loss(chosen_N, rejected_N, margin=margin, **self.options)
 
     def count(self, batch: Tensors) -> torch.Tensor:
-        from stages.lib.preferences import num_pairs
+        from stages.lib.preferring.pairs import num_pairs
 
         return num_pairs(batch)
 
     def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-        from stages.lib.reward_models import scores
+        from stages.lib.preferring.reward_models import scores
 
         chosen_N, rejected_N = scores(model, batch).chunk(2)
         return self.losses(chosen_N, rejected_N, batch.get("margin_N")).sum()
@@ -156,9 +156,9 @@ def heldout_metrics(
     """What the scores of all held-out pairs say: who wins, how surely and whether rightly so, and where the scores lie."""
     import torch
 
-    from stages.lib.calibration import preference_calibration_error
-    from stages.lib.preferences import accuracy_by_category, wins, wins_by_category
-    from stages.lib.reward_models import score_distribution
+    from stages.lib.formulas.calibration import preference_calibration_error, wins
+    from stages.lib.preferring.answers import accuracy_by_category, wins_by_category
+    from stages.lib.preferring.reward_models import score_distribution
 
     wins_N = wins(chosen_N, rejected_N)
     margin_N = None if pairs.margin_N is None else torch.from_numpy(pairs.margin_N)
@@ -177,8 +177,8 @@ def heldout_metrics(
 
 def published_scores(folder: Path) -> dict[str, float]:
     """The fixed prompts' scores by the model as it was published and is read again: whoever loads it can compare."""
-    from stages.lib.distributed import from_main
-    from stages.lib.reward_models import fixed_prompt_scores, load_reward_model
+    from stages.lib.preferring.reward_models import fixed_prompt_scores, load_reward_model
+    from stages.lib.processes.collectives import from_main
 
     return from_main(lambda: fixed_prompt_scores(*load_reward_model(folder)))
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.artifact import Kind
 from pipeline.stage import Context, Result, Stage
-from stages.lib.on_policy_params import INPUTS, GroupParams, check_on_policy, estimate_on_policy
+from pipeline.store.artifact import Kind
+from stages.lib.on_policy.params import INPUTS, GroupParams, check_on_policy, estimate_on_policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.lib.experience import Experience
-    from stages.lib.policy_gradient import KLController
+    from stages.lib.formulas.policy_gradient import KLController
+    from stages.lib.on_policy.experience import Experience
 
 
 class RLOOParams(GroupParams):
@@ -37,7 +37,7 @@ class RLOO:
         self.params = params
 
     def controller(self) -> KLController:
-        from stages.lib.policy_gradient import KLController
+        from stages.lib.formulas.policy_gradient import KLController
 
         return KLController(self.params.kl_coefficient)
 
@@ -45,7 +45,7 @@ class RLOO:
         self, experience: Experience, scores_N: Tensor, kl_coefficient: float
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """A of every token, N x K: the same for all tokens of a completion."""
-        from stages.lib import policy_gradient as pg
+        from stages.lib.formulas import policy_gradient as pg
 
         mask_NK = experience.mask
         kl = pg.KL_ESTIMATORS[self.params.kl_estimator]
@@ -61,7 +61,7 @@ class RLOO:
 
 
 def run(ctx: Context, params: RLOOParams) -> Result:
-    from stages.lib.on_policy_stage import run_on_policy
+    from stages.lib.on_policy.setup import run_on_policy
 
     return run_on_policy(ctx, params, RLOO(params))
 

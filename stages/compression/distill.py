@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from stages.lib.architectures import architecture_problems, planned_architecture
-from stages.lib.arithmetic import BYTES
-from stages.lib.training_params import TrainingParams, check_training, estimate_training
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.architectures import architecture_problems, planned_architecture
+from stages.lib.models.arithmetic import BYTES
+from stages.lib.training.forecast import check_training, estimate_training
+from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.lib.training import Evaluator, Metrics, Tensors
+    from stages.lib.formulas.token_losses import Tensors
+    from stages.lib.training.evaluating import Evaluator, Metrics
 
 
 class DistillParams(TrainingParams):
@@ -45,22 +47,24 @@ class DistillParams(TrainingParams):
 def run(ctx: Context, params: DistillParams) -> Result:
     from transformers import AutoModelForCausalLM
 
-    from stages.lib.architectures import build, new_config
-    from stages.lib.blocks import Blocks, collate_causal, require_isolation
-    from stages.lib.chat_template import special_ids
-    from stages.lib.distillation_losses import measure_distillation
-    from stages.lib.distributed import join_processes
-    from stages.lib.losses import TARGETS, logits_of
-    from stages.lib.models import DTYPES, count_parameters, initial_weights, load_model, require_vocabulary
-    from stages.lib.tokenization import (
+    from stages.lib.formulas.distillation_losses import measure_distillation
+    from stages.lib.formulas.token_losses import TARGETS, logits_of
+    from stages.lib.models.architectures import build, new_config
+    from stages.lib.models.isolation import require_isolation
+    from stages.lib.models.loading import DTYPES, count_parameters, initial_weights, load_model, require_vocabulary
+    from stages.lib.processes.joining import join_processes
+    from stages.lib.text.blocks import Blocks, collate_causal
+    from stages.lib.text.chat_rendering import special_ids
+    from stages.lib.text.packed import PackedTokens
+    from stages.lib.text.tokenizers import (
         copy_tokenizer,
         load_tokenizer,
         require_same_tokenizer,
         tokenizer_facts,
         tokenizer_folder,
     )
-    from stages.lib.tokens import PackedTokens
-    from stages.lib.training import Evaluator, train
+    from stages.lib.training.evaluating import Evaluator
+    from stages.lib.training.loop import train
 
     folder = ctx.inputs["tokens"]
     packed, heldout = PackedTokens(folder), PackedTokens(folder, "heldout")
@@ -143,15 +147,15 @@ class DistillationObjective:
         self.teacher = teacher
 
     def count(self, batch: Tensors) -> torch.Tensor:
-        from stages.lib.losses import num_asked
+        from stages.lib.formulas.token_losses import num_asked
 
         return num_asked(batch)
 
     def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
         import torch
 
-        from stages.lib.distillation_losses import distillation_loss_sum
-        from stages.lib.losses import TARGETS, logits_of
+        from stages.lib.formulas.distillation_losses import distillation_loss_sum
+        from stages.lib.formulas.token_losses import TARGETS, logits_of
 
         teacher_BTV = None
         if self.params.alpha > 0:

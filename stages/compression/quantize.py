@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import ArtifactError, DataError, GateError, Problem, did_you_mean
+from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from pipeline.strict import Strict
+from pipeline.store.artifact import Facts, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.lib.perplexity import ScoredRow
-    from stages.lib.tokens import PackedTokens
+    from stages.lib.measuring.perplexity import ScoredRow
+    from stages.lib.text.packed import PackedTokens
 
 
 class QuantizeParams(Strict):
@@ -98,11 +98,11 @@ def check(forecast: Forecast) -> list[Problem]:
 
 
 def run(ctx: Context, params: QuantizeParams) -> Result:
-    from stages.lib.distributed import device_type, use_threads
-    from stages.lib.generation import load_language_model
-    from stages.lib.models import count_parameters, read_config
-    from stages.lib.perplexity import score
-    from stages.lib.tokenization import copy_tokenizer, load_tokenizer
+    from stages.lib.measuring.perplexity import score
+    from stages.lib.models.config import read_config
+    from stages.lib.models.loading import count_parameters, load_language_model
+    from stages.lib.processes.joining import device_type, use_threads
+    from stages.lib.text.tokenizers import copy_tokenizer, load_tokenizer
 
     use_threads(ctx.resources)
     device = device_type(ctx.resources)
@@ -238,8 +238,8 @@ def heldout_rows(ctx: Context, params: QuantizeParams, tokenizer: Any, length: i
     """What perplexity is measured on: blocks of held-out tokens, document by document, or held-out chats."""
     from itertools import islice
 
-    from stages.lib.perplexity import chat_row, document_pieces
-    from stages.lib.rows import read_rows
+    from stages.lib.measuring.perplexity import chat_row, document_pieces
+    from stages.lib.rows.canonical import read_rows
 
     folder = ctx.inputs["calibration"]
     if holds_tokens(folder):
@@ -267,8 +267,8 @@ def calibration_batches(ctx: Context, params: QuantizeParams, tokenizer: Any, le
     import torch
     from torch.utils.data import DataLoader
 
-    from stages.lib.chat_template import encode_chat
-    from stages.lib.rows import read_rows
+    from stages.lib.rows.canonical import read_rows
+    from stages.lib.text.chat_spans import encode_chat
 
     folder = ctx.inputs["calibration"]
     packed = packed_tokens(ctx, "train", length) if holds_tokens(folder) else None
@@ -314,8 +314,8 @@ def holds_tokens(folder: Path) -> bool:
 
 def packed_tokens(ctx: Context, split: Literal["train", "heldout"], length: int | None) -> PackedTokens:
     """Packed tokens that fit the model: of its own tokenizer, in blocks no longer than it reads."""
-    from stages.lib.tokenization import require_same_tokenizer
-    from stages.lib.tokens import PackedTokens
+    from stages.lib.text.packed import PackedTokens
+    from stages.lib.text.tokenizers import require_same_tokenizer
 
     folder, model = ctx.inputs["calibration"], ctx.inputs["model"]
     require_same_tokenizer(folder, model, "inputs.calibration")

@@ -10,16 +10,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import DataError, Problem
+from pipeline.settings.strict import Inlined, Strict
 from pipeline.stage import Context, Result, Stage
-from pipeline.strict import Inlined, Strict
-from stages.lib.filters import Filters, build_judge
-from stages.lib.ledger import Ledger
-from stages.lib.near_duplicates import MinHash, choose_buckets, near_duplicates
-from stages.lib.normalization import Normalization, normalize_row
-from stages.lib.rows import FORMATS, Row, content_digest, encode_row, judged_text
-from stages.lib.sources import Source
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.curation.filters import Filters, build_judge
+from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_duplicates
+from stages.lib.curation.normalization import Normalization, normalize_row
+from stages.lib.rows.canonical import FORMATS, Row, content_digest, encode_row, judged_text
+from stages.lib.rows.ledger import Ledger
+from stages.lib.sources.params import Source
 
 
 class CleanParams(Strict):
@@ -93,7 +93,7 @@ STAGE = Stage(
 
 def write_candidates(path: Path, ctx: Context, params: CleanParams, ledger: Ledger) -> int:
     """Writes (where, row) of every row that passes normalization, filters and exact deduplication; returns how many."""
-    from stages.lib.source_rows import read_source
+    from stages.lib.sources.read import read_source
 
     judge = build_judge(params.filters)
     seen: set[bytes] = set()

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import DataError, Problem, RecipeError, did_you_mean
+from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
-from pipeline.strict import Strict
-from stages.lib.ledger import Ledger
-from stages.lib.mixing import (
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.curation.mixing import (
     SourceRow,
     SourceRows,
     Unit,
@@ -29,7 +28,7 @@ from stages.lib.mixing import (
     split,
     training_order,
 )
-from stages.lib.rows import (
+from stages.lib.rows.canonical import (
     FORMATS,
     Row,
     content_digest,
@@ -39,6 +38,7 @@ from stages.lib.rows import (
     format_of_row,
     judged_text,
 )
+from stages.lib.rows.ledger import Ledger
 
 TOKENIZED_AT_ONCE = 256
 """Rows handed to the tokenizer in one call."""

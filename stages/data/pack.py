@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import DataError, Preempted, Problem
+from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from pipeline.strict import Strict
-from stages.lib.rows import read_rows
-from stages.lib.tokenization import copy_tokenizer, encode_texts, load_tokenizer
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.tokenizers import copy_tokenizer, encode_texts, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.lib.tokens import PackedTokens, Split, TokensWriter
+    from stages.lib.text.packed import PackedTokens, Split, TokensWriter
 
 
 class Params(Strict):
@@ -61,7 +61,7 @@ def check(forecast: Forecast) -> list[Problem]:
 
 
 def run(ctx: Context, params: Params) -> Result:
-    from stages.lib.tokens import INFO, PackedTokens, TokensInfo, TokensWriter, dtype_for
+    from stages.lib.text.packed import INFO, PackedTokens, TokensInfo, TokensWriter, dtype_for
 
     known = copy_tokenizer(ctx.inputs["tokenizer"], ctx.out / "tokenizer")
     tokenizer = load_tokenizer(ctx.out / "tokenizer")

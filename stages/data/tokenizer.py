@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import DataError, Problem, did_you_mean
+from pipeline.settings.strict import Strict, reading
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from pipeline.strict import Strict, reading
-from stages.lib.chat_template import PRESETS, check_chat_template
-from stages.lib.rows import read_rows
-from stages.lib.sentencepiece_parity import BUILT_IN_TEXTS, SPACE_SIGN, Escape, compare
-from stages.lib.tokenization import facts_of_tokenizer, load_tokenizer
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.chat_check import check_chat_template
+from stages.lib.text.chat_presets import PRESETS
+from stages.lib.text.sentencepiece_parity import BUILT_IN_TEXTS, SPACE_SIGN, Escape, compare
+from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Kind
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Result, Stage, accepts
-from stages.lib.encoder_params import check_encoder_task, estimate_encoder_task
-from stages.lib.training_params import TrainingParams
+from pipeline.store.artifact import Kind
+from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
+from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
-    from stages.lib.windows import Question
+    from stages.lib.encoding.answering import Question
 
 SPECIAL_TOKENS = 4
 """The most that a tokenizer puts around and between question and context."""
@@ -48,12 +48,14 @@ class AnswerParams(TrainingParams):
 def run(ctx: Context, params: AnswerParams) -> Result:
     from transformers import AutoModelForQuestionAnswering
 
-    from stages.lib.encoders import add_head, facts_of, open_tokenizer, require_frame, require_length
-    from stages.lib.models import initial_weights, load_model
-    from stages.lib.reading import Reading, ReadingObjective, training_windows
-    from stages.lib.rows import read_rows
-    from stages.lib.training import train
-    from stages.lib.windows import read_question
+    from stages.lib.encoding.answering import Reading, ReadingObjective, read_question, training_windows
+    from stages.lib.encoding.encoders import facts_of
+    from stages.lib.models.heads import add_head
+    from stages.lib.models.lengths import require_length
+    from stages.lib.models.loading import initial_weights, load_model
+    from stages.lib.rows.canonical import read_rows
+    from stages.lib.text.frames import open_tokenizer, require_frame
+    from stages.lib.training.loop import train
 
     encoder = ctx.inputs["encoder"]
     require_length(encoder, params.max_length_tokens)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.artifact import Kind
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Result, Stage, accepts
-from stages.lib.encoder_params import check_encoder_task, estimate_encoder_task
-from stages.lib.training_params import TrainingParams
+from pipeline.store.artifact import Kind
+from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
+from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
-    from stages.lib.encoders import Frame
+    from stages.lib.text.frames import Frame
 
 
 class ClassifyParams(TrainingParams):
@@ -31,11 +31,14 @@ class ClassifyParams(TrainingParams):
 def run(ctx: Context, params: ClassifyParams) -> Result:
     from transformers import AutoModelForSequenceClassification
 
-    from stages.lib.classification import Classification, ClassificationObjective, baselines
-    from stages.lib.encoders import add_head, facts_of, open_tokenizer, require_frame, require_length
-    from stages.lib.models import initial_weights, load_model
-    from stages.lib.rows import read_rows
-    from stages.lib.training import train
+    from stages.lib.encoding.classification import Classification, ClassificationObjective, baselines
+    from stages.lib.encoding.encoders import facts_of
+    from stages.lib.models.heads import add_head
+    from stages.lib.models.lengths import require_length
+    from stages.lib.models.loading import initial_weights, load_model
+    from stages.lib.rows.canonical import read_rows
+    from stages.lib.text.frames import open_tokenizer, require_frame
+    from stages.lib.training.loop import train
 
     encoder = ctx.inputs["encoder"]
     require_length(encoder, params.max_length_tokens)
@@ -119,7 +122,7 @@ def encode_rows(
     rows: list[dict], tokenizer: Any, frame: Frame, max_length: int, numbers: dict[str, int]
 ) -> tuple[list[dict[str, Any]], int]:
     """`{input_ids, label}` of each row, cut to `max_length` tokens with the special ones, and how many rows were cut."""
-    from stages.lib.encoders import encode
+    from stages.lib.text.frames import encode
 
     room = max_length - len(frame)
     texts, num_cut = [], 0

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Kind
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Result, Stage, accepts
-from stages.lib.encoder_params import check_encoder_task, estimate_encoder_task
-from stages.lib.training_params import TrainingParams
+from pipeline.store.artifact import Kind
+from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
+from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
-    from stages.lib.extraction import TaggedText
+    from stages.lib.encoding.extraction import TaggedText
 
 
 class ExtractParams(TrainingParams):
@@ -38,12 +38,15 @@ class ExtractParams(TrainingParams):
 def run(ctx: Context, params: ExtractParams) -> Result:
     from transformers import AutoModelForTokenClassification
 
-    from stages.lib.encoders import add_head, facts_of, open_tokenizer, require_frame, require_length
-    from stages.lib.extraction import Extraction, TaggingObjective, read_text, training_windows
-    from stages.lib.models import initial_weights, load_model
-    from stages.lib.rows import read_rows
-    from stages.lib.tagging import tag_names
-    from stages.lib.training import train
+    from stages.lib.encoding.encoders import facts_of
+    from stages.lib.encoding.extraction import Extraction, TaggingObjective, read_text, training_windows
+    from stages.lib.encoding.tagging import tag_names
+    from stages.lib.models.heads import add_head
+    from stages.lib.models.lengths import require_length
+    from stages.lib.models.loading import initial_weights, load_model
+    from stages.lib.rows.canonical import read_rows
+    from stages.lib.text.frames import open_tokenizer, require_frame
+    from stages.lib.training.loop import train
 
     encoder = ctx.inputs["encoder"]
     require_length(encoder, params.max_length_tokens)

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.artifact import Kind
 from pipeline.errors import ArtifactError, Problem, did_you_mean
+from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
-from pipeline.strict import Strict
-from stages.lib.chat_template import split_last_answer
+from pipeline.store.artifact import Kind
+from stages.lib.text.chat_fitting import split_last_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.lib.compared_models import Rows, Subject
-    from stages.lib.perplexity import ScoredRow
-    from stages.lib.scored_replies import ScoredReplies
+    from stages.lib.measuring.compared_models import Rows, Subject
+    from stages.lib.measuring.perplexity import ScoredRow
+    from stages.lib.measuring.scored_replies import ScoredReplies
 
 
 class GenerationParams(Strict):
@@ -106,9 +106,9 @@ def check_scored_replies(params: ScoredRepliesParams, forecast: Forecast, roles:
 
 
 def run(ctx: Context, params: EvaluateParams) -> Result:
-    from stages.lib.compared_models import Rows, Subject, add_chats, add_pairs, add_text
-    from stages.lib.distributed import use_threads
-    from stages.lib.scored_replies import ScoredReplies, metrics_of
+    from stages.lib.measuring.compared_models import Rows, Subject, add_chats, add_pairs, add_text
+    from stages.lib.measuring.scored_replies import ScoredReplies, metrics_of
+    from stages.lib.processes.joining import use_threads
 
     use_threads(ctx.resources)
     subjects = [Subject.open(name, folder) for name, folder in ctx.group("models").items()]
@@ -194,9 +194,9 @@ def measure(
     scored: ScoredReplies | None,
 ) -> dict[str, Any]:
     """The measures of one language model, and its replies."""
-    from stages.lib.distributed import device_type
-    from stages.lib.generation import load_language_model
-    from stages.lib.perplexity import bits_per_byte, score
+    from stages.lib.measuring.perplexity import bits_per_byte, score
+    from stages.lib.models.loading import load_language_model
+    from stages.lib.processes.joining import device_type
 
     batch_size = ctx.resources.micro_batch_size or 8
     model = load_language_model(subject.folder, device_type(ctx.resources))
@@ -234,8 +234,8 @@ def preference_measures(
     """How often the model gives the chosen answer the higher log-probability, as a sum and per token; ties count half."""
     import torch
 
-    from stages.lib.perplexity import score_rows
-    from stages.lib.preferences import wins
+    from stages.lib.formulas.calibration import wins
+    from stages.lib.measuring.perplexity import score_rows
 
     scores = score_rows(model, [row for pair in pairs for row in pair], batch_size)
     sums_N2 = -torch.tensor([each.nats for each in scores], dtype=torch.float64).view(-1, 2)
@@ -257,8 +257,8 @@ def write_reply(
     prompt: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The model's reply to prompt number `index`. All models draw with the same seed."""
-    from stages.lib.generation import stream_reply, whole_reply
-    from stages.lib.scored_replies import reply_record
+    from stages.lib.generating.replies import stream_reply, whole_reply
+    from stages.lib.measuring.scored_replies import reply_record
 
     assert params.generation is not None
     stream = stream_reply(
@@ -281,8 +281,8 @@ def replies_to_score(
     scored: ScoredReplies,
 ) -> list[dict[str, Any]]:
     """The model's reply to each of the prompts. All models draw with the same random numbers."""
-    from stages.lib.generation import write_replies
-    from stages.lib.scored_replies import reply_record
+    from stages.lib.generating.replies import write_replies
+    from stages.lib.measuring.scored_replies import reply_record
 
     assert params.scored_replies is not None
     replies = write_replies(
@@ -303,10 +303,10 @@ def judge(ctx: Context, subject: Subject, scored: ScoredReplies | None) -> dict[
     """The measures of one reward model, and its scores of all replies."""
     import torch
 
-    from stages.lib.distributed import device_type
-    from stages.lib.perplexity import reward_rows
-    from stages.lib.preferences import wins
-    from stages.lib.reward_models import load_reward_model
+    from stages.lib.formulas.calibration import wins
+    from stages.lib.measuring.perplexity import reward_rows
+    from stages.lib.preferring.reward_models import load_reward_model
+    from stages.lib.processes.joining import device_type
 
     model, tokenizer = load_reward_model(subject.folder, device_type(ctx.resources))
     batch_size = ctx.resources.micro_batch_size or 8
@@ -356,9 +356,9 @@ def write_report(
 
     Where replies were scored, `scored_replies.jsonl` has one line per prompt of these.
     """
-    from stages.lib.compared_models import comparison_notes
-    from stages.lib.report import report_markdown
-    from stages.lib.rows import write_rows
+    from stages.lib.measuring.compared_models import comparison_notes
+    from stages.lib.measuring.report import report_markdown
+    from stages.lib.rows.canonical import write_rows
 
     report: dict[str, Any] = {
         "models": {each.name: each.describe() for each in subjects},

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from stages.lib.architectures import architecture_problems, planned_architecture
-from stages.lib.encoder_params import longest_text
-from stages.lib.training_params import TrainingParams, check_training, estimate_training
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.architectures import architecture_problems, planned_architecture
+from stages.lib.models.lengths import longest_text
+from stages.lib.training.forecast import check_training, estimate_training
+from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.lib.training import Evaluator, Metrics
+    from stages.lib.training.evaluating import Evaluator, Metrics
 
 
 class PretrainParams(TrainingParams):
@@ -66,21 +67,23 @@ def output_kind(params: PretrainParams, inputs: Mapping[str, Kind]) -> Kind:
 def run(ctx: Context, params: PretrainParams) -> Result:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from stages.lib.architectures import build, new_config
-    from stages.lib.blocks import Blocks, collate_causal, collate_masked, require_isolation
-    from stages.lib.chat_template import special_ids
-    from stages.lib.losses import TokenObjective, measure_tokens, token_metrics
-    from stages.lib.masking import Masking
-    from stages.lib.models import initial_weights, load_model, read_config
-    from stages.lib.tokenization import (
+    from stages.lib.formulas.masking import Masking
+    from stages.lib.formulas.token_losses import TokenObjective, measure_tokens, token_metrics
+    from stages.lib.models.architectures import build, new_config
+    from stages.lib.models.config import read_config
+    from stages.lib.models.isolation import require_isolation
+    from stages.lib.models.loading import initial_weights, load_model
+    from stages.lib.text.blocks import Blocks, collate_causal, collate_masked
+    from stages.lib.text.chat_rendering import special_ids
+    from stages.lib.text.packed import PackedTokens
+    from stages.lib.text.tokenizers import (
         copy_tokenizer,
         load_tokenizer,
         require_same_tokenizer,
         tokenizer_facts,
         tokenizer_folder,
     )
-    from stages.lib.tokens import PackedTokens
-    from stages.lib.training import train
+    from stages.lib.training.loop import train
 
     folder = ctx.inputs["tokens"]
     packed, heldout = PackedTokens(folder), PackedTokens(folder, "heldout")

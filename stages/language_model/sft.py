@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from stages.lib.arithmetic import field_of
-from stages.lib.training_params import TrainingParams, check_training, estimate_training
+from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.arithmetic import field_of
+from stages.lib.training.forecast import check_training, estimate_training
+from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.lib.chats import Chats
-    from stages.lib.ledger import Ledger
-    from stages.lib.training import Evaluator, Metrics
+    from stages.lib.rows.ledger import Ledger
+    from stages.lib.text.chats import Chats
+    from stages.lib.training.evaluating import Evaluator, Metrics
 
 
 class SftParams(TrainingParams):
@@ -34,12 +35,14 @@ class SftParams(TrainingParams):
 def run(ctx: Context, params: SftParams) -> Result:
     from transformers import AutoModelForCausalLM
 
-    from stages.lib.chat_template import check_chat_template
-    from stages.lib.chats import add_ledgers, collate_chats, tokenize_chats
-    from stages.lib.losses import TokenObjective, measure_tokens, token_metrics
-    from stages.lib.models import load_model, read_config
-    from stages.lib.tokenization import load_tokenizer, stop_token_ids, tokenizer_facts
-    from stages.lib.training import train
+    from stages.lib.formulas.token_losses import TokenObjective, measure_tokens, token_metrics
+    from stages.lib.models.config import read_config
+    from stages.lib.models.loading import load_model
+    from stages.lib.rows.ledger import add_ledgers
+    from stages.lib.text.chat_check import check_chat_template
+    from stages.lib.text.chats import collate_chats, tokenize_chats
+    from stages.lib.text.tokenizers import load_tokenizer, stop_token_ids, tokenizer_facts
+    from stages.lib.training.loop import train
 
     source, data = ctx.inputs["model"], ctx.inputs["chats"]
     require_room(read_config(source), params.max_length_tokens)
@@ -151,7 +154,8 @@ def require_room(config: dict, max_length_tokens: int) -> None:
 
 def give_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
     """Sets the preset `name` as the tokenizer's chat template. Raises `DataError` if that cannot be, or none is there."""
-    from stages.lib.chat_template import PRESETS, special_tokens
+    from stages.lib.text.chat_presets import PRESETS
+    from stages.lib.text.chat_rendering import special_tokens
 
     if name is None:
         if not tokenizer.chat_template:

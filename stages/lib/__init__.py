@@ -1,1 +1,1 @@
-"""Shared by stages: mathematics, data access, training. May import torch, never a stage."""
+"""What stages share, in rooms; each may use those on floors below it (tests/contracts/test_layers.py holds the table)."""

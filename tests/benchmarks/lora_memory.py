@@ -28,7 +28,7 @@ def peak_bytes() -> int:
 def run_one(folder: Path, model: Path, prompts: Path, lora: bool) -> None:
     """Prints the peak memory of a run of one rollout, and of this process before it."""
     from stages import STAGES
-    from stages.lib import on_policy_stage
+    from stages.lib.on_policy import setup as on_policy_stage
     from tests.integration.preference_world import run
 
     assert on_policy_stage, "loaded here, so that it belongs to what was there before"

@@ -130,8 +130,8 @@ def oracle_python(folder: Path) -> Path:
 
 def write_world(folder: Path, hidden: int, layers: int) -> tuple[Path, Path, list[list[int]]]:
     """A model that ends some of its completions and never writes padding; chats that ask; the ids of their prompts."""
-    from stages.lib.prompts import encode, prompt_of
-    from stages.lib.rows import read_rows
+    from stages.lib.rows.canonical import read_rows
+    from stages.lib.text.prompts import encode, prompt_of
     from tests.distributed.training_world import make_tokenizer, write_chats, write_model
 
     tokenizer = make_tokenizer()
@@ -189,7 +189,7 @@ def run_side(interpreter: Sequence[str | Path], spec: dict[str, Any], folder: Pa
 def run_slipway(spec: dict[str, Any]) -> None:
     """One run of the stage, as the worker would run it, with clocks."""
     from stages.alignment.ppo import STAGE
-    from stages.lib.on_policy import Aligner
+    from stages.lib.on_policy.loop import Aligner
     from tests.integration.preference_world import run
 
     curves: dict[str, list[float]] = {name: [] for name in Run.__annotations__}

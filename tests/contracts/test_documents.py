@@ -12,9 +12,9 @@ import typer.main
 from typer.exceptions import TyperException
 
 from launch import LAUNCHERS
-from pipeline.cli import app
-from pipeline.recipe_reader import load_recipe
-from pipeline.strict import CHECKOUT
+from pipeline.command.cli import app
+from pipeline.recipe.reader import load_recipe
+from pipeline.settings.strict import CHECKOUT
 from stages import STAGES
 
 FOLDERS = ("pipeline", "stages", "launch", "data_recipes", "ds_configs", "tests")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.strict import CHECKOUT
+from pipeline.settings.strict import CHECKOUT
 
 LAYOUTS = sorted((CHECKOUT / "ds_configs").glob("*.json"))
 DECIDED_BY_THE_RECIPE = {

@@ -6,22 +6,61 @@ import ast
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from pipeline.strict import CHECKOUT
+from pipeline.settings.strict import CHECKOUT
 
 HEAVY = frozenset(
     "torch transformers datasets datatrove llmcompressor compressed_tensors numpy deepspeed accelerate trl peft "
     "sentencepiece tokenizers safetensors pandas pyarrow spacy huggingface_hub".split()
 )
 """Libraries that take long to load: planning must do without them."""
-COMPOSITION_ROOTS = frozenset({"pipeline.cli", "pipeline.worker"})
-LIGHT_CORE = frozenset("artifact checkpoints errors journal recipe resources stage strict yaml_loader".split())
-"""The modules of `pipeline` that stages may use: what they are given, not what runs them."""
-LAUNCH_CORE = frozenset({"errors", "job", "strict"})
+COMPOSITION_ROOTS = frozenset({"pipeline.command.cli", "pipeline.running.worker"})
+"""The only modules that see both tables, `STAGES` and `LAUNCHERS`, and hand them in."""
+
+SETTINGS = "pipeline.errors pipeline.settings"
+CORE = f"{SETTINGS} pipeline.figures pipeline.store pipeline.stage"
+GIVEN = f"{SETTINGS} pipeline.stage pipeline.store.artifact pipeline.store.checkpoints pipeline.store.durable pipeline.store.journal"
+"""What a stage sees of the core: what it is given, not what runs it."""
+LOW = "stages.lib.formulas stages.lib.processes stages.lib.rows"
+MIDDLE = f"{LOW} stages.lib.text stages.lib.models stages.lib.training"
+
+ROOMS: dict[str, str] = {
+    # The core.
+    "pipeline.errors": "",
+    "pipeline.figures": "",
+    "pipeline.settings": "pipeline.errors",
+    "pipeline.store": f"{SETTINGS} pipeline.figures",
+    "pipeline.stage": f"{SETTINGS} pipeline.store",
+    "pipeline.recipe": CORE,
+    "pipeline.running": f"{CORE} pipeline.recipe",
+    "pipeline.command": f"{CORE} pipeline.recipe pipeline.running",
+    # How a job becomes processes.
+    "launch": f"{SETTINGS} pipeline.store.job",
+    # What stages share, floor by floor.
+    "stages.lib.processes": GIVEN,
+    "stages.lib.formulas": GIVEN,
+    "stages.lib.rows": GIVEN,
+    "stages.lib.sources": f"{GIVEN} stages.lib.rows",
+    "stages.lib.curation": f"{GIVEN} stages.lib.rows",
+    "stages.lib.text": f"{GIVEN} {LOW}",
+    "stages.lib.models": f"{GIVEN} {LOW} stages.lib.text",
+    "stages.lib.training": f"{GIVEN} {LOW} stages.lib.text stages.lib.models",
+    "stages.lib.generating": f"{GIVEN} {MIDDLE}",
+    "stages.lib.preferring": f"{GIVEN} {MIDDLE}",
+    "stages.lib.encoding": f"{GIVEN} {MIDDLE}",
+    "stages.lib.on_policy": f"{GIVEN} {MIDDLE} stages.lib.generating stages.lib.preferring",
+    "stages.lib.measuring": f"{GIVEN} {MIDDLE} stages.lib.generating stages.lib.preferring",
+    # The stages: all rooms, never each other.
+    **{
+        f"stages.{group}": f"{GIVEN} stages.lib"
+        for group in ("data", "language_model", "alignment", "compression", "evaluation", "encoder")
+    },
+}
+"""Room -> what its files may import of this project besides each other (of a stage's group not even those)."""
 
 
 def module_name(path: Path) -> str:
@@ -89,21 +128,71 @@ def broken(path: Path, line: int, name: str) -> str:
     return f"{path.relative_to(CHECKOUT)}:{line} imports {name}"
 
 
-def test_the_core_sees_no_stage_and_no_launcher() -> None:
-    """Tables are passed in; only the command line and the worker see them."""
-    offenders = [
-        broken(path, line, name)
-        for path in modules("pipeline")
-        if module_name(path) not in COMPOSITION_ROOTS
-        for name, line in all_imports(path)
-        if top(name) in ("stages", "launch")
-    ]
+def room_of(module: str) -> str | None:
+    """The room that the module stands in; None for the composition roots' own tables and for what stands in no room."""
+    return next((room for room in ROOMS if within(module, room)), None)
+
+
+def within(module: str, place: str) -> bool:
+    return module == place or module.startswith(f"{place}.")
+
+
+def is_ours(name: str) -> bool:
+    return top(name) in ("pipeline", "stages", "launch")
+
+
+def test_every_file_stands_in_a_room() -> None:
+    outside = {
+        module_name(path)
+        for package in ("pipeline", "stages", "launch")
+        for path in modules(package)
+        if room_of(module_name(path)) is None
+    }
+    assert outside == {"pipeline", "pipeline.__main__", "stages", "stages.lib"}
+
+
+def test_every_room_says_in_one_line_what_it_is_for() -> None:
+    packages = [path for path in modules("stages/lib") + modules("pipeline") if path.name == "__init__.py"]
+    for path in packages:
+        first, *rest = (ast.get_docstring(parse(path)) or "").splitlines()
+        assert first and not rest, path
+    assert len(packages) > 15
+
+
+def test_walls() -> None:
+    """Nothing is imported through a wall: `ROOMS` says what each room may see."""
+    offenders = []
+    for package in ("pipeline", "stages", "launch"):
+        for path in modules(package):
+            module = module_name(path)
+            room = room_of(module)
+            if room is None or module in COMPOSITION_ROOTS:
+                continue
+            own = () if path in stage_files() else (room,)
+            allowed = [*own, *ROOMS[room].split()]
+            names = [(name, line) for name, line in all_imports(path) if is_ours(name)]
+            offenders += [broken(path, line, name) for name, line in names if not may_see(name, allowed)]
     assert offenders == []
+
+
+def may_see(name: str, allowed: Sequence[str]) -> bool:
+    """Whether `name` lies within what is allowed, or is a package above it: `from a.b import c` counts as `a.b`, too."""
+    return any(within(name, place) or within(place, name) for place in allowed)
+
+
+def test_the_table_has_no_circle() -> None:
+    """Each room sees only rooms that stand above it in the table: below it in the house."""
+    seen: list[str] = []
+    for room, allowed in ROOMS.items():
+        for place in allowed.split():
+            if place != "stages.lib":
+                assert any(within(place, each) for each in seen), f"{room} sees {place}"
+        seen.append(room)
 
 
 def test_the_core_and_the_launchers_load_nothing_heavy() -> None:
     """Not even late, but for the worker, which brings hub models, and the doctor's probe, which runs on its own."""
-    allowed = {("pipeline.worker", "huggingface_hub"), ("launch.probe", "torch")}
+    allowed = {("pipeline.running.worker", "huggingface_hub"), ("launch.probe", "torch")}
     offenders = [
         broken(path, line, name)
         for package in ("pipeline", "launch")
@@ -121,22 +210,6 @@ def test_the_core_and_the_launchers_load_nothing_heavy() -> None:
     assert offenders == []
 
 
-def test_launchers_know_jobs_and_errors_only() -> None:
-    offenders = [
-        broken(path, line, name)
-        for path in modules("launch")
-        for name, line in all_imports(path)
-        if top(name) == "stages" or (top(name) == "pipeline" and not names_one_of(name, LAUNCH_CORE))
-    ]
-    assert offenders == []
-
-
-def names_one_of(name: str, parts: frozenset[str]) -> bool:
-    """Whether `pipeline.x...` is about one of the given modules (or is the bare `pipeline` of `from pipeline import x`)."""
-    _, _, rest = name.partition(".")
-    return not rest or top(rest) in parts
-
-
 def stage_files() -> list[Path]:
     """The files of stages: stages/<group>/<kind>.py."""
     return [
@@ -144,40 +217,6 @@ def stage_files() -> list[Path]:
         for path in modules("stages")
         if len(path.relative_to(CHECKOUT).parts) == 3 and path.parent.name != "lib" and path.name != "__init__.py"
     ]
-
-
-def library_files() -> list[Path]:
-    return modules("stages/lib")
-
-
-def test_a_stage_imports_no_other_stage() -> None:
-    offenders = [
-        broken(path, line, name)
-        for path in stage_files()
-        for name, line in all_imports(path)
-        if top(name) == "stages" and name not in ("stages", "stages.lib") and not name.startswith("stages.lib.")
-    ]
-    assert offenders == []
-
-
-def test_the_shared_library_imports_no_stage() -> None:
-    offenders = [
-        broken(path, line, name)
-        for path in library_files()
-        for name, line in all_imports(path)
-        if top(name) == "stages" and name not in ("stages", "stages.lib") and not name.startswith("stages.lib.")
-    ]
-    assert offenders == []
-
-
-def test_stages_see_of_the_core_what_they_are_given() -> None:
-    offenders = [
-        broken(path, line, name)
-        for path in [*stage_files(), *library_files()]
-        for name, line in all_imports(path)
-        if top(name) == "launch" or (top(name) == "pipeline" and not names_one_of(name, LIGHT_CORE))
-    ]
-    assert offenders == []
 
 
 def test_a_stage_file_loads_nothing_heavy_at_its_top() -> None:
@@ -221,12 +260,16 @@ def test_the_rules_above_can_be_broken() -> None:
     everything = {name for name, _ in imports(tree, "stages.data.clean", package=False)}
     assert {"torch.nn", "datasets", "numpy", "pandas", "spacy", "deepspeed"} <= everything
     assert {"stages.data.mix", "stages.lib", "stages.lib.rows"} <= everything
+    assert not may_see("stages.data.mix", ["stages.lib"])
+    assert may_see("stages.lib", ["stages.lib.rows"]) and not may_see("stages.lib.text.chats", ["stages.lib.rows"])
     at_load = {name for name, _ in imports(without_late_imports(tree), "stages.data.clean", package=False)}
     assert {"torch.nn", "numpy", "pandas", "spacy"} <= at_load
     assert not at_load & {"datasets", "deepspeed", "stages.data.mix", "stages.lib"}
 
 
-@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.worker", "pipeline.doctor", "stages", "launch"])
+@pytest.mark.parametrize(
+    "module", ["pipeline.command.cli", "pipeline.running.worker", "pipeline.command.doctor", "stages", "launch"]
+)
 def test_importing_loads_nothing_heavy(module: str) -> None:
     """In a process of its own: what params models of stages import counts as well."""
     code = f"import sys, {module}; print(*sorted({{n.partition('.')[0] for n in sys.modules}}))"

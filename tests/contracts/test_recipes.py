@@ -13,11 +13,11 @@ import pytest
 from pydantic import TypeAdapter, ValidationError, WrapValidator
 
 from launch import LAUNCHERS
-from pipeline.plan import Action, make_plan
-from pipeline.recipe_reader import load_recipe
-from pipeline.store import Store
-from pipeline.strict import CHECKOUT, Reading, inline
-from pipeline.yaml_loader import load_yaml, parse_yaml
+from pipeline.recipe.reader import load_recipe
+from pipeline.running.plan import Action, make_plan
+from pipeline.settings.strict import CHECKOUT, Reading, inline
+from pipeline.settings.yaml_loader import load_yaml, parse_yaml
+from pipeline.store.store import Store
 from stages import STAGES
 
 RECIPES = sorted((CHECKOUT / "pipeline" / "recipes").glob("**/*.yaml"))

@@ -13,11 +13,11 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from launch import LAUNCHERS
-from pipeline.artifact import Kind
-from pipeline.recipe_reader import load_recipe
-from pipeline.resources import Resources
+from pipeline.recipe.reader import load_recipe
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import CHECKOUT, OutsidePath, Strict, documentation, models_in
 from pipeline.stage import Input, Stage
-from pipeline.strict import CHECKOUT, OutsidePath, Strict, documentation, models_in
+from pipeline.store.artifact import Kind
 from stages import STAGES
 
 RECIPES = sorted((CHECKOUT / "pipeline" / "recipes").glob("**/*.yaml"))

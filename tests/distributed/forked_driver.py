@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.stage import World
-from stages.lib import distributed
+from stages.lib.processes import collectives as distributed
 from tests.distributed import training_driver
 
-LOADED_LATER = ("setuptools", "torch._inductor.compile_fx", "deepspeed", "stages.lib.on_policy_stage")
+LOADED_LATER = ("setuptools", "torch._inductor.compile_fx", "deepspeed", "stages.lib.on_policy.setup")
 """By a run, which would do so in each process anew."""
 
 

@@ -21,10 +21,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from pipeline.checkpoints import COMPLETE, Checkpoints
-from stages.lib import on_policy, sampling, training_state
-from stages.lib.engine import Engine
-from stages.lib.experience import Experience
+from pipeline.store.checkpoints import COMPLETE, Checkpoints
+from stages.lib.generating import sampling
+from stages.lib.on_policy import loop as on_policy
+from stages.lib.on_policy.experience import Experience
+from stages.lib.training import state as training_state
+from stages.lib.training.engine import Engine
 
 UNWATCHED = (
     on_policy.sample,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.artifact import list_files
+from pipeline.store.artifact import list_files
 from tests.distributed.training_world import Job, make_tokenizer, run_forked, write_chats
 from tests.integration.on_policy_world import REWARDS, write_policy
 

@@ -10,10 +10,10 @@ import pytest
 
 from pipeline.errors import DataError
 from stages.language_model.sft import give_template, require_ends, require_enough
-from stages.lib.chat_template import encode_chat
-from stages.lib.chats import Chats, Part, add_ledgers, collate_chats, read_ledger
-from stages.lib.ledger import Ledger
-from stages.lib.losses import IGNORE, TARGETS
+from stages.lib.formulas.token_losses import IGNORE, TARGETS
+from stages.lib.rows.ledger import Ledger, add_ledgers
+from stages.lib.text.chat_spans import encode_chat
+from stages.lib.text.chats import Chats, Part, collate_chats, read_ledger
 from tests.distributed.training_world import make_tokenizer
 
 TOO_LONG = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 50}]}

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError, RecipeError, StoreError
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, World
-from stages.lib import training
-from stages.lib.losses import TARGETS, TokenObjective, measure_tokens, next_tokens, token_metrics
-from stages.lib.models import check_weights, initial_weights, load_model
-from stages.lib.scheduling import ScheduledData, fingerprint
-from stages.lib.training import Evaluator, Trained, train
-from stages.lib.training_params import TrainingParams
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
+from stages.lib.formulas.token_losses import TARGETS, TokenObjective, measure_tokens, next_tokens, token_metrics
+from stages.lib.models.loading import initial_weights, load_model
+from stages.lib.models.publishing import check_weights
+from stages.lib.training import loop as training
+from stages.lib.training.evaluating import Evaluator
+from stages.lib.training.loop import Trained, train
+from stages.lib.training.params import TrainingParams
+from stages.lib.training.scheduling import ScheduledData, fingerprint
 from tests.distributed.training_world import LLAMA, make_tokenizer
 
 pytestmark = pytest.mark.slow

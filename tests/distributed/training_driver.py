@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import Preempted, SlipwayError
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, World
-from stages.lib import distributed, training
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
+from stages.lib.processes import collectives as distributed
+from stages.lib.training import loop as training
 
 WORLD = World(
     rank=int(os.environ.get("RANK", "0")),

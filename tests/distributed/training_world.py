@@ -36,7 +36,7 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from stages.lib.chat_template import PRESETS
+    from stages.lib.text.chat_presets import PRESETS
 
     preset = PRESETS["slipway"]
     core = Tokenizer(models.BPE())
@@ -60,8 +60,8 @@ def make_tokenizer() -> Any:
 
 def write_tokens(folder: Path, tokenizer: Any, num_documents: int = 60, num_heldout: int = 12) -> Path:
     """Packed tokens of short documents, so that most blocks hold several."""
-    from stages.lib.tokenization import tokenizer_digest
-    from stages.lib.tokens import INFO, TokensInfo, TokensWriter, dtype_for
+    from stages.lib.text.packed import INFO, TokensInfo, TokensWriter, dtype_for
+    from stages.lib.text.tokenizers import tokenizer_digest
 
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Manifest, read_manifest
-from pipeline.checkpoints import COMPLETE, Checkpoints
-from pipeline.journal import read_journal
+from pipeline.store.artifact import Manifest, read_manifest
+from pipeline.store.checkpoints import COMPLETE, Checkpoints
+from pipeline.store.journal import read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "e2e" / "tiny.yaml"

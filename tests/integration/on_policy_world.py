@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import MANIFEST, Facts, Kind, Manifest
 from pipeline.stage import Context, Result
+from pipeline.store.artifact import MANIFEST, Facts, Kind, Manifest
 from stages import STAGES
 from tests.distributed.training_world import docstrings, make_tokenizer, write_chats, write_model
 from tests.integration.preference_world import run
@@ -95,7 +95,8 @@ def write_reward_model(folder: Path, tokenizer: Any, **fields: Any) -> Path:
     """A reward model with random weights, like one that its stage made, whose scores lie some tenths apart."""
     import torch
 
-    from stages.lib.reward_models import HEAD_TYPE, add_reward_head, fixed_prompt_scores, load_reward_model
+    from stages.lib.models.heads import add_reward_head
+    from stages.lib.preferring.reward_models import HEAD_TYPE, fixed_prompt_scores, load_reward_model
 
     causal = write_model(folder.with_name(f"{folder.name}_causal"), tokenizer, **fields)
     torch.manual_seed(1)
@@ -114,7 +115,7 @@ def write_reward_model(folder: Path, tokenizer: Any, **fields: Any) -> Path:
 
 def make_other_tokenizer() -> Any:
     """Another vocabulary and another chat template than the policy's."""
-    from stages.lib.chat_template import PRESETS
+    from stages.lib.text.chat_presets import PRESETS
     from tests.integration.tiny_language_model import make_tokenizer as make
 
     preset = PRESETS["chatml"]
@@ -141,7 +142,8 @@ class Seen:
 @contextmanager
 def watching(experiences: list[Any], parts: list[Any]) -> Iterator[None]:
     """Within it, rollouts and the parts that they are made with are noted."""
-    from stages.lib import on_policy, on_policy_stage
+    from stages.lib.on_policy import loop as on_policy
+    from stages.lib.on_policy import setup as on_policy_stage
 
     collect, publish = on_policy.Aligner.collect, on_policy_stage.publish_policy
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import Checkpoints
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
 from tests.distributed.training_world import Job, run_forked
 from tests.integration.tiny_language_model import asked, make_tokenizer, real_data, said, write_split
 
@@ -67,7 +67,7 @@ def make_model(folder: Path, tokenizer: Any, *, hidden: int = 48, seed: int = 0,
 
 def tokenized(rows: Iterable[dict[str, Any]], tokenizer: Any, folder: Path, max_length_tokens: int = 512) -> Any:
     """The rows as `Pairs`, kept in `folder`."""
-    from stages.lib.preferences import Pairs, Part
+    from stages.lib.preferring.pairs import Pairs, Part
 
     part = Part()
     for index, row in enumerate(rows):

@@ -3,15 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-torch = pytest.importorskip("torch")
-
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer  # noqa: E402
-
-from pipeline.errors import DataError  # noqa: E402
-from pipeline.strict import validate  # noqa: E402
-from stages.encoder.answer import STAGE, AnswerParams  # noqa: E402
-from tests.integration.tiny_encoder import (  # noqa: E402
+from pipeline.errors import DataError
+from pipeline.settings.strict import validate
+from stages.encoder.answer import STAGE, AnswerParams
+from tests.integration.tiny_encoder import (
     losses,
     require_exact_resume,
     run_task,

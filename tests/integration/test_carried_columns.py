@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stages.data import clean, mix
-from stages.lib.rewards import Completion, ExactMatchReward, Sample, check_rows, score_programmatic
+from stages.lib.on_policy.rewards import Completion, ExactMatchReward, Sample, check_rows, score_programmatic
 from tests.unit.running_stages import SHARED_DATA, Ran, needs_shared_data, run_stage
 
 

@@ -3,16 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-torch = pytest.importorskip("torch")
-
-from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
-
-from pipeline.errors import ArtifactError, DataError, Problem  # noqa: E402
-from pipeline.resources import Resources  # noqa: E402
-from pipeline.stage import Estimate, Forecast  # noqa: E402
-from stages.encoder.classify import STAGE, ClassifyParams  # noqa: E402
-from tests.integration.tiny_encoder import (  # noqa: E402
+from pipeline.errors import ArtifactError, DataError, Problem
+from pipeline.settings.resources import Resources
+from pipeline.stage import Estimate, Forecast
+from stages.encoder.classify import STAGE, ClassifyParams
+from tests.integration.tiny_encoder import (
     losses,
     require_exact_resume,
     run_task,

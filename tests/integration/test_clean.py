@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import Kind
 from pipeline.errors import DataError
-from pipeline.yaml_loader import parse_yaml
+from pipeline.settings.yaml_loader import parse_yaml
+from pipeline.store.artifact import Kind
 from stages.data.clean import STAGE, CleanParams
 from stages.data.mix import MixParams
-from stages.lib.filters import FILTERS, Filters, any_script_words, build_judge
-from stages.lib.formats import LAYOUTS
-from stages.lib.near_duplicates import Buckets, MinHash, choose_buckets
-from stages.lib.normalization import Normalization, normalize_text
+from stages.lib.curation.filters import FILTERS, Filters, any_script_words, build_judge
+from stages.lib.curation.near_duplicates import Buckets, MinHash, choose_buckets
+from stages.lib.curation.normalization import Normalization, normalize_text
+from stages.lib.sources.layouts import LAYOUTS
 from tests.unit.running_stages import REPO_ROOT, SHARED_DATA, Ran, needs_shared_data, params_of, problems_of, run_stage
 
 LETTERS = "bcdfghklmn"

@@ -13,17 +13,17 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifact import digest_file
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Estimate, Forecast, Result
+from pipeline.store.artifact import digest_file
 from stages.compression.distill import STAGE, DistillParams, distillation_metrics
 from stages.language_model import pretrain
-from stages.lib.blocks import Blocks, collate_causal
-from stages.lib.distillation_losses import measure_distillation
-from stages.lib.losses import TARGETS, logits_of
-from stages.lib.perplexity import document_pieces, score
-from stages.lib.tokens import PackedTokens
+from stages.lib.formulas.distillation_losses import measure_distillation
+from stages.lib.formulas.token_losses import TARGETS, logits_of
+from stages.lib.measuring.perplexity import document_pieces, score
+from stages.lib.text.blocks import Blocks, collate_causal
+from stages.lib.text.packed import PackedTokens
 from tests.integration.preference_world import make_model, run, run_in_processes
 from tests.integration.tiny_language_model import TinyWorld, make_tokenizer, make_world
 

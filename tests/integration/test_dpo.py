@@ -15,14 +15,15 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifact import digest_file
 from pipeline.errors import ArtifactError, DataError, Preempted
-from pipeline.recipe import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Estimate, Forecast, Result
+from pipeline.store.artifact import digest_file
 from stages.alignment.dpo import STAGE, DPOParams
-from stages.lib.chat_template import encode_chat, encode_prompt
-from stages.lib.preferences import Pairs, ReferencePass
-from stages.lib.rows import read_rows
+from stages.lib.preferring.pairs import Pairs
+from stages.lib.preferring.reference import ReferencePass
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.chat_spans import encode_chat, encode_prompt
 from tests.integration.preference_world import (
     PreferenceWorld,
     make_model,
@@ -196,9 +197,9 @@ def pairs(world: PreferenceWorld, tmp_path: Path) -> Pairs:
 
 def context_in(folder: Path, **options: Any) -> Context:
     """The context of a stage that does nothing."""
-    from pipeline.artifact import Kind
+    from pipeline.settings.strict import Strict
     from pipeline.stage import Stage
-    from pipeline.strict import Strict
+    from pipeline.store.artifact import Kind
 
     idle = Stage("idle", 1, "", Strict, {}, Kind.CAUSAL_LM, run=lambda ctx, params: Result())
     return run(idle, {}, {}, folder, **options)[1]

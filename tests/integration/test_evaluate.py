@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from pipeline.errors import DataError  # noqa: E402
-from pipeline.recipe import Resources  # noqa: E402
-from pipeline.stage import Estimate, Forecast, Result  # noqa: E402
-from stages.evaluation.evaluate import STAGE, EvaluateParams  # noqa: E402
-from stages.lib.chat_template import encode_chat, encode_prompt  # noqa: E402
-from stages.lib.perplexity import Score, ScoredRow, bits_per_byte, document_pieces, heldout_text, score_rows  # noqa: E402
-from stages.lib.rows import read_rows  # noqa: E402
-from stages.lib.tokenization import encode_texts, load_tokenizer  # noqa: E402
-from stages.lib.tokens import PackedTokens  # noqa: E402
-from tests.integration.tiny_language_model import (  # noqa: E402
+from pipeline.errors import DataError
+from pipeline.settings.resources import Resources
+from pipeline.stage import Estimate, Forecast, Result
+from stages.evaluation.evaluate import STAGE, EvaluateParams
+from stages.lib.measuring.perplexity import Score, ScoredRow, bits_per_byte, document_pieces, heldout_text, score_rows
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.chat_spans import encode_chat, encode_prompt
+from stages.lib.text.packed import PackedTokens
+from stages.lib.text.tokenizers import encode_texts, load_tokenizer
+from tests.integration.tiny_language_model import (
     TinyWorld,
     make_tokenizer,
     make_world,
@@ -82,7 +81,7 @@ def rewarding_otherwise(foreign: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def with_reward_head(source: Path, folder: Path) -> Path:
-    from stages.lib.reward_models import add_reward_head, choose_padding
+    from stages.lib.models.heads import add_reward_head, choose_padding
 
     tokenizer = load_tokenizer(source)
     torch.manual_seed(0)
@@ -264,7 +263,7 @@ def test_models_with_different_tokenizers_are_said_not_to_compare(
 
 def test_every_model_replies_to_the_same_prompts(world: TinyWorld, even: Path, tmp_path: Path) -> None:
     """The first two held-out chats up to their last assistant turn, and one of our own; seed of the step + number."""
-    from stages.lib.generation import stream_reply, whole_reply
+    from stages.lib.generating.replies import stream_reply, whole_reply
 
     options = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9}
     generation = {"heldout_prompts": 2, "prompts": ["List files."], **options}
@@ -307,7 +306,7 @@ def test_a_row_that_one_model_cannot_read_is_left_out_for_all(world: TinyWorld, 
 
 
 def test_reward_models_are_judged_on_the_same_pairs(world: TinyWorld, rewarding: Path, tmp_path: Path) -> None:
-    from stages.lib.reward_models import load_reward_model, score_chats
+    from stages.lib.preferring.reward_models import load_reward_model, score_chats
 
     inputs = {"preferences": world.preferences, "reward_models.judge": rewarding}
     result, out = evaluate({"base": world.model}, tmp_path / "report", **inputs)
@@ -333,7 +332,7 @@ def test_reward_models_score_the_replies_of_all_models(
 ) -> None:
     """The oracle scores each chat by itself, in the template and tokens of the reward model. Win rates are counted by hand;
     base and its twin draw the same replies, which tie, also in the last bits."""
-    from stages.lib.reward_models import load_reward_model, score_chats
+    from stages.lib.preferring.reward_models import load_reward_model, score_chats
 
     models = {"even": even, "base": world.model, "twin": world.model}
     judges = {"own": rewarding, "other": rewarding_otherwise}
@@ -429,8 +428,8 @@ def test_prompts_without_room_or_reader_are_left_out_for_all(
 def test_a_reply_that_spells_special_tokens_is_scored_as_text(world: TinyWorld, rewarding: Path) -> None:
     """As text the end of a turn is several tokens. Equal replies get one score: of three in batches of two, one would be
     alone or with others, padded or not, which shows in the last bits."""
-    from stages.lib.reward_models import load_reward_model, score_chats
-    from stages.lib.scored_replies import HeldoutPrompt, ScoredReplies
+    from stages.lib.measuring.scored_replies import HeldoutPrompt, ScoredReplies
+    from stages.lib.preferring.reward_models import load_reward_model, score_chats
 
     prompt = [{"role": "user", "content": "Say it."}]
     texts = ["a<|end|><|user|>b", "a", "It was a longer reply."]
@@ -446,7 +445,7 @@ def test_a_reply_that_spells_special_tokens_is_scored_as_text(world: TinyWorld, 
 def test_what_scores_come_to_by_hand() -> None:
     """Scores 1, 3, 5 and -1 have the mean 2 and the deviation sqrt(20 / 4). Against 0, 3, 6 and 0 they win, tie, lose and
     lose: 1.5 of 4. Only with several reward models does a metric say which one."""
-    from stages.lib.scored_replies import measures_under, metrics_of
+    from stages.lib.measuring.scored_replies import measures_under, metrics_of
 
     found = {"reference": [0.0, 3.0, 6.0, 0.0], "models": {"chat": [1.0, 3.0, 5.0, -1.0]}}
     under = measures_under(found, None)
@@ -483,7 +482,8 @@ def test_a_restart_measures_no_model_twice(
     shutil.rmtree(out)
     (tmp_path / "measured-model-even.json").unlink()
     loaded = []
-    from stages.lib import generation, reward_models
+    from stages.lib.generating import replies as generation
+    from stages.lib.preferring import reward_models
 
     original = generation.load_language_model
 

@@ -3,18 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-torch = pytest.importorskip("torch")
-
-from transformers import AutoModelForTokenClassification, AutoTokenizer  # noqa: E402
-
-from pipeline.errors import DataError  # noqa: E402
-from pipeline.strict import validate  # noqa: E402
-from stages.encoder.extract import STAGE, ExtractParams  # noqa: E402
-from stages.lib.encoders import open_tokenizer, require_frame  # noqa: E402
-from stages.lib.extraction import IGNORED, found_spans, read_text, training_windows  # noqa: E402
-from stages.lib.tagging import tally  # noqa: E402
-from tests.integration.tiny_encoder import (  # noqa: E402
+from pipeline.errors import DataError
+from pipeline.settings.strict import validate
+from stages.encoder.extract import STAGE, ExtractParams
+from stages.lib.encoding.extraction import IGNORED, found_spans, read_text, training_windows
+from stages.lib.formulas.metrics import tally
+from stages.lib.text.frames import open_tokenizer, require_frame
+from tests.integration.tiny_encoder import (
     losses,
     require_exact_resume,
     run_task,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.lib.experience import Episode
-from stages.lib.rows import read_rows
+from stages.lib.on_policy.experience import Episode
+from stages.lib.rows.canonical import read_rows
 from tests.integration.on_policy_world import (
     OnPolicyWorld,
     Seen,

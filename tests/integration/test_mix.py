@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import Kind
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipe import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Estimate, Forecast
+from pipeline.store.artifact import Kind
 from stages.data.mix import STAGE, MixParams
-from stages.lib.mixing import amounts_by_weight
+from stages.lib.curation.mixing import amounts_by_weight
 from tests.unit.running_stages import Ran, params_of, problems_of, run_stage
 
 Row = dict[str, Any]

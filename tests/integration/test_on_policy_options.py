@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import DataError
 from stages import STAGES
-from stages.lib import on_policy
-from stages.lib.chat_template import EncodedChat, encode_chat
-from stages.lib.rows import read_rows
-from stages.lib.sampling import Sampled
-from stages.lib.scheduling import ScheduledData, seed_of
-from stages.lib.training_params import learning_rate_factor
+from stages.lib.generating.sampling import Sampled
+from stages.lib.on_policy import loop as on_policy
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.chat_spans import EncodedChat, encode_chat
+from stages.lib.training.params import learning_rate_factor
+from stages.lib.training.scheduling import ScheduledData, seed_of
 from tests.distributed.training_world import docstrings
 from tests.integration.on_policy_world import (
     PARAMS,

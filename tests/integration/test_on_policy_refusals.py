@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.artifact import Kind, digest_file, read_manifest
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError, Problem, RewardError
-from pipeline.journal import read_journal
-from stages.lib import rewards as rewards_library
-from stages.lib.chat_template import encode_prompt
-from stages.lib.rewards import Completion
-from stages.lib.rows import read_rows
-from stages.lib.scoring import RewardModelScorer
-from stages.lib.tokenization import tokenizer_digest
+from pipeline.store.artifact import Kind, digest_file, read_manifest
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import read_journal
+from stages.lib.on_policy import rewards as rewards_library
+from stages.lib.on_policy.rewards import Completion
+from stages.lib.on_policy.scoring import RewardModelScorer
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.chat_spans import encode_prompt
+from stages.lib.text.tokenizers import tokenizer_digest
 from tests.distributed.training_world import make_tokenizer
 from tests.integration.on_policy_world import (
     OnPolicyWorld,

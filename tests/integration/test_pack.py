@@ -15,16 +15,16 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.artifact import list_files
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError, Preempted
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import CHECKOUT
 from pipeline.stage import Context, Estimate, Forecast, Result, World
-from pipeline.strict import CHECKOUT
+from pipeline.store.artifact import list_files
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
 from stages.data import pack, tokenizer
-from stages.lib.tokenization import load_tokenizer, tokenizer_digest
-from stages.lib.tokens import Block, PackedTokens, TokensInfo, TokensWriter, read_info
+from stages.lib.text.packed import Block, PackedTokens, TokensInfo, TokensWriter, read_info
+from stages.lib.text.tokenizers import load_tokenizer, tokenizer_digest
 
 REAL = CHECKOUT.parent / "shared" / "data" / "text"
 LENGTH = 16

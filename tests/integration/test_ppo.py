@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from stages import STAGES
-from stages.lib.chat_template import encode_prompt
-from stages.lib.experience import Episode
-from stages.lib.reward_models import load_reward_model, score_chats
-from stages.lib.rows import read_rows
-from stages.lib.scheduling import ScheduledData
-from stages.lib.tokenization import tokenizer_digest
-from stages.lib.training_params import learning_rate_factor
+from stages.lib.on_policy.experience import Episode
+from stages.lib.preferring.reward_models import load_reward_model, score_chats
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.chat_spans import encode_prompt
+from stages.lib.text.tokenizers import tokenizer_digest
+from stages.lib.training.params import learning_rate_factor
+from stages.lib.training.scheduling import ScheduledData
 from tests.integration.on_policy_world import (
     END,
     PARAMS,

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from pipeline.artifact import Kind, digest_file  # noqa: E402
-from pipeline.errors import ArtifactError, DataError, GateError  # noqa: E402
-from pipeline.resources import Resources  # noqa: E402
-from pipeline.stage import Estimate, Forecast  # noqa: E402
-from pipeline.strict import validate  # noqa: E402
-from stages.compression.quantize import STAGE, QuantizeParams, require_quality  # noqa: E402
-from tests.integration.tiny_language_model import (  # noqa: E402
+from pipeline.errors import ArtifactError, DataError, GateError
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import validate
+from pipeline.stage import Estimate, Forecast
+from pipeline.store.artifact import Kind, digest_file
+from stages.compression.quantize import STAGE, QuantizeParams, require_quality
+from tests.integration.tiny_language_model import (
     TinyWorld,
     make_tokenizer,
     make_world,
@@ -71,7 +70,7 @@ def quantized_layers(model: Any) -> dict[str, Any]:
 
 
 def some_ids(world: TinyWorld) -> Any:
-    from stages.lib.tokens import PackedTokens
+    from stages.lib.text.packed import PackedTokens
 
     packed = PackedTokens(world.tokens, "heldout")
     return torch.stack([torch.from_numpy(packed.block(index).input_ids) for index in range(4)])
@@ -120,8 +119,8 @@ def test_the_file_is_as_large_as_its_bits_say(world: TinyWorld, tmp_path: Path) 
 
 def test_gptq_keeps_the_outputs_of_the_first_layers_closer_than_rounding(world: TinyWorld, tmp_path: Path) -> None:
     """Gptq minimizes |W x - Q x|^2 over the calibration inputs x, which rounding does not look at."""
-    from stages.lib.tokenization import load_tokenizer
-    from stages.lib.tokens import PackedTokens
+    from stages.lib.text.packed import PackedTokens
+    from stages.lib.text.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(world.model)
     few = write_tokens(tmp_path / "few", tokenizer, world.texts[:120])
@@ -220,8 +219,8 @@ def test_chats_calibrate_and_measure_too(world: TinyWorld, tmp_path: Path) -> No
     """Perplexity is then that of what the assistant says: 40 held-out chats, each with its tokens and turn end."""
     from transformers import AutoTokenizer
 
-    from stages.lib.chat_template import encode_chat
-    from stages.lib.rows import read_rows
+    from stages.lib.rows.canonical import read_rows
+    from stages.lib.text.chat_spans import encode_chat
 
     tokenizer = AutoTokenizer.from_pretrained(world.model)
     chats = [encode_chat(tokenizer, row["messages"]) for row in read_rows(world.chats / "heldout.jsonl")]

@@ -16,22 +16,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pipeline.artifact import MANIFEST, Facts, Kind, Manifest
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context, Estimate, Forecast, Result
+from pipeline.store.artifact import MANIFEST, Facts, Kind, Manifest
 from stages.alignment.reward import STAGE, RewardObjective, RewardParams, heldout_metrics
-from stages.lib.chat_template import encode_chat
-from stages.lib.preferences import Pairs, Part, collate_pairs
-from stages.lib.reward_models import (
+from stages.lib.models.heads import add_reward_head, choose_padding
+from stages.lib.preferring.pairs import Pairs, Part, collate_pairs
+from stages.lib.preferring.reward_models import (
     FIXED_PROMPTS,
-    add_reward_head,
-    choose_padding,
     fixed_prompt_scores,
     load_reward_model,
     score_chats,
     scores,
 )
-from stages.lib.rows import read_rows, write_rows
+from stages.lib.rows.canonical import read_rows, write_rows
+from stages.lib.text.chat_spans import encode_chat
 from tests.integration.preference_world import (
     PreferenceWorld,
     make_model,

@@ -18,18 +18,20 @@ from tokenizers import AddedToken, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from pipeline.artifact import list_files
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import ArtifactError, DataError
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import CHECKOUT, Reading, validate
 from pipeline.stage import Context, Result, World
-from pipeline.strict import CHECKOUT, Reading, validate
+from pipeline.store.artifact import list_files
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
 from stages.data.tokenizer import Params, find_merges, run, sample_texts, split_lines
-from stages.lib.chat_template import SLIPWAY, encode_chat, special_ids
-from stages.lib.rows import read_rows
-from stages.lib.sentencepiece_parity import BUILT_IN_TEXTS, Escape, compare
-from stages.lib.tokenization import (
+from stages.lib.rows.canonical import read_rows
+from stages.lib.text.chat_presets import SLIPWAY
+from stages.lib.text.chat_rendering import special_ids
+from stages.lib.text.chat_spans import encode_chat
+from stages.lib.text.sentencepiece_parity import BUILT_IN_TEXTS, Escape, compare
+from stages.lib.text.tokenizers import (
     copy_tokenizer,
     decode_ids,
     encode_texts,

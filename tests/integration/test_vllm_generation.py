@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import LaunchError
-from stages.lib.vllm_generation import require_vllm, sampled_of
+from stages.lib.generating.vllm import require_vllm, sampled_of
 
 needs_vllm = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None, reason="needs a GPU and vLLM"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import list_files
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import Preempted
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
+from pipeline.store.artifact import list_files
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
 from tests.integration.tiny_language_model import make_tokenizer, real_data
 
 MASKED_SHARE = 0.15
@@ -108,7 +108,7 @@ def slot_questions(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write_data(folder: Path, train: Iterable[dict[str, Any]], heldout: Iterable[dict[str, Any]]) -> Path:
     """A mixed data set, as far as a training stage reads it."""
-    from stages.lib.rows import write_rows
+    from stages.lib.rows.canonical import write_rows
 
     folder.mkdir(parents=True)
     write_rows(folder / "train.jsonl", train)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoints import Checkpoints
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SEQUENCE_LENGTH = 64
@@ -59,7 +59,7 @@ def make_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from stages.lib.chat_template import PRESETS
+    from stages.lib.text.chat_presets import PRESETS
 
     preset = PRESETS["slipway"]
     core = Tokenizer(models.BPE())
@@ -82,8 +82,8 @@ def make_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
 
 def write_tokens(folder: Path, tokenizer: Any, texts: list[str]) -> Path:
     """The texts packed, each with bos and eos; the first ones are held out."""
-    from stages.lib.tokenization import encode_texts, tokenizer_digest
-    from stages.lib.tokens import TokensInfo, TokensWriter, dtype_for
+    from stages.lib.text.packed import TokensInfo, TokensWriter, dtype_for
+    from stages.lib.text.tokenizers import encode_texts, tokenizer_digest
 
     folder.mkdir(parents=True)
     documents = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encode_texts(tokenizer, texts)]
@@ -114,7 +114,7 @@ def train_model(folder: Path, tokenizer: Any, tokens: Path, *, steps: int, hidde
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages.lib.tokens import PackedTokens
+    from stages.lib.text.packed import PackedTokens
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -149,7 +149,7 @@ def train_model(folder: Path, tokenizer: Any, tokens: Path, *, steps: int, hidde
 
 
 def write_split(folder: Path, rows: list[dict[str, Any]], heldout: int) -> Path:
-    from stages.lib.rows import write_rows
+    from stages.lib.rows.canonical import write_rows
 
     folder.mkdir(parents=True)
     write_rows(folder / "heldout.jsonl", rows[:heldout])

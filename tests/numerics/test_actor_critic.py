@@ -10,18 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.lib.actor_critic import (
-    ActorCritic,
-    Judged,
-    adapted,
-    fresh_value,
-    load_value,
-    parameter_groups,
-    sharing_weights,
-)
-from stages.lib.experience import Episode, collate_episodes
-from stages.lib.losses import IGNORE
-from stages.lib.on_policy_params import LoraParams
+from stages.lib.formulas.token_losses import IGNORE
+from stages.lib.models.adapters import LoraParams, sharing_weights
+from stages.lib.models.heads import fresh_value, load_value
+from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
+from stages.lib.on_policy.experience import Episode, collate_episodes
+from stages.lib.training.optimizer import parameter_groups
 from tests.numerics.tiny_models import FAMILIES, PADDING, logprobs_alone, tiny_policy, tiny_value, values_alone
 
 SEQUENCES = [

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from stages.lib import distillation_losses as losses
-from stages.lib.distillation_losses import (
+from stages.lib.formulas import distillation_losses as losses
+from stages.lib.formulas.distillation_losses import (
     distillation_loss_sum,
     distillation_losses,
     divergences,
     measure_distillation,
 )
-from stages.lib.losses import IGNORE
+from stages.lib.formulas.token_losses import IGNORE
 
 LN2 = math.log(2)
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoints import Checkpoints
 from pipeline.errors import DataError
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, World
-from stages.lib import evaluating
-from stages.lib.calibration import expected_calibration_error, preference_calibration_error
-from stages.lib.evaluating import Evaluator
-from stages.lib.reward_models import score_distribution
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
+from stages.lib.formulas.calibration import expected_calibration_error, preference_calibration_error
+from stages.lib.preferring.reward_models import score_distribution
+from stages.lib.training import evaluating
+from stages.lib.training.evaluating import Evaluator
 
 LOG3, LOG19 = math.log(3), math.log(19)
 """Log-odds of the probabilities 0.75 and 0.95."""

@@ -12,8 +12,8 @@ import torch
 
 from pipeline.errors import RecipeError
 from pipeline.stage import Context
-from stages.lib.blocks import collate_causal, collate_masked, require_isolation, same_document
-from stages.lib.losses import (
+from stages.lib.formulas.masking import Masking
+from stages.lib.formulas.token_losses import (
     IGNORE,
     TARGETS,
     TokenObjective,
@@ -23,8 +23,9 @@ from stages.lib.losses import (
     token_logps,
     token_metrics,
 )
-from stages.lib.masking import Masking
-from stages.lib.training import Evaluator
+from stages.lib.models.isolation import require_isolation
+from stages.lib.text.blocks import collate_causal, collate_masked, same_document
+from stages.lib.training.evaluating import Evaluator
 
 # Logits of two places over three tokens with softmax (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4).
 LOGITS_BTV = torch.tensor([[[2.0, 1.0, 1.0], [1.0, 1.0, 6.0]]]).log()
@@ -179,10 +180,10 @@ def test_a_packed_block_of_an_encoder(model_type: str) -> None:
 
 @pytest.fixture
 def evaluator_of(tmp_path: Path) -> Any:
-    from pipeline.checkpoints import Checkpoints
-    from pipeline.journal import Journal
-    from pipeline.recipe import Resources
+    from pipeline.settings.resources import Resources
     from pipeline.stage import World
+    from pipeline.store.checkpoints import Checkpoints
+    from pipeline.store.journal import Journal
 
     def make(model: Any) -> Evaluator:
         ctx = Context(

@@ -17,14 +17,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from stages.alignment.grpo import GRPO, GRPOParams
 from stages.alignment.rloo import RLOO, RLOOParams
-from stages.lib.actor_critic import ActorCritic
-from stages.lib.experience import Episode, Experience, collate_episodes
-from stages.lib.on_policy import Aligner, Progress
-from stages.lib.prompts import PromptRow, Prompts
-from stages.lib.training_params import derive_batch
+from stages.lib.on_policy.actor_critic import ActorCritic
+from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
+from stages.lib.on_policy.loop import Aligner, Progress
+from stages.lib.text.prompts import PromptRow, Prompts
+from stages.lib.training.params import derive_batch
 from tests.integration.tiny_language_model import make_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

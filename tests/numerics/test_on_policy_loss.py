@@ -16,21 +16,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints import Checkpoints
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Context, World
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
 from stages.alignment.grpo import GRPO, GRPOParams
 from stages.alignment.ppo import PPO, PPOParams
 from stages.alignment.rloo import RLOO, RLOOParams
-from stages.lib.actor_critic import ActorCritic, Judged, parameter_groups
-from stages.lib.engine import Engine
-from stages.lib.experience import Episode, Experience, collate_episodes
-from stages.lib.on_policy import Algorithm, Aligner, Parts, Progress
-from stages.lib.on_policy_params import OnPolicyParams
-from stages.lib.prompts import PromptRow, Prompts
-from stages.lib.scoring import Scorer
-from stages.lib.training_params import derive_batch
+from stages.lib.on_policy.actor_critic import ActorCritic, Judged
+from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
+from stages.lib.on_policy.loop import Algorithm, Aligner, Parts, Progress
+from stages.lib.on_policy.params import OnPolicyParams
+from stages.lib.on_policy.scoring import Scorer
+from stages.lib.text.prompts import PromptRow, Prompts
+from stages.lib.training.engine import Engine
+from stages.lib.training.optimizer import parameter_groups
+from stages.lib.training.params import derive_batch
 
 LN2 = math.log(2)
 PADDING = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.alignment.grpo import GRPOParams
 from stages.alignment.ppo import PPOParams
-from stages.lib import policy_gradient as pg
+from stages.lib.formulas import policy_gradient as pg
 
 LN2 = math.log(2)
 LENGTHS = [5, 1, 3, 8]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.alignment.dpo import DPOParams
-from stages.lib.preference_losses import (
+from stages.lib.formulas.preference_losses import (
     PREFERENCE_LOSSES,
     hinge_loss,
     implicit_margin,

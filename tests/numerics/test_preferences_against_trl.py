@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from stages.alignment.dpo import DPOObjective, DPOParams
 from stages.alignment.reward import RewardObjective, RewardParams
-from stages.lib.preferences import answer_logprobs, collate_pairs
-from stages.lib.reward_models import scores
+from stages.lib.preferring.answers import answer_logprobs
+from stages.lib.preferring.pairs import collate_pairs
+from stages.lib.preferring.reward_models import scores
 from tests.integration.preference_world import tokenized
 from tests.integration.tiny_language_model import asked, make_tokenizer, real_data, said
 

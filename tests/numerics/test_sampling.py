@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from stages.lib.sampling import DrawByUniforms, Sampled, cut, sample, uniforms_for
+from stages.lib.generating.sampling import DrawByUniforms, Sampled, cut, sample, uniforms_for
 from tests.numerics.tiny_models import FAMILIES, PADDING, VOCABULARY, logprobs_alone, tiny_policy
 
 # Log-probabilities 1/2, 0, 1/4, 1/8, 1/8: the cumulative distribution steps at 1/2, 3/4 and 7/8.
@@ -231,8 +231,7 @@ def test_the_models_own_generation_config_changes_nothing() -> None:
 
 def test_the_same_under_a_fresh_adapter() -> None:
     """It adds 0 to the weights. peft hands a generation config down to the model within: that one has its own again too."""
-    from stages.lib.actor_critic import with_adapter
-    from stages.lib.on_policy_params import LoraParams
+    from stages.lib.models.adapters import LoraParams, with_adapter
 
     base = tiny_policy("llama")
     expected = completed(base)

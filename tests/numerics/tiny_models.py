@@ -30,7 +30,7 @@ def tiny_value(family: str, seed: int = 2) -> Any:
 def made(auto_class: Any, family: str, seed: int, **more: Any) -> Any:
     from transformers import AutoConfig
 
-    from stages.lib.models import without_dropout
+    from stages.lib.models.loading import without_dropout
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.artifact import Facts, Kind
 from pipeline.errors import DataError, Preempted, Problem
+from pipeline.settings.strict import Inlined, OutsidePath, Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from pipeline.strict import Inlined, OutsidePath, Strict
+from pipeline.store.artifact import Facts, Kind
 
 
 class Recipe(Strict):

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoints import Checkpoints
-from pipeline.journal import Journal
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import Reading, Strict, validate
 from pipeline.stage import Context, Result, Stage, World
-from pipeline.strict import Reading, Strict, validate
-from stages.lib.ledger import Ledger
-from stages.lib.source_rows import read_source
-from stages.lib.sources import FilesSource
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.journal import Journal
+from stages.lib.rows.ledger import Ledger
+from stages.lib.sources.params import FilesSource
+from stages.lib.sources.read import read_source
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 SHARED_DATA = REPO_ROOT.parent / "shared" / "data"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.lib.arithmetic import FAMILIES, completed, field_of, memory_bytes_per_rank, parameter_count
+from stages.lib.models.arithmetic import FAMILIES, completed, field_of, memory_bytes_per_rank, parameter_count
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {

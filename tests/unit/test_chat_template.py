@@ -10,23 +10,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
-from stages.lib.chat_template import (
-    CHATML,
-    PRESETS,
-    PROBES,
-    PROMPT_BOUNDARY,
-    SLIPWAY,
-    TOO_LONG,
-    BoundaryError,
-    check_chat_template,
-    encode_chat,
-    encode_prompt,
-    end_of_turn_id,
-    fit_chat,
-    fit_preference,
-    special_ids,
-)
-from stages.lib.tokenization import encode_texts, stop_token_ids
+from stages.lib.text.chat_check import PROBES, check_chat_template, end_of_turn_id
+from stages.lib.text.chat_fitting import PROMPT_BOUNDARY, TOO_LONG, fit_chat, fit_preference
+from stages.lib.text.chat_presets import CHATML, PRESETS, SLIPWAY
+from stages.lib.text.chat_rendering import special_ids
+from stages.lib.text.chat_spans import BoundaryError, encode_chat, encode_prompt
+from stages.lib.text.tokenizers import encode_texts, stop_token_ids
 
 NAMES = ["<unk>", "<s>", "</s>", "<pad>", *PRESETS["slipway"].special_tokens, *PRESETS["chatml"].special_tokens]
 CHARACTERS = ["\n", "\t", "\u2581", *(chr(code) for code in range(32, 127))]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoints import COMPLETE, Checkpoints, require_room
 from pipeline.errors import StoreError
+from pipeline.store.checkpoints import COMPLETE, Checkpoints, require_room
 
 
 def save(checkpoints: Checkpoints, step: int) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import digests as module
-from pipeline.digests import Digests, cache_file
+from pipeline.store import digests as module
+from pipeline.store.digests import Digests, cache_file
 
 
 def old(path: Path) -> Path:

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 
-from pipeline import doctor
-from pipeline.doctor import Answer, Finding
-from pipeline.store import Store
+from pipeline.command import doctor
+from pipeline.command.doctor import Answer, Finding
+from pipeline.store.store import Store
 
 GIBIBYTE = 2**30
 

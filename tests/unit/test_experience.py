@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.lib.experience import PER_TOKEN, Episode, Experience, collate_episodes
+from stages.lib.on_policy.experience import PER_TOKEN, Episode, Experience, collate_episodes
 
 SHAPES = [(2, 3), (4, 1), (1, 2), (3, 4), (2, 2)]
 """Tokens of prompt and completion."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.strict import documentation
-from stages.lib.conversion import REASONS, REPAIRS, Conversion, Dropped
-from stages.lib.formats import LAYOUTS, convert_record
-from stages.lib.rows import FORMATS
-from stages.lib.sources import LaidOutSource
+from pipeline.settings.strict import documentation
+from stages.lib.rows.canonical import FORMATS
+from stages.lib.sources.conversion import REASONS, REPAIRS, Conversion, Dropped
+from stages.lib.sources.layouts import LAYOUTS, convert_record
+from stages.lib.sources.params import LaidOutSource
 from tests.unit.running_stages import SHARED_DATA, needs_shared_data, read_files
 
 Row = dict[str, Any]

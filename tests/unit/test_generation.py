@@ -5,25 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch = pytest.importorskip("torch")
-
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
-
-from pipeline.errors import ArtifactError, DataError  # noqa: E402
-from stages.lib.chat_template import encode_prompt  # noqa: E402
-from stages.lib.generation import (  # noqa: E402
+from pipeline.errors import ArtifactError, DataError
+from stages.lib.generating.chat import chat, load_chat_model
+from stages.lib.generating.replies import (
     IncrementalDecoder,
-    chat,
-    load_chat_model,
     stop_token_ids,
     stream_reply,
     stream_tokens,
     whole_reply,
     write_replies,
 )
-from stages.lib.sampling import uniforms_for  # noqa: E402
+from stages.lib.generating.sampling import uniforms_for
+from stages.lib.text.chat_spans import encode_prompt
 
 BOS, EOS, TURN_END = 1, 2, 3
 TEMPLATE = (

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import Kind
 from pipeline.errors import RecipeError
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import CHECKOUT
 from pipeline.stage import Estimate, Forecast
-from pipeline.strict import CHECKOUT
+from pipeline.store.artifact import Kind
 from stages.language_model import pretrain, sft
 
 LLAMA = {

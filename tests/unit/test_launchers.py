@@ -15,9 +15,9 @@ import pytest
 from launch import LAUNCHERS
 from launch.base import in_front, run_command
 from pipeline.errors import LaunchError
-from pipeline.job import Job
-from pipeline.resources import Resources
-from pipeline.strict import CHECKOUT
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import CHECKOUT
+from pipeline.store.job import Job
 
 ARTIFACT_ID = "0000000a" + "0" * 56
 BESIDE = Path(sys.executable).parent
@@ -51,7 +51,12 @@ def never() -> bool:
 
 
 def test_local_starts_the_worker_with_this_python() -> None:
-    assert LAUNCHERS["local"].command(job()) == [sys.executable, "-m", "pipeline.worker", "/store/work/sft-0000000a"]
+    assert LAUNCHERS["local"].command(job()) == [
+        sys.executable,
+        "-m",
+        "pipeline.running.worker",
+        "/store/work/sft-0000000a",
+    ]
 
 
 def test_torchrun_on_one_node_meets_by_itself() -> None:
@@ -62,7 +67,7 @@ def test_torchrun_on_one_node_meets_by_itself() -> None:
         "--nproc-per-node=2",
         "--max-restarts=0",
         "-m",
-        "pipeline.worker",
+        "pipeline.running.worker",
         "/store/work/sft-0000000a",
     ]
 
@@ -78,7 +83,7 @@ def test_torchrun_on_two_nodes_meets_where_the_recipe_says() -> None:
         "--nproc-per-node=8",
         "--max-restarts=0",
         "-m",
-        "pipeline.worker",
+        "pipeline.running.worker",
         "/store/work/sft-0000000a",
     ]
 
@@ -91,7 +96,7 @@ def test_deepspeed_on_one_node() -> None:
         "--num_gpus=2",
         "--master_port=29510",
         "--module",
-        "pipeline.worker",
+        "pipeline.running.worker",
         "/store/work/sft-0000000a",
     ]
 
@@ -107,7 +112,7 @@ def test_deepspeed_on_two_nodes_reads_the_hostfile(tmp_path: Path) -> None:
         "--num_gpus=8",
         "--master_port=29510",
         "--module",
-        "pipeline.worker",
+        "pipeline.running.worker",
         "/store/work/sft-0000000a",
     ]
 

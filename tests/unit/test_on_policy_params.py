@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import Problem
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Estimate, Forecast
 from stages import STAGES
 from tests.unit.running_stages import params_of, problems_of

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from launch.base import LocalProcess
-from pipeline.artifact import read_manifest
-from pipeline.console import Progress
 from pipeline.errors import RecipeError
-from pipeline.execute import execute
-from pipeline.job import Job
-from pipeline.plan import Plan, flatten, make_plan
-from pipeline.recipe_reader import load_recipe
-from pipeline.store import Store
+from pipeline.recipe.reader import load_recipe
+from pipeline.running.execute import execute
+from pipeline.running.plan import Plan, flatten, make_plan
+from pipeline.running.progress import Progress
+from pipeline.store.artifact import read_manifest
+from pipeline.store.job import Job
+from pipeline.store.store import Store
 from tests.unit.fake_stages import LAUNCHERS, STAGES
 
 RECIPE = """
@@ -30,7 +30,7 @@ stages:
   joined: {kind: join, inputs: {data: first, more: {second: second}}}
 """
 ROOT = Path(__file__).resolve().parents[2]
-DRIVER = "import sys; from pipeline.worker import main; from tests.unit.fake_stages import STAGES; sys.exit(main(sys.argv[1:], STAGES))"
+DRIVER = "import sys; from pipeline.running.worker import main; from tests.unit.fake_stages import STAGES; sys.exit(main(sys.argv[1:], STAGES))"
 
 
 class FakeStageProcess(LocalProcess):
@@ -180,7 +180,7 @@ def test_a_step_that_another_process_runs_is_left_alone(tmp_path: Path) -> None:
     job = plan.step("first").job("demo", store)
     store.begin(job)
     script = (
-        "import time; from pathlib import Path; from pipeline.store import Store\n"
+        "import time; from pathlib import Path; from pipeline.store.store import Store\n"
         f"with Store(Path('{store.folder}')).locked(Path('{job.work}')): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)

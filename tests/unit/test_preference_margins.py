@@ -10,9 +10,9 @@ import pytest
 
 from stages.data.clean import STAGE as CLEAN
 from stages.data.mix import STAGE as MIX
-from stages.lib.conversion import Conversion, Dropped
-from stages.lib.formats import LAYOUTS, convert_record
-from stages.lib.sources import FilesSource
+from stages.lib.sources.conversion import Conversion, Dropped
+from stages.lib.sources.layouts import LAYOUTS, convert_record
+from stages.lib.sources.params import FilesSource
 from tests.unit.running_stages import problems_of, run_stage
 
 PAIRS: list[tuple[str, dict[str, Any]]] = [

@@ -15,14 +15,22 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError
-from stages.lib.python_docs import FORMATS, python_docs_rows
-from stages.lib.python_docs.chats import BASES, CLASS_PURPOSE, FUNCTION_PURPOSE, METHODS, PARAMETERS, RAISES, RETURNS
-from stages.lib.python_docs.descriptions import description_of
-from stages.lib.python_docs.labels import FEWEST_MODULES, MOST_ROWS_PER_LABEL, MOST_ROWS_PER_MODULE
-from stages.lib.python_docs.modules import Excerpt, read_modules
-from stages.lib.python_docs.preferences import shuffled, truncated
-from stages.lib.python_docs.questions import LONGEST_CONTEXT_CHARACTERS
-from stages.lib.python_docs.text import LONGEST_DOCUMENT_CHARACTERS
+from stages.lib.sources.python_docs import FORMATS, python_docs_rows
+from stages.lib.sources.python_docs.chats import (
+    BASES,
+    CLASS_PURPOSE,
+    FUNCTION_PURPOSE,
+    METHODS,
+    PARAMETERS,
+    RAISES,
+    RETURNS,
+)
+from stages.lib.sources.python_docs.descriptions import description_of
+from stages.lib.sources.python_docs.labels import FEWEST_MODULES, MOST_ROWS_PER_LABEL, MOST_ROWS_PER_MODULE
+from stages.lib.sources.python_docs.modules import Excerpt, read_modules
+from stages.lib.sources.python_docs.preferences import shuffled, truncated
+from stages.lib.sources.python_docs.questions import LONGEST_CONTEXT_CHARACTERS
+from stages.lib.sources.python_docs.text import LONGEST_DOCUMENT_CHARACTERS
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 PACKAGES = ["email", "json"]
@@ -561,7 +569,7 @@ def test_real_answers_follow_what_was_asked_for(real):
 def test_rows_do_not_depend_on_the_process():
     """Two processes that hash strings differently write the same bytes, and neither loads torch or what it reads."""
     script = (
-        "import json, sys\nfrom pathlib import Path\nfrom stages.lib.python_docs import FORMATS, python_docs_rows\n"
+        "import json, sys\nfrom pathlib import Path\nfrom stages.lib.sources.python_docs import FORMATS, python_docs_rows\n"
         "for name in FORMATS:\n"
         "    for row in python_docs_rows(Path(sys.argv[1]), name, ['wsgiref', 'json']):\n"
         "        print(json.dumps(row))\n"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DataError
-from stages.lib.ledger import Ledger
-from stages.lib.source_rows import read_source
-from stages.lib.sources import DatasetSource, FilesSource, HubSource, PythonDocsSource
+from stages.lib.rows.ledger import Ledger
+from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, PythonDocsSource
+from stages.lib.sources.read import read_source
 from tests.unit.running_stages import params_of, problems_of, read_files
 
 TEN_MEGABYTES = 10_000_000
@@ -151,7 +151,7 @@ def test_json_elements_at_every_block_boundary(tmp_path: Path, monkeypatch: pyte
     rows = [{"text": 'a "quoted" \\ text'}, {"text": "[{,"}, {"text": "\u00e9\n\t"}]
     content = b"[" + b" ,".join(json.dumps(row, ensure_ascii=False).encode() for row in rows) + b" ] "
     for block_bytes in (1, 2, 3, 7):
-        monkeypatch.setattr("stages.lib.file_lines.BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("stages.lib.sources.lines.BLOCK_BYTES", block_bytes)
         kept, dropped, _ = read(tmp_path, "a.json", content)
         assert (kept, dropped) == (texts(rows), {})
 

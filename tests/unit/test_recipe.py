@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import Kind
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, Upstream
-from pipeline.recipe_reader import load_recipe
+from pipeline.recipe.reader import load_recipe
+from pipeline.recipe.recipe import Recipe, Upstream
+from pipeline.store.artifact import Kind
 from tests.unit.fake_stages import LAUNCHERS, STAGES
 
 GOOD = """

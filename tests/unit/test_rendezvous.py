@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import LaunchError
-from pipeline.rendezvous import meet
+from pipeline.running.rendezvous import meet
 from pipeline.stage import World
 
 

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from pipeline.errors import RewardError, SlipwayError
-from pipeline.strict import Strict, documentation
-from stages.lib.rewards import (
+from pipeline.settings.strict import Strict, documentation
+from stages.lib.on_policy.rewards import (
     LEARNED,
     REWARDS,
     Completion,
@@ -33,7 +33,7 @@ from stages.lib.rewards import (
     reward_names,
     score_programmatic,
 )
-from stages.lib.rows import Row
+from stages.lib.rows.canonical import Row
 from tests.unit.running_stages import SHARED_DATA, needs_shared_data, params_of, problems_of, read_files
 
 

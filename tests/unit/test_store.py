@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import reports
-from pipeline.artifact import FileEntry, Kind
-from pipeline.collect import collect, needed_artifacts
+from pipeline.command import reports
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.job import Job, read_job
-from pipeline.resources import Resources
-from pipeline.stage import Result
-from pipeline.store import Store
+from pipeline.settings.resources import Resources
+from pipeline.store.artifact import Facts, FileEntry, Kind
+from pipeline.store.collect import collect, needed_artifacts
+from pipeline.store.job import Job, read_job
+from pipeline.store.store import Store
 
 
 def job(store: Store, step: str, artifact_id: str, inputs: dict[str, str] | None = None) -> Job:
@@ -30,7 +29,7 @@ def make(store: Store, step: str, artifact_id: str, inputs: dict[str, str] | Non
     out = the_job.work_folder / "out"
     out.mkdir()
     (out / "text.txt").write_text(step)
-    store.commit(the_job, Result(metrics={"loss": 0.5}), wall_seconds=1.5, device="cpu", world_size=2)
+    store.commit(the_job, {"loss": 0.5}, Facts(), wall_seconds=1.5, device="cpu", world_size=2)
 
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

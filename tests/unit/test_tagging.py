@@ -3,25 +3,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from stages.lib.tagging import (  # noqa: E402
-    Dictionary,
-    Span,
-    Tally,
-    best_tags,
-    overlapping,
-    random_tags,
-    span_metrics,
-    spans_of,
-    tag_names,
-    tag_spans,
-    tally,
-    trim,
-    whole_characters,
-    words,
-)
+from stages.lib.encoding.tagging import Dictionary, Span, best_tags, random_tags, spans_of, tag_names, tag_spans, words
+from stages.lib.formulas.metrics import Tally, span_metrics, tally
+from stages.lib.text.offsets import overlapping, trim, whole_characters
 
 TEXT = "Ada met Bob Lee in Rome"
 OFFSETS = words(TEXT)

@@ -9,19 +9,11 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.resources import Resources
+from pipeline.settings.resources import Resources
 from pipeline.stage import Estimate, Forecast
-from stages.lib.training_params import (
-    TrainingParams,
-    check_training,
-    derive_batch,
-    estimate_training,
-    layout_path,
-    learning_rate_factor,
-    optimizer_steps,
-    read_layout,
-    zero_stage,
-)
+from stages.lib.training.forecast import check_training, estimate_training
+from stages.lib.training.layouts import layout_path, read_layout, zero_stage
+from stages.lib.training.params import TrainingParams, derive_batch, learning_rate_factor, optimizer_steps
 
 
 def params(**changes: Any) -> TrainingParams:

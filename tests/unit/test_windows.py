@@ -5,31 +5,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-torch = pytest.importorskip("torch")
-
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
-
-from pipeline.errors import ArtifactError, DataError  # noqa: E402
-from stages.lib.encoders import Frame, encode, frame_of, open_tokenizer, require_frame  # noqa: E402
-from stages.lib.reading import ReadingObjective  # noqa: E402
-from stages.lib.windows import (  # noqa: E402
+from pipeline.errors import ArtifactError, DataError
+from stages.lib.encoding.answering import (
     Answer,
     Question,
-    answer_f1,
+    ReadingObjective,
     answer_text,
     best_answers,
-    cut,
-    exact_match,
     mean_units,
-    owned,
     random_answer,
     read_question,
     span_of_units,
-    units,
-    windows_of,
 )
+from stages.lib.formulas.metrics import answer_f1, exact_match, units
+from stages.lib.text.frames import Frame, encode, frame_of, open_tokenizer, require_frame
+from stages.lib.text.windows import cut, owned, windows_of
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 SHARED_DATA = REPO_ROOT.parent / "shared" / "data"

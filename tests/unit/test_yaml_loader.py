@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.yaml_loader import parse_yaml
+from pipeline.settings.yaml_loader import parse_yaml
 
 
 @pytest.mark.parametrize(

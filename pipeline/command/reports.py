@@ -1,0 +1,274 @@
+"""What the commands print of plans, artifacts and stages: pure functions from these to lines."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from pipeline.figures import headline, number, seconds, size, table
+from pipeline.running.plan import Action, Plan
+from pipeline.settings.strict import documentation, models_in
+from pipeline.stage import Estimate, Stage
+from pipeline.store.artifact import MANIFEST, Kind, differences, read_manifest
+from pipeline.store.journal import read_journal
+from pipeline.store.store import Store
+
+
+def arithmetic(estimate: Estimate, world_size: int) -> str:
+    """Parameters, tokens, steps, batch, memory and disk of a step, as far as they are known, in one line."""
+    parts = []
+    if estimate.parameters:
+        parts.append(f"{number(estimate.parameters)} parameters")
+    if estimate.train_tokens:
+        parts.append(f"{number(estimate.train_tokens)} tokens")
+    if estimate.optimizer_steps:
+        parts.append(f"{number(estimate.optimizer_steps)} steps")
+    if estimate.global_batch_size and estimate.micro_batch_size and estimate.accumulation:
+        factors = f"{estimate.micro_batch_size} x {estimate.accumulation} x {world_size}"
+        parts.append(f"batch {estimate.global_batch_size} = {factors} (micro x accumulation x processes)")
+    if estimate.memory_bytes_per_rank:
+        parts.append(f"about {size(estimate.memory_bytes_per_rank)} memory per rank")
+    if estimate.disk_bytes:
+        parts.append(f"{size(estimate.disk_bytes)} on disk")
+    return ", ".join(parts)
+
+
+WIDTH = 100
+
+
+def plan_lines(plan: Plan, store: Store) -> list[str]:
+    """A line per step (action, reason), under it the arithmetic of the steps that will run; at the end the disk."""
+    lines = []
+    width = max(len(step.name) for step in plan.steps)
+    for step in plan.steps:
+        lines.append(f"{step.name:<{width}}  {step.action:<7}  {step.artifact_id[:8]}  {step.reason}")
+        detail = arithmetic(step.estimate, step.recipe_step.resources.world_size)
+        if detail and step.action is not Action.SKIP:
+            lines.append(f"{'':<{width}}           {detail}")
+    counts = {action: sum(step.action is action for step in plan.steps) for action in Action}
+    lines.append(", ".join(f"{count} to {action}" for action, count in counts.items() if count))
+    needed = sum(step.estimate.disk_bytes or 0 for step in plan.steps if step.action is not Action.SKIP)
+    place = next(path for path in [store.folder, *store.folder.parents] if path.exists())
+    lines.append(
+        f"disk: at least {size(needed)} for models and data, {size(shutil.disk_usage(place).free)} free in {store.folder}"
+    )
+    return lines
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """The plan for programs."""
+    steps = []
+    for step in plan.steps:
+        estimate = {k: v for k, v in vars(step.estimate).items() if v is not None and k != "architecture"}
+        steps.append(
+            {
+                "name": step.name,
+                "stage": step.recipe_step.stage.kind,
+                "action": step.action.value,
+                "reason": str(step.reason),
+                "artifact_id": step.artifact_id,
+                "inputs": dict(step.input_ids),
+                "processes": step.recipe_step.resources.world_size,
+                "estimate": estimate,
+            }
+        )
+    return {"recipe": plan.recipe.name, "path": str(plan.recipe.path), "steps": steps}
+
+
+def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: str, state: str) -> dict[str, Any]:
+    work = store.work_folder(name, artifact_id)
+    running = store.running(work)
+    manifest = store.find(artifact_id)
+    entry: dict[str, Any] = {"recipe": recipe, "step": name, "stage": kind, "artifact_id": artifact_id}
+    if manifest:
+        entry |= {"state": "made", "created_at": manifest.created_at, "wall_seconds": manifest.wall_seconds}
+        entry["metrics"] = manifest.metrics
+    elif running:
+        entry |= {
+            "state": "running",
+            "since": running.since,
+            "pid": running.pid,
+            "host": running.host,
+            "log": running.log,
+        }
+        last = [event for event in read_journal(work / "journal.jsonl") if event["event"] == "step"]
+        if last:
+            entry |= {"at_step": last[-1]["step"], "total_steps": last[-1].get("total_steps")}
+    else:
+        entry["state"] = state
+        if (work / "log.txt").exists():
+            entry["log"] = str(work / "log.txt")
+    return entry
+
+
+def plan_status(plan: Plan, store: Store) -> list[dict[str, Any]]:
+    """State of every step of a recipe."""
+    states = {Action.SKIP: "made", Action.RUN: "not made", Action.RESUME: "interrupted", Action.BLOCKED: "not made"}
+    return [
+        step_status(
+            store, plan.recipe.name, step.name, step.recipe_step.stage.kind, step.artifact_id, states[step.action]
+        )
+        for step in plan.steps
+    ]
+
+
+def store_status(store: Store) -> list[dict[str, Any]]:
+    """State of every step of every recipe that ran in the store."""
+    entries = []
+    for recipe, record in store.records().items():
+        for name, step in record["steps"].items():
+            started = store.work_folder(name, step["artifact_id"]).exists()
+            state = "interrupted" if started else "not made"
+            entries.append(step_status(store, recipe, name, step["kind"], step["artifact_id"], state))
+    return entries
+
+
+def status_lines(entries: list[dict[str, Any]], store: Store) -> list[str]:
+    if not entries:
+        return [f"no recipe has run in {store.folder}"]
+    rows = []
+    for entry in entries:
+        detail = headline(entry.get("metrics", {}), ())
+        if entry["state"] == "running":
+            since = seconds(time.time() - entry["since"])
+            at = f", step {entry['at_step']} of {entry['total_steps']}" if "at_step" in entry else ""
+            detail = f"for {since}{at}; process {entry['pid']} on {entry['host']}; log {entry['log']}"
+        elif entry["state"] != "made" and "log" in entry:
+            detail = f"log {entry['log']}"
+        rows.append([entry["recipe"], entry["step"], entry["stage"], entry["state"], entry["artifact_id"][:8], detail])
+    return table(rows, ("recipe", "step", "stage", "state", "artifact", ""))
+
+
+def lineage_lines(store: Store, name: str) -> list[str]:
+    """The tree of an artifact's inputs; one that stands twice is drawn once."""
+    artifact_id, folder = store.resolve(name)
+    lines: list[str] = []
+    drawn: set[str] = set()
+
+    def draw(label: str, artifact_id: str, path: Path, rest: str) -> None:
+        if not (path / MANIFEST).exists():
+            lines.append(f"{label}{artifact_id}")
+            return
+        manifest = read_manifest(path)
+        again = " (above)" if artifact_id in drawn else ""
+        lines.append(f"{label}{manifest.step}  {manifest.stage} v{manifest.stage_version}  {artifact_id[:12]}{again}")
+        if again:
+            return
+        drawn.add(artifact_id)
+        below = sorted(manifest.input_ids.items()) + sorted(manifest.source_digests.items())
+        for index, (role, input_id) in enumerate(below):
+            branch, trunk = ("`-- ", "    ") if index == len(below) - 1 else ("|-- ", "|   ")
+            draw(f"{rest}{branch}{role}: ", input_id, store.artifact_folder(input_id), rest + trunk)
+
+    draw("", artifact_id, folder, "")
+    return lines
+
+
+def show_lines(store: Store, name: str) -> list[str]:
+    artifact_id, folder = store.resolve(name)
+    manifest = read_manifest(folder)
+    facts = manifest.facts.model_dump(exclude_none=True)
+    lines = [
+        f"{manifest.step}: {manifest.artifact_kind} made by {manifest.stage} version {manifest.stage_version}",
+        f"  id        {artifact_id}",
+        f"  folder    {folder}",
+        f"  recipe    {manifest.recipe}, seed {manifest.seed}",
+        f"  made      {manifest.created_at} in {seconds(manifest.wall_seconds)}, {manifest.world_size} process(es) on {manifest.device}",
+        f"  commit    {manifest.git_commit or 'unknown'}{' (with changes)' if manifest.git_dirty else ''}",
+    ]
+    for title, block in (
+        ("inputs", manifest.input_ids),
+        ("metrics", {k: number(v) for k, v in manifest.metrics.items()}),
+        ("facts", facts),
+        ("params", manifest.params),
+        ("files", {k: f"{size(v.size)}  {v.sha256[:16]}" for k, v in manifest.files.items()}),
+        ("libraries", manifest.library_versions),
+    ):
+        if block:
+            lines.append(f"  {title}")
+            width = max(len(str(key)) for key in block)
+            lines += [f"    {key:<{width}}  {value}" for key, value in block.items()]
+    return lines
+
+
+def verify_lines(store: Store, name: str) -> tuple[list[str], bool]:
+    """What differs from the manifest, and whether nothing does."""
+    artifact_id, folder = store.resolve(name)
+    manifest = read_manifest(folder)
+    problems = differences(folder, manifest.files)
+    if problems:
+        hint = "Remove the folder and run the recipe again: it makes the artifact anew."
+        return [f"{artifact_id[:12]} {manifest.step}: {problem}" for problem in problems] + [hint], False
+    count = len(manifest.files)
+    return [
+        f"{artifact_id[:12]} {manifest.step}: all {count} files ({size(manifest.total_bytes)}) are as they were written"
+    ], True
+
+
+def stage_table(stages: Mapping[str, Stage]) -> list[str]:
+    rows = []
+    for stage in stages.values():
+        inputs = ", ".join(
+            f"{role}{'?' if one.optional else ''}{'...' if one.many else ''}" for role, one in stage.inputs.items()
+        )
+        output = stage.output.value if isinstance(stage.output, Kind) else "depends on params"
+        rows.append([stage.kind, inputs or "-", output, stage.summary])
+    return [
+        *table(rows, ("stage", "inputs", "makes", "what it does")),
+        "",
+        "inputs: ? may be absent, ... takes several",
+    ]
+
+
+def stage_lines(stage: Stage) -> list[str]:
+    """One stage's inputs and params, as documented in its params model."""
+    where = "any number of processes" if stage.distributed else "one process"
+    lines = [f"{stage.kind} (version {stage.version}, runs in {where}): {stage.summary}", "", "inputs"]
+    for role, one in stage.inputs.items():
+        marks = [mark for mark, holds in (("may be absent", one.optional), ("takes several", one.many)) if holds]
+        lines.append(f"  {role}: {' or '.join(sorted(one.kinds))}{f' ({chr(44).join(marks)})' if marks else ''}")
+    if not stage.inputs:
+        lines.append("  none")
+    lines += ["", "params", *field_lines(stage.params, "  ", set())]
+    return lines
+
+
+def field_lines(model: type[BaseModel], indent: str, seen: set[type[BaseModel]]) -> list[str]:
+    lines = []
+    for name, info in model.model_fields.items():
+        default = "required" if info.is_required() else f"default {default_text(info)}"
+        lines.append(f"{indent}{name}: {type_text(info.annotation)}, {default}")
+        width = WIDTH - len(indent) - 4
+        lines += [f"{indent}    {line}" for line in textwrap.wrap(documentation(model).get(name, ""), width)]
+        for inner in models_in(info.annotation):
+            if inner not in seen:
+                lines.append(f"{indent}    {inner.__name__}:")
+                lines += field_lines(inner, indent + "      ", seen | {inner})
+    return lines
+
+
+def default_text(info: Any) -> str:
+    value = info.get_default(call_default_factory=True) if info.default is PydanticUndefined else info.default
+    return "none" if value is None else str(value)
+
+
+def type_text(annotation: Any) -> str:
+    """The type as one writes it, without what it is validated by."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(type_text(argument) for argument in arguments))
+    if origin is Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(type_text(argument) for argument in arguments)}]"
+    return "None" if annotation is NoneType else getattr(annotation, "__name__", str(annotation))

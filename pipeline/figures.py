@@ -1,0 +1,54 @@
+"""Numbers, sizes, durations and tables as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
+    """The rows as aligned columns of text, header first."""
+    everything = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in everything) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in everything
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def number(value: float) -> str:
+    """A number as people read it: thousands with commas, small ones with four digits."""
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def seconds(value: float) -> str:
+    """A duration: `4.2 s`, `3 min 20 s`, `2 h 5 min`."""
+    if value < 60:
+        return f"{value:.1f} s"
+    if value < 3600:
+        return f"{int(value // 60)} min {int(value % 60)} s"
+    return f"{int(value // 3600)} h {int(value % 3600 // 60)} min"
+
+
+def size(value: float) -> str:
+    """Bytes in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def headline(metrics: Mapping[str, float], names: Sequence[str]) -> str:
+    """The named metrics, as far as there are, in one line; the first few where none is named.
+
+    A name that ends in a dot stands for all that begin with it: `heldout_perplexity.` for one number per model.
+    """
+    chosen = [
+        metric
+        for name in names
+        for metric in metrics
+        if metric == name or (name[-1] == "." and metric.startswith(name))
+    ] or list(metrics)[:4]
+    return ", ".join(f"{name.removeprefix('heldout_')} {number(metrics[name])}" for name in chosen)

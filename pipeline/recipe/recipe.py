@@ -1,0 +1,93 @@
+"""What to do: a recipe, checked and with everything resolved. `recipe_reader` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import Problem, RecipeError, did_you_mean
+from pipeline.recipe.graph import needed_for
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import Strict
+from pipeline.stage import Stage
+from pipeline.store.artifact import Kind
+
+__all__ = ["HUB", "Hub", "Outside", "Recipe", "RecipeStep", "Resources", "Source", "Upstream"]
+
+
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """An input that another step of the recipe makes."""
+
+    step: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An input from outside the recipe: an artifact of any store, or a model or tokenizer folder."""
+
+    path: Path
+    kind: Kind
+    artifact_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Hub:
+    """An input from the hub, at exactly one revision."""
+
+    repository: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"{HUB}{self.repository}@{self.revision}"
+
+
+Source = Upstream | Outside | Hub
+
+
+def upstream_of(inputs: Mapping[str, Source]) -> list[str]:
+    """The steps of the recipe among the inputs, as often as they stand there."""
+    return [source.step for source in inputs.values() if isinstance(source, Upstream)]
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """One stage of a recipe with everything resolved."""
+
+    name: str
+    stage: Stage
+    params: Strict
+    inputs: Mapping[str, Source]
+    output_kind: Kind
+    resources: Resources
+    seed: int
+
+    @property
+    def upstream(self) -> list[str]:
+        return upstream_of(self.inputs)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: its steps in an order in which each stands after its inputs."""
+
+    path: Path
+    name: str
+    overrides: tuple[str, ...]
+    outputs: tuple[str, ...]
+    steps: tuple[RecipeStep, ...]
+
+    def step(self, name: str) -> RecipeStep:
+        for step in self.steps:
+            if step.name == name:
+                return step
+        hint = did_you_mean(name, [step.name for step in self.steps])
+        raise RecipeError(Problem(str(self.path), f"has no stage '{name}'", hint))
+
+    def needed_for(self, name: str) -> set[str]:
+        """The step itself and everything it stands on."""
+        return needed_for([self.step(name).name], {step.name: step.upstream for step in self.steps})

@@ -1,0 +1,1 @@
+"""From a recipe to artifacts: the plan, the walk through it, and the worker that runs one job in one rank."""

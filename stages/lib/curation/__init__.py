@@ -1,0 +1,1 @@
+"""Which rows stay, and in what shares: normalization, filters, duplicates, mixing. No tokens here."""

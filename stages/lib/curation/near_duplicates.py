@@ -1,0 +1,95 @@
+"""Finds texts that are nearly the same: MinHash with locality-sensitive hashing, through datatrove.
+
+Two texts whose sets of word runs ("shingles") overlap by s (Jaccard similarity) fall into one bucket of b hashes out
+of n/b with probability 1 - (1 - s^b)^(n/b) (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from pipeline.settings.strict import Strict
+
+
+class MinHash(Strict):
+    """Which texts count as near-duplicates. The first of each cluster is kept."""
+
+    similarity: float = Field(default=0.7, gt=0.0, lt=1.0)
+    """Jaccard similarity of word runs, from 0 to 1, at which about half of the pairs are found; of clearly more similar ones nearly all are."""
+    shingle_words: int = Field(default=5, ge=1)
+    """Words per run. Texts of fewer words are never near-duplicates."""
+    hashes: int = Field(default=112, ge=2, le=4096)
+    """Hashes per text, shared out to buckets: more of them make the boundary sharper, and the search slower."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """`count` buckets of `hashes` hashes each."""
+
+    count: int
+    hashes: int
+
+    def chance(self, similarity: float) -> float:
+        """Probability that a pair of this similarity is found."""
+        return 1 - (1 - similarity**self.hashes) ** self.count
+
+
+def choose_buckets(minhash: MinHash) -> Buckets:
+    """The division of the hashes into buckets that finds pairs of the wanted similarity most nearly half of the time."""
+    options = [Buckets(minhash.hashes // size, size) for size in range(1, minhash.hashes + 1)]
+    return min(options, key=lambda buckets: (abs(buckets.chance(minhash.similarity) - 0.5), buckets.hashes))
+
+
+def near_duplicates(texts: Iterable[str], minhash: MinHash, scratch: Path) -> set[int]:
+    """Positions of the texts that are nearly the same as an earlier one. `scratch` is emptied and used."""
+    import loguru
+    from datatrove.data import Document
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.utils.hashing import HashConfig
+
+    from stages.lib.curation.filters import any_script_words
+
+    buckets = choose_buckets(minhash)
+    config = MinhashConfig(
+        n_grams=minhash.shingle_words,
+        num_buckets=buckets.count,
+        hashes_per_bucket=buckets.hashes,
+        # datatrove's other choice hands texts to xxhash, which from version 4 on takes bytes only.
+        hash_config=HashConfig(precision=64, hash_fc="sha1"),
+    )
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    signatures, pairs, clusters = (str(scratch / name) for name in ("signatures", "pairs", "clusters"))
+    documents = (Document(text=text, id=str(position)) for position, text in enumerate(texts))
+    loguru.logger.disable("datatrove")
+    # datatrove draws a progress bar for files that are read in milliseconds.
+    with contextlib.redirect_stderr(io.StringIO()):
+        MinhashDedupSignature(signatures, config=config, language=any_script_words()).run(documents, 0, 1)
+        for bucket in range(buckets.count):
+            MinhashDedupBuckets(signatures, pairs, config=config).run(None, bucket, buckets.count)
+        MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True).run(None, 0, 1)
+    # datatrove would keep an arbitrary text of each cluster; the first one depends on nothing but the order of the data.
+    seen: set[int] = set()
+    found = set()
+    for position, cluster in sorted(read_clusters(scratch / "clusters")):
+        if cluster in seen:
+            found.add(position)
+        seen.add(cluster)
+    shutil.rmtree(scratch)
+    return found
+
+
+def read_clusters(folder: Path) -> Iterator[tuple[int, int]]:
+    """(position of a text, number of its cluster)."""
+    path = folder / f"{0:06d}.clusters"
+    if path.exists():
+        yield from struct.iter_unpack("<2I", path.read_bytes())

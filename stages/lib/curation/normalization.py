@@ -1,0 +1,62 @@
+"""Makes texts that look alike be alike, without changing what they say."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import Literal
+
+from pipeline.settings.strict import Strict
+from stages.lib.rows.canonical import FORMATS, Row
+
+
+class Normalization(Strict):
+    """What is made uniform in the texts of rows. Spans and questions are never rewritten: their offsets would move."""
+
+    unicode: Literal["NFC", "NFKC"] | None = "NFC"
+    """Unicode form. NFC only joins letters and their accents; NFKC also turns full-width and other variants into plain characters. null: as it is."""
+    newlines: bool = True
+    """Whether \\r\\n and \\r become \\n."""
+    control_characters: bool = True
+    """Whether control characters except newline and tab, and byte order marks, are taken out."""
+    trailing_whitespace: bool = True
+    """Whether spaces at the ends of lines, and blank lines at the ends of a text, are taken out."""
+
+
+LINE_END = re.compile(r"\r\n?")
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+
+
+CONTROL_BUT_RETURN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+
+
+TRAILING = re.compile(r"[^\S\r\n]+(?=\r?$)", re.MULTILINE)
+
+
+def normalize_text(text: str, how: Normalization) -> str:
+    if how.newlines:
+        text = LINE_END.sub("\n", text)
+    if how.control_characters:
+        text = (CONTROL if how.newlines else CONTROL_BUT_RETURN).sub("", text)
+    if how.unicode:
+        text = unicodedata.normalize(how.unicode, text)
+    if how.trailing_whitespace:
+        text = TRAILING.sub("", text).strip("\r\n")
+    return text
+
+
+def normalize_row(row: Row, format: str, how: Normalization | None) -> Row:
+    """The row with its texts made uniform; itself where the format has offsets."""
+    if how is None:
+        return row
+    rewritten = {name: rewrite(row[name], lambda text: normalize_text(text, how)) for name in FORMATS[format].rewritten}
+    return {**row, **rewritten}
+
+
+def rewrite(value: str | list[dict[str, str]], change: Callable[[str], str]) -> str | list[dict[str, str]]:
+    if isinstance(value, str):
+        return change(value)
+    return [{**message, "content": change(message["content"])} for message in value]

@@ -1,0 +1,1 @@
+"""Small tasks of encoders: classification, extraction, answering."""

@@ -1,0 +1,253 @@
+"""Extractive question answering: questions in windows, labels, the loss, the best answers over all windows, and what is
+measured on held-out questions.
+
+A window's first token stands for "no answer here": its position, 0, is the label of a window without the answer.
+Shapes: `W` windows, `T` tokens of a window.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import nll_loss
+from transformers import PreTrainedTokenizerBase
+
+from stages.lib.encoding.encoders import call, model_inputs
+from stages.lib.formulas.metrics import UNIT, answer_f1, exact_match
+from stages.lib.formulas.token_losses import Tensors
+from stages.lib.text.frames import Frame, encode
+from stages.lib.text.offsets import Offset, overlapping, trim
+from stages.lib.text.windows import Window, evaluation_batch_size, windows_of
+from stages.lib.training.evaluating import Evaluator
+
+
+def window_label(window: Window, offsets: Sequence[Offset], start: int, end: int) -> tuple[int, int]:
+    """The first and last position, among the window's ids, of the characters `start` to `end` of the text.
+
+    (0, 0) where the window does not hold all of them.
+    """
+    found = overlapping(offsets, start, end)
+    if found is None or found[0] < window.start or found[1] >= window.start + window.size:
+        return 0, 0
+    return found[0] - window.start + window.first, found[1] - window.start + window.first
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An answer that counts as right."""
+
+    start: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with all windows over its context. `labels` has the first reference's position in each window."""
+
+    context: str
+    references: list[Reference]
+    offsets: list[Offset]
+    windows: list[Window]
+    labels: list[tuple[int, int]]
+    shortened: bool
+    """Whether the question was longer than allowed, and lost its end."""
+
+    @property
+    def has_answer(self) -> list[bool]:
+        """Whether each window holds the whole answer. No answer begins at a window's first position."""
+        return [label != (0, 0) for label in self.labels]
+
+
+def read_question(
+    row: dict, tokenizer: PreTrainedTokenizerBase, frame: Frame, *, max_length: int, stride: int, max_question: int
+) -> Question:
+    """The row `{context, question, answers}` cut into windows of at most `max_length` tokens."""
+    question, _ = encode(tokenizer, row["question"])
+    context, offsets = encode(tokenizer, row["context"])
+    windows = windows_of(frame, context, max_length, stride, question[:max_question])
+    references = [Reference(answer["start"], answer["text"]) for answer in row["answers"]]
+    labels = [(0, 0)] * len(windows)
+    if references:
+        start, end = trim(row["context"], references[0].start, references[0].start + len(references[0].text))
+        labels = [window_label(window, offsets, start, end) for window in windows]
+    return Question(row["context"], references, offsets, windows, labels, len(question) > max_question)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Characters of the context, and the log-probability that the first of their tokens and the last are the answer's."""
+
+    start: int
+    end: int
+    score: float
+
+
+def best_answers(
+    question: Question,
+    start_log_probs: Sequence[torch.Tensor],
+    end_log_probs: Sequence[torch.Tensor],
+    n_best: int,
+    max_tokens: int,
+) -> tuple[list[Answer], float]:
+    """The `n_best` answers over all windows of the question, best first, and the score of there being none.
+
+    The log-probabilities are one vector of T per window: unlike logits, they can be compared between windows. An answer
+    has at most `max_tokens`, all in one window, and scores log p(its first token) + log p(its last); found in several
+    windows, it keeps its best score. The score of no answer is the lowest, over the windows, of the first position's:
+    every window must agree that it is empty.
+    """
+    scores: dict[Offset, float] = {}
+    nothing = float("inf")
+    for window, start_T, end_T in zip(question.windows, start_log_probs, end_log_probs, strict=True):
+        nothing = min(nothing, float(start_T[0] + end_T[0]))
+        inside = slice(window.first, window.first + window.size)
+        pairs_TT = start_T[inside, None].double() + end_T[None, inside].double()
+        allowed_TT = torch.ones_like(pairs_TT, dtype=torch.bool).triu().tril(max_tokens - 1)
+        pairs_TT = pairs_TT.masked_fill(~allowed_TT, float("-inf"))
+        top = pairs_TT.flatten().topk(min(n_best, int(allowed_TT.sum())))
+        for score, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            first, last = divmod(place, window.size)
+            left, right = question.offsets[window.start + first][0], question.offsets[window.start + last][1]
+            left, right = trim(question.context, left, right)
+            if left < right:
+                scores[left, right] = max(score, scores.get((left, right), float("-inf")))
+    ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:n_best]
+    return [Answer(start, end, score) for (start, end), score in ranked], nothing
+
+
+def answer_text(question: Question, answers: Sequence[Answer], nothing: float, null_threshold: float | None) -> str:
+    """The best answer's text; empty if there is none, or if its absence scores more than `null_threshold` higher."""
+    if not answers or (null_threshold is not None and nothing - answers[0].score > null_threshold):
+        return ""
+    return question.context[answers[0].start : answers[0].end]
+
+
+def span_of_units(context: str, first: int, count: int) -> str:
+    """The part of the context from unit number `first` to `count` units on."""
+    found = list(UNIT.finditer(context))[first : first + count]
+    return context[found[0].start() : found[-1].end()] if found else ""
+
+
+def random_answer(context: str, count: int, seed: str) -> str:
+    """`count` units of the context, from anywhere: what chance finds."""
+    places = max(1, len(UNIT.findall(context)) - count + 1)
+    return span_of_units(context, random.Random(seed).randrange(places), count)
+
+
+def mean_units(texts: Iterable[str]) -> int:
+    """The mean number of units of the texts, rounded, and at least 1."""
+    counts = [len(UNIT.findall(text)) for text in texts]
+    return max(1, round(sum(counts) / len(counts))) if counts else 1
+
+
+NUM_CANDIDATES = 20
+"""Answers that each window may put up."""
+
+
+def training_windows(question: Question) -> Iterator[dict[str, Any]]:
+    """`{input_ids, token_type_ids, start, end}` per window; start and end are 0 where the answer is not in it."""
+    for window, (start, end) in zip(question.windows, question.labels, strict=True):
+        yield {"input_ids": window.ids, "token_type_ids": window.type_ids, "start": start, "end": end}
+
+
+class ReadingObjective:
+    """Two cross entropies over the positions of a window: `-(log p(start) + log p(end)) / 2`. Devlin et al. 2019."""
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        return torch.tensor(len(batch["start"]))
+
+    def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
+        start_WT, end_WT = position_log_probs(model, batch)
+        return (
+            nll_loss(start_WT, batch["start"], reduction="sum") + nll_loss(end_WT, batch["end"], reduction="sum")
+        ) / 2
+
+
+def position_log_probs(model: torch.nn.Module, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per window, of W x T, the log-probability of each position to be the first, and the last, of the answer.
+
+    Padding is no position: otherwise the loss of a window would depend on how long its neighbours are.
+    """
+    output = call(model, batch)
+    padding_WT = batch["attention_mask"] == 0
+    lowest = torch.finfo(torch.float32).min
+    start_WT, end_WT = (
+        logits_WT.float().masked_fill(padding_WT, lowest).log_softmax(dim=-1)
+        for logits_WT in (output.start_logits, output.end_logits)
+    )
+    return start_WT, end_WT
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How windows become tensors, and what is measured on held-out questions."""
+
+    tokenizer: PreTrainedTokenizerBase
+    heldout: list[Question]
+    max_answer_tokens: int
+    null_threshold: float | None
+
+    def collate(self, rows: list[dict[str, Any]]) -> Tensors:
+        """Training windows as tensors of W x T."""
+        inputs = model_inputs(
+            self.tokenizer, [row["input_ids"] for row in rows], [row["token_type_ids"] for row in rows]
+        )
+        return {**inputs, **{name: torch.tensor([row[name] for row in rows]) for name in ("start", "end")}}
+
+    def collate_questions(self, rows: list[dict[str, Any]]) -> Tensors:
+        """All windows of some held-out questions, and which questions these are."""
+        windows = [window for row in rows for window in row["question"].windows]
+        inputs = model_inputs(self.tokenizer, [w.ids for w in windows], [w.type_ids for w in windows])
+        return {**inputs, "questions": torch.tensor([row["position"] for row in rows])}
+
+    def measure(self, model: torch.nn.Module, batch: Tensors) -> Tensors:
+        """The exact match and F1 of the model's answers, summed."""
+        start_WT, end_WT = (each_WT.cpu() for each_WT in position_log_probs(model, batch))
+        exact = f1 = 0.0
+        first = 0
+        for index in batch["questions"].tolist():
+            question = self.heldout[index]
+            mine = slice(first, first + len(question.windows))
+            first = mine.stop
+            answers, nothing = best_answers(
+                question, start_WT[mine], end_WT[mine], NUM_CANDIDATES, self.max_answer_tokens
+            )
+            given = answer_text(question, answers, nothing, self.null_threshold)
+            exact += exact_match(given, references_of(question))
+            f1 += answer_f1(given, references_of(question))
+        return {
+            "exact_match": torch.tensor(exact, dtype=torch.float64),
+            "f1": torch.tensor(f1, dtype=torch.float64),
+        }
+
+    def evaluate(self, evaluator: Evaluator) -> dict[str, float]:
+        """Exact match and F1, means over the questions, each of its best reference."""
+        size = evaluation_batch_size(evaluator.batch_size, [len(question.windows) for question in self.heldout])
+        rows = [{"question": question} for question in self.heldout]
+        sums = evaluator.sums(rows, self.collate_questions, self.measure, batch_size=size)
+        return {f"heldout_{name}": sums[name] / len(self.heldout) for name in ("exact_match", "f1")}
+
+    def baselines(self, training: Sequence[Question], seed: int) -> dict[str, float]:
+        """What answers of the usual length reach, drawn from anywhere in the context, and taken from its beginning."""
+        count = mean_units(question.references[0].text for question in training if question.references)
+        drawn = [
+            random_answer(question.context, count, f"{seed}:{index}") for index, question in enumerate(self.heldout)
+        ]
+        first = [span_of_units(question.context, 0, count) for question in self.heldout]
+        return {
+            "heldout_exact_match_random": self.mean(exact_match, drawn),
+            "heldout_f1_random": self.mean(answer_f1, drawn),
+            "heldout_f1_first": self.mean(answer_f1, first),
+        }
+
+    def mean(self, score: Any, answers: Sequence[str]) -> float:
+        pairs = zip(answers, self.heldout, strict=True)
+        return sum(score(answer, references_of(question)) for answer, question in pairs) / len(self.heldout)
+
+
+def references_of(question: Question) -> list[str]:
+    return [reference.text for reference in question.references]

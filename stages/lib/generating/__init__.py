@@ -1,0 +1,1 @@
+"""Replies and completions of causal models. Nothing is learned here."""

@@ -1,0 +1,85 @@
+"""The conversation that `slipway chat` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import ArtifactError, DataError, Problem
+from stages.lib.generating.replies import stream_reply
+from stages.lib.models.loading import load_language_model
+from stages.lib.text.tokenizers import load_tokenizer
+
+
+def load_chat_model(
+    folder: Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder that can chat. Raises `ArtifactError` if the tokenizer has no chat template."""
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ArtifactError(
+            Problem(str(folder), "its tokenizer has no chat template", "Name a model that was trained on chats.")
+        )
+    return load_language_model(folder, device), tokenizer
+
+
+def chat(
+    folder: Path,
+    read_line: Callable[[], str | None],
+    write: Callable[[str], Any],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Holds a conversation of several turns with the model in `folder`, until `/exit` or the end of the input.
+
+    `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. A reply that is
+    interrupted by Ctrl-C is kept as far as it came.
+    """
+    transformers_logging.set_verbosity_error()
+    model, tokenizer = load_chat_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    write("/reset starts anew, /exit ends.\n")
+    messages: list[dict[str, str]] = []
+    turns = 0
+    while (line := read_line()) is not None:
+        line = line.strip()
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages.clear()
+            write("The conversation is forgotten.\n")
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        pieces: list[str] = []
+        try:
+            # Each turn draws anew: the same question twice need not get the same answer.
+            for piece in stream_reply(
+                model,
+                tokenizer,
+                messages,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed + turns,
+            ):
+                pieces.append(piece)
+                write(piece)
+        except KeyboardInterrupt:
+            pass
+        except DataError as error:
+            messages.pop()
+            write(f"{error}\nThat message was not sent. /reset starts anew.\n")
+            continue
+        turns += 1
+        write("\n")
+        messages.append({"role": "assistant", "content": "".join(pieces)})

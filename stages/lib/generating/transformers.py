@@ -1,0 +1,49 @@
+"""Completions by the policy itself, with transformers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from transformers import PreTrainedModel
+
+from stages.lib.training.engine import Engine
+from stages.lib.training.layouts import zero_stage_of
+
+
+class Generator:
+    """The policy as generation wants it: whole in every process, however it is split in training.
+
+    Under ZeRO-3 this is a replica, whose weights are brought up to date once before each phase of generation, and not
+    gathered for every token. On a GPU it waits in the host's memory while the policy is trained.
+    """
+
+    def __init__(self, engine: Engine, policy: PreTrainedModel, make_replica: Callable[[], PreTrainedModel]) -> None:
+        self.engine = engine
+        self.policy = policy
+        resources = engine.ctx.resources
+        self.chunk_size = resources.generation_batch_size or resources.micro_batch_size or 2**31
+        """Completions that are written at once."""
+        self.replica: PreTrainedModel | None = None
+        if zero_stage_of(engine.layout) == 3:
+            self.replica = make_replica().to(next(iter(policy.parameters())).dtype).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[PreTrainedModel]:
+        """The model to generate with. All processes enter together."""
+        if self.replica is None:
+            training = self.policy.training
+            self.policy.eval()
+            try:
+                with self.engine.rounding():
+                    yield self.policy
+            finally:
+                self.policy.train(training)
+            return
+        self.replica.to(self.engine.device)
+        self.engine.copy_weights(self.policy, self.replica)
+        try:
+            yield self.replica
+        finally:
+            if self.engine.device.type != "cpu":
+                self.replica.to("cpu")

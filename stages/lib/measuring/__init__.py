@@ -1,0 +1,1 @@
+"""Models side by side: scores, replies, reports. Nothing is trained here."""

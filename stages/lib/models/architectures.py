@@ -1,0 +1,147 @@
+"""New models from a recipe's block `architecture`: what is wrong with it, and the model that it describes.
+
+The block is a flat transformers config with its `model_type`. The vocabulary's size and the special tokens are filled in
+from the tokenizer. What `plan` asks is answered without torch or transformers, for the families of `arithmetic.FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import Problem, RecipeError, did_you_mean
+from pipeline.stage import Estimate
+from stages.lib.models.arithmetic import FAMILIES, SAME_FIELDS, completed, field_of
+from stages.lib.models.lengths import longest_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+WHERE = "params.architecture"
+
+
+TOKENIZER_DECIDES = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def planned_architecture(
+    block: Mapping[str, Any], vocabulary_size: int | None, vocabulary_multiple: int = 1
+) -> Mapping[str, Any]:
+    """The block with its family's defaults, and the number of embeddings if the vocabulary is known."""
+    size = vocabulary_size and rounded_up(vocabulary_size, vocabulary_multiple)
+    return completed({**block, **({"vocab_size": size} if size else {})}) or block
+
+
+def architecture_problems(
+    block: Mapping[str, Any], tokens: Estimate, *, causal: bool = True, vocabulary_multiple: int = 1
+) -> list[Problem]:
+    """What is wrong with the block for training on `tokens`, as far as its family is known without transformers."""
+    if not isinstance(block.get("model_type"), str):
+        return [Problem(f"{WHERE}.model_type", "is required", f"For example one of {', '.join(FAMILIES)}.")]
+    problems = [
+        Problem(f"{WHERE}.{name}", "is taken from the tokenizer", "Remove it.")
+        for name in TOKENIZER_DECIDES
+        if name in block
+    ]
+    if tokens.vocabulary_size:
+        size = rounded_up(tokens.vocabulary_size, vocabulary_multiple)
+        if block.get("vocab_size") not in (None, size):
+            problems.append(
+                Problem(f"{WHERE}.vocab_size", f"is {block['vocab_size']}, and the tokens need {size}", "Leave it out.")
+            )
+    config = completed(block)
+    if config is None:
+        return problems
+    family = FAMILIES[config["model_type"]]
+    names = family.fields | {usual for usual, own in SAME_FIELDS.items() if family.fields & set(own)}
+    problems += [
+        Problem(f"{WHERE}.{name}", f"is no field of {config['model_type']}", did_you_mean(name, sorted(names)))
+        for name in block
+        if name not in names | {"model_type"}
+    ]
+    if family.causal != causal:
+        made, wanted = ("causal", "masked") if family.causal else ("masked", "causal")
+        problems.append(
+            Problem(
+                f"{WHERE}.model_type",
+                f"is {config['model_type']}, which is made for the {made} objective, not for the {wanted} one",
+                f"Choose one of {', '.join(name for name, each in FAMILIES.items() if each.causal == causal)}.",
+            )
+        )
+    hidden, heads = field_of(block, "hidden_size"), field_of(block, "num_attention_heads")
+    sizes_known = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
+    if sizes_known and hidden % heads and not config.get("head_dim"):
+        problems.append(Problem(f"{WHERE}.hidden_size", f"{hidden} is not a multiple of {heads} attention heads"))
+    positions = {**config, "max_position_embeddings": field_of(block, "max_position_embeddings")}
+    return problems + position_problems(positions, tokens.sequence_length)
+
+
+def position_problems(config: Mapping[str, Any], sequence_length: int | None) -> list[Problem]:
+    """What is wrong if sequences are longer than a model of this config has positions."""
+    limit = longest_text({"pad_token_id": 1, **config})
+    if limit is None or not sequence_length or sequence_length <= limit:
+        return []
+    return [
+        Problem(
+            f"{WHERE}.max_position_embeddings",
+            f"has room for {limit} tokens, and the blocks have {sequence_length}",
+            f"Raise it by {sequence_length - limit}.",
+        )
+    ]
+
+
+def new_config(
+    block: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    causal: bool = True,
+    vocabulary_multiple: int = 1,
+) -> PreTrainedConfig:
+    """The transformers config of a new model. Raises `RecipeError` with everything that is wrong with its block."""
+    from dataclasses import fields
+
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    rest = dict(block)
+    model_type = rest.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(str(model_type), sorted(CONFIG_MAPPING.keys()))
+        raise RecipeError(Problem(f"{WHERE}.model_type", f"there is no {model_type!r} in transformers", hint))
+    known = Estimate(vocabulary_size=len(tokenizer), sequence_length=sequence_length)
+    problems = architecture_problems(block, known, causal=causal, vocabulary_multiple=vocabulary_multiple)
+    config_class = CONFIG_MAPPING[model_type]
+    names = {field.name for field in fields(config_class)} | set(getattr(config_class, "attribute_map", {}))
+    problems += [
+        Problem(f"{WHERE}.{name}", f"is no field of {model_type}", did_you_mean(name, sorted(names)))
+        for name in rest
+        if name not in names
+    ]
+    if problems:
+        raise RecipeError(*dict.fromkeys(problems))
+    rest["vocab_size"] = rounded_up(len(tokenizer), vocabulary_multiple)
+    try:
+        config = AutoConfig.for_model(model_type, **rest, **special_tokens_of(tokenizer))
+    except Exception as error:  # transformers checks fields in ways of its own, some of them no ValueErrors
+        raise RecipeError(Problem(WHERE, str(error).replace("\n", " "), "Correct the fields.")) from error
+    if problems := position_problems(config.to_dict(), sequence_length):
+        raise RecipeError(*problems)
+    return config
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The ids that a model's config holds. The embedding of a padding id is never trained, so no other token may be it."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
+
+
+def build(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """A new model of `config`, its weights drawn at random. Raises `RecipeError` if `auto_class` has none for its type."""
+    try:
+        return auto_class.from_config(config)
+    except ValueError as error:
+        raise RecipeError(Problem(f"{WHERE}.model_type", str(error).splitlines()[0], "Choose another.")) from error

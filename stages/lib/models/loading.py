@@ -1,0 +1,145 @@
+"""Models from disk: the start that all processes share, and loading without code or pickles from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import ArtifactError, DataError, Problem
+from pipeline.stage import Context
+from stages.lib.models.config import read_config
+from stages.lib.processes.joining import quiet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
+    """The folder with the weights that training starts from: `build()`, called once with the seed of the step.
+
+    Only the main process builds and writes, on the CPU, before the processes meet; all of them load from the folder
+    afterwards, so that the start is the same whatever the number of processes and the memory layout. The folder
+    survives a restart. For a model from scratch, or with a new head on a trained body.
+    """
+    folder = ctx.work / "initial"
+    if ctx.world.is_main and not folder.exists():
+        quiet()
+        set_seed(ctx.seed)
+        # A ZeRO-3 run before in this process would have the model split while it is built, which needs all processes.
+        unset_hf_deepspeed_config()
+        model = build().to(torch.float32)
+        temporary = ctx.work / "initial.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        os.replace(temporary, folder)
+    return folder
+
+
+def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """The model in `folder` as an `auto_class` in float32, from safetensors only, without code from the folder.
+
+    Raises `ArtifactError` if weights that the class needs are not in the folder, or have another shape.
+    """
+    model, report = auto_class.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    holes = [*sorted(report["missing_keys"]), *(str(key) for key in report.get("mismatched_keys", ()))]
+    if holes:
+        raise ArtifactError(
+            Problem(str(folder), f"does not hold the weights {', '.join(holes[:3])}", "Name a model of the right kind.")
+        )
+    return model
+
+
+def without_dropout(model: Any) -> Any:
+    """The model with its dropout switched off: else a policy and its reference would differ by chance from the first step."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """The number of parameters, tied ones counted once, whole also where ZeRO-3 has split them."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> full shape of every parameter, tied ones once."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `DataError` if the tokenizer knows ids that the model has no embedding for."""
+    rows = int(model.config.vocab_size)
+    if len(tokenizer) > rows:
+        raise DataError(
+            Problem(
+                "tokenizer",
+                f"has {len(tokenizer)} tokens, and the model embeds {rows}",
+                "Use the tokenizer that the model was trained with.",
+            )
+        )
+
+
+def load_language_model(folder: Path, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The causal model in `folder`, quantized or not, in the precision it was published in, ready for inference.
+
+    Quantized weights are unpacked to that precision while loading. Raises `ArtifactError` if weights are missing.
+    """
+    quantization = read_config(folder).get("quantization_config")
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantization else {}
+    with no_progress_bars(), warnings.catch_warnings():
+        # Says that the folder's own quantization is used with our way of loading it, which is what we want.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ArtifactError(Problem(str(folder), f"does not hold the weights {missing}", "Name a causal model."))
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keeps the bars of transformers and compressed-tensors off the console; what is logged still appears."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        # compressed-tensors draws its bars on whatever sys.stderr is, and has no switch for them.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

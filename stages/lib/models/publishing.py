@@ -1,0 +1,112 @@
+"""Models to disk, with a check of what was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import ArtifactError, Problem
+from stages.lib.models.loading import DTYPES, parameter_shapes
+from stages.lib.text.tokenizers import copy_tokenizer, load_tokenizer, stop_token_ids
+
+
+def publish(
+    model: PreTrainedModel,
+    state: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase | Path,
+    out: Path,
+    *,
+    precision: str = "fp32",
+    stop_ids: list[int] | None = None,
+) -> None:
+    """Writes model and tokenizer to `out` as a Hugging Face folder, and reads the weights back to check them.
+
+    A tokenizer given as a folder is copied file by file, as unchanged as it is. `state` holds the full weights on the main process, gathered from wherever a memory layout had put them.
+    """
+    dtype = DTYPES[precision]
+    opened = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    # Gathering clones tied weights: each is written once, under the name that owns it, whatever the layout.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    weights = {
+        name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().to("cpu"))
+        for name, tensor in state.items()
+        if name not in tied
+    }
+    model.config.use_cache = True
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        complete_generation_config(model, opened, stop_ids or stop_token_ids(opened))
+    model.save_pretrained(out, state_dict=dict(weights))
+    model.config.dtype = dtype
+    model.config.save_pretrained(out)
+    if isinstance(tokenizer, Path):
+        copy_tokenizer(tokenizer, out)
+    else:
+        tokenizer.save_pretrained(out)
+    shapes = {name: shape for name, shape in parameter_shapes(model).items() if name not in tied}
+    check_weights(out, shapes)
+
+
+def complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
+    """Says in the generation config where generation stops, so that whoever serves the model need not guess.
+
+    It is made anew: one that came from the model's config is derived from that again, and would forget what it is told.
+    """
+    said = {name: value for name, value in model.generation_config.to_diff_dict().items() if not name.startswith("_")}
+    said.pop("transformers_version", None)
+    said |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if stop_ids:
+        said["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    model.generation_config = GenerationConfig(**said)
+
+
+def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `ArtifactError` unless the safetensors in `folder` hold exactly sound weights of these shapes.
+
+    Unsound is: missing, of another shape (ZeRO-3 without gathering writes size 0), non-finite, or a matrix of zeros.
+    """
+    problems = []
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                tensor = file.get_tensor(name)
+                found[name] = tuple(tensor.shape)
+                if tensor.numel() == 0:
+                    problems.append(f"{name} is empty")
+                elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    problems.append(f"{name} holds values that are not finite")
+                elif tensor.dim() >= 2 and not bool(tensor.any()):
+                    problems.append(f"{name} is all zero")
+    # Some architectures are stored under other names than they have in memory: then only the total can be compared.
+    if set(found) >= set(shapes):
+        wrong = [name for name, shape in shapes.items() if found[name] != shape]
+        problems += [f"{name} has the shape {list(found[name])} instead of {list(shapes[name])}" for name in wrong]
+    elif sum(map(math.prod, found.values())) < sum(map(math.prod, shapes.values())):
+        missing = [name for name in shapes if name not in found]
+        problems += [f"{name} was not written" for name in missing]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ArtifactError(
+            Problem(
+                str(folder),
+                f"the weights are not fit to publish: {'; '.join(problems[:5])}{more}",
+                "Nothing was published.",
+            )
+        )
+
+
+ADAPTER_FOLDER = "adapter"
+
+
+def save_adapter(adapted_model: Any, state: dict[str, torch.Tensor], base: Path, folder: Path) -> None:
+    """Writes the adapter alone, with where its base lies; the same bytes in every process."""
+    config = adapted_model.peft_config["default"]
+    config.base_model_name_or_path = str(base)
+    config.target_modules = sorted(config.target_modules)  # peft holds a set, whose order differs from run to run
+    adapted_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)

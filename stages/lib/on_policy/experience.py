@@ -1,0 +1,155 @@
+"""What a policy wrote in one rollout and what came of it: kept whole in every process, and on disk within a checkpoint.
+
+N: completions of the rollout, K: tokens of the longest one. Completions are few beside weights and activations, so each
+process holds all of them: whitening covers all of them, and minibatches do not depend on how they are spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from stages.lib.formulas.token_losses import Tensors
+from stages.lib.training.scheduling import seed_of
+
+PER_TOKEN = ("generator_logprobs", "logprobs", "ref_logprobs", "values", "advantages", "returns")
+"""Fields of an episode with one number per token of its completion. A reference and a critic may be missing: zeros."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One completion. Its position in the schedule decides its prompt and its random numbers."""
+
+    position: int
+    row_index: int
+    prompt_ids: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    ended: bool
+    rewards: NDArray[np.float64]
+    """The value of each reward, without weights."""
+    generator_logprobs: NDArray[np.float32]
+    logprobs: NDArray[np.float32]
+    ref_logprobs: NDArray[np.float32]
+    values: NDArray[np.float32]
+    advantages: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    returns: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+
+
+class Experience:
+    """The episodes of a rollout in the order of their positions."""
+
+    def __init__(self, episodes: Sequence[Episode]) -> None:
+        self.episodes = sorted(episodes, key=lambda each: each.position)
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def padded(self, name: str) -> Tensor:
+        """N x K in double precision, 0 behind the end of each completion."""
+        rows = [torch.from_numpy(np.asarray(getattr(each, name), dtype=np.float64)) for each in self.episodes]
+        return pad_sequence(rows, batch_first=True)
+
+    @property
+    def mask(self) -> Tensor:
+        """N x K in double precision: 1 for the tokens of completions."""
+        return pad_sequence(
+            [torch.ones(len(each.ids), dtype=torch.float64) for each in self.episodes], batch_first=True
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(each.ids) for each in self.episodes], dtype=torch.float64)
+
+    @property
+    def ended(self) -> Tensor:
+        return torch.tensor([each.ended for each in self.episodes], dtype=torch.float64)
+
+    @property
+    def rewards(self) -> Tensor:
+        """N x the number of rewards."""
+        return torch.from_numpy(np.stack([each.rewards for each in self.episodes]))
+
+    def with_advantages(self, advantages_NK: Tensor, returns_NK: Tensor) -> Experience:
+        """The same episodes, each with what its tokens were worth."""
+        return Experience(
+            [
+                replace(
+                    each,
+                    advantages=advantages[: len(each.ids)].float().numpy(),
+                    returns=returns[: len(each.ids)].float().numpy(),
+                )
+                for each, advantages, returns in zip(self.episodes, advantages_NK, returns_NK, strict=True)
+            ]
+        )
+
+    def minibatches(self, seed: int, rollout: int, epoch: int, size: int) -> list[list[int]]:
+        """The episodes of each minibatch of a pass: an order that is a function of (seed, rollout, epoch)."""
+        order = np.random.Generator(np.random.PCG64(seed_of(seed, rollout, epoch))).permutation(len(self))
+        return [[int(index) for index in order[start : start + size]] for start in range(0, len(order), size)]
+
+    def save(self, path: Path) -> None:
+        """Writes the episodes as arrays: those of all completions one after the other, and where each begins."""
+        prompts = [len(each.prompt_ids) for each in self.episodes]
+        arrays: dict[str, Any] = {
+            "positions": [each.position for each in self.episodes],
+            "row_indices": [each.row_index for each in self.episodes],
+            "ended": [each.ended for each in self.episodes],
+            "rewards": np.stack([each.rewards for each in self.episodes]),
+            "prompt_lengths": prompts,
+            "lengths": [len(each.ids) for each in self.episodes],
+            "prompt_ids": np.concatenate([each.prompt_ids for each in self.episodes]),
+            "ids": np.concatenate([each.ids for each in self.episodes]),
+        }
+        arrays |= {name: np.concatenate([getattr(each, name) for each in self.episodes]) for name in PER_TOKEN}
+        np.savez(path, **{name: np.asarray(array) for name, array in arrays.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Experience:
+        """The episodes that `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        prompt_ids = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
+        split = {name: np.split(arrays[name], np.cumsum(arrays["lengths"])[:-1]) for name in ("ids", *PER_TOKEN)}
+        return cls(
+            [
+                Episode(
+                    position=int(arrays["positions"][index]),
+                    row_index=int(arrays["row_indices"][index]),
+                    prompt_ids=prompt_ids[index],
+                    ended=bool(arrays["ended"][index]),
+                    rewards=arrays["rewards"][index],
+                    **{name: parts[index] for name, parts in split.items()},
+                )
+                for index in range(len(arrays["positions"]))
+            ]
+        )
+
+
+def collate_episodes(episodes: Sequence[Episode], padding_id: int) -> Tensors:
+    """`input_ids` and `attention_mask`, B x (P + K), and B x K in float32: `mask` and every field of `PER_TOKEN` there is.
+
+    Prompts are padded on the left and completions on the right, so that all completions begin at the same place.
+    """
+    prompt_length = max(len(each.prompt_ids) for each in episodes)
+    new_length = max(len(each.ids) for each in episodes)
+    ids_BT = torch.full((len(episodes), prompt_length + new_length), padding_id)
+    attended_BT = torch.zeros_like(ids_BT)
+    for row, each in enumerate(episodes):
+        begin, end = prompt_length - len(each.prompt_ids), prompt_length + len(each.ids)
+        ids_BT[row, begin:prompt_length] = torch.from_numpy(each.prompt_ids)
+        ids_BT[row, prompt_length:end] = torch.from_numpy(each.ids)
+        attended_BT[row, begin:end] = 1
+    batch = {"input_ids": ids_BT, "attention_mask": attended_BT, "mask": attended_BT[:, prompt_length:].float()}
+    for name in PER_TOKEN:
+        rows = [torch.from_numpy(np.asarray(getattr(each, name), dtype=np.float32)) for each in episodes]
+        if all(len(row) == len(each.ids) for row, each in zip(rows, episodes, strict=True)):
+            batch[name] = pad_sequence(rows, batch_first=True)
+    return batch

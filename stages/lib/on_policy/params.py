@@ -1,0 +1,238 @@
+"""What the recipes of stages say that train a policy on its own completions, and what `plan` can say. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.errors import Problem, RecipeError
+from pipeline.stage import Estimate, Forecast, Input, accepts
+from pipeline.store.artifact import Kind
+from stages.lib.models.adapters import LoraParams
+from stages.lib.models.arithmetic import BYTES, field_of, state_bytes_per_rank
+from stages.lib.on_policy.rewards import Rewards, learned
+from stages.lib.training.forecast import check_training, estimate_training
+from stages.lib.training.layouts import read_layout
+from stages.lib.training.params import OptimizerParams, derive_batch
+
+INPUTS: dict[str, Input] = {
+    "model": accepts(Kind.CAUSAL_LM),
+    "prompts": accepts(Kind.CHATS, Kind.PREFERENCES, Kind.TEXT),
+    "reward": accepts(Kind.REWARD_MODEL, optional=True),
+    "reference": accepts(Kind.CAUSAL_LM, optional=True),
+    "chats": accepts(Kind.CHATS, optional=True),
+}
+"""`model`: the policy. `reward`: for the reward of the kind reward_model. `reference`: what the policy is held to, by
+default the artifact of the policy itself. `chats`: what ptx_coefficient mixes in."""
+
+
+class OnPolicyParams(OptimizerParams):
+    """What PPO, GRPO and RLOO have in common."""
+
+    rewards: Rewards
+    """What a completion is worth: the weighted sum of these rewards."""
+    rollouts: int = Field(ge=1)
+    """How often completions are written and then learned from."""
+    rollout_batch_size: int = Field(ge=1)
+    """Completions per rollout, over all processes."""
+    global_batch_size: int = Field(ge=1)
+    """Completions per optimizer step, over all processes; a divisor of rollout_batch_size."""
+    epochs_per_rollout: int = Field(default=1, ge=1)
+    """Passes over each rollout's completions, in minibatches of global_batch_size, in a new order each time."""
+    rendering: Literal["chat", "raw"] = "chat"
+    """chat: prompts are conversations (a text is one user message), rendered by the policy's own chat template. raw: the policy continues the text itself."""
+    max_prompt_tokens: int = Field(ge=1)
+    """Longest prompt, in tokens. A longer one is dropped and counted, never cut."""
+    max_new_tokens: int = Field(ge=1)
+    """Longest completion, in tokens, the one that ends it included."""
+    max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
+    """The stage stops if a larger share of the prompts than this cannot be used."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Completions are drawn from softmax(logits / temperature), which is also the policy whose probabilities are trained."""
+    missing_end_penalty: float = Field(default=0.0, ge=0)
+    """What a completion loses that was cut off at the limit instead of ended by the policy."""
+    normalize_rewards: bool = False
+    """Whether rewards are shifted and scaled by mean and deviation of all rewards so far."""
+    reward_clip: float | None = Field(default=None, gt=0)
+    """Rewards are kept within +- this, after they were normalized. null: as they are."""
+    generation: Literal["transformers", "vllm"] = "transformers"
+    """What writes completions. vllm: on GPUs, in the same processes; it is an optional part, see the README of stages/alignment."""
+    kl_coefficient: float = Field(default=0.05, ge=0)
+    """Beta: how dear each nat of divergence from the reference is. 0: no reference is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How the divergence of a token is estimated: k1 = log pi - log ref, k2 = k1^2 / 2, k3 = ref / pi - 1 + k1."""
+    clip_ratio: float = Field(default=0.2, gt=0, lt=1)
+    """Epsilon: beyond 1 +- this ratio to the policy that wrote it, a token teaches nothing more."""
+    clip_ratio_high: float | None = Field(default=None, gt=0)
+    """Another epsilon for the upper side. null: the same."""
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus, per nat and token."""
+    max_policy_kl: float | None = Field(default=None, gt=0)
+    """Ends a rollout's passes early once a minibatch is further than this, in nats per token, from the policy that wrote it."""
+    ptx_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy on the input `chats`, per token, mixed into every step (InstructGPT's PPO-ptx)."""
+    ptx_batch_size: int | None = Field(default=None, ge=1)
+    """Chats per optimizer step, over all processes. null: as many as completions."""
+    ptx_max_length_tokens: int | None = Field(default=None, ge=8)
+    """Tokens per chat; its oldest turns are dropped to fit. null: those of prompt and completion."""
+    max_logprob_mismatch: float | None = Field(default=None, gt=0)
+    """Stops the run if the log-probabilities of generation and training differ by more than this on average, in nats per token."""
+    mismatch_cap: float | None = Field(default=None, gt=0)
+    """Corrects that difference by weighting each token with the ratio of both probabilities, at most this. null: no correction."""
+    evaluate_every_rollouts: int | None = Field(default=None, ge=1)
+    """Rollouts between measurements on held-out prompts. null: only before the first and after the last."""
+    heldout_prompts: int = Field(default=64, ge=1)
+    """Held-out prompts that the policy completes at each measurement: the first so many."""
+    journal_samples: int = Field(default=2, ge=0)
+    """Completions per rollout that are written to the journal, for reading."""
+    lora: LoraParams | None = None
+    """Train low-rank adapters on frozen weights. null: all weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the forward and backward pass, and of the weights that are published. Ratios of probabilities are too fine for fp16."""
+
+    @property
+    def group_size(self) -> int:
+        """Completions of the same prompt in a rollout."""
+        return 1
+
+    @property
+    def has_critic(self) -> bool:
+        return False
+
+    @property
+    def passes_steps(self) -> int:
+        """Optimizer steps of one pass over a rollout."""
+        return self.rollout_batch_size // self.global_batch_size
+
+    @property
+    def rollout_steps(self) -> int:
+        """Optimizer steps of one rollout, if none is left out."""
+        return self.passes_steps * self.epochs_per_rollout
+
+    @property
+    def total_steps(self) -> int:
+        return self.rollouts * self.rollout_steps
+
+    @model_validator(mode="after")
+    def sizes_fit(self) -> OnPolicyParams:
+        if self.rollout_batch_size % self.global_batch_size:
+            raise ValueError(
+                f"rollout_batch_size {self.rollout_batch_size} is not a multiple of global_batch_size {self.global_batch_size}"
+            )
+        if self.rollout_batch_size % self.group_size:
+            raise ValueError(
+                f"rollout_batch_size {self.rollout_batch_size} is not a multiple of completions_per_prompt {self.group_size}"
+            )
+        if self.warmup_steps >= self.total_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below the {self.total_steps} optimizer steps")
+        if not self.ptx_coefficient and (self.ptx_batch_size or self.ptx_max_length_tokens):
+            raise ValueError("ptx_batch_size and ptx_max_length_tokens have no effect while ptx_coefficient is 0")
+        return self
+
+
+class GroupParams(OnPolicyParams):
+    """What algorithms have in common that compare several completions of each prompt."""
+
+    completions_per_prompt: int = Field(default=4, ge=2)
+    """Completions of each prompt in a rollout; a divisor of rollout_batch_size."""
+
+    @property
+    def group_size(self) -> int:
+        return self.completions_per_prompt
+
+
+def check_on_policy(forecast: Forecast) -> list[Problem]:
+    """What is wrong with inputs, batch, layout and lengths, found before the step runs."""
+    params: OnPolicyParams = forecast.params
+    problems = check_training(forecast)
+    roles = set(forecast.inputs)
+    if learned(params.rewards) and "reward" not in roles:
+        problems.append(Problem("inputs.reward", "is missing, and params.rewards asks for reward_model", "Add it."))
+    critic_starts_from_it = params.has_critic and params.lora is None
+    if "reward" in roles and not learned(params.rewards) and not critic_starts_from_it:
+        problems.append(
+            Problem("inputs.reward", "is given, and no reward uses it", "Add {kind: reward_model} to params.rewards.")
+        )
+    if params.generation == "vllm" and forecast.resources.device == "cpu":
+        problems.append(Problem("params.generation", "is vllm, and resources.device is cpu", "Write transformers."))
+    if learned(params.rewards) and params.rendering == "raw":
+        problems.append(Problem("params.rendering", "is raw, and a reward model scores conversations", "Write chat."))
+    if ("chats" in roles) != bool(params.ptx_coefficient):
+        problems.append(
+            Problem("inputs.chats", "goes together with params.ptx_coefficient", "Give both, or leave both out.")
+        )
+    if "reference" in roles and not params.kl_coefficient:
+        problems.append(Problem("inputs.reference", "is not used while kl_coefficient is 0", "Remove it."))
+    architecture = forecast.inputs.get("model", Estimate()).architecture or {}
+    problems += room_problems(architecture, params)
+    size = params.rollout_batch_size
+    if size % forecast.resources.world_size:
+        problems.append(
+            Problem(
+                "params.rollout_batch_size",
+                f"{size} cannot be shared by {forecast.resources.world_size} processes",
+                "Take a multiple of their number.",
+            )
+        )
+    try:
+        if params.ptx_coefficient and params.ptx_batch_size:
+            derive_batch(params.ptx_batch_size, forecast.resources)
+    except RecipeError as error:
+        problems += [replace(p, where="params.ptx_batch_size") for p in error.problems if isinstance(p, Problem)]
+    return problems
+
+
+def room_problems(architecture: Mapping[str, Any], params: OnPolicyParams) -> list[Problem]:
+    """What is wrong if prompts and completions do not fit into the model's positions."""
+    positions = field_of(architecture, "max_position_embeddings")
+    length = params.max_prompt_tokens + params.max_new_tokens
+    if positions is None or length <= positions:
+        return []
+    return [
+        Problem(
+            "params.max_prompt_tokens",
+            f"{params.max_prompt_tokens} and max_new_tokens {params.max_new_tokens} are {length}, and the model has {positions} positions",
+            "Lower one of them.",
+        )
+    ]
+
+
+def estimate_on_policy(forecast: Forecast) -> Estimate:
+    """Steps, batch, and memory: policy and critic in training, reference and reward model frozen beside them."""
+    params: OnPolicyParams = forecast.params
+    model = forecast.inputs.get("model", Estimate())
+    known = estimate_training(
+        forecast,
+        architecture=model.architecture,
+        parameters=model.parameters,
+        num_rows=forecast.inputs.get("prompts", Estimate()).train_rows,
+        sequence_length=params.max_prompt_tokens + params.max_new_tokens,
+        vocabulary_size=model.vocabulary_size,
+        total_steps=params.total_steps,
+    )
+    if known.memory_bytes_per_rank is None or known.parameters is None:
+        return known
+    width = BYTES[params.precision] if forecast.resources.deepspeed else BYTES["fp32"]
+    value = forecast.inputs.get("value", forecast.inputs.get("reward", model)).parameters or known.parameters
+    frozen = (forecast.inputs.get("reward", Estimate()).parameters or 0) * width
+    memory = known.memory_bytes_per_rank
+    if params.lora:
+        # Weights without gradients and moments; those of the adapters are small beside them.
+        states = state_bytes_per_rank(
+            parameters=known.parameters,
+            layout=read_layout(forecast.resources.deepspeed) if forecast.resources.deepspeed else None,
+            world_size=forecast.resources.world_size,
+            precision=params.precision,
+        )
+        memory = known.parameters * width + (memory - states) * (2 if params.has_critic else 1)
+    else:
+        if params.has_critic:
+            memory += round(memory * value / known.parameters)
+        frozen += known.parameters * width if params.kl_coefficient else 0
+    disk = known.disk_bytes
+    if disk is not None and params.has_critic:
+        disk += round(disk * value / known.parameters)
+    return replace(known, memory_bytes_per_rank=memory + frozen, disk_bytes=disk)

@@ -1,0 +1,48 @@
+"""From the trained policy and critic to an artifact."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from pipeline.stage import Context
+from stages.lib.models.heads import load_policy
+from stages.lib.models.publishing import ADAPTER_FOLDER, publish, save_adapter
+from stages.lib.on_policy.actor_critic import SharedCritic
+from stages.lib.on_policy.loop import Parts
+from stages.lib.on_policy.params import OnPolicyParams
+from stages.lib.processes.collectives import barrier, from_main
+
+VALUE_FOLDER = "value"
+"""Where an artifact keeps the adapter alone, and the critic."""
+
+
+def publish_policy(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:
+    """The policy as a whole model; under lora the adapter alone in `adapter/`, and merged into the weights it was trained on."""
+    start, engine = ctx.inputs["model"], parts.engine
+    state = engine.state_of(parts.module.policy)
+    if params.lora is None:
+        from_main(lambda: publish(parts.module.policy, state, start, ctx.out, precision=params.precision))
+        return
+    if ctx.world.is_main:
+        save_adapter(parts.module.policy, state, start, ctx.out / ADAPTER_FOLDER)
+        base = load_policy(start)
+        merged = PeftModel.from_pretrained(base, str(ctx.out / ADAPTER_FOLDER)).merge_and_unload()
+        publish(merged, merged.state_dict(), start, ctx.out, precision=params.precision)
+    barrier()
+
+
+def publish_critic(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:
+    """The critic in `value/`: a model with one score, or under lora its adapter and its head."""
+    value, engine = parts.module.value, parts.engine
+    folder = ctx.out / VALUE_FOLDER
+    if isinstance(value, SharedCritic):
+        state, head = engine.state_of(value.base_model), engine.state_of(value.score)
+        if ctx.world.is_main:
+            save_adapter(value.base_model, state, ctx.inputs["model"], folder)
+            save_file(head, folder / "value_head.safetensors")
+        barrier()
+    elif isinstance(value, PreTrainedModel):
+        state = engine.state_of(value)
+        from_main(lambda: publish(value, state, ctx.inputs["model"], folder, precision=params.precision))

@@ -1,0 +1,118 @@
+"""What completions are worth: programmatic rewards, and the score of a reward model that reads them as text.
+
+The reward model may have another tokenizer and another chat template than the policy: it is given the conversation, not
+the policy's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from pipeline.errors import DataError, Problem
+from stages.lib.models.config import read_config
+from stages.lib.models.loading import load_model
+from stages.lib.on_policy.rewards import (
+    Reward,
+    Sample,
+    check_scores,
+    combine,
+    learned,
+    programmatic,
+    reward_names,
+    score_programmatic,
+)
+from stages.lib.preferring.reward_models import load_reward_model, scores
+from stages.lib.processes.collectives import from_main
+from stages.lib.text.chat_rendering import Messages, render
+from stages.lib.text.chat_spans import tokenize
+from stages.lib.text.tokenizers import load_tokenizer
+from stages.lib.training.engine import freeze
+from stages.lib.training.layouts import split_while_loading, zero_stage_of
+
+
+class RewardModelScorer:
+    """A frozen reward model. Under ZeRO-3 it is split over the processes, which then score together."""
+
+    def __init__(
+        self, folder: Path, layout: Mapping[str, Any] | None, precision: str, device: torch.device, batch_size: int
+    ) -> None:
+        self.folder = folder
+        self.device = device
+        self.batch_size = batch_size
+        self.together = zero_stage_of(layout) == 3
+        # Refuses a model whose head was lost: it scores the fixed prompts otherwise than its manifest says.
+        if self.together:
+            from_main(lambda: load_reward_model(folder) and None)
+            with split_while_loading(layout):
+                model = load_model(AutoModelForSequenceClassification, folder)
+            self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+        else:
+            model, self.tokenizer = load_reward_model(folder)
+        self.model: nn.Module = freeze(model, layout, precision, device)
+        self.limit = read_config(folder).get("max_position_embeddings")
+
+    def encode(self, chat: Messages) -> list[int]:
+        """The chat in the reward model's own template and tokens. Raises `DataError` if it reads no chat that long."""
+        ids = tokenize(self.tokenizer, render(self.tokenizer, chat))[0]
+        if self.limit is not None and len(ids) > self.limit:
+            raise DataError(
+                Problem(
+                    f"reward model {self.folder.name}",
+                    f"reads {self.limit} tokens, and a prompt with its completion has {len(ids)} of its tokens",
+                    "Lower max_prompt_tokens or max_new_tokens.",
+                )
+            )
+        return ids
+
+    @torch.no_grad()
+    def score(self, chats: Sequence[Messages]) -> list[float]:
+        """One score a chat. Under ZeRO-3 all processes call it together, with the same number of chats."""
+        found: list[float] = []
+        for start in range(0, len(chats), self.batch_size):
+            rows = [torch.tensor(self.encode(chat)) for chat in chats[start : start + self.batch_size]]
+            ids_BT = pad_sequence(rows, batch_first=True, padding_value=int(self.tokenizer.pad_token_id))
+            mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            batch = {"input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device)}
+            found += [float(score) for score in scores(self.model, batch)]
+        return found
+
+
+class Scorer:
+    """All rewards of a stage."""
+
+    def __init__(self, rewards: Sequence[Reward], model: RewardModelScorer | None) -> None:
+        self.rewards = rewards
+        self.model = model
+        self.names = reward_names(rewards)
+        self.weights = [params.weight for params in rewards]
+        assert (learned(rewards) is None) == (model is None), "the stage's check sees to that"
+
+    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Samples x rewards, without weights. Raises `RewardError` with the row and the reward where one is no number."""
+        functions = iter(score_programmatic(programmatic(self.rewards), samples))
+        columns = [
+            self.learned_scores(samples) if params is learned(self.rewards) else next(functions)
+            for params in self.rewards
+        ]
+        return np.asarray(columns, dtype=np.float64).T
+
+    def learned_scores(self, samples: Sequence[Sample]) -> list[float]:
+        assert self.model is not None
+        chats: list[Messages] = []
+        for sample in samples:
+            assert not isinstance(sample.prompt, str), "a reward model scores conversations"
+            chats.append([*sample.prompt, {"role": "assistant", "content": sample.completion.text}])
+        return check_scores("reward_model", self.model.score(chats), samples)
+
+    def total(self, values: NDArray[np.float64]) -> list[float]:
+        """The weighted sum of each sample's rewards."""
+        return combine(self.weights, values.T.tolist())

@@ -1,0 +1,1 @@
+"""Preference pairs, reference log-probabilities, reward models."""

@@ -1,0 +1,72 @@
+"""`ledger.json`: how many rows were read and kept, and for each reason how many were dropped, with examples."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MAX_EXAMPLES = 5
+
+
+MAX_EXAMPLE_CHARACTERS = 200
+
+
+@dataclass
+class Ledger:
+    """read = kept + all that was dropped. `repaired` counts rows (or parts of rows) that were mended and kept."""
+
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    repaired: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts dropped rows, and keeps the first examples (cut to 200 characters)."""
+        self.dropped[reason] += count
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(printable(example))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": {
+                reason: {"count": self.dropped[reason], "examples": self.examples.get(reason, [])}
+                for reason in sorted(self.dropped)
+            },
+            "repaired": dict(sorted(self.repaired.items())),
+        }
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(self.as_json(), indent=1, ensure_ascii=False)
+        (folder / "ledger.json").write_text(text + "\n", encoding="utf-8")
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for the manifest."""
+        counts = {f"dropped_{reason}": count for reason, count in sorted(self.dropped.items())}
+        counts |= {f"repaired_{reason}": count for reason, count in sorted(self.repaired.items())}
+        return {
+            name: float(count) for name, count in {"rows_read": self.read, "rows_kept": self.kept, **counts}.items()
+        }
+
+
+def printable(example: str) -> str:
+    """The first 200 characters; what UTF-8 cannot hold is escaped."""
+    return example[:MAX_EXAMPLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()[:MAX_EXAMPLE_CHARACTERS]
+
+
+def add_ledgers(first: Ledger, second: Ledger) -> Ledger:
+    """Both together, with the examples of the first before those of the second."""
+    both = Ledger(first.read + second.read, first.kept + second.kept, repaired=first.repaired + second.repaired)
+    for ledger in (first, second):
+        for reason, count in ledger.dropped.items():
+            examples = ledger.examples[reason]
+            for example in examples:
+                both.drop(reason, example)
+            both.dropped[reason] += count - len(examples)
+    return both

@@ -1,0 +1,144 @@
+"""Reads Parquet files, and data sets of the `datasets` library from a folder or from the hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import DataError, Problem
+from stages.lib.sources.lines import Broken, Damaged, Limits, Record, blocks_of, snippet_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from stages.lib.sources.params import DatasetSource, FilesSource, HubSource
+
+
+ARROW_BATCH_ROWS = 64
+
+
+def read_parquet(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with tempfile.TemporaryFile() as unpacked:
+        file: Any = path
+        if path.suffix in (".gz", ".zst"):
+            for block in blocks_of(path):
+                unpacked.write(block)
+            file = unpacked
+            unpacked.seek(0)
+        start = 0
+        try:
+            with pyarrow.parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=ARROW_BATCH_ROWS):
+                    yield from arrow_rows(batch, name, start, limits)
+                    start += batch.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise Damaged(str(error)) from None
+
+
+def arrow_rows(
+    batch: pyarrow.RecordBatch,
+    name: str,
+    start: int,
+    limits: Limits,
+    names: dict[str, Callable[[Any], Any]] | None = None,
+) -> Iterator[Record | Broken]:
+    """The rows of a batch, numbered from `start` + 1. Oversized ones are passed over before they become objects."""
+    import pyarrow
+
+    for index in range(batch.num_rows):
+        where = f"{name}:{start + index + 1}"
+        one = batch.slice(index, 1)
+        if one.nbytes > limits.row_bytes:
+            yield Broken(where, "row_too_long", f"{one.nbytes:,} bytes")
+            continue
+        try:
+            row = {column: readable(value) for column, value in one.to_pylist()[0].items()}
+        except UnicodeDecodeError as error:
+            yield Broken(where, "not_utf8", f"byte {error.start}", snippet_of(bytes(error.object)))
+            continue
+        except (pyarrow.ArrowException, ValueError) as error:
+            yield Broken(where, "wrong_type", str(error))
+            continue
+        for column, name_of in (names or {}).items():
+            row[column] = name_of(row[column])
+        if all(value is None for value in row.values()):
+            yield Broken(where, "empty_row", "")
+        else:
+            yield Record(where, row)
+
+
+def readable(value: Any) -> Any:
+    """The value with bytes decoded, all the way down. Raises `UnicodeDecodeError`."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list):
+        return [readable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: readable(item) for name, item in value.items()}
+    return value
+
+
+def read_dataset(source: DatasetSource, limits: Limits) -> Iterator[Record | Broken]:
+    """The rows of a folder that `save_to_disk` wrote."""
+    import datasets
+
+    hint = "Name a folder that `datasets`' save_to_disk wrote."
+    try:
+        loaded = datasets.load_from_disk(str(source.path))
+    except Exception as error:  # the library raises many kinds for a folder that is not whole
+        raise DataError(Problem(str(source.path), f"cannot be opened: {first_line(error)}", hint)) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        known = ", ".join(loaded)
+        if source.split is None:
+            raise DataError(Problem(str(source.path), f"has several splits: {known}", "Name one as `split`."))
+        if source.split not in loaded:
+            raise DataError(Problem(str(source.path), f"has no split '{source.split}'", f"It has: {known}."))
+        loaded = loaded[source.split]
+    elif source.split is not None:
+        raise DataError(Problem(str(source.path), "has no splits", "Leave `split` out."))
+    yield from dataset_rows(loaded, source.path.name, limits)
+
+
+def read_hub(source: HubSource, limits: Limits) -> Iterator[Record | Broken]:
+    """The rows of a data set of the Hugging Face hub, at exactly the revision that the recipe names."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # network, authorization, missing split or config: all are told alike
+        hint = "Check the id, the revision, the split and the config, and that this machine reaches the hub."
+        where = f"{source.dataset}@{source.revision}"
+        raise DataError(Problem(where, f"cannot be loaded: {first_line(error)}", hint)) from None
+    yield from dataset_rows(loaded, source.dataset, limits)
+
+
+def dataset_rows(dataset: Any, name: str, limits: Limits) -> Iterator[Record | Broken]:
+    """The rows of a `datasets.Dataset`; numbers of class labels become their names."""
+    import datasets
+    import pyarrow
+
+    def namer(feature: datasets.ClassLabel) -> Callable[[Any], Any]:
+        return lambda value: feature.int2str(value) if isinstance(value, int) and value >= 0 else None
+
+    names = {
+        column: namer(feature)
+        for column, feature in dataset.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    start = 0
+    try:
+        for table in dataset.with_format("arrow").iter(batch_size=ARROW_BATCH_ROWS):
+            for batch in table.to_batches():
+                yield from arrow_rows(batch, name, start, limits, names)
+                start += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Broken(name, "damaged_file", f"{first_line(error)} (after row {start})")
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,139 @@
+"""What converters of raw rows share: why a row is not used, what may be mended in it, and how its fields are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.lib.rows.canonical import Row
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a row is not used, or what was mended in it."""
+
+    meaning: str
+    broken: bool = True
+    """Whether it speaks against the source: too large a share of broken rows stops the stage."""
+
+
+REASONS: dict[str, Reason] = {
+    # found by readers
+    "bad_json": Reason("is not JSON"),
+    "not_a_record": Reason("is JSON, but neither a mapping nor a list"),
+    "not_utf8": Reason("is not UTF-8 text, or holds half of a surrogate pair"),
+    "row_too_long": Reason("has more than max_row_bytes; it was not parsed"),
+    "empty_row": Reason("holds nothing"),
+    "bad_csv_row": Reason("has unbalanced quotes, or more or fewer fields than the header"),
+    "bad_conll_row": Reason("has a line without the token or the tag column"),
+    "damaged_file": Reason("the file ends early or cannot be read from here on; its other rows are lost"),
+    # found by converters
+    "missing_field": Reason("lacks a field that the layout needs"),
+    "wrong_type": Reason("has a field of another type than the layout needs"),
+    "empty_field": Reason("has an empty text where there must be one"),
+    "unknown_role": Reason("has a turn whose role is none of user, assistant, system, tool or their synonyms"),
+    "bad_turn_order": Reason("does not alternate between user and assistant"),
+    "no_assistant_turn": Reason("has no assistant turn to learn from"),
+    "bad_history": Reason("has a history pair with other than two texts, or only one of them empty"),
+    "pair_differs_early": Reason("has chosen and rejected that differ before the last assistant turn"),
+    "identical_pair": Reason("has the same chosen and rejected answer", broken=False),
+    "one_answer": Reason("has fewer than two answers to prefer among", broken=False),
+    "bad_tag": Reason("has a tag that is neither O nor B-, I-, E- or S- and a label, or other than one per token"),
+    "bad_span": Reason("has a span outside its text, or an empty one"),
+    "overlapping_entities": Reason("has a head and a tail entity that overlap"),
+    "answer_not_in_context": Reason("has answers, and none of them stands in the context"),
+    "not_text": Reason("has parts that are no text, such as images", broken=False),
+    "rated_bad": Reason("was rated bad, so it is nothing to learn from", broken=False),
+    "not_trained_on": Reason("has an assistant turn of loss weight 0, which chats cannot express", broken=False),
+}
+
+
+REPAIRS: dict[str, str] = {
+    "empty_history_pair": "a history pair of two empty texts, used as padding, was left out",
+    "opening_assistant_turn": "an assistant turn before the first user turn was left out",
+    "trailing_user_turn": "a last user turn that nobody answers was left out",
+    "answers_between_best_and_worst": "of several ranked answers, those between the first and the last were left out",
+    "inside_without_begin": "an I- tag that continues nothing began a new span",
+    "answer_moved": "an answer's offset was moved to the nearest place where its text stands",
+    "reference_left_out": "one of several reference answers does not stand in the context and was left out",
+}
+
+
+class Dropped(Exception):
+    """This row is not used. `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        assert reason in REASONS, reason
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class Conversion:
+    """What a converter may consult besides the row: the source's options. It counts what it repairs in rows it keeps."""
+
+    token_separator: str = " "
+    strip_segment_digit: bool = False
+    repaired: Counter[str] = field(default_factory=Counter)
+    in_this_row: Counter[str] = field(default_factory=Counter)
+
+    def repair(self, name: str, count: int = 1) -> None:
+        assert name in REPAIRS, name
+        if count:
+            self.in_this_row[name] += count
+
+    def finish_row(self) -> None:
+        self.repaired.update(self.in_this_row)
+
+
+def text_of(row: Row, name: str, *, optional: bool = False) -> str:
+    """The text in a field. Optional ones may be missing, null or empty, and are '' then."""
+    value = row.get(name)
+    if value is None:
+        if optional:
+            return ""
+        raise Dropped("missing_field", name)
+    if not isinstance(value, str):
+        raise Dropped("wrong_type", f"{name} is {type_name(value)}, not a text")
+    if not value.strip() and not optional:
+        raise Dropped("empty_field", name)
+    return value
+
+
+def list_of(row: Row, name: str) -> list[Any]:
+    value = row.get(name)
+    if value is None:
+        raise Dropped("missing_field", name)
+    if not isinstance(value, list):
+        raise Dropped("wrong_type", f"{name} is {type_name(value)}, not a list")
+    if not value:
+        raise Dropped("empty_field", name)
+    return value
+
+
+def label_of(row: Row, name: str) -> str:
+    """A label: a text, or a number or truth value written as one."""
+    value = row.get(name)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    return text_of(row, name).strip()
+
+
+def type_name(value: Any) -> str:
+    names = {
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

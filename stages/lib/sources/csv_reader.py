@@ -1,0 +1,135 @@
+"""Reads CSV and TSV files, in which one unclosed quote may not cost more than its own row."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from itertools import dropwhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.lib.sources.lines import Broken, Limits, Line, Record, blocks_of, lines_of, snippet_of, too_long
+
+if TYPE_CHECKING:
+    from stages.lib.sources.params import FilesSource
+
+
+class RecordTooLong(Exception):
+    """A CSV record, which quotes may carry over many lines, outgrew the limit."""
+
+
+class CsvLines:
+    """Lines for `csv.reader`. Bytes that are no UTF-8 pass as surrogates, so that they spoil only their own record."""
+
+    def __init__(self, lines: Iterator[Line], limits: Limits) -> None:
+        self.lines = lines
+        self.limits = limits
+        self.record: list[Line] = []
+        """The lines of the record that is being read."""
+        self.record_bytes = 0
+        self.again: list[Line] = []
+        """Lines to be read a second time, the next one last."""
+
+    def begin_record(self) -> None:
+        self.record, self.record_bytes = [], 0
+
+    def __iter__(self) -> CsvLines:
+        return self
+
+    def next_line(self) -> Line:
+        return self.again.pop() if self.again else next(self.lines)
+
+    def __next__(self) -> str:
+        line = self.next_line()
+        self.record.append(line)
+        self.record_bytes += len(line.content) + 1
+        if line.too_long or self.record_bytes > self.limits.row_bytes:
+            raise RecordTooLong
+        return line.content.decode("utf-8", "surrogateescape") + "\n"
+
+    def retry_after_first_line(self) -> None:
+        """A quote in the record's first line was never closed, or in the wrong place: the other lines are read again."""
+        self.again += reversed(self.record[1:])
+
+    def skip_record(self) -> bool:
+        """Passes over the rest of a record that is too long: up to where every quote is closed. False if none is."""
+        quotes = sum(line.quotes if line.too_long else line.content.count(b'"') for line in self.record)
+        while quotes % 2:
+            try:
+                line = self.next_line()
+            except StopIteration:
+                return False
+            quotes += line.quotes if line.too_long else line.content.count(b'"')
+        return True
+
+
+def read_csv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
+    """Rows of a CSV file, under the header's names; without header under their positions."""
+    yield from read_table(path, name, limits, has_header=source.has_header, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+
+
+def read_tsv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
+    """Rows of a file with tabs between the fields. Quotes have no meaning in it."""
+    yield from read_table(path, name, limits, has_header=source.has_header, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def read_table(
+    path: Path, name: str, limits: Limits, *, has_header: bool, delimiter: str, quoting: int
+) -> Iterator[Record | Broken]:
+    csv.field_size_limit(max(csv.field_size_limit(), limits.row_bytes))
+    names: list[str] | None = None
+    first_line: int | None = 1
+    while first_line is not None:
+        start, first_line = first_line, None
+        lines = CsvLines(dropwhile(lambda line: line.number < start, lines_of(blocks_of(path), limits)), limits)  # noqa: B023
+        for where, found in table_records(lines, name, delimiter, quoting, limits):
+            if isinstance(found, int):
+                first_line = found
+            elif isinstance(found, Broken):
+                yield found
+            elif names is None and has_header:
+                names = found
+            else:
+                snippet = snippet_of(lines.record[0].content)
+                yield table_row(where, found, names or [str(position) for position in range(len(found))], snippet)
+
+
+def table_records(
+    lines: CsvLines, name: str, delimiter: str, quoting: int, limits: Limits
+) -> Iterator[tuple[str, list[str] | Broken | int]]:
+    """(where, fields) of each record, or why it has none. At the end the number of a line to start from once more, if a
+    quote before it was never closed and so swallowed more than can be kept in memory."""
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    while True:
+        lines.begin_record()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except RecordTooLong:
+            first = lines.record[0]
+            where = f"{name}:{first.number}"
+            yield where, too_long(where, first.content, limits)
+            if quoting != csv.QUOTE_NONE and not lines.skip_record():
+                yield where, first.number + 1
+                return
+        except csv.Error as error:
+            first = lines.record[0]
+            where = f"{name}:{first.number}"
+            yield where, Broken(where, "bad_csv_row", str(error), snippet_of(first.content))
+            lines.retry_after_first_line()
+        else:
+            yield f"{name}:{lines.record[0].number}", fields
+
+
+def table_row(where: str, fields: list[str], names: list[str], snippet: str) -> Record | Broken:
+    if not any(field.strip() for field in fields):
+        return Broken(where, "empty_row", "", snippet)
+    if len(fields) != len(names):
+        return Broken(where, "bad_csv_row", f"{len(fields)} fields instead of {len(names)}", snippet)
+    try:
+        for field in fields:
+            field.encode()
+    except UnicodeEncodeError:
+        return Broken(where, "not_utf8", "", snippet)
+    return Record(where, dict(zip(names, fields, strict=True)))

@@ -1,0 +1,233 @@
+"""Reads JSON lines, lists and documents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import DataError, Problem
+from stages.lib.sources.lines import (
+    SNIPPET_BYTES,
+    UTF8_MARK,
+    Broken,
+    Limits,
+    Line,
+    Record,
+    blocks_of,
+    lines_of,
+    snippet_of,
+    too_long,
+)
+
+if TYPE_CHECKING:
+    from stages.lib.sources.params import FilesSource
+
+
+MAX_DOCUMENT_BYTES = 1 << 30
+"""A JSON document that is no list of rows is read whole; a larger one must be made into JSON lines."""
+
+
+def parse_record(where: str, content: bytes) -> Record | Broken:
+    """The mapping in `content`; a list becomes a mapping of its positions: {"0": ..., "1": ...}."""
+    if not content.strip():
+        return Broken(where, "empty_row", "")
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Broken(where, "not_utf8", f"byte {error.start}", snippet_of(content))
+    except RecursionError:
+        return Broken(where, "bad_json", "nested too deeply", snippet_of(content))
+    except ValueError as error:
+        return Broken(where, "bad_json", str(error), snippet_of(content))
+    return as_record(where, value)
+
+
+def as_record(where: str, value: Any) -> Record | Broken:
+    if isinstance(value, list):
+        value = {str(position): item for position, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return Broken(where, "not_a_record", "", repr(value)[:SNIPPET_BYTES])
+    if not value:
+        return Broken(where, "empty_row", "", "{}")
+    return Record(where, value)
+
+
+def read_jsonl(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
+    for line in lines_of(blocks_of(path), limits):
+        where = f"{name}:{line.number}"
+        yield too_long(where, line.content, limits) if line.too_long else parse_record(where, line.content)
+
+
+def read_json(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
+    """The elements of a list, one by one; or a whole document, or the rows that `records` names in it."""
+    blocks = blocks_of(path)
+    first = next(blocks, b"").removeprefix(UTF8_MARK)
+    if source.records is None and first.lstrip()[:1] == b"[":
+        yield from read_json_list(chain(first, blocks), name, limits)
+        return
+    content = bytearray(first)
+    for block in blocks:
+        content += block
+        if len(content) > MAX_DOCUMENT_BYTES:
+            hint = "Save its rows as JSON lines (.jsonl), which are read one by one."
+            raise DataError(Problem(name, f"is one JSON document of more than {MAX_DOCUMENT_BYTES:,} bytes", hint))
+    try:
+        document = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        yield Broken(f"{name}:1", "not_utf8", f"byte {error.start}", snippet_of(bytes(content)))
+    except (ValueError, RecursionError) as error:
+        detail = str(error)
+        if detail.startswith("Extra data"):
+            detail += "; if each line is a row of its own, set file_type: jsonl"
+        yield Broken(f"{name}:1", "bad_json", detail, snippet_of(bytes(content)))
+    else:
+        for where, value in records_in(document, source.records.split(".") if source.records else [], name):
+            if source.records and len(json.dumps(value)) > limits.row_bytes:
+                yield Broken(where, "row_too_long", f"more than {limits.row_bytes:,} bytes")
+            else:
+                yield as_record(where, value)
+
+
+def chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from blocks
+
+
+def records_in(document: Any, keys: list[str], where: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) below the keys; `*` steps into every entry of a mapping, whose name becomes the row's `key`."""
+    if keys and isinstance(document, dict):
+        key, *rest = keys
+        if key == "*":
+            for entry, value in document.items():
+                for place, row in records_in(value, rest, f"{where}:{entry}"):
+                    yield place, {"key": entry, **row} if isinstance(row, dict) else row
+        elif key in document:
+            yield from records_in(document[key], rest, f"{where}:{key}")
+        else:
+            known = ", ".join(list(document)[:10])
+            raise DataError(Problem(where, f"has no '{key}', which `records` names", f"It has: {known}."))
+    elif keys:
+        raise DataError(Problem(where, f"is no mapping with '{keys[0]}', which `records` names", "Correct `records`."))
+    elif isinstance(document, list):
+        yield from ((f"{where}[{index}]", value) for index, value in enumerate(document))
+    else:
+        yield where, document
+
+
+STRUCTURE = re.compile(rb'["\[\]{},]')
+
+
+IN_STRING = re.compile(rb'["\\\n]')
+
+
+class ListScanner:
+    """Cuts a top-level JSON list into its elements by counting brackets, without parsing them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.depth = 0
+        self.in_string = False
+        self.escaped = False
+        self.line = 1
+        self.element = bytearray()
+        self.element_line = 1
+        self.too_long = False
+        self.broke_off = False
+        """Whether the element that was last returned ended within a string."""
+        self.ended = False
+
+    def feed(self, block: bytes) -> Iterator[Line]:
+        """The elements that end in this block, with the number of the line they start on."""
+        position = 0
+        while position < len(block) and not self.ended:
+            if self.escaped:
+                stop, token, self.escaped = position, b"", False
+            else:
+                match = (IN_STRING if self.in_string else STRUCTURE).search(block, position)
+                stop, token = (match.start(), match.group()) if match else (len(block) - 1, b"")
+            part, position = block[position : stop + 1], stop + 1
+            self.line += part.count(b"\n")
+            if self.in_string:
+                yield from self.within_string(part, token)
+            else:
+                yield from self.outside_string(part, token)
+
+    def within_string(self, part: bytes, token: bytes) -> Iterator[Line]:
+        self.escaped = token == b"\\"
+        self.in_string = token not in (b'"', b"\n")
+        self.add(part)
+        if (
+            token == b"\n"
+        ):  # No string may hold a bare line end: its closing quote is missing, and the element ends here.
+            yield self.finish(broke_off=True)
+            self.depth = 1
+
+    def outside_string(self, part: bytes, token: bytes) -> Iterator[Line]:
+        before, self.depth = self.depth, self.depth + (token in (b"[", b"{")) - (token in (b"]", b"}"))
+        self.in_string = token == b'"'
+        if before == 0:
+            self.element_line = self.line
+        elif self.depth == 0 and token == b"]":
+            self.add(part[:-1])
+            self.ended = True
+            if self.element.strip():
+                yield self.finish()
+        elif self.depth == 1 and token == b",":
+            self.add(part[:-1])
+            yield self.finish()
+        else:
+            self.depth = max(self.depth, 1)
+            self.add(part)
+
+    def add(self, part: bytes) -> None:
+        if not self.too_long:
+            self.element += part
+            if len(self.element) > self.limits.row_bytes:
+                del self.element[SNIPPET_BYTES:]
+                self.too_long = True
+
+    def finish(self, *, broke_off: bool = False) -> Line:
+        self.broke_off = broke_off
+        element = Line(self.element_line, bytes(self.element), self.too_long)
+        self.element, self.element_line, self.too_long = bytearray(), self.line, False
+        return element
+
+
+def read_json_list(blocks: Iterable[bytes], name: str, limits: Limits) -> Iterator[Record | Broken]:
+    """The elements of a top-level list, each parsed by itself, so that a broken one spoils no other."""
+    scanner = ListScanner(limits)
+    in_rest = False
+    for block in blocks:
+        for element in scanner.feed(block):
+            if in_rest and element.content.strip()[:1] not in (b"{", b"["):
+                continue  # the rest of an element that broke off within a string
+            in_rest = scanner.broke_off
+            yield from read_element(element, name, limits)
+    if not scanner.ended:
+        if scanner.element.strip():
+            element = scanner.finish()
+            ending = element.content.rstrip().removesuffix(b"]")
+            yield from read_element(Line(element.number, ending, element.too_long), name, limits)
+        yield Broken(f"{name}:{scanner.line}", "damaged_file", "the list does not end")
+
+
+def read_element(element: Line, name: str, limits: Limits) -> Iterator[Record | Broken]:
+    """The row in an element. Of one that does not parse, lines that look like the beginning of another are tried alone:
+    a missing brace makes an element swallow those after it."""
+    space = element.content[: len(element.content) - len(element.content.lstrip())]
+    content, line = element.content.strip(), element.number + space.count(b"\n")
+    if element.too_long:
+        yield too_long(f"{name}:{line}", content, limits)
+        return
+    whole = parse_record(f"{name}:{line}", content)
+    indent = space.rpartition(b"\n")[2]
+    pieces = re.split(rb"\n(?=" + indent + rb"[{\[])", content)
+    if isinstance(whole, Record) or whole.reason != "bad_json" or len(pieces) == 1:
+        yield whole
+        return
+    for piece in pieces:
+        yield parse_record(f"{name}:{line}", piece.strip().rstrip(b",").strip())
+        line += piece.count(b"\n") + 1

@@ -1,0 +1,156 @@
+"""Layouts of data from outside, and how a row of each becomes a canonical row, or a reason why it does not.
+
+To add one: a function `convert(row, conversion) -> Row` that raises `Dropped`, a line in `LAYOUTS`, and a golden row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.lib.rows.canonical import Row
+from stages.lib.sources.conversion import Conversion, Dropped, type_name
+from stages.lib.sources.layouts_chats import alpaca, messages, rated_chat, sharegpt
+from stages.lib.sources.layouts_labels import label, relation, text
+from stages.lib.sources.layouts_preferences import preference_alpaca, preference_turns
+from stages.lib.sources.layouts_questions import squad, squad_rows
+from stages.lib.sources.layouts_spans import bio, pieces, spans
+
+
+def one_row(row: Row) -> Iterable[Row]:
+    return (row,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the raw rows of a source are laid out, and which format they become."""
+
+    format: str
+    convert: Callable[[Row, Conversion], Row]
+    columns: tuple[str, ...]
+    """Our names of the columns it reads: the keys that `columns` may rename."""
+    summary: str
+    options: tuple[str, ...] = ()
+    expand: Callable[[Row], Iterable[Row]] = one_row
+    """Splits one raw record into several raw rows."""
+
+
+def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+    """The row under our names: `columns` maps ours to theirs; columns it does not mention keep their name."""
+    renamed = {name: value for name, value in row.items() if name not in columns}
+    for ours, theirs in columns.items():
+        if theirs in row:
+            renamed[ours] = row[theirs]
+    return renamed
+
+
+def convert_record(
+    record: Row, layout: Layout, columns: Mapping[str, str], conversion: Conversion, carry: Sequence[str] = ()
+) -> Iterator[tuple[Row, Row | Dropped]]:
+    """The canonical rows of one raw record, or why there are none, each with the raw row it comes from.
+
+    `carry` names columns of the raw record, or of the rows it is split into, that each row keeps.
+    """
+    renamed = rename(record, columns)
+    try:
+        for raw in layout.expand(renamed):
+            conversion.in_this_row.clear()
+            try:
+                # Carried columns go by the names in the data, so they are looked up before anything is renamed.
+                carried = carried_columns(record if raw is renamed else {**record, **raw}, carry)
+                row = with_common_fields(layout.convert(raw, conversion), raw, columns, carried)
+            except Dropped as reason:
+                yield raw, reason
+            else:
+                conversion.finish_row()
+                yield raw, row
+    except Dropped as reason:
+        yield renamed, reason
+
+
+def carried_columns(raw: Row, carry: Sequence[str]) -> Row:
+    """The columns that `carry` names, as they are."""
+    for name in carry:
+        value = raw.get(name)
+        if value is None:
+            raise Dropped("missing_field", f"{name}, which carry names")
+        if not isinstance(value, str | int | float):
+            raise Dropped("wrong_type", f"{name} is {type_name(value)}, which cannot be carried")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Dropped("wrong_type", f"{name} is {value}, which cannot be carried")
+    return {name: raw[name] for name in carry}
+
+
+def with_common_fields(row: Row, raw: Row, columns: Mapping[str, str], carried: Row) -> Row:
+    """The row with its `id`, with a `group` where `columns` names the field that holds it, and with what is carried."""
+    common = {}
+    for name in ("id", "group"):
+        value = raw.get(name)
+        if name == "group" and name not in columns:
+            continue
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            common[name] = str(value)
+        elif name in columns:
+            raise Dropped("missing_field" if value is None else "wrong_type", columns[name])
+    row = {**common, **row, **({"columns": carried} if carried else {})}
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Dropped("not_utf8") from None
+    return row
+
+
+SHAREGPT_COLUMNS = ("messages", "system", "tools")
+
+
+ALPACA_COLUMNS = ("instruction", "input", "output", "history", "system")
+
+
+LAYOUTS: dict[str, Layout] = {
+    "text": Layout("text", text, ("text",), "a text"),
+    "alpaca": Layout("chats", alpaca, ALPACA_COLUMNS, "instruction, input, output, history, system"),
+    "messages": Layout("chats", messages, SHAREGPT_COLUMNS, "a list of turns with role and content"),
+    "sharegpt": Layout("chats", sharegpt, SHAREGPT_COLUMNS, "conversations: turns with from and value; tools"),
+    "rated_chat": Layout(
+        "chats", rated_chat, (*SHAREGPT_COLUMNS, "answer", "label"), "a chat and whether it is good: the good ones"
+    ),
+    "preference_alpaca": Layout(
+        "preferences",
+        preference_alpaca,
+        (*ALPACA_COLUMNS, "chosen", "rejected", "margin"),
+        "instruction, input, history, and chosen and rejected, or output = [better, ..., worse]",
+    ),
+    "preference_chat": Layout(
+        "preferences",
+        preference_turns,
+        (*SHAREGPT_COLUMNS, "chosen", "rejected", "margin"),
+        "a prompt, and chosen and rejected as turns; or two whole conversations or Human:/Assistant: transcripts",
+    ),
+    "label": Layout("labels", label, ("text", "label"), "a text and its label"),
+    "relation": Layout(
+        "labels",
+        relation,
+        ("tokens", "head", "tail", "label"),
+        "tokens, two entities and their relation",
+        options=("token_separator",),
+    ),
+    "spans": Layout("spans", spans, ("text", "spans"), "a text and its spans"),
+    "bio": Layout(
+        "spans",
+        bio,
+        ("tokens", "tags"),
+        "tokens with BIO or BIOES tags, as in CoNLL files",
+        options=("token_separator", "strip_segment_digit"),
+    ),
+    "pieces": Layout("spans", pieces, ("pieces",), "a text in pieces, some of them entities"),
+    "squad": Layout(
+        "questions",
+        squad,
+        ("context", "question", "answers", "data", "paragraphs", "qas"),
+        "SQuAD's and CMRC's nested documents, or one question a row",
+        expand=squad_rows,
+    ),
+}

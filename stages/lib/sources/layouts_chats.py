@@ -1,0 +1,101 @@
+"""Layouts of chats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from stages.lib.rows.canonical import Row
+from stages.lib.sources.conversion import Conversion, Dropped, text_of, type_name
+from stages.lib.sources.turns import (
+    Message,
+    merge_tool_turns,
+    require_order,
+    system_text,
+    turns_of,
+    turns_or_text,
+    with_system,
+)
+
+
+def alpaca(row: Row, conversion: Conversion) -> Row:
+    """instruction, input and output, with an optional system text and `history` of [question, answer] pairs."""
+    prompt = alpaca_prompt(row, conversion)
+    return {"messages": [*prompt, {"role": "assistant", "content": text_of(row, "output")}]}
+
+
+def alpaca_prompt(row: Row, conversion: Conversion) -> list[Message]:
+    """Everything before the answer. The input stands below the instruction, a blank line between them."""
+    instruction, given = text_of(row, "instruction", optional=True), text_of(row, "input", optional=True)
+    if not (instruction.strip() or given.strip()):
+        raise Dropped("missing_field" if row.get("instruction") is None else "empty_field", "instruction")
+    messages = []
+    if (system := text_of(row, "system", optional=True)).strip():
+        messages.append({"role": "system", "content": system})
+    for question, answer in history_pairs(row, conversion):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    content = "\n\n".join(part for part in (instruction, given) if part.strip())
+    return [*messages, {"role": "user", "content": content}]
+
+
+def history_pairs(row: Row, conversion: Conversion) -> Iterator[tuple[str, str]]:
+    """The earlier turns. Pairs of two empty texts are padding: they are left out and counted."""
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise Dropped("wrong_type", f"history is {type_name(history)}, not a list of pairs")
+    for pair in history:
+        if not isinstance(pair, list) or not all(isinstance(side, str) for side in pair):
+            raise Dropped("wrong_type", "history holds something else than pairs of texts")
+        if len(pair) != 2:
+            raise Dropped("bad_history", f"a history pair has {len(pair)} texts")
+        question, answer = pair
+        if not question.strip() and not answer.strip():
+            conversion.repair("empty_history_pair")
+        elif not question.strip() or not answer.strip():
+            raise Dropped("bad_history", "a history pair has one empty text")
+        else:
+            yield question, answer
+
+
+def messages(row: Row, conversion: Conversion) -> Row:
+    """A list of turns: role and content, or ShareGPT's from and value; tool calls and tools become marked text."""
+    return {"messages": chat_of(row, "messages", conversion)}
+
+
+def rated_chat(row: Row, conversion: Conversion) -> Row:
+    """A chat, or a context and an answer, that people rated: the good ones are kept as chats."""
+    rating = row.get("label")
+    if rating is None:
+        raise Dropped("missing_field", "label")
+    if not isinstance(rating, bool | int | float) or rating not in (0, 1):
+        raise Dropped("wrong_type", f"label is {rating!r}, neither true nor false")
+    extra = turns_or_text(row["answer"], "answer", "assistant") if row.get("answer") is not None else []
+    chat = chat_of(row, "messages", conversion, extra)
+    if not rating:
+        raise Dropped("rated_bad")
+    return {"messages": chat}
+
+
+def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message] = ()) -> list[Message]:
+    """The messages in a field, checked: an optional system text, then user and assistant in turn."""
+    if row.get(name) is None:
+        raise Dropped("missing_field", name)
+    turns = [*(turns_or_text(row[name], name, "user") if extra else turns_of(row[name], name)), *extra]
+    chat = with_system(merge_tool_turns(turns), system_text(row))
+    start = 1 if chat and chat[0]["role"] == "system" else 0
+    if len(chat) > start and chat[start]["role"] == "assistant":
+        conversion.repair("opening_assistant_turn")
+        del chat[start]
+    if len(chat) > start and chat[-1]["role"] == "user":
+        if not any(message["role"] == "assistant" for message in chat):
+            raise Dropped("no_assistant_turn")
+        conversion.repair("trailing_user_turn")
+        chat.pop()
+    require_order(chat)
+    if len(chat) == start:
+        raise Dropped("no_assistant_turn")
+    return chat
+
+
+def sharegpt(row: Row, conversion: Conversion) -> Row:
+    """ShareGPT's names: `conversations` of turns with `from` and `value`."""
+    return messages({**row, "messages": row.get("messages", row.get("conversations"))}, conversion)

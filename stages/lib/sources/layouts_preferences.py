@@ -1,0 +1,105 @@
+"""Layouts of preference pairs."""
+
+from __future__ import annotations
+
+from stages.lib.rows.canonical import Row, is_margin
+from stages.lib.sources.conversion import Conversion, Dropped, list_of, text_of
+from stages.lib.sources.layouts_chats import alpaca_prompt
+from stages.lib.sources.turns import (
+    Message,
+    merge_tool_turns,
+    require_order,
+    system_text,
+    turns_or_text,
+    with_system,
+)
+
+# Preferences
+
+
+def preference_alpaca(row: Row, conversion: Conversion) -> Row:
+    """instruction, input and history with chosen and rejected, or with output as a list of answers, best first."""
+    prompt = alpaca_prompt(row, conversion)
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        return preference(row, prompt, text_of(row, "chosen"), text_of(row, "rejected"))
+    answers = list_of(row, "output")
+    if not all(isinstance(answer, str) for answer in answers):
+        raise Dropped("wrong_type", "output holds something else than texts")
+    if len(answers) < 2:
+        raise Dropped("one_answer")
+    if not (answers[0].strip() and answers[-1].strip()):
+        raise Dropped("empty_field", "output")
+    pair = preference(row, prompt, answers[0], answers[-1])
+    conversion.repair("answers_between_best_and_worst", len(answers) - 2)
+    return pair
+
+
+def preference_chat(row: Row, conversion: Conversion) -> Row:
+    """Chosen and rejected after a common prompt, or as two whole conversations (messages, or `Human:` transcripts)."""
+    chosen, rejected = answer_turns(row, "chosen"), answer_turns(row, "rejected")
+    if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
+        if chosen == rejected:
+            raise Dropped("identical_pair")
+        require_order(chosen)
+        require_order(rejected)
+        prompt, better, worse = split_at_difference(chosen, rejected)
+        return preference(row, with_system(prompt, system_text(row)), better["content"], worse["content"])
+    if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
+        raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
+    prompt = prompt_of(row, conversion)
+    return preference(row, prompt, chosen[0]["content"], rejected[0]["content"])
+
+
+def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> Row:
+    """The canonical row, with the raw row's `margin` where it has one."""
+    if chosen == rejected:
+        raise Dropped("identical_pair")
+    margin = row.get("margin")
+    if margin is not None and not is_margin(margin):
+        raise Dropped("wrong_type", f"margin is {margin!r}, not a finite number of at least 0")
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        **({} if margin is None else {"margin": margin}),
+    }
+
+
+def prompt_of(row: Row, conversion: Conversion) -> list[Message]:
+    """The messages before the answer: a text, or turns that end with the user's."""
+    if row.get("messages") is None:
+        raise Dropped("missing_field", "messages")
+    turns = turns_or_text(row["messages"], "messages", "user")
+    prompt = with_system(merge_tool_turns(turns), system_text(row))
+    start = 1 if prompt[0]["role"] == "system" else 0
+    if len(prompt) > start + 1 and prompt[start]["role"] == "assistant":
+        conversion.repair("opening_assistant_turn")
+        del prompt[start]
+    require_order(prompt)
+    if prompt[-1]["role"] != "user":
+        raise Dropped("bad_turn_order", "the prompt does not end with the user's turn")
+    return prompt
+
+
+def answer_turns(row: Row, name: str) -> list[Message]:
+    """A text, a turn, a list of turns or a transcript, as messages."""
+    if row.get(name) is None:
+        raise Dropped("missing_field", name)
+    return merge_tool_turns(turns_or_text(row[name], name, "assistant"))
+
+
+def split_at_difference(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], Message, Message]:
+    """(what both have in common, the last turn of each). They must differ in the last turn, an assistant's, only."""
+    *prompt, last_chosen = chosen
+    *other, last_rejected = rejected
+    if prompt != other:
+        raise Dropped("pair_differs_early")
+    if not prompt or last_chosen["role"] != "assistant":
+        raise Dropped("bad_turn_order", "the conversations do not end with the assistant's turn")
+    return prompt, last_chosen, last_rejected
+
+
+def preference_turns(row: Row, conversion: Conversion) -> Row:
+    """`preference_chat` with the prompt under any of its usual names."""
+    prompt = next((row[name] for name in ("messages", "conversations", "prompt") if row.get(name) is not None), None)
+    return preference_chat({**row, "messages": prompt}, conversion)

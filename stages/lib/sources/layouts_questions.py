@@ -1,0 +1,83 @@
+"""Layouts of questions about a context."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from stages.lib.rows.canonical import Row
+from stages.lib.sources.conversion import Conversion, Dropped, is_whole, list_of, text_of, type_name
+
+# Questions
+
+
+def squad_rows(record: Row) -> Iterator[Row]:
+    """One raw row per question of a SQuAD document, article or paragraph, or the row itself where it is one already."""
+    if "data" in record:
+        for article in list_of(record, "data"):
+            yield from squad_rows(mapping(article, "data"))
+    elif "paragraphs" in record:
+        for paragraph in list_of(record, "paragraphs"):
+            yield from squad_rows(mapping(paragraph, "paragraphs"))
+    elif "qas" in record:
+        for question in list_of(record, "qas"):
+            yield {**mapping(question, "qas"), "context": record.get("context")}
+    else:
+        yield record
+
+
+def mapping(value: Any, name: str) -> Row:
+    if not isinstance(value, dict):
+        raise Dropped("wrong_type", f"{name} holds {type_name(value)}, not a mapping")
+    return value
+
+
+def squad(row: Row, conversion: Conversion) -> Row:
+    """A question on a context; answers with their offsets, as nested documents have them or as the hub's columns do."""
+    context, question = text_of(row, "context"), text_of(row, "question")
+    given = list(read_answers(row))
+    answers = [place for start, answer in given if (place := find_answer(context, start, answer, conversion))]
+    if given and not answers:
+        raise Dropped("answer_not_in_context", given[0][1])
+    conversion.repair("reference_left_out", len(given) - len(answers))
+    identity = row.get("id")
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        identity = hashlib.sha256(f"{context}\0{question}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return {"id": str(identity), "context": context, "question": question, "answers": answers}
+
+
+def read_answers(row: Row) -> Iterator[tuple[int, str]]:
+    """(offset, text) of each reference: a list of mappings, or the hub's mapping of two lists."""
+    answers = row.get("answers")
+    if answers is None:
+        if row.get("is_impossible") is True:
+            return
+        raise Dropped("missing_field", "answers")
+    if isinstance(answers, dict):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise Dropped("wrong_type", "answers has no lists text and answer_start of one length")
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if not isinstance(answers, list):
+        raise Dropped("wrong_type", f"answers is {type_name(answers)}, not a list")
+    for answer in answers:
+        answer = mapping(answer, "answers")
+        start = answer.get("answer_start", answer.get("start"))
+        if start is None:
+            raise Dropped("missing_field", "answers.answer_start")
+        if not is_whole(start):
+            raise Dropped("wrong_type", f"answer_start is {type_name(start)}, not a whole number")
+        yield start, text_of(answer, "text")
+
+
+def find_answer(context: str, start: int, answer: str, conversion: Conversion) -> Row | None:
+    """The answer at its offset, or else where its text stands nearest to it; None where it stands nowhere."""
+    if start < 0 or context[start : start + len(answer)] != answer:
+        places = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", context)]
+        if not places:
+            return None
+        start = min(places, key=lambda place: (abs(place - start), place))
+        conversion.repair("answer_moved")
+    return {"start": start, "text": answer}

@@ -1,0 +1,217 @@
+"""Where rows come from: the running Python, files, a `datasets` folder, the hub. Imports neither torch nor readers."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+
+from pipeline.errors import did_you_mean
+from pipeline.settings.strict import OutsidePath, Strict, expand_globs
+from pipeline.store.artifact import files_below
+from stages.lib.sources.layouts import LAYOUTS, Layout
+
+FileType = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "conll"]
+
+
+SUFFIXES: dict[str, FileType] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".conll": "conll",
+}
+"""Suffix -> file type. Each may be followed by .gz or .zst."""
+
+
+COMPRESSIONS = (".gz", ".zst")
+
+
+SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+"""These, and hidden files and folders, are no part of a folder's digest, so nothing is read from them either."""
+
+
+def expand(value: Any, info: ValidationInfo) -> Any:
+    """Patterns as the files they match; whatever is no list of strings is left for pydantic to report."""
+    if isinstance(value, list) and all(isinstance(pattern, str) for pattern in value):
+        return expand_globs(value, info)
+    return value
+
+
+def default_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+class PythonDocsSource(Strict):
+    """Texts, chats, preferences, labels, spans or questions made from Python sources and their docstrings."""
+
+    kind: Literal["python_docs"]
+    """The sources of a Python tree, read with `ast`: nothing is imported or executed."""
+    root: OutsidePath = Field(default_factory=default_root)
+    """Folder of the sources. Default: the standard library of the running Python."""
+    packages: list[str] | None = None
+    """Top-level packages and modules to read. null: all of them."""
+
+    @property
+    def given_format(self) -> str | None:
+        """The format that the layout gives; None where every format can be made."""
+        return None
+
+
+class LaidOutSource(Strict):
+    """What sources of raw rows have in common."""
+
+    layout: str
+    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, preference_alpaca, preference_chat, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
+    columns: dict[str, str] = {}
+    """Renames columns: the layout's name -> the name in the data. `id` and `group` may be named too: rows with the same group stay on one side of the held-out split."""
+    carry: list[str] = []
+    """Columns that travel along unchanged, by their names in the data: a row keeps them in its `columns`, where the reward exact_match reads them. They hold texts, numbers or truth values; a row that lacks one, or has something else in it, is dropped."""
+    token_separator: str | None = None
+    """What stands between two tokens when a text is made of them (layouts bio and relation). null: one space; '' for Chinese characters."""
+    strip_segment_digit: bool = False
+    """Whether each token ends with a digit that is no part of it, as in the Weibo NER files (layout bio)."""
+    max_row_bytes: int = Field(default=8 << 20, ge=1)
+    """Rows of more bytes than this are dropped without being parsed."""
+    max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Largest share of broken rows (bad JSON, missing fields, ...), from 0 to 1. With more than this the stage stops."""
+
+    @property
+    def laid_out(self) -> Layout:
+        return LAYOUTS[self.layout]
+
+    @property
+    def given_format(self) -> str | None:
+        return self.laid_out.format
+
+    @model_validator(mode="after")
+    def check_layout(self) -> LaidOutSource:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: there is no '{self.layout}' ({did_you_mean(self.layout, LAYOUTS)})")
+        known = (*self.laid_out.columns, "id", "group")
+        for name in self.columns:
+            if name not in known:
+                raise ValueError(f"columns: the layout {self.layout} has no '{name}' ({did_you_mean(name, known)})")
+        for option, is_set in (
+            ("token_separator", self.token_separator is not None),
+            ("strip_segment_digit", self.strip_segment_digit),
+        ):
+            if is_set and option not in self.laid_out.options:
+                users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)
+                raise ValueError(f"{option}: the layout {self.layout} does not use it. Layouts that do: {users}.")
+        return self
+
+
+class FilesSource(LaidOutSource):
+    """Files on this machine."""
+
+    kind: Literal["files"]
+    """Files: JSON lines, JSON, CSV, TSV, Parquet, text or CoNLL, each also as .gz or .zst."""
+    paths: Annotated[list[OutsidePath], BeforeValidator(expand)] = Field(min_length=1)
+    """Files, folders (read with everything below them) or glob patterns."""
+    file_type: FileType | None = None
+    """What the files are. null: told by the suffix (jsonl, ndjson, json, csv, tsv, parquet, txt, md, conll)."""
+    split_text: Literal["file", "paragraph", "line"] | None = None
+    """What becomes a row of a text file: the whole file, each paragraph between blank lines, or each line. null: the file."""
+    records: str | None = Field(default=None, min_length=1)
+    """Where in a JSON document the list of rows stands: names separated by dots. `*` is every name, which becomes the row's column `key`. null: the document is the list, or it is one record."""
+    has_header: bool = True
+    """Whether the first row of a CSV or TSV file names the columns. If not, they are called 0, 1, 2, ..."""
+    token_column: int = 0
+    """Column of the token in a CoNLL file, from 0; negative ones count from the end."""
+    tag_column: int = -1
+    """Column of the tag in a CoNLL file, from 0; negative ones count from the end."""
+
+    def files(self) -> list[tuple[Path, str, FileType]]:
+        """(path, name in messages, file type) of every file, in order. Raises `ValueError` where a type cannot be told."""
+        return [
+            file
+            for path in self.paths
+            for file in (self.files_in(path) if path.is_dir() else [self.file(path, path.name)])
+        ]
+
+    def file(self, path: Path, name: str) -> tuple[Path, str, FileType]:
+        found = self.file_type or type_of(path)
+        if found is None:
+            raise ValueError(f"{path} has no suffix that says what it is. Set file_type, or rename it.")
+        return path, name, found
+
+    def files_in(self, folder: Path) -> list[tuple[Path, str, FileType]]:
+        """The files below a folder that have the file type; without one given, all must have the same."""
+        visible = [path for path in files_below(folder) if is_visible(path.relative_to(folder))]
+        typed = [(path, f"{folder.name}/{path.relative_to(folder).as_posix()}", type_of(path)) for path in visible]
+        wanted = self.file_type
+        if wanted is None:
+            types = sorted({found or f"*{path.suffix}" for path, _, found in typed})
+            if len(types) > 1:
+                raise ValueError(
+                    f"{folder} holds files of several types: {', '.join(types)}. Name a pattern such as "
+                    f"{folder.name}/*.jsonl, or set file_type to read only those of one type."
+                )
+            wanted = next((found for _, _, found in typed), None)
+        chosen = [(path, name, wanted) for path, name, found in typed if wanted and found == wanted]
+        if not chosen:
+            raise ValueError(f"{folder} holds no {wanted or 'data'} file. Known suffixes: {', '.join(SUFFIXES)}.")
+        return chosen
+
+    @model_validator(mode="after")
+    def check_files(self) -> FilesSource:
+        types = {file_type for _, _, file_type in self.files()}
+        for option, is_set, users in (
+            ("split_text", self.split_text is not None, {"text"}),
+            ("records", self.records is not None, {"json"}),
+            ("has_header", not self.has_header, {"csv", "tsv"}),
+            ("token_column", self.token_column != 0, {"conll"}),
+            ("tag_column", self.tag_column != -1, {"conll"}),
+        ):
+            if is_set and not users & types:
+                raise ValueError(f"{option}: is for {' and '.join(sorted(users))} files, and none of the files is one.")
+        return self
+
+
+class DatasetSource(LaidOutSource):
+    """A data set that the `datasets` library saved."""
+
+    kind: Literal["dataset"]
+    """A folder that `save_to_disk` of the `datasets` library wrote."""
+    path: OutsidePath
+    """The folder."""
+    split: str | None = None
+    """Its split, such as train. null: the folder holds one data set without splits."""
+
+
+class HubSource(LaidOutSource):
+    """A data set of the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    """A data set of the Hugging Face hub, at one fixed revision."""
+    dataset: str = Field(min_length=1)
+    """Its id, such as HuggingFaceH4/ultrachat_200k."""
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    """The commit, 40 hexadecimal digits: what a branch means today is not what it means tomorrow."""
+    split: str = "train"
+    """Its split."""
+    config: str | None = None
+    """Its configuration (subset). null: the default one."""
+
+
+Source = Annotated[PythonDocsSource | FilesSource | DatasetSource | HubSource, Field(discriminator="kind")]
+"""A block of `kind` and the fields of that kind."""
+
+
+def type_of(path: Path) -> FileType | None:
+    """The file type that the suffix says, compression aside."""
+    suffixes = path.suffixes
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes = suffixes[:-1]
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def is_visible(relative: Path) -> bool:
+    return not any(part.startswith(".") or part in SKIPPED_FOLDERS for part in relative.parts)

@@ -1,0 +1,68 @@
+"""Rows made from a Python standard library, read with `ast`: nothing is imported, executed or downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import DataError, Problem, did_you_mean
+from stages.lib.rows.canonical import Row
+from stages.lib.sources.python_docs.chats import chat_rows
+from stages.lib.sources.python_docs.labels import label_rows
+from stages.lib.sources.python_docs.modules import Module, module_files, read_modules
+from stages.lib.sources.python_docs.preferences import preference_rows
+from stages.lib.sources.python_docs.questions import question_rows
+from stages.lib.sources.python_docs.spans import span_rows
+from stages.lib.sources.python_docs.text import text_rows
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format's rows are made."""
+
+    rows: Callable[[Iterable[Module]], Iterator[Row]]
+    """Rows with an id; those made `per_module` get the module's name as their group."""
+    content: Callable[[Row], object]
+    """What two rows must not share: modules copy functions from each other, and only one of them may be held out."""
+
+
+def per_module(rows_of: Callable[[Module], Iterator[Row]]) -> Callable[[Iterable[Module]], Iterator[Row]]:
+    def rows(modules: Iterable[Module]) -> Iterator[Row]:
+        for module in modules:
+            yield from ({**row, "group": module.name} for row in rows_of(module))
+
+    return rows
+
+
+FORMATS = {
+    "text": Format(per_module(text_rows), lambda row: row["text"]),
+    "chats": Format(per_module(chat_rows), lambda row: row["messages"][1]["content"]),
+    "preferences": Format(per_module(preference_rows), lambda row: row["chosen"][0]["content"]),
+    "labels": Format(label_rows, lambda row: row["text"]),
+    "spans": Format(per_module(span_rows), lambda row: row["text"]),
+    "questions": Format(per_module(question_rows), lambda row: (row["context"], row["question"])),
+}
+
+
+def python_docs_rows(root: Path, format: str, packages: list[str] | None = None) -> Iterator[Row]:
+    """Canonical rows of `format` from the modules below `root`, the same in every run.
+
+    `group` is the dotted name of the row's module in every format, so that a module held out of one is held out of
+    all. `packages` are top-level names (`json`, `argparse`); None takes all. Raises DataError at once, not at the
+    first row, for a format or a package that does not exist, and for a root without modules.
+    """
+    if format not in FORMATS:
+        raise DataError(Problem("python_docs", f"no format '{format}'", did_you_mean(format, FORMATS)))
+    module_files(root, packages)
+    return distinct_rows(FORMATS[format], read_modules(root, packages))
+
+
+def distinct_rows(format: Format, modules: Iterable[Module]) -> Iterator[Row]:
+    """The first row of each content, marked with its source."""
+    seen = set()
+    for row in format.rows(modules):
+        content = format.content(row)
+        if content not in seen:
+            seen.add(content)
+            yield {**row, "source": "python_docs"}

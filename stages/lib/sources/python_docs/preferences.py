@@ -1,0 +1,71 @@
+"""Preference pairs: a function's own description against another's, a truncated one, or a shuffled one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.lib.rows.canonical import Row
+from stages.lib.sources.python_docs.modules import Function, Module, choice
+
+QUESTION = "What does `{}` do?"
+FEWEST_WORDS = 5
+MIXTURE = ("other",) * 2 + ("truncated",) * 4 + ("shuffled",) * 3
+"""The share of each corruption. Where one is impossible the first possible one of `FALLBACK` takes its place, if any."""
+FALLBACK = ("truncated", "shuffled")
+FEWEST_WORDS_TO_SHUFFLE = 8
+"""Of fewer words another order often reads as well as theirs."""
+
+
+def preference_rows(module: Module) -> Iterator[Row]:
+    """Preference rows: one per function with a description of some length, `corruption` saying how the rejected answer was made."""
+    described = [function for function in module.functions if len(function.description.split()) >= FEWEST_WORDS]
+    for function in described:
+        first = MIXTURE[choice(f"{function.name} corruption", len(MIXTURE))]
+        for corruption in dict.fromkeys((first, *FALLBACK)):
+            if rejected := corrupted(function, corruption, described):
+                yield {
+                    "id": f"{function.name}#{corruption}",
+                    "prompt": [{"role": "user", "content": QUESTION.format(function.call)}],
+                    "chosen": [{"role": "assistant", "content": function.description}],
+                    "rejected": [{"role": "assistant", "content": rejected}],
+                    "corruption": corruption,
+                }
+                break
+
+
+def corrupted(function: Function, corruption: str, described: list[Function]) -> str:
+    """The rejected answer, or an empty string where this corruption is impossible."""
+    if corruption == "truncated":
+        return truncated(function.description, function.name)
+    if corruption == "shuffled":
+        return shuffled(function.description, function.name)
+    return description_of_another(function, described)
+
+
+def description_of_another(function: Function, described: list[Function]) -> str:
+    """Another function's description, of the same module: one of a module that is held out must not be in training."""
+    others = [other.description for other in described if other.description != function.description]
+    return others[choice(f"{function.name} other", len(others))] if others else ""
+
+
+def truncated(description: str, key: str) -> str:
+    """The first third to two thirds of the words, ending inside a sentence.
+
+    Only of a description that ends like a sentence: without that mark a cut one is not recognizably cut.
+    """
+    words = description.split()
+    if not description.endswith((".", "!", "?")):
+        return ""
+    shortest, longest = max(2, len(words) // 3), len(words) * 2 // 3
+    inside = [count for count in range(shortest, longest + 1) if words[count - 1][-1] not in ".!?:;)'\"`"]
+    if not inside:
+        return ""
+    return " ".join(words[: inside[choice(f"{key} cut", len(inside))]]).rstrip(",-")
+
+
+def shuffled(description: str, key: str) -> str:
+    """The same words in another order, of a description that is long enough for the order to matter."""
+    words = description.split()
+    order = sorted(range(len(words)), key=lambda index: choice(f"{key} word {index}", 2**64))
+    permuted = [words[index] for index in order]
+    return " ".join(permuted) if permuted != words and len(words) >= FEWEST_WORDS_TO_SHUFFLE else ""

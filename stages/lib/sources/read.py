@@ -1,0 +1,94 @@
+"""Reads a source from outside as canonical rows, counting in a ledger what cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import DataError, Problem
+from stages.lib.rows.canonical import Row
+from stages.lib.rows.ledger import Ledger
+from stages.lib.sources.arrow_reader import read_dataset, read_hub
+from stages.lib.sources.conversion import REASONS, Conversion, Dropped
+from stages.lib.sources.files import read_files
+from stages.lib.sources.layouts import convert_record
+from stages.lib.sources.lines import Broken, Limits
+from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, LaidOutSource, PythonDocsSource
+
+
+def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str, Row]]:
+    """(where, canonical row) of everything usable in a `Source`. What is not is counted in the ledger.
+
+    Raises `DataError` at the end if there was nothing to read, or more broken rows than the source allows.
+    """
+    if isinstance(source, PythonDocsSource):
+        from stages.lib.sources.python_docs import python_docs_rows  # which knows much that other sources need not load
+
+        for row in python_docs_rows(source.root, format, source.packages):
+            ledger.read += 1
+            yield str(row.get("group", "python_docs")), row
+    else:
+        yield from read_laid_out(source, ledger)
+    if not ledger.read:
+        raise DataError(Problem(place_of(source), "holds no rows", "Check what the source names."))
+    if not isinstance(source, PythonDocsSource):
+        refuse_too_many_broken(source, ledger)
+
+
+def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, Row]]:
+    limits = Limits(row_bytes=source.max_row_bytes)
+    if isinstance(source, FilesSource):
+        records = read_files(source, limits)
+    elif isinstance(source, DatasetSource):
+        records = read_dataset(source, limits)
+    else:
+        assert isinstance(source, HubSource)
+        records = read_hub(source, limits)
+    separator = " " if source.token_separator is None else source.token_separator
+    conversion = Conversion(token_separator=separator, strip_segment_digit=source.strip_segment_digit)
+    for record in records:
+        if isinstance(record, Broken):
+            ledger.read += 1
+            ledger.drop(record.reason, example(record.where, record.detail, record.snippet))
+            continue
+        for raw, found in convert_record(record.row, source.laid_out, source.columns, conversion, source.carry):
+            ledger.read += 1
+            if isinstance(found, Dropped):
+                ledger.drop(found.reason, example(record.where, found.detail, repr(raw)))
+            else:
+                yield record.where, found
+    ledger.repaired.update(conversion.repaired)
+
+
+def example(where: str, detail: str, snippet: str) -> str:
+    return ": ".join(part for part in (where, detail, snippet) if part)
+
+
+def refuse_too_many_broken(source: LaidOutSource, ledger: Ledger) -> None:
+    """Raises `DataError` with counts and examples if more rows are broken than the source allows."""
+    broken = {reason: count for reason, count in ledger.dropped.items() if reason in REASONS and REASONS[reason].broken}
+    total = sum(broken.values())
+    if total <= source.max_broken_fraction * ledger.read:
+        return
+    problems = [
+        Problem(
+            place_of(source),
+            f"{total:,} of {ledger.read:,} rows are broken ({total / ledger.read:.1%}), and max_broken_fraction is "
+            f"{source.max_broken_fraction:.1%}",
+            "Correct `layout` and `columns`, or the data; or raise max_broken_fraction.",
+        )
+    ]
+    for reason, count in sorted(broken.items(), key=lambda item: (-item[1], item[0])):
+        examples = "; ".join(ledger.examples[reason][:2])
+        problems.append(Problem(reason, f"{count:,} rows: {REASONS[reason].meaning}", f"For example {examples}"))
+    raise DataError(*problems)
+
+
+def place_of(source: Any) -> str:
+    """What a message calls the source."""
+    if isinstance(source, FilesSource):
+        names = [str(path) for path in source.paths]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if isinstance(source, PythonDocsSource):
+        return str(source.root)
+    return str(source.path) if isinstance(source, DatasetSource) else f"{source.dataset}@{source.revision}"

@@ -1,0 +1,200 @@
+"""Tokenizers on disk and in use: opening, copying, comparing them, what consumers check, and text as ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ArtifactError, Problem
+from pipeline.store.artifact import canonical_json, digest_bytes
+from stages.lib.text.chat_check import end_of_turn_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""What belongs to the tokenizer in a model's folder."""
+
+
+SET_BY_CALLERS = ("truncation", "padding", "post_processor")
+"""Parts of a tokenizer.json that do not change which ids a text has: limits, padding, and special tokens put around."""
+
+
+GENERIC_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
+"""Tokenizer classes that do what tokenizer.json says and nothing else."""
+
+
+PROBE = " A  caf\u00e9,\n\tif x == 10:\r\n    \u4f60\u597d \U0001f600<|end|>"
+"""A text that tokenizers rarely agree on by chance."""
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of an artifact lies: packed tokens keep it in a folder of its own."""
+    return folder / "tokenizer" if (folder / "tokenizer" / "tokenizer.json").exists() else folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of the artifact or model in `folder`, without code from the folder and without network.
+
+    Raises `ArtifactError` if there is none, or if it would not be the one that its files describe: for some kinds of
+    model transformers puts another class in its place, and an empty vocabulary is opened without a word.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    home = tokenizer_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise ArtifactError(
+            Problem(str(home), f"holds no tokenizer that can be opened: {str(error).splitlines()[0]:.200}")
+        ) from error
+    if not tokenizer.is_fast:
+        raise ArtifactError(
+            Problem(
+                str(home), "holds no fast tokenizer, which alone gives the offsets of tokens", "Add a tokenizer.json."
+            )
+        )
+    ids = tokenizer(PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if not ids:
+        raise ArtifactError(
+            Problem(
+                str(home), "holds a tokenizer with an empty vocabulary", "Add the tokenizer.json that belongs to it."
+            )
+        )
+    if declared_class(home) in GENERIC_CLASSES and type(tokenizer).__name__ not in GENERIC_CLASSES:
+        written = Tokenizer.from_file(str(home / "tokenizer.json"))
+        written.encode_special_tokens = True
+        if written.encode(PROBE, add_special_tokens=False).ids != ids:
+            raise ArtifactError(
+                Problem(
+                    str(home),
+                    f"transformers opens it as {type(tokenizer).__name__} because of the model_type in config.json, "
+                    "which gives other ids than its tokenizer.json",
+                    "Choose another architecture for this tokenizer (llama, mistral and qwen3 work).",
+                )
+            )
+    return tokenizer
+
+
+def declared_class(folder: Path) -> str | None:
+    """The class that tokenizer_config.json names."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_bytes()).get("tokenizer_class") if path.exists() else None
+
+
+def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
+    """Puts the tokenizer of the artifact or model in `source` into `target`, file by file; returns `tokenizer_facts`.
+
+    What `target` had of another tokenizer is removed. Raises `ArtifactError` if the copy, seen beside what else lies in
+    `target` (a model's config.json), does not open as the same tokenizer.
+    """
+    home = tokenizer_folder(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        old, new = target / name, home / name
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+        if new.is_dir():
+            shutil.copytree(new, old)
+        elif new.exists():
+            shutil.copyfile(new, old)
+    require_same_tokenizer(source, target, str(target))
+    return tokenizer_facts(target)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what makes ids of text: tokenizer.json as the library holds it, without `SET_BY_CALLERS`."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest_bytes(canonical_json({key: value for key, value in state.items() if key not in SET_BY_CALLERS}))
+
+
+def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the template's text (of all of them, where there are several), or None."""
+    template = tokenizer.chat_template
+    if not template:
+        return None
+    return digest_bytes(template.encode() if isinstance(template, str) else canonical_json(template))
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids at which generation ends: end of text first, then the end of an assistant's turn."""
+    ids = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
+    return list(dict.fromkeys(each for each in ids if each is not None))
+
+
+def facts_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The fields of `pipeline.artifact.Facts` that a tokenizer decides; a stage adds its own."""
+    return {
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+        "chat_template_digest": chat_template_digest(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "stop_token_ids": stop_token_ids(tokenizer),
+        "vocabulary_size": len(tokenizer),
+    }
+
+
+def tokenizer_facts(folder: Path) -> dict[str, Any]:
+    """`facts_of_tokenizer` for the tokenizer of an artifact or model: `Facts(**tokenizer_facts(out), ...)`."""
+    return facts_of_tokenizer(load_tokenizer(folder))
+
+
+def require_same_tokenizer(one: Path, other: Path, where: str) -> None:
+    """Raises `ArtifactError` unless both folders' tokenizers give the same ids for every text."""
+    digests = [tokenizer_digest(load_tokenizer(folder)) for folder in (one, other)]
+    if digests[0] != digests[1]:
+        raise ArtifactError(
+            Problem(
+                where,
+                f"the tokenizer of {one} ({digests[0][:8]}) is not the one of {other} ({digests[1][:8]}), "
+                "so their token ids mean different things",
+                "Make both from the same tokenizer.",
+            )
+        )
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, nothing added, and nothing special: a text that spells `</s>` does not end there."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of the ids, special tokens included, with no space added or taken away."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,90 @@
+"""What `plan` can say of a training step before it runs. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import Problem, RecipeError
+from pipeline.stage import Estimate, Forecast
+from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
+from stages.lib.training.layouts import read_layout, zero_stage
+from stages.lib.training.params import derive_batch, optimizer_steps
+
+
+def check_training(forecast: Forecast, global_batch_size: int | None = None) -> list[Problem]:
+    """What is wrong with the batch and the memory layout of a training step, found before it runs."""
+    problems: list[Problem | str] = []
+    try:
+        derive_batch(global_batch_size or forecast.params.global_batch_size, forecast.resources)
+    except RecipeError as error:
+        problems += error.problems
+    try:
+        zero_stage(forecast.resources)
+    except RecipeError as error:
+        problems += error.problems
+    return [problem for problem in problems if isinstance(problem, Problem)]
+
+
+def estimate_training(
+    forecast: Forecast,
+    *,
+    architecture: Mapping[str, Any] | None,
+    num_rows: int | None,
+    sequence_length: int | None,
+    global_batch_size: int | None = None,
+    parameters: int | None = None,
+    vocabulary_size: int | None = None,
+    train_tokens: int | None = None,
+    total_steps: int | None = None,
+) -> Estimate:
+    """What `plan` can say of a training step: steps, batch, parameters, memory and disk, as far as each is known.
+
+    `total_steps` where the stage's own params say them.
+    """
+    params, resources = forecast.params, forecast.resources
+    if global_batch_size is not None:
+        params = params.model_copy(update={"global_batch_size": global_batch_size})
+    known = params.global_batch_size is not None
+    batch = derive_batch(params.global_batch_size, resources) if known else None
+    steps = total_steps
+    if steps is None:
+        steps = optimizer_steps(params, num_rows or 0) if known and (params.max_steps or num_rows) else params.max_steps
+    # With the vocabulary unknown the size of the embeddings would be a guess.
+    if parameters is None and architecture is not None and architecture.get("vocab_size"):
+        parameters = parameter_count(architecture)
+    sizes = [field_of(architecture or {}, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    memory = None
+    if parameters and batch and sequence_length and all(sizes):
+        memory = memory_bytes_per_rank(
+            parameters=parameters,
+            layout=read_layout(resources.deepspeed) if resources.deepspeed else None,
+            world_size=resources.world_size,
+            precision=params.precision,
+            micro_batch=batch.micro_batch_size,
+            sequence_length=sequence_length,
+            hidden=sizes[0],
+            layers=sizes[1],
+            vocabulary=sizes[2],
+            gradient_checkpointing=resources.gradient_checkpointing,
+        )
+    return Estimate(
+        parameters=parameters,
+        architecture=architecture,
+        vocabulary_size=vocabulary_size,
+        train_rows=num_rows,
+        train_tokens=train_tokens,
+        sequence_length=sequence_length,
+        optimizer_steps=steps,
+        global_batch_size=batch.global_batch_size if batch else None,
+        micro_batch_size=batch.micro_batch_size if batch else None,
+        accumulation=batch.accumulation if batch else None,
+        memory_bytes_per_rank=memory,
+        disk_bytes=parameters * (4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1))
+        if parameters
+        else None,
+    )
+
+
+CHECKPOINT_BYTES_PER_PARAMETER = 18
+"""Weights twice and Adam's two moments in float32, and a tenth more for what lies around them."""

@@ -1,0 +1,128 @@
+"""What every training stage's recipe says: batch, length, learning rate, precision. Imports no torch, for `plan`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.errors import Problem, RecipeError
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import Strict
+
+
+class OptimizerParams(Strict):
+    """How a stage that trains steps: learning rate, AdamW, precision."""
+
+    learning_rate: float = Field(gt=0)
+    """Learning rate at its highest, after the warmup."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup, from its highest to `min_learning_rate_fraction` of it."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises to its highest."""
+    min_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Where the cosine and linear schedules end, as a fraction of `learning_rate`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay. Norms and biases are never decayed."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of Adam's running mean of gradients."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of Adam's running mean of squared gradients."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of Adam's update."""
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm when they exceed it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward and backward pass, and of the weights that are published."""
+
+
+class TrainingParams(OptimizerParams):
+    """Fields that every stage shares that trains on rows of fixed data. A stage's own params derive from this."""
+
+    global_batch_size: int = Field(ge=1)
+    """Rows (sequences, pairs, examples) per optimizer step, over all processes."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in all. Give either this or `epochs`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows. Give either this or `max_steps`. Passes flow into each other: no batch is cut short."""
+    evaluate_every_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps between evaluations on held-out rows. None: only before the first and after the last step."""
+
+    @model_validator(mode="after")
+    def exactly_one_length(self) -> TrainingParams:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give either max_steps or epochs, and not both")
+        return self
+
+    @model_validator(mode="after")
+    def warmup_fits(self) -> TrainingParams:
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below max_steps {self.max_steps}")
+        return self
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How one optimizer step's rows are spread: `micro_batch_size` x `accumulation` x `processes` = `global_batch_size`."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    processes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.global_batch_size} = {self.micro_batch_size} per process and pass"
+            f" x {self.accumulation} accumulated x {self.processes} processes"
+        )
+
+
+def derive_batch(global_batch_size: int, resources: Resources, processes: int | None = None) -> Batch:
+    """The batch that `resources` make of `global_batch_size`. Raises `RecipeError` if it does not divide.
+
+    `processes` is the number that really runs, where that is known.
+    """
+    processes = processes or resources.world_size
+    micro = resources.micro_batch_size
+    together = processes if micro is None else micro * processes
+    if global_batch_size % together:
+        passes = f"micro_batch_size {micro} x {processes} processes" if micro else f"{processes} processes"
+        below = global_batch_size - global_batch_size % together
+        sizes = [str(size) for size in (below, below + together) if size]
+        raise RecipeError(
+            Problem(
+                "params.global_batch_size",
+                f"{global_batch_size} is not a multiple of {together} ({passes})",
+                f"Take {' or '.join(sizes)}, or change resources.micro_batch_size or resources.processes.",
+            )
+        )
+    if micro is None:
+        return Batch(global_batch_size, global_batch_size // processes, 1, processes)
+    return Batch(global_batch_size, micro, global_batch_size // together, processes)
+
+
+def optimizer_steps(params: TrainingParams, num_rows: int) -> int:
+    """Optimizer steps of a run over `num_rows` training rows; `epochs` is rounded up to whole steps."""
+    if params.max_steps is not None:
+        return params.max_steps
+    assert params.epochs is not None
+    return max(1, math.ceil(params.epochs * num_rows / params.global_batch_size))
+
+
+def learning_rate_factor(params: OptimizerParams, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (counted from 0) as a fraction of `params.learning_rate`.
+
+    It rises by equal parts over the warmup, (step + 1) / (warmup + 1), so that no step is wasted on a rate of 0, is 1 at
+    step `warmup_steps`, and falls towards `min_learning_rate_fraction`, which it would reach at step `total_steps`.
+    Cosine: min + (1 - min) (1 + cos(pi x)) / 2 with x the part of the way (Loshchilov and Hutter, 2017).
+    """
+    warmup, lowest = params.warmup_steps, params.min_learning_rate_fraction
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if params.schedule == "constant":
+        return 1.0
+    way = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    height = (1 + math.cos(math.pi * way)) / 2 if params.schedule == "cosine" else 1 - way
+    return lowest + (1 - lowest) * height
