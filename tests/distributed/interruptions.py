@@ -24,21 +24,23 @@ import torch
 from pipeline.store.checkpoints import COMPLETE, Checkpoints
 from stages.lib.generating import sampling
 from stages.lib.on_policy import loop as on_policy
+from stages.lib.on_policy import rollout
 from stages.lib.on_policy.experience import Experience
+from stages.lib.on_policy.learning import Learner
 from stages.lib.training import state as training_state
 from stages.lib.training.engine import Engine
 
 UNWATCHED = (
-    on_policy.sample,
+    rollout.sample,
     sampling.DrawByUniforms.__call__,
     on_policy.Aligner.collect,
-    on_policy.Aligner.optimize,
+    Learner.optimize,
     Engine.backward,
     Engine.step,
     Engine.save,
     torch.save,
     Experience.save,
-    on_policy.write_state,
+    training_state.write_state,
     Checkpoints.complete,
 )
 
@@ -100,9 +102,9 @@ def watch(die: Mapping[str, Any], is_it: bool) -> None:
             kill()
         return draw(self, input_ids, scores)
 
-    def watched_optimize(self: Any, *arguments: Any) -> Any:
-        Place.step, Place.micro_batch = self.progress.step + 1, 0
-        return optimize(self, *arguments)
+    def watched_optimize(self: Any, experience: Any, chosen: Any, number: int) -> Any:
+        Place.step, Place.micro_batch = number + 1, 0
+        return optimize(self, experience, chosen, number)
 
     def in_that_step() -> bool:
         return during == "update" and Place.step == die["step"]
@@ -155,13 +157,13 @@ def watch(die: Mapping[str, Any], is_it: bool) -> None:
             halve(self.path(step) / f"{COMPLETE}.tmp")
         complete(self, step)
 
-    on_policy.sample = watched_sample
+    rollout.sample = watched_sample
     sampling.DrawByUniforms.__call__ = watched_draw  # type: ignore[method-assign]
     on_policy.Aligner.collect = watched_collect  # type: ignore[method-assign]
-    on_policy.Aligner.optimize = watched_optimize  # type: ignore[method-assign]
+    Learner.optimize = watched_optimize  # type: ignore[method-assign]
     Engine.backward = watched_backward  # type: ignore[method-assign]
     Engine.step = watched_step  # type: ignore[method-assign]
     Engine.save = watched_save_engine  # type: ignore[method-assign]
     Experience.save = watched_save_experience  # type: ignore[method-assign]
-    on_policy.write_state = watched_write_state
+    training_state.write_state = watched_write_state
     Checkpoints.complete = watched_complete  # type: ignore[method-assign]

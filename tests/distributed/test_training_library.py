@@ -19,7 +19,7 @@ from pipeline.store.journal import Journal
 from stages.lib.formulas.token_losses import TARGETS, TokenObjective, measure_tokens, next_tokens, token_metrics
 from stages.lib.models.loading import initial_weights, load_model
 from stages.lib.models.publishing import check_weights
-from stages.lib.training import loop as training
+from stages.lib.training import state
 from stages.lib.training.evaluating import Evaluator
 from stages.lib.training.loop import Trained, train
 from stages.lib.training.params import TrainingParams
@@ -230,7 +230,7 @@ def test_what_only_the_run_can_know_is_refused_together(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_seen_before_a_checkpoint_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "checkpoint_bytes", lambda run: 10**18)
+    monkeypatch.setattr(state, "checkpoint_bytes", lambda num_parameters: 10**18)
     ctx = context(tmp_path, save_every_steps=2)
     with pytest.raises(StoreError, match="the next checkpoint needs"):
         run(ctx)
@@ -238,16 +238,16 @@ def test_a_full_disk_is_seen_before_a_checkpoint_is_begun(tmp_path: Path, monkey
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    """The optimizer's file cut in half: Trainer would resume without a word on a fresh one."""
+    """The engine's file cut in half, the run's own state cut in half."""
     whole = context(tmp_path / "whole", save_every_steps=2, keep_checkpoints=3)
     run(whole)
     cut = context(tmp_path / "cut", save_every_steps=2, keep_checkpoints=3)
     run(cut)
-    for path in (cut.checkpoints.path(6) / "optimizer.pt", cut.checkpoints.path(4) / "rng_state.pth"):
+    for path in (cut.checkpoints.path(6) / "engine.pt", cut.checkpoints.path(4) / "slipway.json"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     newest = cut.checkpoints.newest()
     assert newest.step == 2
-    assert "optimizer.pt has" in newest.passed_over[0] and "rng_state.pth has" in newest.passed_over[1]
+    assert "engine.pt has" in newest.passed_over[0] and "slipway.json has" in newest.passed_over[1]
     cut.checkpoints.discard_after(newest.step)
     for path in cut.out.iterdir():
         path.unlink()

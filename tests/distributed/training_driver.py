@@ -23,7 +23,8 @@ from pipeline.settings.resources import Resources
 from pipeline.stage import Context, World
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
-from stages.lib.processes import collectives as distributed
+from stages.lib.processes.collectives import barrier
+from stages.lib.processes.joining import leave_processes
 from stages.lib.training import loop as training
 
 WORLD = World(
@@ -38,7 +39,7 @@ def is_last() -> bool:
     return WORLD.rank == WORLD.size - 1
 
 
-UNWATCHED = (training.SlipwayTrainer.compute_loss, training.SlipwayTrainer.heldout, torch.save)
+UNWATCHED = (training.Training.loss, training.Training.heldout, torch.save)
 
 
 class Steps:
@@ -52,6 +53,7 @@ class Steps:
 def watch(job: dict[str, Any]) -> None:
     """Lets this process die where the job says so."""
     compute_loss, heldout, save = UNWATCHED
+    saves = is_last() if job["resources"].get("deepspeed") else WORLD.is_main
     die = job["die"] or {}
     if job["kind"] in ON_POLICY:
         from tests.distributed import interruptions
@@ -60,25 +62,25 @@ def watch(job: dict[str, Any]) -> None:
         return
 
     def watched_loss(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
-        Steps.now = self.state.global_step + 1
+        Steps.now = self.progress.step + 1
         if is_last() and die.get("during") == "step" and Steps.now == die["step"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return compute_loss(self, *arguments, **options)
 
     def watched_heldout(self: Any) -> dict[str, float]:
-        Steps.measured = self.state.global_step
+        Steps.measured = self.progress.step
         return heldout(self)
 
     def watched_save(value: Any, file: Any, *arguments: Any, **options: Any) -> None:
-        if is_last() and die.get("during") == "checkpoint" and f"checkpoint-{die['step']}/" in str(file):
+        if saves and die.get("during") == "checkpoint" and f"checkpoint-{die['step']}/" in str(file):
             whole = io.BytesIO()
             save(value, whole)
             Path(file).write_bytes(whole.getvalue()[: whole.tell() // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         save(value, file, *arguments, **options)
 
-    training.SlipwayTrainer.compute_loss = watched_loss  # type: ignore[method-assign]
-    training.SlipwayTrainer.heldout = watched_heldout  # type: ignore[method-assign]
+    training.Training.loss = watched_loss  # type: ignore[method-assign]
+    training.Training.heldout = watched_heldout  # type: ignore[method-assign]
     torch.save = watched_save
 
 
@@ -96,7 +98,7 @@ def run(job: dict[str, Any]) -> None:
         checkpoints.discard_after(newest.step)
         if newest.path is None:
             Journal(work / "journal.jsonl", writes=True).rewind(-1)
-    distributed.barrier()  # the first job has nothing to discard
+    barrier()  # the first job has nothing to discard
     stage = importlib.import_module(job["kind"]).STAGE
     stop = job["stop"] or {}
 
@@ -139,4 +141,4 @@ def run(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_bytes()):
         run(job)
-    distributed.leave_processes()
+    leave_processes()

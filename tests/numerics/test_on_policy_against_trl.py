@@ -22,8 +22,7 @@ from stages.alignment.grpo import GRPO, GRPOParams
 from stages.alignment.rloo import RLOO, RLOOParams
 from stages.lib.on_policy.actor_critic import ActorCritic
 from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
-from stages.lib.on_policy.loop import Aligner, Progress
-from stages.lib.text.prompts import PromptRow, Prompts
+from stages.lib.on_policy.learning import Learner
 from stages.lib.training.params import derive_batch
 from tests.integration.tiny_language_model import make_tokenizer
 
@@ -184,16 +183,14 @@ def experience_of(
 
 def our_loss(params: GRPOParams, experience: Experience, policy: ActorCritic) -> tuple[float, dict[str, float]]:
     engine: Any = SimpleNamespace(forward=policy, device=torch.device("cpu"))
-    parts: Any = SimpleNamespace(
-        engine=engine, tokenizer=SimpleNamespace(pad_token_id=2), train=Prompts([PromptRow(0, [1], "x", {})])
-    )
+    parts: Any = SimpleNamespace(engine=engine)
     ctx: Any = SimpleNamespace(seed=0, resources=Resources(), world=SimpleNamespace(size=1))
-    aligner = Aligner(ctx, params, GRPO(params), parts, Progress(), derive_batch(8, Resources()))
+    learner = Learner(ctx, params, GRPO(params), parts, derive_batch(8, Resources()))
     totals: dict[str, float] = {}
     batch = collate_episodes(experience.episodes, 2)
     batch["generator_logprobs"] = batch["logprobs"]
     tokens = float(experience.lengths.sum())
-    loss = aligner.loss(batch, tokens, totals)
+    loss = learner.loss(batch, tokens, totals)
     return float(loss.detach()), {name: value / tokens for name, value in totals.items()}
 
 

@@ -25,8 +25,10 @@ from stages.alignment.ppo import PPO, PPOParams
 from stages.alignment.rloo import RLOO, RLOOParams
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged
 from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
-from stages.lib.on_policy.loop import Algorithm, Aligner, Parts, Progress
+from stages.lib.on_policy.learning import Learner
+from stages.lib.on_policy.loop import Aligner
 from stages.lib.on_policy.params import OnPolicyParams
+from stages.lib.on_policy.parts import Algorithm, Parts, Progress
 from stages.lib.on_policy.scoring import Scorer
 from stages.lib.text.prompts import PromptRow, Prompts
 from stages.lib.training.engine import Engine
@@ -140,7 +142,7 @@ def make_context(folder: Path, world: World, micro_batch_size: int | None) -> Co
     )
 
 
-def aligner(
+def make_learner(
     folder: Path,
     algorithm: Algorithm,
     params: OnPolicyParams,
@@ -148,7 +150,7 @@ def aligner(
     engine: Any = None,
     world: World = World(),  # noqa: B008 - frozen
     micro_batch_size: int | None = None,
-) -> Aligner:
+) -> Learner:
     ctx = make_context(folder, world, micro_batch_size)
     module = actor_critic(critic=params.has_critic)
     trained = [(part, 1.0) for part in (module.policy, module.value) if part is not None]
@@ -169,10 +171,10 @@ def aligner(
         policy_parameters=0,
     )
     batch = derive_batch(params.global_batch_size, Resources(micro_batch_size=micro_batch_size))
-    return Aligner(ctx, params, algorithm, parts, Progress(controller=algorithm.controller()), batch)
+    return Learner(ctx, params, algorithm, parts, batch)
 
 
-def ppo(folder: Path, *, more: dict[str, Any] | None = None, **options: Any) -> Aligner:
+def ppo(folder: Path, *, more: dict[str, Any] | None = None, **options: Any) -> Learner:
     fields = {
         "clip_ratio": 0.2,
         "value_clip": 0.2,
@@ -181,24 +183,24 @@ def ppo(folder: Path, *, more: dict[str, Any] | None = None, **options: Any) -> 
         **(more or {}),
     }
     params = PPOParams(**COMMON, **fields)
-    return aligner(folder, PPO(params), params, **options)
+    return make_learner(folder, PPO(params), params, **options)
 
 
-def grpo(folder: Path, *, more: dict[str, Any] | None = None, **options: Any) -> Aligner:
+def grpo(folder: Path, *, more: dict[str, Any] | None = None, **options: Any) -> Learner:
     params = GRPOParams(
         **COMMON,
         completions_per_prompt=2,
         **{"clip_ratio": 0.2, "kl_coefficient": 0.5, "kl_estimator": "k3", **(more or {})},
     )
-    return aligner(folder, GRPO(params), params, **options)
+    return make_learner(folder, GRPO(params), params, **options)
 
 
-def loss_of(aligner: Aligner) -> tuple[float, dict[str, float]]:
+def loss_of(learner: Learner) -> tuple[float, dict[str, float]]:
     """The loss of both sequences at once, and what is logged, each divided by the number of tokens."""
     batch = collate_episodes(two_episodes().episodes, PADDING)
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
     totals: dict[str, float] = {}
-    loss = aligner.loss(batch, NUM_TOKENS, totals)
+    loss = learner.loss(batch, NUM_TOKENS, totals)
     return float(loss.detach()), {name: value / NUM_TOKENS for name, value in totals.items()}
 
 
@@ -255,7 +257,7 @@ def test_what_is_switched_off_is_not_in_the_loss(tmp_path: Path) -> None:
     assert loss == pytest.approx(0.9, abs=1e-6)
     assert "kl_loss" not in logged
     params = RLOOParams(**COMMON, completions_per_prompt=2, kl_coefficient=0.5)
-    loss, logged = loss_of(aligner(tmp_path, RLOO(params), params))
+    loss, logged = loss_of(make_learner(tmp_path, RLOO(params), params))
     assert loss == pytest.approx(0.9, abs=1e-6)
     assert set(logged) == {"policy_loss", "entropy", "clipped", "ratio", "ratio_squares", "policy_kl", "loss"}
 
@@ -336,7 +338,7 @@ def test_micro_batches_do_not_change_a_step(make: Any, tmp_path: Path) -> None:
     once, twice = make(tmp_path), make(tmp_path, micro_batch_size=1)
     assert (once.batch.accumulation, twice.batch.accumulation) == (1, 2)
     before = [parameter.detach().clone() for parameter in once.parts.module.parameters()]
-    stats, again = once.optimize(two_episodes(), [0, 1]), twice.optimize(two_episodes(), [1, 0])
+    stats, again = once.optimize(two_episodes(), [0, 1], 0), twice.optimize(two_episodes(), [1, 0], 0)
     for each in (stats, again):
         assert each.pop("seconds") >= 0
     assert again == pytest.approx(stats, abs=1e-6)
@@ -520,7 +522,8 @@ def test_scores_on_their_way_to_advantages(tmp_path: Path, monkeypatch: pytest.M
         [([1.0, 0.0], True), ([0.0, 1.0], False)],
         [([7.0, 0.0], True), ([7.0, 0.0], True)],
     ]
-    learner = aligner(tmp_path, RLOO(params), params)
+    made = make_learner(tmp_path, RLOO(params), params)
+    aligner = Aligner(made.ctx, params, made.algorithm, made.parts, Progress(), made.batch)
     asked = []
 
     def complete(rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> Experience:
@@ -533,21 +536,21 @@ def test_scores_on_their_way_to_advantages(tmp_path: Path, monkeypatch: pytest.M
             ]
         )
 
-    monkeypatch.setattr(learner, "complete", complete)
-    learner.collect(0)
-    experience, collected = learner.progress.experience, learner.progress.collected
+    monkeypatch.setattr(aligner.rollouts, "complete", complete)
+    aligner.collect(0)
+    experience, collected = aligner.progress.experience, aligner.progress.collected
     assert experience is not None
     assert experience.padded("advantages").tolist() == near([[1, 1], [-1, -1]])
     expected = {"reward": -2, "reward_deviation": 3, "reward_trained_on": 0, "ended": 0.5, "advantage_deviation": 1}
     assert {name: collected[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert collected["reward_regular_expression"] == 0.5
 
-    learner.collect(1)
-    experience, collected = learner.progress.experience, learner.progress.collected
+    aligner.collect(1)
+    experience, collected = aligner.progress.experience, aligner.progress.collected
     assert experience is not None
     assert not experience.padded("advantages").any()
     assert collected["reward"] == 7
     assert collected["reward_trained_on"] == pytest.approx(0.5, abs=1e-12)
-    assert learner.progress.moments.mean == pytest.approx(2.5, abs=1e-12)
-    assert learner.progress.moments.deviation == pytest.approx(math.sqrt(99 / 4), abs=1e-12)
+    assert aligner.progress.moments.mean == pytest.approx(2.5, abs=1e-12)
+    assert aligner.progress.moments.deviation == pytest.approx(math.sqrt(99 / 4), abs=1e-12)
     assert asked == [([0, 1], 0), ([2, 3], 0)]

@@ -10,8 +10,8 @@ from pipeline.stage import Context
 from stages.lib.models.heads import load_policy
 from stages.lib.models.publishing import ADAPTER_FOLDER, publish, save_adapter
 from stages.lib.on_policy.actor_critic import SharedCritic
-from stages.lib.on_policy.loop import Parts
 from stages.lib.on_policy.params import OnPolicyParams
+from stages.lib.on_policy.parts import Parts
 from stages.lib.processes.collectives import barrier, from_main
 
 VALUE_FOLDER = "value"

@@ -19,8 +19,9 @@ from stages.lib.models.config import hidden_size, read_config, text_config
 from stages.lib.models.heads import fresh_value, load_policy, load_value
 from stages.lib.models.loading import count_parameters, initial_weights
 from stages.lib.on_policy.actor_critic import ActorCritic, adapted
-from stages.lib.on_policy.loop import Algorithm, Aligned, Parts, align
+from stages.lib.on_policy.loop import align
 from stages.lib.on_policy.params import OnPolicyParams, room_problems
+from stages.lib.on_policy.parts import Algorithm, Aligned, Parts
 from stages.lib.on_policy.ptx import ChatMixture
 from stages.lib.on_policy.publish import publish_critic, publish_policy
 from stages.lib.on_policy.rewards import check_rows, learned
@@ -35,7 +36,7 @@ from stages.lib.text.tokenizers import (
     tokenizer_digest,
 )
 from stages.lib.training.engine import Engine, freeze
-from stages.lib.training.layouts import complete_layout, split_while_loading
+from stages.lib.training.layouts import complete_layout, fit_to_width, split_while_loading
 from stages.lib.training.optimizer import parameter_groups
 from stages.lib.training.params import Batch
 
@@ -141,7 +142,7 @@ def build_parts(
 ) -> Parts:
     """Models, engine, rewards. The frozen models come first, while the memory that training takes is still free."""
     start = ctx.inputs["model"]
-    layout = complete_layout(ctx, params, batch, int(hidden_size(read_config(start))))
+    layout = fit_to_width(complete_layout(ctx.resources, params, batch), int(hidden_size(read_config(start))))
     chunk = ctx.resources.micro_batch_size or 8
     vllm = None
     if params.generation == "vllm":

@@ -1,12 +1,17 @@
-"""None"""
+"""One module in training, whatever the memory layout: forward, backward, step, save, load, and its whole weights.
+
+With a layout of ds_configs/ this is a DeepSpeed engine, otherwise PyTorch's data parallelism; both average gradients over
+the processes, so a loss that is to be a sum is multiplied by their number.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +22,10 @@ from pipeline.stage import Context
 from stages.lib.models.loading import DTYPES
 from stages.lib.processes.collectives import barrier
 from stages.lib.training.layouts import zero_stage_of
+from stages.lib.training.optimizer import Groups, make_optimizer
 from stages.lib.training.params import OptimizerParams
 
 PLAIN_STATE = "engine.pt"
-
-
 TAG = "engine"
 """The folder of DeepSpeed's files in a checkpoint."""
 
@@ -40,6 +44,30 @@ def freeze(model: nn.Module, layout: Mapping[str, Any] | None, precision: str, d
     return engine
 
 
+def round_forward(module: nn.Module, rounding: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    """Has the module's forward pass, and nothing around it, run within `rounding()`."""
+    entered: list[contextlib.AbstractContextManager[Any]] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(rounding())
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+class Stepped(NamedTuple):
+    """How a step of the optimizer went."""
+
+    gradient_norm: float
+    """The gradients' L2 norm before clipping; infinite or NaN where they are not finite."""
+    taken: bool
+    """Whether the weights were changed. They never are by gradients that are not finite."""
+
+
 class Engine:
     """`module` in training. Parameters that do not require gradients are neither stepped nor saved."""
 
@@ -47,7 +75,7 @@ class Engine:
         self,
         ctx: Context,
         module: nn.Module,
-        groups: Sequence[Mapping[str, Any]],
+        groups: Groups,
         params: OptimizerParams,
         layout: Mapping[str, Any] | None,
         device: torch.device,
@@ -58,25 +86,31 @@ class Engine:
         self.layout = layout
         self.max_gradient_norm = params.max_gradient_norm
         self.autocast_dtype = DTYPES[params.precision] if layout is None and params.precision != "fp32" else None
-        optimizer = torch.optim.AdamW(
-            [dict(group) for group in groups],
-            lr=params.learning_rate,
-            betas=(params.adam_beta1, params.adam_beta2),
-            eps=params.adam_epsilon,
-        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype is torch.float16)
+        if self.autocast_dtype is not None:
+            round_forward(module, self.rounding)
         self.trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(groups, params)
         if layout is not None:
-            import deepspeed
-
-            self.wrapped, self.optimizer, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=dict(layout)
-            )
+            self.wrapped, self.optimizer = self.split(module, optimizer, layout)
         else:
             module.to(device)
             self.optimizer = optimizer
             together = ctx.world.size > 1
             ids = [device.index] if device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(module, device_ids=ids) if together else module
+
+    def split(self, module: nn.Module, optimizer: torch.optim.Optimizer, layout: Mapping[str, Any]) -> tuple[Any, Any]:
+        """DeepSpeed's engine and optimizer."""
+        import deepspeed
+
+        from stages.lib.training.deepspeed_files import DataOnly
+
+        engine, wrapped_optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(layout))
+        engine.checkpoint_engine = DataOnly()
+        return engine, wrapped_optimizer
+
+    # Learning
 
     def rounding(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of `precision`, where the weights themselves are not rounded to it."""
@@ -86,14 +120,12 @@ class Engine:
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """The module's forward pass, in training: gradients will flow."""
-        with self.rounding():
-            return self.wrapped(*arguments, **options)
+        return self.wrapped(*arguments, **options)
 
     @torch.no_grad()
     def infer(self, *arguments: Any, **options: Any) -> Any:
         """The module's forward pass without gradients. Under ZeRO-3 all processes must call it together."""
-        with self.rounding():
-            return (self.wrapped if self.layout is not None else self.module)(*arguments, **options)
+        return (self.wrapped if self.layout is not None else self.module)(*arguments, **options)
 
     def backward(self, make_loss: Callable[[], Tensor], *, last: bool) -> None:
         """Adds the gradients of `make_loss()`, which does the forward pass. `last`: no more follow before the step."""
@@ -103,20 +135,38 @@ class Engine:
             return
         alone = isinstance(self.wrapped, DistributedDataParallel) and not last
         with self.wrapped.no_sync() if alone else contextlib.nullcontext():
-            make_loss().backward()
+            self.scaler.scale(make_loss()).backward()
 
-    def step(self, learning_rates: Sequence[float]) -> float:
-        """One step of the optimizer with a learning rate per group; returns the gradients' L2 norm before clipping."""
+    def step(self, learning_rates: Sequence[float]) -> Stepped:
+        """One step of the optimizer with a learning rate per group, unless the gradients are not finite."""
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
-        if self.layout is not None:
-            self.wrapped.step()
-            norm = self.wrapped.get_global_grad_norm()
-            return float(norm) if norm is not None else 0.0
-        norm = nn.utils.clip_grad_norm_(self.trainable, self.max_gradient_norm)
-        self.optimizer.step()
+        return self.step_plainly() if self.layout is None else self.step_split()
+
+    def step_plainly(self) -> Stepped:
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.trainable, self.max_gradient_norm))
+        finite = math.isfinite(norm)
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # which looks for itself, and leaves out what overflowed
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return Stepped(norm, finite)
+
+    def step_split(self) -> Stepped:
+        norm: Any = None
+        if not hasattr(self.optimizer, "overflow"):
+            # Without ZeRO, and in float32, DeepSpeed takes every step.
+            gradients = [p.grad for p in self.trainable if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            if not bool(torch.isfinite(norm)):
+                self.wrapped.zero_grad()
+                return Stepped(float(norm), False)
+        self.wrapped.step()
+        norm = self.wrapped.get_global_grad_norm() if norm is None else norm
+        return Stepped(float(norm) if norm is not None else 0.0, self.wrapped.was_step_applied())
+
+    # Checkpoints
 
     def save(self, folder: Path) -> None:
         """Writes what is trained, and the optimizer's state. All processes call it."""
@@ -124,9 +174,17 @@ class Engine:
             self.wrapped.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
         elif self.ctx.world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            state = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
-            torch.save({"module": state, "optimizer": self.optimizer.state_dict()}, folder / PLAIN_STATE)
+            state = {"module": self.own_state(), "optimizer": self.optimizer.state_dict()}
+            if self.scaler.is_enabled():
+                state["scaler"] = self.scaler.state_dict()
+            torch.save(state, folder / PLAIN_STATE)
         barrier()
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Name -> tensor of what training changes: trained parameters, and buffers that belong to the module's state."""
+        trained = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        buffers = {name for name, _ in self.module.named_buffers()}
+        return trained | {name: b for name, b in self.module.state_dict().items() if name in buffers}
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote. Raises `ArtifactError` if it is not of this module."""
@@ -139,12 +197,15 @@ class Engine:
                 raise ArtifactError(Problem(str(folder), "DeepSpeed finds no checkpoint in it", "Remove it."))
             return
         saved = torch.load(folder / PLAIN_STATE, map_location=self.device, weights_only=True)
-        names = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        if set(saved["module"]) != names:
-            missing = ", ".join(sorted(names ^ set(saved["module"]))[:3])
-            raise ArtifactError(Problem(str(folder), f"is of another model: {missing}", "Remove it."))
+        if differing := set(self.own_state()) ^ set(saved["module"]):
+            names = ", ".join(sorted(differing)[:3])
+            raise ArtifactError(Problem(str(folder), f"is of another model: {names}", "Remove it."))
         self.module.load_state_dict(saved["module"], strict=False)
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+
+    # Whole weights
 
     def state_of(self, part: nn.Module) -> dict[str, Tensor]:
         """Name -> whole weight of a part of the module, on the CPU, on the main process; {} on the others.
@@ -158,9 +219,8 @@ class Engine:
                 if self.ctx.world.is_main:
                     state[name] = parameter.detach().to("cpu", copy=True)
         if self.ctx.world.is_main:
-            state |= {
-                name: b.detach().cpu() for name, b in part.state_dict().items() if name in dict(part.named_buffers())
-            }
+            buffers = dict(part.named_buffers())
+            state |= {name: b.detach().cpu() for name, b in part.state_dict().items() if name in buffers}
         return state
 
     def copy_weights(self, part: nn.Module, replica: nn.Module) -> None:

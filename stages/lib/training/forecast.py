@@ -8,19 +8,22 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
-from stages.lib.training.layouts import read_layout, zero_stage
+from stages.lib.training.layouts import complete_layout, read_layout, zero_stage
 from stages.lib.training.params import derive_batch, optimizer_steps
 
 
 def check_training(forecast: Forecast, global_batch_size: int | None = None) -> list[Problem]:
     """What is wrong with the batch and the memory layout of a training step, found before it runs."""
     problems: list[Problem | str] = []
+    batch = None
     try:
-        derive_batch(global_batch_size or forecast.params.global_batch_size, forecast.resources)
+        batch = derive_batch(global_batch_size or forecast.params.global_batch_size, forecast.resources)
     except RecipeError as error:
         problems += error.problems
     try:
         zero_stage(forecast.resources)
+        if batch is not None:
+            complete_layout(forecast.resources, forecast.params, batch)
     except RecipeError as error:
         problems += error.problems
     return [problem for problem in problems if isinstance(problem, Problem)]

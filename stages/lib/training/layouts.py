@@ -12,10 +12,19 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError, did_you_mean
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
-from pipeline.stage import Context
 from stages.lib.training.params import Batch, OptimizerParams
 
 LAYOUTS = CHECKOUT / "ds_configs"
+
+DECIDED_BLOCKS = {
+    "optimizer": "the stage's learning_rate, weight_decay and adam_* params",
+    "scheduler": "the stage's schedule and warmup_steps params",
+    "amp": "the stage's param precision",
+    "checkpoint": "Slipway, which writes and proves checkpoints itself",
+    "nebula": "Slipway, which writes and proves checkpoints itself",
+    "datastates_ckpt": "Slipway, which writes and proves checkpoints itself",
+}
+"""Blocks of a DeepSpeed config that would decide what the recipe decides, and what does so in a recipe."""
 
 
 def layout_path(name: str) -> Path:
@@ -34,49 +43,108 @@ def read_layout(name: str) -> dict[str, Any]:
     path = layout_path(name)
     try:
         layout = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(Problem(str(path), f"is not JSON: {error}", "Compare with ds_configs/zero2.json.")) from None
     if not isinstance(layout, dict):
         raise RecipeError(Problem(str(path), "must hold one JSON object", "Compare with ds_configs/zero2.json."))
     return layout
 
 
+def zero_stage_of(layout: Mapping[str, Any] | None) -> int:
+    """The ZeRO stage of a DeepSpeed config, 0 without one."""
+    block = (layout or {}).get("zero_optimization", {})
+    stage = block.get("stage", 0) if isinstance(block, Mapping) else None
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise RecipeError(Problem("resources.deepspeed", f"zero_optimization.stage is {stage!r}", "Take 0, 1, 2 or 3."))
+    return int(stage)
+
+
 def zero_stage(resources: Resources) -> int:
     """The ZeRO stage of the memory layout, 0 without one."""
-    if resources.deepspeed is None:
-        return 0
-    return int(read_layout(resources.deepspeed).get("zero_optimization", {}).get("stage", 0))
+    return zero_stage_of(None if resources.deepspeed is None else read_layout(resources.deepspeed))
 
 
-def complete_layout(ctx: Context, params: OptimizerParams, batch: Batch, hidden_size: int) -> dict[str, Any] | None:
-    """The DeepSpeed config with everything that the recipe decides filled in, or None without a layout."""
-    if ctx.resources.deepspeed is None:
-        return None
-    layout = copy.deepcopy(read_layout(ctx.resources.deepspeed))
-    decided: dict[str, Any] = {
+def decisions(params: OptimizerParams, batch: Batch) -> dict[str, Any]:
+    """Dotted field of a DeepSpeed config -> the value that the recipe gives it."""
+    return {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": params.max_gradient_norm,
         "bf16.enabled": params.precision == "bf16",
-        "fp16.enabled": False,
-        # As the Trainer of transformers derives them.
-        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+        "bf16.check_grad_overflow": True,  # a step whose gradients are not finite is never taken
+        "fp16.enabled": params.precision == "fp16",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
-    for path, value in decided.items():
-        *parents, name = path.split(".")
+
+
+def layout_problems(layout: Mapping[str, Any], params: OptimizerParams, batch: Batch) -> list[Problem]:
+    """What in a DeepSpeed config contradicts the recipe, which would be trained otherwise than it says."""
+    problems = [
+        Problem("resources.deepspeed", f"its block '{name}' is decided by {by}", "Remove the block from the file.")
+        for name, by in DECIDED_BLOCKS.items()
+        if layout.get(name) not in (None, {}, {"enabled": False})
+    ]
+    for field, value in decisions(params, batch).items():
+        found = value_at(layout, field)
+        same = found == value and isinstance(found, bool) == isinstance(value, bool)
+        if found is not None and found != "auto" and not same:
+            problems.append(
+                Problem(
+                    "resources.deepspeed",
+                    f"its {field} is {json.dumps(found)}, and the recipe makes it {json.dumps(value)}",
+                    f'Write "auto" in the file: the recipe decides {field}.',
+                )
+            )
+    return problems
+
+
+def value_at(layout: Mapping[str, Any], field: str) -> Any:
+    """The value of a dotted field, None where there is none."""
+    value: Any = layout
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def complete_layout(resources: Resources, params: OptimizerParams, batch: Batch) -> dict[str, Any] | None:
+    """The DeepSpeed config with everything that the recipe decides, whatever the file left out; None without a layout.
+
+    Raises `RecipeError` with all that contradicts the recipe. What depends on the model's width stays "auto":
+    `fit_to_width`.
+    """
+    if resources.deepspeed is None:
+        return None
+    layout = copy.deepcopy(read_layout(resources.deepspeed))
+    zero_stage_of(layout)
+    if problems := layout_problems(layout, params, batch):
+        raise RecipeError(*problems)
+    for field, value in decisions(params, batch).items():
+        *parents, name = field.split(".")
         block = layout
         for parent in parents:
-            block = block.get(parent, {})
-        if block.get(name) == "auto":
-            block[name] = value
+            block = block.setdefault(parent, {})
+        block[name] = value
     return layout
 
 
-def zero_stage_of(layout: Mapping[str, Any] | None) -> int:
-    return int((layout or {}).get("zero_optimization", {}).get("stage", 0))
+def fit_to_width(layout: Mapping[str, Any] | None, hidden_size: int) -> dict[str, Any] | None:
+    """The layout with its buckets sized for a model of this width, where the file says "auto".
+
+    The sizes are those that transformers derives. They change memory and time, and nothing that is computed.
+    """
+    if layout is None:
+        return None
+    fitted: dict[str, Any] = copy.deepcopy(dict(layout))
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    block = fitted.get("zero_optimization", {})
+    block.update({name: size for name, size in sizes.items() if block.get(name) == "auto"})
+    return fitted
 
 
 @contextlib.contextmanager

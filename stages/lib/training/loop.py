@@ -1,36 +1,27 @@
-"""One training loop for every stage that trains: `train(ctx, params, ...)`.
+"""One training loop for every stage that trains on fixed data: `train(ctx, params, ...)`.
 
-The loop is `transformers.Trainer` with or without DeepSpeed. A stage says what to learn (`Objective`), from which rows,
-and what to measure on held-out rows; here it is decided how that is spread over processes, logged, saved and resumed:
+A stage says what to learn (`Objective`), from which rows, and what to measure on held-out rows; here it is decided how that
+is spread over processes, logged, saved and resumed:
 
 - Rows come in an order that is a function of (seed, position) alone, and position p always belongs to optimizer step
   p // global_batch_size. So neither the number of processes nor the micro batch nor a restart changes what a step sees.
 - A step's loss is the sum over all its rows in all processes, divided by the number of units (tokens, pairs) in all of
   them: accumulation and data parallelism average nothing on the way.
-- Dropout draws from a generator seeded anew for every micro batch from (seed, position).
+- Dropout draws from a generator seeded anew for every micro batch from (seed, position). So no generator is ever saved.
+- A loss or a gradient that is not finite ends the run before the optimizer steps.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import DataError, Preempted, Problem, RecipeError
 from pipeline.stage import Context
@@ -40,21 +31,13 @@ from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, barrier, from_main
 from stages.lib.processes.joining import join_processes, use_threads
 from stages.lib.text.batches import Collate, num_tokens, with_positions
-from stages.lib.training.evaluating import Evaluator, Measure, Metrics, StopRequested
-from stages.lib.training.layouts import read_layout
-from stages.lib.training.params import TrainingParams, derive_batch, learning_rate_factor, optimizer_steps
+from stages.lib.training.engine import Engine, Stepped
+from stages.lib.training.evaluating import Evaluator, Metrics, StopRequested, require_finite
+from stages.lib.training.layouts import complete_layout, fit_to_width, split_while_loading
+from stages.lib.training.optimizer import parameter_groups
+from stages.lib.training.params import Batch, TrainingParams, derive_batch, learning_rate_factor, optimizer_steps
 from stages.lib.training.scheduling import ScheduledData, fingerprint, seed_of
-from stages.lib.training.state import (
-    Run,
-    Window,
-    check_checkpoint,
-    checkpoint_bytes,
-    find_measured,
-    write_receipt,
-    write_state,
-)
-
-__all__ = ["Collate", "Evaluator", "Measure", "Metrics", "Objective", "Tensors", "Trained", "train"]
+from stages.lib.training.state import Saved, Window, find_measured, find_saved, save_checkpoint
 
 
 class Objective(Protocol):
@@ -81,178 +64,183 @@ class Trained:
     """Mean training loss per unit over the steps that the last line of the journal covers."""
 
 
-class SlipwayTrainer(Trainer):
-    """`Trainer` with our loss arithmetic, schedule and journal. Overrides public methods only."""
+@dataclass
+class Progress:
+    """How far the run is, and what it carries from one step to the next. All of it is in a checkpoint."""
 
-    def __init__(self, *, run: Run, objective: Objective, evaluate: Callable[[Evaluator], Metrics], **options: Any):
-        super().__init__(**options)
-        self.run = run
-        self.objective = objective
-        self.measure = evaluate
-        # Or Trainer would divide our loss by the number of accumulated batches.
-        self.model_accepts_loss_kwargs = True
+    step: int = 0
+    """Optimizer steps done."""
+    window: Window = field(default_factory=Window)
+    before: Metrics | None = None
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            params, steps = self.run.params, self.run.steps
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: learning_rate_factor(params, step, steps)
-            )
-        return self.lr_scheduler
+    @classmethod
+    def of(cls, saved: Saved | None) -> Progress:
+        if saved is None:
+            return cls()
+        return cls(saved.state["step"], Window(**saved.state["window"]), saved.state["before"])
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Tensors], num_batches: int, device: torch.device
-    ) -> tuple[list[Tensors], torch.Tensor]:
-        """The micro batches of one optimizer step, and the number of units in those of all processes."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+
+@dataclass
+class Training:
+    """One run of the loop."""
+
+    ctx: Context
+    params: TrainingParams
+    batch: Batch
+    steps: int
+    """Optimizer steps in all."""
+    schedule: ScheduledData
+    collate: Collate
+    objective: Objective
+    evaluate: Callable[[Evaluator], Metrics]
+    engine: Engine
+    rates: Sequence[float]
+    """Highest learning rate of each of the optimizer's groups."""
+    parameters: int
+    identity: dict[str, Any]
+    """What a checkpoint must have in common with the run that resumes from it."""
+    progress: Progress
+    tokens_since: float = 0.0
+    clock: float = field(default_factory=time.monotonic)
+
+    def run(self) -> Trained:
+        """Trains from where `progress` stands. Raises `Preempted` after a save when the process was asked to stop."""
+        progress = self.progress
+        try:
+            if progress.step == 0:
+                progress.before = self.heldout()
+            elif self.evaluation_is_due():
+                self.heldout()  # of a step whose measurement a stop cut short
+            self.clock = time.monotonic()
+            while progress.step < self.steps:
+                self.take_step()
+                self.finish_step()
+            after = self.heldout()
+        except StopRequested:
+            raise Preempted(f"while measuring, at step {progress.step} of {self.steps}") from None
+        assert progress.before is not None and progress.window.last_mean is not None
+        return Trained(progress.before, after, self.steps, self.parameters, progress.window.last_mean)
+
+    def take_step(self) -> None:
+        """One optimizer step on the rows at its positions, all processes together."""
+        step, engine = self.progress.step, self.engine
+        batches = self.micro_batches(step)
         units = sum(float(self.objective.count(batch)) for batch in batches)
         units, tokens = all_reduce_sum([units, sum(num_tokens(batch) for batch in batches)])
         if units <= 0:
             raise DataError(
                 Problem(
-                    f"step {self.state.global_step + 1}",
+                    f"step {step + 1}",
                     "no row of the batch has anything to learn from (all labels are masked)",
                     "Take a larger global_batch_size or max_length_tokens, or look at the rows.",
                 )
             )
-        self.run.tokens_since += tokens
-        self.step_units = units
-        return batches, torch.tensor(units, dtype=torch.float64, device=device)
+        losses: list[torch.Tensor] = []
+        for number, batch in enumerate(batches):
+            engine.backward(
+                lambda batch=batch: self.loss(batch, units, losses),  # type: ignore[misc]
+                last=number == len(batches) - 1,
+            )
+        (loss,) = all_reduce_sum([float(torch.stack(losses).sum())])
+        self.require_finite_number("loss", loss / units)
+        factor = learning_rate_factor(self.params, step, self.steps)
+        stepped = engine.step([rate * factor for rate in self.rates])
+        if not stepped.taken and self.params.precision != "fp16":
+            self.require_finite_number("gradient norm", stepped.gradient_norm)
+        self.progress.step += 1
+        self.tokens_since += tokens
+        self.progress.window.add(loss / units, units)
+        self.log(stepped, self.params.learning_rate * factor)
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: Tensors, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """This process's share of the step's loss, times the number of processes, which average gradients."""
-        positions = inputs.pop("positions")
-        torch.manual_seed(seed_of(self.run.ctx.seed, int(positions[0])))
-        loss_sum = self.objective.loss_sum(model, inputs)
-        return loss_sum / num_items_in_batch.to(loss_sum.dtype) * self.run.ctx.world.size
+    def micro_batches(self, step: int) -> list[Tensors]:
+        """This process's rows of a step, `micro_batch_size` at a time, on its device."""
+        micro, world = self.batch.micro_batch_size, self.ctx.world
+        first = step * self.batch.global_batch_size
+        starts = [first + (number * world.size + world.rank) * micro for number in range(self.batch.accumulation)]
+        return [
+            {
+                name: tensor.to(self.engine.device)
+                for name, tensor in self.collate([self.schedule[p] for p in range(start, start + micro)]).items()
+            }
+            for start in starts
+        ]
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Called after every step: refuses a loss that is not finite, and writes the journal when a line is due."""
-        if "loss" not in logs:
-            return
-        run, step = self.run, self.state.global_step
-        norm = float(logs.get("grad_norm") or 0.0)
-        if norm < 0:
-            norm = math.nan  # DeepSpeed says -1 for what is not finite
-        skipped = run.params.precision == "fp16" and self.accelerator.optimizer_step_was_skipped
-        if not math.isfinite(logs["loss"]) or not (math.isfinite(norm) or run.params.precision == "fp16"):
-            what = "loss" if not math.isfinite(logs["loss"]) else "gradient norm"
+    def loss(self, batch: Tensors, units: float, losses: list[torch.Tensor]) -> torch.Tensor:
+        """This micro batch's share of the step's loss, times the number of processes, which average gradients.
+
+        Its sum, in double precision, is added to `losses`.
+        """
+        inputs = {name: tensor for name, tensor in batch.items() if name != "positions"}
+        torch.manual_seed(seed_of(self.ctx.seed, int(batch["positions"][0])))
+        loss_sum = self.objective.loss_sum(self.engine.wrapped, inputs)
+        losses.append(loss_sum.detach().double())
+        return loss_sum / torch.tensor(units, dtype=loss_sum.dtype) * self.ctx.world.size
+
+    def require_finite_number(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
             raise DataError(
                 Problem(
-                    f"step {step}",
-                    f"the {what} is {logs['loss'] if what == 'loss' else norm}",
+                    f"step {self.progress.step + 1}",
+                    f"the {what} is {value}",
                     "Lower the learning rate, lengthen the warmup, or look at the rows of this step.",
                 )
             )
-        run.window.add(logs["loss"], self.step_units)
-        if step % run.ctx.resources.log_every_steps and step != run.steps:
+
+    def log(self, stepped: Stepped, learning_rate: float) -> None:
+        """Writes a line of the journal when one is due."""
+        ctx, step = self.ctx, self.progress.step
+        if step % ctx.resources.log_every_steps and step != self.steps:
             return
         now = time.monotonic()
-        seconds, run.clock = now - run.clock, now
-        tokens, run.tokens_since = run.tokens_since, 0.0
-        run.ctx.journal.write(
+        seconds, self.clock = now - self.clock, now
+        tokens, self.tokens_since = self.tokens_since, 0.0
+        ctx.journal.write(
             "step",
             step=step,
-            total_steps=run.steps,
-            loss=run.window.close(),
-            learning_rate=logs["learning_rate"],
-            gradient_norm=norm if math.isfinite(norm) else None,
+            total_steps=self.steps,
+            loss=self.progress.window.close(),
+            learning_rate=learning_rate,
+            gradient_norm=stepped.gradient_norm if math.isfinite(stepped.gradient_norm) else None,
             tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
             seconds=round(seconds, 3),
-            **({"step_skipped": True} if skipped else {}),
+            **({} if stepped.taken else {"step_skipped": True}),
         )
 
-    def evaluate(self, *arguments: Any, **options: Any) -> Metrics:
-        """The stage's held-out metrics, written to the journal. Asked to stop, it saves and measures after the restart."""
-        self.control.should_evaluate = False
-        try:
-            return self.heldout()
-        except StopRequested:
-            self.run.stopping = self.control.should_save = self.control.should_training_stop = True
-            return {}
+    def finish_step(self) -> None:
+        """Measures and saves where due, and stops where asked to."""
+        ctx, step = self.ctx, self.progress.step
+        stopping = any_process(ctx.stop_requested())
+        if not stopping and step < self.steps and self.evaluation_is_due():
+            try:
+                self.heldout()
+            except StopRequested:
+                stopping = True  # measured after the restart
+        if stopping or step == self.steps or step % ctx.resources.save_every_steps == 0:
+            self.save()
+        if stopping:
+            raise Preempted(f"at step {step} of {self.steps}")
+
+    def evaluation_is_due(self) -> bool:
+        every, step = self.params.evaluate_every_steps, self.progress.step
+        return every is not None and 0 < step < self.steps and step % every == 0
 
     def heldout(self) -> Metrics:
         """The stage's held-out metrics at this step, from the journal if they stand there. Raises `StopRequested`."""
-        run = self.run
-        if measured := from_main(lambda: find_measured(run.ctx.journal, self.state.global_step)):
+        ctx, step = self.ctx, self.progress.step
+        if measured := from_main(lambda: find_measured(ctx.journal, step)):
             return measured
         started = time.monotonic()
-        evaluator = Evaluator(self.model_wrapped, run.ctx, run.device, run.batch.micro_batch_size)
-        metrics = self.measure(evaluator)
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            raise DataError(
-                Problem(f"step {self.state.global_step}", f"{bad[0]} is {metrics[bad[0]]}", "Lower the learning rate.")
-            )
-        run.ctx.journal.write("heldout", step=self.state.global_step, total_steps=run.steps, **metrics)
-        run.clock += time.monotonic() - started
+        evaluator = Evaluator(self.engine.wrapped, ctx, self.engine.device, self.batch.micro_batch_size)
+        metrics = self.evaluate(evaluator)
+        require_finite(metrics, f"step {step}", "Lower the learning rate.")
+        ctx.journal.write("heldout", step=step, total_steps=self.steps, **metrics)
+        self.clock += time.monotonic() - started
         return metrics
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The weights of a checkpoint. DeepSpeed writes its own, so that gathering them once more would be waste."""
-        if not self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)
-
-
-class Flow(TrainerCallback):
-    """When to log, evaluate, save and stop; and what makes a checkpoint complete."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.trainer: SlipwayTrainer | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Measures the model before the first step, or makes up for a measurement that a stop cut short."""
-        run, trainer = self.run, self.trainer
-        assert trainer is not None
-        use_threads(run.ctx.resources)
-        step = state.global_step
-        if step == 0:
-            run.before = trainer.heldout()
-        elif self.evaluation_is_due(step) and step < run.steps:
-            trainer.heldout()
-        run.clock = time.monotonic()
-        return control
-
-    def evaluation_is_due(self, step: int) -> bool:
-        every = self.run.params.evaluate_every_steps
-        return every is not None and step > 0 and step % every == 0
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        run, step = self.run, state.global_step
-        control.should_log = True
-        control.should_evaluate = self.evaluation_is_due(step) and step < run.steps
-        last = step >= run.steps
-        control.should_save = last or step % run.ctx.resources.save_every_steps == 0
-        if any_process(run.ctx.stop_requested()):
-            run.stopping = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-        if control.should_save:
-            needed = checkpoint_bytes(run)
-            from_main(lambda: run.ctx.checkpoints.require_room(needed))
-        return control
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Every process has written its part once all are here: the main one adds ours, and the list of all files."""
-        barrier()
-        from_main(lambda: self.complete(state.global_step))
-        return control
-
-    def complete(self, step: int) -> None:
-        run = self.run
-        checkpoints = run.ctx.checkpoints
-        write_state(run.ctx, step, {**run.identity(), **run.carried()})
-        checkpoints.complete(step)
-        checkpoints.rotate()
-        run.ctx.journal.write("progress", what="checkpoint", step=step, done=step, total=run.steps)
+    def save(self) -> None:
+        carried = {"window": asdict(self.progress.window), "before": self.progress.before}
+        content = {**self.identity, **carried}
+        save_checkpoint(self.ctx, self.engine, self.progress.step, self.steps, self.parameters, content)
 
 
 def train(
@@ -270,7 +258,7 @@ def train(
     """Trains `make_model()` on `data` and publishes it, with `tokenizer` (or the one in that folder), to `ctx.out`.
 
     `make_model` is called once the memory layout is known, in every process: it loads from a folder (of an input, or
-    from `models.initial_weights`), so that ZeRO-3 can split the weights while they are read. `evaluate` is called
+    from `loading.initial_weights`), so that ZeRO-3 can split the weights while they are read. `evaluate` is called
     before the first step, after the last, and every `evaluate_every_steps`. All arguments must be the same in every
     process. Raises `Preempted` after a save when the process was asked to stop.
     """
@@ -280,105 +268,88 @@ def train(
     steps = optimizer_steps(params, len(data))
     require_sound(params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
-    run = Run(ctx, params, batch, steps, device, len(data), fingerprint(data))
-    resumed = from_main(lambda: check_checkpoint(ctx, run.identity())) if ctx.resume is not None else None
-    if resumed:
-        run.before = resumed["before"]
-        run.window = Window(**resumed["window"])
-        ctx.journal.rewind(resumed["step"])
-    ctx.journal.note(
-        f"{len(data):,} rows, {steps:,} steps of {batch}: {steps * batch.global_batch_size / len(data):.2f} passes"
-    )
-    arguments = training_arguments(run)
-    use_threads(ctx.resources)
+    identity = {
+        "total_steps": steps,
+        "global_batch_size": params.global_batch_size,
+        "seed": ctx.seed,
+        "data": fingerprint(data),
+    }
+    saved = find_saved(ctx, identity)
+    passes = steps * batch.global_batch_size / len(data)
+    ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")
     barrier()  # The main process has written what the others are about to load.
-    model = make_model()
-    run.parameters = count_parameters(model)
-    flow = Flow(run)
-    trainer = SlipwayTrainer(
-        run=run,
+    layout = complete_layout(ctx.resources, params, batch)
+    with split_while_loading(layout):
+        model = make_model()
+    prepare(model, ctx)
+    groups, rates = parameter_groups([(model, params.learning_rate)], params.weight_decay)
+    engine = Engine(ctx, model, groups, params, fit_to_width(layout, width_of(model)), device)
+    use_threads(ctx.resources)
+    if saved is not None:
+        engine.load(saved.folder)
+        write_receipt(ctx, params, batch, len(data), steps, saved)
+    training = Training(
+        ctx=ctx,
+        params=params,
+        batch=batch,
+        steps=steps,
+        schedule=ScheduledData(data, ctx.seed, steps * batch.global_batch_size),
+        collate=with_positions(collate),
         objective=objective,
         evaluate=evaluate,
-        model=model,
-        args=arguments,
-        train_dataset=ScheduledData(data, ctx.seed, steps * batch.global_batch_size),
-        data_collator=with_positions(collate),
-        callbacks=[flow],
+        engine=engine,
+        rates=rates,
+        parameters=count_parameters(model),
+        identity=identity,
+        progress=Progress.of(saved),
     )
-    assert trainer.is_deepspeed_enabled == (ctx.resources.deepspeed is not None)
-    flow.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    if resumed:
-        write_receipt(run, resumed)
-    try:
-        trainer.train(resume_from_checkpoint=None if ctx.resume is None else str(ctx.resume))
-        if run.stopping:
-            raise Preempted(f"at step {trainer.state.global_step} of {steps}")
-        after = trainer.heldout()
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    except StopRequested:
-        raise Preempted(f"while measuring, at step {trainer.state.global_step} of {steps}") from None
-    finally:
-        # Or a model that is read from now on would be split over the processes by ZeRO-3, too.
-        unset_hf_deepspeed_config()
-    from_main(lambda: publish(trainer.model, state, tokenizer, ctx.out, precision=params.precision, stop_ids=stop_ids))
-    assert run.before is not None and run.window.last_mean is not None
-    return Trained(run.before, after, steps, run.parameters, run.window.last_mean)
+    trained = training.run()
+    state = engine.state_of(model)
+    from_main(lambda: publish(model, state, tokenizer, ctx.out, precision=params.precision, stop_ids=stop_ids))
+    return trained
 
 
 def require_sound(params: TrainingParams, steps: int, device: torch.device) -> None:
     """Raises `RecipeError` with what is wrong with params now that the number of rows and the device are known."""
     problems = []
     if params.warmup_steps >= steps:
-        problems.append(
-            Problem(
-                "params.warmup_steps",
-                f"{params.warmup_steps} is not below the {steps} steps that there are",
-                "Lower it.",
-            )
-        )
+        what = f"{params.warmup_steps} is not below the {steps} steps that there are"
+        problems.append(Problem("params.warmup_steps", what, "Lower it."))
     if params.precision == "fp16" and device.type == "cpu":
         problems.append(Problem("params.precision", "is fp16, which no CPU trains in", "Take bf16 or fp32."))
     if problems:
         raise RecipeError(*problems)
 
 
-def training_arguments(run: Run) -> TrainingArguments:
-    """The arguments of `Trainer`, everything that we decide ourselves switched off."""
-    ctx, params = run.ctx, run.params
-    return TrainingArguments(
-        output_dir=str(ctx.checkpoints.folder),
-        per_device_train_batch_size=run.batch.micro_batch_size,
-        per_device_eval_batch_size=run.batch.micro_batch_size,
-        gradient_accumulation_steps=run.batch.accumulation,
-        max_steps=run.steps,
-        learning_rate=params.learning_rate,
-        weight_decay=params.weight_decay,
-        adam_beta1=params.adam_beta1,
-        adam_beta2=params.adam_beta2,
-        adam_epsilon=params.adam_epsilon,
-        max_grad_norm=params.max_gradient_norm,
-        optim="adamw_torch",
-        bf16=params.precision == "bf16",
-        fp16=params.precision == "fp16",
-        gradient_checkpointing=ctx.resources.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=run.device.type == "cuda",
-        remove_unused_columns=False,
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        save_total_limit=None,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        log_level_replica="error",
-        seed=ctx.seed % 2**32,
-        use_cpu=run.device.type == "cpu",
-        ddp_backend=torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
-        ddp_find_unused_parameters=False,
-        deepspeed=None if ctx.resources.deepspeed is None else read_layout(ctx.resources.deepspeed),
-        push_to_hub=False,
+def prepare(model: PreTrainedModel, ctx: Context) -> None:
+    """The model ready to be trained: without a cache of keys and values, and with checkpointing where it is asked for."""
+    model.config.use_cache = False
+    if ctx.resources.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """The model's hidden size."""
+    return int(model.config.get_text_config().hidden_size)
+
+
+def write_receipt(ctx: Context, params: TrainingParams, batch: Batch, num_rows: int, steps: int, saved: Saved) -> None:
+    """Says what was restored."""
+    step, processes = saved.state["step"], saved.state["world_size"]
+    position = step * batch.global_batch_size
+    epoch, row = divmod(position, num_rows)
+    ctx.journal.write(
+        "resume",
+        step=step,
+        total_steps=steps,
+        checkpoint=str(saved.folder),
+        restored=["weights", "optimizer", "schedule", "data position", "loss window"],
+        processes=processes,
+        data_position=position,
+        learning_rate=params.learning_rate * learning_rate_factor(params, step, steps),
+    )
+    ctx.journal.note(
+        f"resumed at step {step} of {steps}: weights, optimizer and schedule of {processes} processes;"
+        f" next is row {row:,} of {num_rows:,} in pass {epoch + 1}"
     )

@@ -1,15 +1,19 @@
-"""Which parameters an optimizer steps, and how."""
+"""Which parameters an optimizer steps, and how: the one place where optimizers are made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from stages.lib.training.params import OptimizerParams
 
-def parameter_groups(
-    modules: list[tuple[nn.Module, float]], weight_decay: float
-) -> tuple[list[dict[str, Any]], list[float]]:
+Groups = list[dict[str, Any]]
+
+
+def parameter_groups(modules: Sequence[tuple[nn.Module, float]], weight_decay: float) -> tuple[Groups, list[float]]:
     """Groups for the optimizer, and the highest learning rate of each: per module its matrices, then its norms and biases.
 
     Weight decay is for matrices only.
@@ -24,3 +28,13 @@ def parameter_groups(
                 groups.append({"params": members, "weight_decay": decay})
                 rates.append(rate)
     return groups, rates
+
+
+def make_optimizer(groups: Groups, params: OptimizerParams) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) on the groups. The learning rates are set before each step."""
+    return torch.optim.AdamW(
+        [dict(group) for group in groups],
+        lr=params.learning_rate,
+        betas=(params.adam_beta1, params.adam_beta2),
+        eps=params.adam_epsilon,
+    )

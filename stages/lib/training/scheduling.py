@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-Tensors = dict[str, torch.Tensor]
-
 
 class ScheduledData(torch.utils.data.Dataset[dict[str, Any]]):
     """The rows in training order: position p is row `permutation(seed, p // N)[p % N]`, and nothing else decides."""

@@ -1,26 +1,40 @@
-"""What a run keeps count of, what of that a checkpoint holds, and whether a run may resume from it."""
+"""What a checkpoint holds of a run beside weights and optimizer, and whether a run may resume from it."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from pipeline.errors import ArtifactError, LaunchError, Problem
 from pipeline.stage import Context
 from pipeline.store.journal import Journal
+from stages.lib.processes.collectives import from_main
+from stages.lib.training.engine import PLAIN_STATE, TAG, Engine
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.forecast import CHECKPOINT_BYTES_PER_PARAMETER
 from stages.lib.training.layouts import zero_stage
-from stages.lib.training.params import Batch, TrainingParams, learning_rate_factor
 
 STATE = "slipway.json"
-"""What we need of a checkpoint beyond what Trainer and DeepSpeed write."""
+"""What we need of a checkpoint beyond the engine's files."""
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+"""What reading a file raises that does not hold what a checkpoint holds."""
 
 
 @dataclass
@@ -42,73 +56,90 @@ class Window:
         return self.last_mean
 
 
-@dataclass
-class Run:
-    """What stays the same during one call of `train`, and what it keeps count of."""
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that can be resumed from."""
 
-    ctx: Context
-    params: TrainingParams
-    batch: Batch
-    steps: int
-    device: torch.device
-    num_rows: int
-    data_fingerprint: str
-    parameters: int = 0
-    window: Window = field(default_factory=Window)
-    before: Metrics | None = None
-    stopping: bool = False
-    tokens_since: float = 0.0
-    clock: float = field(default_factory=time.monotonic)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that resumes from it."""
-        return {
-            "total_steps": self.steps,
-            "global_batch_size": self.batch.global_batch_size,
-            "seed": self.ctx.seed,
-            "data": self.data_fingerprint,
-        }
-
-    def carried(self) -> dict[str, Any]:
-        """What a run that resumes goes on with."""
-        return {"window": asdict(self.window), "before": self.before}
+    folder: Path
+    state: Mapping[str, Any]
+    """Our part of it: where the run stood, what it has in common with one that resumes, and what it carries on."""
 
 
-def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
-    """Adds our part to the checkpoint of `step`: what the run has in common with one that resumes, and what it carries on."""
-    place = {"step": step, "world_size": ctx.world.size, "zero_stage": zero_stage(ctx.resources)}
-    text = json.dumps({**place, **content}, indent=1, allow_nan=False)
-    (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
+def find_saved(ctx: Context, identity: Mapping[str, Any]) -> Saved | None:
+    """The newest verified checkpoint whose files can be read, the same in every process; None where there is none.
 
-
-def check_checkpoint(ctx: Context, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Our part of the checkpoint that is resumed from.
-
-    Raises `ArtifactError` if it belongs to another run, `LaunchError` if it was written by processes or in a memory layout
-    that DeepSpeed cannot turn into the present ones.
+    One that cannot be read is passed over, and said. Raises `ArtifactError` if the checkpoint belongs to another run,
+    `LaunchError` if it was written by processes or in a memory layout that DeepSpeed cannot turn into the present ones.
     """
-    path = Path(str(ctx.resume)) / STATE
-    try:
-        saved: dict[str, Any] = json.loads(path.read_bytes())
-        differs = [name for name, value in identity.items() if saved[name] != value]
-        processes, stage = saved["world_size"], saved["zero_stage"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(Problem(str(path), f"cannot be read: {error!r}", start_over(ctx))) from None
-    if differs:
-        name = differs[0]
-        raise ArtifactError(
-            Problem(
-                str(ctx.resume),
-                f"belongs to another run: its {name} is {saved[name]}, the recipe's is {identity[name]}",
-                start_over(ctx),
-            )
-        )
-    now = zero_stage(ctx.resources)
+    return from_main(lambda: newest_readable(ctx, identity)) if ctx.resume is not None else None
+
+
+def newest_readable(ctx: Context, identity: Mapping[str, Any]) -> Saved | None:
+    checkpoints, passed_over = ctx.checkpoints, []
+    found = None
+    for step in reversed(checkpoints.steps()):
+        folder = checkpoints.path(step)
+        if folder != ctx.resume and checkpoints.problems(step):
+            continue
+        reason = why_unreadable(folder)
+        if not reason:
+            found = Saved(folder, read_state(folder))
+            break
+        passed_over.append(f"checkpoint-{step} is not resumed from: {reason}")
+    if found is not None:
+        check_state(ctx, found, identity)
+    step = found.state["step"] if found is not None else -1
+    ctx.journal.rewind(step)
+    checkpoints.discard_after(step)
+    for sentence in passed_over:
+        ctx.journal.note(sentence)
+    return found
+
+
+def why_unreadable(folder: Path) -> str:
+    """What is wrong with a file of the checkpoint that is not what training writes; "" if all can be read.
+
+    Nothing that stands in the files is run: they come from a disk that others may write to.
+    """
+    from stages.lib.training.deepspeed_files import load_data
+
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            if path.name == STATE:
+                read_state(folder)
+            elif path.name == PLAIN_STATE or (path.suffix == ".pt" and TAG in path.parts):
+                load_data(path, mmap=True)
+            elif path.suffix == ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    for name in arrays.files:
+                        arrays[name]
+        except UNREADABLE as error:
+            return f"{path.relative_to(folder)} cannot be read ({type(error).__name__})"
+    return ""
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Our part of a checkpoint. Raises one of `UNREADABLE` where it is not that."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    for name in ("step", "world_size", "zero_stage"):
+        if not isinstance(state[name], int):
+            raise TypeError(name)
+    return state
+
+
+def check_state(ctx: Context, saved: Saved, identity: Mapping[str, Any]) -> None:
+    """Raises `ArtifactError` or `LaunchError` where this run cannot go on from the checkpoint."""
+    state, folder = saved.state, saved.folder
+    for name, value in identity.items():
+        if state.get(name) != value:
+            what = f"belongs to another run: its {name} is {state.get(name)}, the recipe's is {value}"
+            raise ArtifactError(Problem(str(folder), what, start_over(ctx)))
+    processes, stage, now = state["world_size"], state["zero_stage"], zero_stage(ctx.resources)
     if stage != now:
         raise LaunchError(
             Problem(
                 "resources.deepspeed",
-                f"the checkpoint {ctx.resume} was written {layout_words(stage)}, this run is {layout_words(now)}",
+                f"the checkpoint {folder} was written {layout_words(stage)}, this run is {layout_words(now)}",
                 f"Run {layout_words(stage)} again. {start_over(ctx)}",
             )
         )
@@ -116,11 +147,10 @@ def check_checkpoint(ctx: Context, identity: Mapping[str, Any]) -> dict[str, Any
         raise LaunchError(
             Problem(
                 "resources.processes",
-                f"the checkpoint {ctx.resume} was written by {processes} processes, this run has {ctx.world.size}",
+                f"the checkpoint {folder} was written by {processes} processes, this run has {ctx.world.size}",
                 f"DeepSpeed needs the same number: run with `--set` so that processes x nodes is {processes}. {start_over(ctx)}",
             )
         )
-    return saved
 
 
 def start_over(ctx: Context) -> str:
@@ -131,30 +161,47 @@ def layout_words(stage: int) -> str:
     return f"under ZeRO-{stage}" if stage else "without DeepSpeed"
 
 
-def write_receipt(run: Run, saved: Mapping[str, Any]) -> None:
-    """Says what was restored."""
-    step, processes = saved["step"], saved["world_size"]
-    position = step * run.batch.global_batch_size
-    epoch, row = divmod(position, run.num_rows)
-    run.ctx.journal.write(
-        "resume",
-        step=step,
-        total_steps=run.steps,
-        checkpoint=str(run.ctx.resume),
-        restored=["weights", "optimizer", "schedule", "random generators", "data position", "loss window"],
-        processes=processes,
-        data_position=position,
-        learning_rate=run.params.learning_rate * learning_rate_factor(run.params, step, run.steps),
-    )
-    run.ctx.journal.note(
-        f"resumed at step {step} of {run.steps}: weights, optimizer, schedule, generators of {processes} processes;"
-        f" next is row {row:,} of {run.num_rows:,} in pass {epoch + 1}"
-    )
+def save_checkpoint(
+    ctx: Context,
+    engine: Engine,
+    step: int,
+    total_steps: int,
+    num_parameters: int,
+    content: Mapping[str, Any],
+    write_more: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a checkpoint of this moment, unless there is one. All processes call it together.
+
+    `content` becomes a part of our state, `write_more(folder)` adds files. Raises `StoreError` where the disk is full.
+    """
+    checkpoints = ctx.checkpoints
+    folder = checkpoints.path(step)
+    if from_main(lambda: folder.exists() and not checkpoints.problems(step, hashes=False)):
+        return
+    from_main(lambda: checkpoints.require_room(checkpoint_bytes(num_parameters)))
+    engine.save(folder)
+
+    def complete() -> None:
+        if write_more is not None:
+            write_more(folder)
+        write_state(ctx, step, content)
+        checkpoints.complete(step)
+        checkpoints.rotate()
+        ctx.journal.write("progress", what="checkpoint", step=step, done=step, total=total_steps)
+
+    from_main(complete)
 
 
-def checkpoint_bytes(run: Run) -> int:
+def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
+    """Adds our part to the checkpoint of `step`."""
+    place = {"step": step, "world_size": ctx.world.size, "zero_stage": zero_stage(ctx.resources)}
+    text = json.dumps({**place, **content}, indent=1, allow_nan=False)
+    (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
+
+
+def checkpoint_bytes(num_parameters: int) -> int:
     """What a checkpoint takes on the disk, at most."""
-    return run.parameters * CHECKPOINT_BYTES_PER_PARAMETER + 2**20
+    return num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + 2**20
 
 
 def find_measured(journal: Journal, step: int) -> Metrics | None:

@@ -1,0 +1,127 @@
+"""Learning from a rollout: one optimizer step on some of its episodes, all processes together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import DataError, Problem
+from pipeline.stage import Context
+from stages.lib.formulas import policy_gradient as pg
+from stages.lib.formulas.token_losses import Tensors
+from stages.lib.on_policy.actor_critic import Judged
+from stages.lib.on_policy.experience import Experience, collate_episodes
+from stages.lib.on_policy.params import OnPolicyParams
+from stages.lib.on_policy.parts import Algorithm, Parts
+from stages.lib.processes.collectives import all_reduce_sum
+from stages.lib.training.evaluating import Metrics
+from stages.lib.training.params import Batch, learning_rate_factor
+from stages.lib.training.scheduling import seed_of
+
+
+@dataclass
+class Learner:
+    """Takes optimizer steps."""
+
+    ctx: Context
+    params: OnPolicyParams
+    algorithm: Algorithm
+    parts: Parts
+    batch: Batch
+
+    def optimize(self, experience: Experience, chosen: Sequence[int], step: int) -> Metrics:
+        """Optimizer step `step` on the chosen episodes, all processes together; its sums divided by what they count.
+
+        Raises `DataError` before anything is changed where a part of the loss or a gradient is not finite.
+        """
+        started = time.monotonic()
+        params, ctx, engine = self.params, self.ctx, self.parts.engine
+        tokens = float(sum(len(experience.episodes[index].ids) for index in chosen))
+        share = len(chosen) // ctx.world.size
+        mine = chosen[ctx.world.rank * share : (ctx.world.rank + 1) * share]
+        micro = self.batch.micro_batch_size
+        batches = [
+            self.parts.to_device(
+                collate_episodes([experience.episodes[i] for i in mine[start : start + micro]], self.parts.padding_id)
+            )
+            for start in range(0, share, micro)
+        ]
+        torch.manual_seed(seed_of(ctx.seed, step))
+        totals: dict[str, float] = {}
+        if self.parts.mixture is not None:
+            self.parts.mixture.add_gradients(engine, step, params.ptx_coefficient, totals)
+        for number, batch in enumerate(batches):
+            engine.backward(
+                lambda batch=batch: self.loss(batch, tokens, totals),  # type: ignore[misc]
+                last=number == len(batches) - 1,
+            )
+        names = sorted(totals)
+        sums = dict(zip(names, all_reduce_sum([totals[name] for name in names]), strict=True))
+        stats = {name: value if name == "ptx_loss" else value / tokens for name, value in sums.items()}
+        deviation = max(0.0, stats.pop("ratio_squares") - stats["ratio"] ** 2) ** 0.5
+        stats["ratio_deviation"] = deviation
+        self.require_finite(step, stats)
+        factor = learning_rate_factor(params, step, params.total_steps)
+        stats["gradient_norm"] = engine.step([rate * factor for rate in self.parts.rates]).gradient_norm
+        self.require_finite(step, stats)
+        stats |= {"tokens": tokens, "seconds": time.monotonic() - started}
+        return stats
+
+    def loss(self, batch: Tensors, tokens: float, totals: dict[str, float]) -> Tensor:
+        """This micro batch's part of the loss, a mean over the `tokens` of all micro batches of all processes.
+
+        L = L_policy + c_value L_value - c_entropy H (+ beta KL), each summed over tokens and divided by their number: so
+        neither micro batch nor number of processes changes it. Adds the sums of what is logged to `totals`.
+        """
+        params = self.params
+        mask = batch["mask"]
+        judged: Judged = self.parts.engine.forward(batch["input_ids"], batch["attention_mask"], mask.shape[1])
+        # exp of what the policy says of padding may be infinite, and 0 times that is no number.
+        logp, old = judged.logprobs.masked_fill(mask == 0, 0.0), batch["logprobs"]
+        policy, clipped = pg.clipped_policy_loss(
+            logp,
+            old,
+            batch["advantages"],
+            clip_low=params.clip_ratio,
+            clip_high=params.clip_ratio_high or params.clip_ratio,
+        )
+        weights = pg.mismatch_weights(old, batch["generator_logprobs"], cap=params.mismatch_cap)
+        terms = {"policy_loss": policy * weights, "entropy": judged.entropy}
+        loss = terms["policy_loss"] * mask
+        if params.entropy_coefficient:
+            loss = loss - params.entropy_coefficient * judged.entropy * mask
+        if self.algorithm.kl_in_loss and params.kl_coefficient:
+            terms["kl_loss"] = pg.KL_ESTIMATORS[params.kl_estimator](logp, batch["ref_logprobs"])
+            loss = loss + params.kl_coefficient * terms["kl_loss"] * mask
+        if judged.values is not None:
+            terms["value_loss"], terms["value_clipped"] = self.algorithm.value_loss(judged.values, batch)
+            loss = loss + self.algorithm.value_coefficient * terms["value_loss"] * mask
+        with torch.no_grad():
+            ratio = (logp - old).exp()
+            terms |= {
+                "clipped": clipped,
+                "ratio": ratio,
+                "ratio_squares": ratio.double().square(),  # whose mean is compared with the square of the mean
+                # Of the policy that wrote the completions from the one now, estimated by k3.
+                "policy_kl": pg.k3(old, logp),
+                "loss": loss,
+            }
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + float((value.detach().double() * mask).sum())
+        return loss.sum() / tokens * self.ctx.world.size
+
+    def require_finite(self, step: int, stats: Metrics) -> None:
+        bad = [name for name, value in stats.items() if not math.isfinite(value)]
+        if bad:
+            raise DataError(
+                Problem(
+                    f"step {step + 1}",
+                    f"{bad[0]} is {stats[bad[0]]}",
+                    "Lower the learning rate, lengthen the warmup, or look at the rewards.",
+                )
+            )

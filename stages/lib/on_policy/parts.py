@@ -1,0 +1,132 @@
+"""What the on-policy loop works with: an algorithm, models and rewards, and how far the run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from stages.lib.formulas import policy_gradient as pg
+from stages.lib.formulas.token_losses import Tensors
+from stages.lib.generating.transformers import Generator
+from stages.lib.generating.vllm import VllmGenerator
+from stages.lib.on_policy.actor_critic import ActorCritic, Judged
+from stages.lib.on_policy.experience import Experience
+from stages.lib.on_policy.ptx import ChatMixture
+from stages.lib.on_policy.scoring import Scorer
+from stages.lib.text.prompts import Prompts
+from stages.lib.training.engine import Engine
+from stages.lib.training.evaluating import Metrics
+from stages.lib.training.state import Saved
+
+EXPERIENCE = "experience.npz"
+"""The file of a checkpoint with the completions of the rollout that is being learned from."""
+
+
+class Algorithm(Protocol):
+    """What distinguishes the algorithms."""
+
+    kl_in_loss: bool
+    """Whether the divergence from the reference is a term of the loss, instead of a part of the reward."""
+    value_coefficient: float
+    """Weight of the critic's loss; 0 without a critic."""
+
+    def controller(self) -> pg.KLController:
+        """The coefficient of the KL penalty at the beginning, and how it is led."""
+
+    def advantages(
+        self, experience: Experience, scores_N: Tensor, kl_coefficient: float
+    ) -> tuple[Tensor, Tensor, Metrics]:
+        """Advantages and returns, each N x K (returns are what a critic learns), and what is worth logging of them."""
+
+    def value_loss(self, values_BK: Tensor, batch: Tensors) -> tuple[Tensor, Tensor]:
+        """Loss and clipped share of the critic, per token. Only called where there is one."""
+
+
+@dataclass
+class Progress:
+    """How far the run is, and what it carries from one rollout to the next. All of it is in a checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done, those of passes that were ended early counted as well."""
+    controller: pg.KLController = field(default_factory=lambda: pg.KLController(0.0))
+    moments: pg.RunningMoments = field(default_factory=pg.RunningMoments)
+    before: Metrics | None = None
+    collected: dict[str, Any] = field(default_factory=dict)
+    """What was logged of the rollout that is being learned from."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """What its optimizer steps so far add up to."""
+    experience: Experience | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "controller": asdict(self.controller),
+            "moments": asdict(self.moments),
+            "before": self.before,
+            "collected": self.collected,
+            "sums": self.sums,
+        }
+
+    @classmethod
+    def of(cls, saved: Saved) -> Progress:
+        """Where the run stood that wrote the checkpoint."""
+        path, state = saved.folder / EXPERIENCE, saved.state
+        return cls(
+            step=state["step"],
+            controller=pg.KLController(**state["controller"]),
+            moments=pg.RunningMoments(**state["moments"]),
+            before=state["before"],
+            collected=state["collected"],
+            sums=state["sums"],
+            experience=Experience.load(path) if path.exists() else None,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Adds the completions that are being learned from to a checkpoint; the rest is `as_dict`."""
+        if self.experience is not None:
+            self.experience.save(folder / EXPERIENCE)
+
+
+@dataclass
+class Aligned:
+    """What the loop returns in every process."""
+
+    before: Metrics
+    after: Metrics
+    last_rollout: Metrics
+    """What the last line of the journal says of a rollout."""
+    steps: int
+
+
+@dataclass
+class Parts:
+    """What the loop works with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]
+    train: Prompts
+    heldout: Prompts
+    engine: Engine
+    module: ActorCritic
+    generator: Generator | VllmGenerator
+    rates: list[float]
+    """Highest learning rate of each of the optimizer's groups."""
+    scorer: Scorer
+    reference: Callable[..., Judged] | None
+    """The reference's judgement, without gradients; None where nothing holds the policy to one."""
+    mixture: ChatMixture | None
+    parameters: int
+    """Of all that is in memory for training."""
+    policy_parameters: int
+    """Of the policy alone, as it is published."""
+
+    @property
+    def padding_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def to_device(self, batch: Tensors) -> Tensors:
+        return {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
