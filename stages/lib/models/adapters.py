@@ -1,8 +1,13 @@
-"""Low-rank adapters in place of training all weights. Imports no torch at its top: `plan` reads the params."""
+"""Adapters in place of training all weights: their params, and the table `ADAPTERS` of how each is put on a model.
+
+Imports no torch at its top: `plan` reads the params.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -11,6 +16,7 @@ from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.settings.strict import Strict
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -31,20 +37,30 @@ def sharing_weights(model: nn.Module) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
-    """The model frozen under a fresh adapter, which is the same in every process and every memory layout."""
-    import torch
-    from peft import LoraConfig, get_peft_model
+def lora_config(lora: LoraParams, task: str) -> Any:
+    """peft's config of low-rank adapters."""
+    from peft import LoraConfig
 
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
         target_modules=lora.target_modules or "all-linear",
         task_type=task,
     )
+
+
+ADAPTERS: dict[type[Strict], Callable[[Any, str], Any]] = {LoraParams: lora_config}
+"""Params of a method -> what makes peft's config of them and of the task. A new method is its params and a row here."""
+
+
+def with_adapter(model: Any, adapter: LoraParams, seed: int, task: str) -> Any:
+    """The model frozen under a fresh adapter, which is the same in every process and every memory layout."""
+    import torch
+    from peft import get_peft_model
+
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    return get_peft_model(model, ADAPTERS[type(adapter)](adapter, task))
 
 
 def require_layers(backbone: nn.Module, names: list[str]) -> None:
@@ -60,3 +76,15 @@ def require_layers(backbone: nn.Module, names: list[str]) -> None:
     ]
     if problems:
         raise DataError(*problems)
+
+
+ADAPTER_FOLDER = "adapter"
+"""Where an artifact keeps the adapter alone."""
+
+
+def save_adapter(adapted_model: Any, state: dict[str, torch.Tensor], base: Path, folder: Path) -> None:
+    """Writes the adapter alone, with where its base lies; the same bytes in every process."""
+    config = adapted_model.peft_config["default"]
+    config.base_model_name_or_path = str(base)
+    config.target_modules = sorted(config.target_modules)  # peft holds a set, whose order differs from run to run
+    adapted_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)

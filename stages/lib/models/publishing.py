@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -99,14 +98,3 @@ def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 "Nothing was published.",
             )
         )
-
-
-ADAPTER_FOLDER = "adapter"
-
-
-def save_adapter(adapted_model: Any, state: dict[str, torch.Tensor], base: Path, folder: Path) -> None:
-    """Writes the adapter alone, with where its base lies; the same bytes in every process."""
-    config = adapted_model.peft_config["default"]
-    config.base_model_name_or_path = str(base)
-    config.target_modules = sorted(config.target_modules)  # peft holds a set, whose order differs from run to run
-    adapted_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)

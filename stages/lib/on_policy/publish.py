@@ -7,15 +7,16 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipeline.stage import Context
+from stages.lib.models.adapters import ADAPTER_FOLDER, save_adapter
 from stages.lib.models.heads import load_policy
-from stages.lib.models.publishing import ADAPTER_FOLDER, publish, save_adapter
+from stages.lib.models.publishing import publish
 from stages.lib.on_policy.actor_critic import SharedCritic
 from stages.lib.on_policy.params import OnPolicyParams
 from stages.lib.on_policy.parts import Parts
 from stages.lib.processes.collectives import barrier, from_main
 
 VALUE_FOLDER = "value"
-"""Where an artifact keeps the adapter alone, and the critic."""
+"""Where an artifact keeps the critic."""
 
 
 def publish_policy(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from stages.lib.models.adapters import with_adapter
 from stages.lib.models.config import hidden_size, read_config, text_config
 from stages.lib.models.heads import fresh_value, load_policy, load_value
 from stages.lib.models.loading import count_parameters, initial_weights
-from stages.lib.on_policy.actor_critic import ActorCritic, adapted
+from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
 from stages.lib.on_policy.loop import align
 from stages.lib.on_policy.params import OnPolicyParams, room_problems
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts
@@ -59,14 +62,15 @@ def run_on_policy(
         ctx, tokenizer, params.rendering, params.max_prompt_tokens, params.max_dropped_fraction
     )
     check_rows(params.rewards, ((row.index, row.prompt, row.row) for row in (*prompts.rows, *heldout.rows)))
-    mixture = mixture_of(ctx, params, tokenizer)
-    critic = critic_folder(ctx, params, tokenizer)
-
-    def build(device: torch.device, batch: Batch) -> Parts:
-        return build_parts(
-            ctx, params, device, batch, tokenizer, prompts, heldout, mixture, critic, value_learning_rate
-        )
-
+    opened = Opened(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        heldout=heldout,
+        mixture=mixture_of(ctx, params, tokenizer),
+        critic=critic_folder(ctx, params, tokenizer),
+        value_learning_rate=value_learning_rate,
+    )
+    build = functools.partial(build_parts, ctx, params, opened)
     aligned, parts = align(ctx, params, algorithm, build, prompts)
     publish_policy(ctx, params, parts)
     if getattr(params, "publish_critic", False):
@@ -128,89 +132,117 @@ def critic_folder(ctx: Context, params: OnPolicyParams, tokenizer: PreTrainedTok
     return initial_weights(ctx, lambda: fresh_value(source, padding_id, is_reward_model=of_reward))
 
 
-def build_parts(
-    ctx: Context,
-    params: OnPolicyParams,
-    device: torch.device,
-    batch: Batch,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
-    heldout: Prompts,
-    mixture: ChatMixture | None,
-    critic: Path | None,
-    value_learning_rate: float | None,
-) -> Parts:
+@dataclass(frozen=True)
+class Opened:
+    """What a stage is given, read and checked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    heldout: Prompts
+    mixture: ChatMixture | None
+    critic: Path | None
+    """Where the critic is loaded from."""
+    value_learning_rate: float | None
+
+
+def build_parts(ctx: Context, params: OnPolicyParams, opened: Opened, device: torch.device, batch: Batch) -> Parts:
     """Models, engine, rewards. The frozen models come first, while the memory that training takes is still free."""
     start = ctx.inputs["model"]
     layout = fit_to_width(complete_layout(ctx.resources, params, batch), int(hidden_size(read_config(start))))
-    chunk = ctx.resources.micro_batch_size or 8
-    vllm = None
-    if params.generation == "vllm":
-        require_vllm(device.type)
-        vllm = VllmEngine(
-            start,
-            precision=params.precision,
-            memory_fraction=ctx.resources.generation_memory_fraction,
-            max_length_tokens=params.max_prompt_tokens + params.max_new_tokens,
-        )
-    learned_model = None
-    if learned(params.rewards) is not None:
-        learned_model = RewardModelScorer(ctx.inputs["reward"], layout, params.precision, device, chunk)
-    scorer = Scorer(params.rewards, learned_model)
+    vllm = start_vllm(ctx, params, device)
+    scorer = make_scorer(ctx, params, layout, device)
     with split_while_loading(layout):
         policy = load_policy(start)
-        value = load_value(critic) if critic is not None else None
+        value = load_value(opened.critic) if opened.critic is not None else None
     policy_parameters = count_parameters(policy)  # before adapters become a part of it
+    module = make_module(ctx, params, policy, value)
+    frozen_reference = frozen_reference_of(ctx, params, layout, device)
+    trained = [(module.policy, params.learning_rate)]
+    if module.value is not None:
+        trained.append((module.value, opened.value_learning_rate or params.learning_rate))
+    groups, rates = parameter_groups(trained, params.weight_decay)
+    engine = Engine(ctx, module, groups, params, layout, device)
+    return Parts(
+        tokenizer=opened.tokenizer,
+        stop_ids=stop_token_ids(opened.tokenizer),
+        train=opened.prompts,
+        heldout=opened.heldout,
+        engine=engine,
+        module=module,
+        generator=make_generator(ctx, params, engine, module, vllm),
+        rates=rates,
+        scorer=scorer,
+        reference=reference_of(params, engine, frozen_reference),
+        mixture=opened.mixture,
+        parameters=count_parameters(module),
+        policy_parameters=policy_parameters,
+    )
+
+
+def start_vllm(ctx: Context, params: OnPolicyParams, device: torch.device) -> VllmEngine | None:
+    if params.generation != "vllm":
+        return None
+    require_vllm(device.type)
+    return VllmEngine(
+        ctx.inputs["model"],
+        precision=params.precision,
+        memory_fraction=ctx.resources.generation_memory_fraction,
+        max_length_tokens=params.max_prompt_tokens + params.max_new_tokens,
+    )
+
+
+def make_scorer(ctx: Context, params: OnPolicyParams, layout: Mapping[str, Any] | None, device: torch.device) -> Scorer:
+    if learned(params.rewards) is None:
+        return Scorer(params.rewards, None)
+    chunk = ctx.resources.micro_batch_size or 8
+    return Scorer(params.rewards, RewardModelScorer(ctx.inputs["reward"], layout, params.precision, device, chunk))
+
+
+def make_module(
+    ctx: Context, params: OnPolicyParams, policy: PreTrainedModel, value: PreTrainedModel | None
+) -> ActorCritic:
+    """Policy and critic as one module, ready to be trained; under lora with adapters on one backbone."""
     options = {"temperature": params.temperature, "entropy_has_gradients": params.entropy_coefficient > 0}
     if params.lora is not None:
         module = adapted(policy, params.lora, ctx.seed, critic=params.has_critic, **options)
     else:
         module = ActorCritic(policy, value, **options)
-    frozen_reference = frozen_reference_of(ctx, params, layout, device)
     if ctx.resources.gradient_checkpointing:
         for model in (module.policy, getattr(module.value, "base_model", None)):
             if model is not None:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-    module.train()
-    trained = [(module.policy, params.learning_rate)]
-    if module.value is not None:
-        trained.append((module.value, value_learning_rate or params.learning_rate))
-    groups, rates = parameter_groups(trained, params.weight_decay)
-    engine = Engine(ctx, module, groups, params, layout, device)
+    return module.train()
+
+
+def make_generator(
+    ctx: Context, params: OnPolicyParams, engine: Engine, module: ActorCritic, vllm: VllmEngine | None
+) -> Generator | VllmGenerator:
+    if vllm is not None:
+        return VllmGenerator(engine, module.policy, vllm)
 
     def make_replica() -> PreTrainedModel:
-        replica = load_policy(start)
+        replica = load_policy(ctx.inputs["model"])
         return replica if params.lora is None else with_adapter(replica, params.lora, ctx.seed, "CAUSAL_LM")
 
-    def shared_reference(**inputs: Any) -> Any:
+    return Generator(engine, module.policy, make_replica)
+
+
+def reference_of(
+    params: OnPolicyParams, engine: Engine, frozen_reference: nn.Module | None
+) -> Callable[..., Judged] | None:
+    """The reference's judgement: of a model of its own, or of the policy's backbone; None where nothing holds the policy."""
+
+    def shared(**inputs: Any) -> Any:
         return engine.infer(**inputs, by_reference=True)
 
-    def own_reference(**inputs: Any) -> Any:
+    def own(**inputs: Any) -> Any:
         assert frozen_reference is not None
         with torch.no_grad(), engine.rounding():
             return frozen_reference(**inputs)
 
-    generator: Generator | VllmGenerator = (
-        Generator(engine, module.policy, make_replica) if vllm is None else VllmGenerator(engine, module.policy, vllm)
-    )
-    reference = None
-    if params.kl_coefficient:
-        reference = own_reference if frozen_reference is not None else shared_reference
-    return Parts(
-        tokenizer=tokenizer,
-        stop_ids=stop_token_ids(tokenizer),
-        train=prompts,
-        heldout=heldout,
-        engine=engine,
-        module=module,
-        generator=generator,
-        rates=rates,
-        scorer=scorer,
-        reference=reference,
-        mixture=mixture,
-        parameters=count_parameters(module),
-        policy_parameters=policy_parameters,
-    )
+    if not params.kl_coefficient:
+        return None
+    return shared if frozen_reference is None else own
 
 
 def frozen_reference_of(

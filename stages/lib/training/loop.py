@@ -37,7 +37,7 @@ from stages.lib.training.layouts import complete_layout, fit_to_width, split_whi
 from stages.lib.training.optimizer import parameter_groups
 from stages.lib.training.params import Batch, TrainingParams, derive_batch, learning_rate_factor, optimizer_steps
 from stages.lib.training.scheduling import ScheduledData, fingerprint, seed_of
-from stages.lib.training.state import Saved, Window, find_measured, find_saved, save_checkpoint
+from stages.lib.training.state import Saved, Window, find_measured, find_saved, save_checkpoint, write_receipt
 
 
 class Objective(Protocol):
@@ -278,13 +278,7 @@ def train(
     passes = steps * batch.global_batch_size / len(data)
     ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")
     barrier()  # The main process has written what the others are about to load.
-    layout = complete_layout(ctx.resources, params, batch)
-    with split_while_loading(layout):
-        model = make_model()
-    prepare(model, ctx)
-    groups, rates = parameter_groups([(model, params.learning_rate)], params.weight_decay)
-    engine = Engine(ctx, model, groups, params, fit_to_width(layout, width_of(model)), device)
-    use_threads(ctx.resources)
+    engine, model, rates = make_engine(ctx, params, batch, make_model, device)
     if saved is not None:
         engine.load(saved.folder)
         write_receipt(ctx, params, batch, len(data), steps, saved)
@@ -321,6 +315,24 @@ def require_sound(params: TrainingParams, steps: int, device: torch.device) -> N
         raise RecipeError(*problems)
 
 
+def make_engine(
+    ctx: Context,
+    params: TrainingParams,
+    batch: Batch,
+    make_model: Callable[[], PreTrainedModel],
+    device: torch.device,
+) -> tuple[Engine, PreTrainedModel, list[float]]:
+    """The engine, the model that it trains, and the highest learning rate of each of the optimizer's groups."""
+    layout = complete_layout(ctx.resources, params, batch)
+    with split_while_loading(layout):
+        model = make_model()
+    prepare(model, ctx)
+    groups, rates = parameter_groups([(model, params.learning_rate)], params.weight_decay)
+    engine = Engine(ctx, model, groups, params, fit_to_width(layout, width_of(model)), device)
+    use_threads(ctx.resources)
+    return engine, model, rates
+
+
 def prepare(model: PreTrainedModel, ctx: Context) -> None:
     """The model ready to be trained: without a cache of keys and values, and with checkpointing where it is asked for."""
     model.config.use_cache = False
@@ -332,24 +344,3 @@ def prepare(model: PreTrainedModel, ctx: Context) -> None:
 def width_of(model: PreTrainedModel) -> int:
     """The model's hidden size."""
     return int(model.config.get_text_config().hidden_size)
-
-
-def write_receipt(ctx: Context, params: TrainingParams, batch: Batch, num_rows: int, steps: int, saved: Saved) -> None:
-    """Says what was restored."""
-    step, processes = saved.state["step"], saved.state["world_size"]
-    position = step * batch.global_batch_size
-    epoch, row = divmod(position, num_rows)
-    ctx.journal.write(
-        "resume",
-        step=step,
-        total_steps=steps,
-        checkpoint=str(saved.folder),
-        restored=["weights", "optimizer", "schedule", "data position", "loss window"],
-        processes=processes,
-        data_position=position,
-        learning_rate=params.learning_rate * learning_rate_factor(params, step, steps),
-    )
-    ctx.journal.note(
-        f"resumed at step {step} of {steps}: weights, optimizer and schedule of {processes} processes;"
-        f" next is row {row:,} of {num_rows:,} in pass {epoch + 1}"
-    )

@@ -20,6 +20,7 @@ from stages.lib.training.engine import PLAIN_STATE, TAG, Engine
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.forecast import CHECKPOINT_BYTES_PER_PARAMETER
 from stages.lib.training.layouts import zero_stage
+from stages.lib.training.params import Batch, TrainingParams, learning_rate_factor
 
 STATE = "slipway.json"
 """What we need of a checkpoint beyond the engine's files."""
@@ -197,6 +198,27 @@ def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
     place = {"step": step, "world_size": ctx.world.size, "zero_stage": zero_stage(ctx.resources)}
     text = json.dumps({**place, **content}, indent=1, allow_nan=False)
     (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
+
+
+def write_receipt(ctx: Context, params: TrainingParams, batch: Batch, num_rows: int, steps: int, saved: Saved) -> None:
+    """Says what was restored."""
+    step, processes = saved.state["step"], saved.state["world_size"]
+    position = step * batch.global_batch_size
+    epoch, row = divmod(position, num_rows)
+    ctx.journal.write(
+        "resume",
+        step=step,
+        total_steps=steps,
+        checkpoint=str(saved.folder),
+        restored=["weights", "optimizer", "schedule", "data position", "loss window"],
+        processes=processes,
+        data_position=position,
+        learning_rate=params.learning_rate * learning_rate_factor(params, step, steps),
+    )
+    ctx.journal.note(
+        f"resumed at step {step} of {steps}: weights, optimizer and schedule of {processes} processes;"
+        f" next is row {row:,} of {num_rows:,} in pass {epoch + 1}"
+    )
 
 
 def checkpoint_bytes(num_parameters: int) -> int:
