@@ -116,7 +116,7 @@ def job(
     the_job = step.job(the_plan.recipe.name, the_store)
     the_store.begin(the_job)
     the_store.record(the_plan.recipe.name, the_plan.record())
-    print(f"{the_job.work}/job.json")
+    print(the_job.files.job_file)
     print("run one of these in the checkout:")
     names = ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ("local",)
     for name in names:
