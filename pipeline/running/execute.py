@@ -146,7 +146,9 @@ def run_step(
     exit_code = launcher.run(job, watcher)
     folder = store.artifact_folder(job.artifact_id)
     outcome = job.files.outcome()
-    if outcome.get("status") == "done" and store.find(job.artifact_id):
+    # A full disk may have taken the artifact, and not the word that it is done.
+    ended_well = outcome.get("status") == "done" or (not outcome and exit_code == EXIT_DONE)
+    if ended_well and store.find(job.artifact_id):
         manifest = read_manifest(folder)
         progress.line(
             f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"

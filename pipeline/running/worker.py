@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until `main` stands, Ctrl-C ends this process as the other signals do: at once, and without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -64,6 +64,8 @@ class Checkpoints:
         }
         sync_below(folder)
         sync(self.folder)
+        # Whoever trains may have made it, and not flushed the folder above.
+        sync(self.folder.parent)
         write_json(folder / COMPLETE, {"step": step, "environment": dict(self.environment), "files": entries})
         self.hashed[step] = seen
 

@@ -19,7 +19,9 @@ from pipeline.figures import size
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 NOT_ALLOWED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 BROKEN = frozenset({errno.EIO, errno.ESTALE})
-MISPLACED = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST})
+MISPLACED = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EXDEV}
+)
 """Says something of the disk only where we wrote: a stage may mean a file of its own by it."""
 
 WORDS = re.compile("|".join(re.escape(os.strerror(number)) for number in sorted({*NO_ROOM, errno.EROFS, errno.EIO})))
@@ -79,9 +81,9 @@ def problem_of(error: BaseException, where: Path, *, ours: bool, certain: bool) 
             return Problem(place, f"cannot be written: {said}", MOVE)
     text = str(error)
     if isinstance(error, Exception) and (WORDS.search(text) or WRITERS.search(text)):
-        return Problem(
-            str(where), f"cannot be written: {text.strip().splitlines()[0]} ({free_words(where)})", MAKE_ROOM
-        )
+        said = "" if WORDS.search(text) else "a file was cut short, "
+        what = f"cannot be written: {said}{text.strip().splitlines()[0]} ({free_words(where)})"
+        return Problem(str(where), what, MAKE_ROOM)
     return None
 
 

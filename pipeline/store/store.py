@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.store.artifact import MANIFEST, Facts, Manifest, differences, list
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import CHANGE_RIGHTS, MOVE, writing
 from pipeline.store.durable import make_folder, read_json, sync, sync_below, write_json, write_text
-from pipeline.store.job import Job
+from pipeline.store.job import Job, read_job
 from pipeline.store.provenance import git_state, library_versions
 from pipeline.store.work_folder import Running, WorkFolder, remove
 
@@ -202,25 +202,37 @@ class Store:
                 found[path.stem] = record
         return found
 
+    def damaged_records(self) -> list[str]:
+        """Names of the recipes whose record cannot be read."""
+        paths = [path for path in entries_of(self.recipes) if path.suffix == ".json"]
+        return [path.stem for path in paths if read_record(path) is None]
+
+    def made_by(self, recipes: Collection[str]) -> set[str]:
+        """Ids of all that runs of these recipes made or began, as the artifacts and work folders themselves say."""
+        found = set()
+        for path in entries_of(self.artifacts) if recipes else []:
+            manifest, _ = self.look_at(path.name)
+            if manifest and manifest.recipe in recipes:
+                found.add(manifest.artifact_id)
+        for path in entries_of(self.work) if recipes else []:
+            with contextlib.suppress(ArtifactError):
+                job = read_job(path)
+                if job.recipe in recipes:
+                    found.add(job.artifact_id)
+        return found
+
     def oddities(self) -> list[str]:
         """A sentence for each thing in the store that nobody can use: the rest goes on without it."""
         notes = [
-            f"{path} is not the record of a recipe: it is passed over, and what that recipe made may count as unneeded."
-            " Running the recipe writes it anew."
-            for path in entries_of(self.recipes)
-            if path.suffix == ".json" and read_record(path) is None
+            f"{self.recipes / name}.json cannot be read: what recipe {name} ran last is not known, and all that it made"
+            " is kept. Running it writes the file anew."
+            for name in self.damaged_records()
         ]
-        for path in entries_of(self.artifacts):
-            if not is_folder(path):
-                notes.append(f"{path} is no artifact: it is passed over")
-            elif is_there(path / MANIFEST):
-                try:
-                    read_manifest(path)
-                except ArtifactError as error:
-                    notes.append(str(error))
-        notes += [
-            f"{path} is no work folder: it is passed over" for path in entries_of(self.work) if not is_folder(path)
-        ]
+        for folder, what in ((self.artifacts, "artifact"), (self.work, "work folder")):
+            notes += [f"{path} is no {what}: it is passed over" for path in entries_of(folder) if not is_folder(path)]
+        for path in filter(is_folder, entries_of(self.artifacts)):
+            _, problems = self.look_at(path.name)
+            notes += [f"artifact {path.name[:12]}: {problems[0]}"] if problems else []
         return notes
 
 
