@@ -138,12 +138,20 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Pa
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "rows").write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file") as file:
-        file.write(b"half")
-        raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "folder") as folder:
-        (folder / "rows").write_text("half")
-        raise ZeroDivisionError
+
+    def fail_within_the_file() -> None:
+        with replacing(tmp_path / "file") as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    def fail_within_the_folder() -> None:
+        with replacing_folder(tmp_path / "folder") as folder:
+            (folder / "rows").write_text("half")
+            raise ZeroDivisionError
+
+    for fail in (fail_within_the_file, fail_within_the_folder):
+        with pytest.raises(ZeroDivisionError):
+            fail()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "rows").read_text() == "old"
 
