@@ -20,7 +20,7 @@ from pipeline.settings.strict import documentation, models_in
 from pipeline.stage import Estimate, Stage
 from pipeline.store.artifact import MANIFEST, Kind, differences, read_manifest
 from pipeline.store.journal import read_journal
-from pipeline.store.store import Store
+from pipeline.store.store import Store, is_there
 from pipeline.store.work_folder import WorkFolder
 
 
@@ -107,7 +107,7 @@ def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: st
     else:
         entry["state"] = state
         log = WorkFolder(work).log
-        if log.exists():
+        if is_there(log):
             entry["log"] = str(log)
     return entry
 
@@ -128,7 +128,7 @@ def store_status(store: Store) -> list[dict[str, Any]]:
     entries = []
     for recipe, record in store.records().items():
         for name, step in record["steps"].items():
-            started = store.work_folder(name, step["artifact_id"]).exists()
+            started = is_there(store.work_folder(name, step["artifact_id"]))
             state = "interrupted" if started else "not made"
             entries.append(step_status(store, recipe, name, step["kind"], step["artifact_id"], state))
     return entries
@@ -157,7 +157,7 @@ def lineage_lines(store: Store, name: str) -> list[str]:
     drawn: set[str] = set()
 
     def draw(label: str, artifact_id: str, path: Path, rest: str) -> None:
-        if not (path / MANIFEST).exists():
+        if not is_there(path / MANIFEST):
             lines.append(f"{label}{artifact_id}")
             return
         try:
