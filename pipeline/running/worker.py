@@ -99,8 +99,8 @@ def uses_hub(job: Job) -> bool:
     return is_hub_source or any(place.startswith(HUB) for place in job.inputs.values())
 
 
-class Stopped(Exception):
-    """A signal asked the job to stop while there was nothing to save."""
+class Stopped(BaseException):
+    """A signal asked the job to stop while there was nothing to save. No `except Exception` on the way may swallow it."""
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
