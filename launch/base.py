@@ -42,7 +42,7 @@ class LocalProcess:
         raise LaunchError(Problem(type(self).__name__, "says nothing of its command"))
 
     def run(self, job: Job, watch: Watch) -> int:
-        return run_command(self.command(job), job.work_folder / "log.txt", os.environ, watch)
+        return run_command(self.command(job), job.files.log, os.environ, watch)
 
 
 def run_command(command: list[str], log: Path, environment: Mapping[str, str], watch: Watch) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, Problem, RecipeError, S
 from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
 from pipeline.running.plan import Action, Plan, make_plan
+from pipeline.store.disk import refusal
 from pipeline.store.store import Store
 from stages import STAGES
 
@@ -66,6 +68,12 @@ def planned(
     return make_plan(load_recipe(recipe, STAGES, LAUNCHERS, overrides or ()), store, only=only, until=until)
 
 
+def print_notes(notes: list[str]) -> None:
+    """What is odd and does not hinder: beside the output, which may be for programs."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def print_lines(lines: list[str]) -> None:
     for line in lines:
         print(line)
@@ -76,6 +84,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, store: StoreOption = No
     """Say what `run` would do, and why; runs nothing."""
     the_store = open_store(store)
     the_plan = planned(recipe, set_, the_store)
+    print_notes([f"{the_store.recipes / name}.json cannot be read" for name in the_store.damaged_records()])
     if json_:
         print(json.dumps(reports.plan_data(the_plan), indent=2))
     else:
@@ -116,7 +125,7 @@ def job(
     the_job = step.job(the_plan.recipe.name, the_store)
     the_store.begin(the_job)
     the_store.record(the_plan.recipe.name, the_plan.record())
-    print(f"{the_job.work}/job.json")
+    print(the_job.files.job_file)
     print("run one of these in the checkout:")
     names = ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ("local",)
     for name in names:
@@ -138,6 +147,7 @@ def status(
         entries = reports.plan_status(planned(recipe, set_, the_store), the_store)
     else:
         entries = reports.store_status(the_store)
+    print_notes(the_store.oddities())
     print(json.dumps(entries, indent=2)) if json_ else print_lines(reports.status_lines(entries, the_store))
 
 
@@ -194,6 +204,7 @@ def gc(
     def current(path: str, overrides: list[str]) -> set[str]:
         return {step.artifact_id for step in planned(Path(path), overrides, the_store).steps}
 
+    print_notes(the_store.oddities())
     needed, notes = needed_artifacts(the_store, current)
     print_lines([*notes, *collect(the_store, needed, dry_run=dry_run)])
 
@@ -227,9 +238,12 @@ def chat(
 
 
 def main() -> Any:
-    """The console script: user errors end with exit code 2 and no traceback."""
+    """The console script: user errors, and disks that refuse, end with exit code 2 and no traceback."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except SlipwayError as error:
         problems = [str(problem) for problem in error.problems]
         for problem in problems:
@@ -238,10 +252,18 @@ def main() -> Any:
             print(f"{len(problems)} problems; nothing was run.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        sys.exit(128 + 2)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_CRASH)
+    except OSError as error:
+        refused = refusal(error, Path.cwd())
+        if refused is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
+        # What could not be written must not be tried once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":

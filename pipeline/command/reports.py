@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from pipeline.errors import ArtifactError
 from pipeline.figures import headline, number, seconds, size, table
 from pipeline.running.plan import Action, Plan
 from pipeline.settings.strict import documentation, models_in
 from pipeline.stage import Estimate, Stage
 from pipeline.store.artifact import MANIFEST, Kind, differences, read_manifest
 from pipeline.store.journal import read_journal
-from pipeline.store.store import Store
+from pipeline.store.store import Store, is_there
+from pipeline.store.work_folder import WorkFolder
 
 
 def arithmetic(estimate: Estimate, world_size: int) -> str:
@@ -99,13 +101,14 @@ def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: st
             "host": running.host,
             "log": running.log,
         }
-        last = [event for event in read_journal(work / "journal.jsonl") if event["event"] == "step"]
+        last = [event for event in read_journal(WorkFolder(work).journal) if event["event"] == "step"]
         if last:
             entry |= {"at_step": last[-1]["step"], "total_steps": last[-1].get("total_steps")}
     else:
         entry["state"] = state
-        if (work / "log.txt").exists():
-            entry["log"] = str(work / "log.txt")
+        log = WorkFolder(work).log
+        if is_there(log):
+            entry["log"] = str(log)
     return entry
 
 
@@ -125,7 +128,7 @@ def store_status(store: Store) -> list[dict[str, Any]]:
     entries = []
     for recipe, record in store.records().items():
         for name, step in record["steps"].items():
-            started = store.work_folder(name, step["artifact_id"]).exists()
+            started = is_there(store.work_folder(name, step["artifact_id"]))
             state = "interrupted" if started else "not made"
             entries.append(step_status(store, recipe, name, step["kind"], step["artifact_id"], state))
     return entries
@@ -140,7 +143,7 @@ def status_lines(entries: list[dict[str, Any]], store: Store) -> list[str]:
         if entry["state"] == "running":
             since = seconds(time.time() - entry["since"])
             at = f", step {entry['at_step']} of {entry['total_steps']}" if "at_step" in entry else ""
-            detail = f"for {since}{at}; process {entry['pid']} on {entry['host']}; log {entry['log']}"
+            detail = f"for {since}{at}; process {entry['pid'] or 'unknown'} on {entry['host']}; log {entry['log']}"
         elif entry["state"] != "made" and "log" in entry:
             detail = f"log {entry['log']}"
         rows.append([entry["recipe"], entry["step"], entry["stage"], entry["state"], entry["artifact_id"][:8], detail])
@@ -154,10 +157,14 @@ def lineage_lines(store: Store, name: str) -> list[str]:
     drawn: set[str] = set()
 
     def draw(label: str, artifact_id: str, path: Path, rest: str) -> None:
-        if not (path / MANIFEST).exists():
+        if not is_there(path / MANIFEST):
             lines.append(f"{label}{artifact_id}")
             return
-        manifest = read_manifest(path)
+        try:
+            manifest = read_manifest(path)
+        except ArtifactError:
+            lines.append(f"{label}{artifact_id}  (its manifest cannot be read)")
+            return
         again = " (above)" if artifact_id in drawn else ""
         lines.append(f"{label}{manifest.step}  {manifest.stage} v{manifest.stage_version}  {artifact_id[:12]}{again}")
         if again:
@@ -191,6 +198,7 @@ def show_lines(store: Store, name: str) -> list[str]:
         ("params", manifest.params),
         ("files", {k: f"{size(v.size)}  {v.sha256[:16]}" for k, v in manifest.files.items()}),
         ("libraries", manifest.library_versions),
+        ("environment", manifest.environment),
     ):
         if block:
             lines.append(f"  {title}")

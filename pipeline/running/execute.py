@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shlex
 import signal
 import time
@@ -18,7 +18,9 @@ from pipeline.figures import headline, seconds, table
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 from pipeline.store.artifact import Manifest, read_manifest
+from pipeline.store.disk import MAKE_ROOM, free_words, is_full
 from pipeline.store.job import Job
+from pipeline.store.journal import event_in
 from pipeline.store.store import Store
 
 LOG_TAIL_LINES = 25
@@ -38,6 +40,8 @@ class Interrupts(AbstractContextManager["Interrupts"]):
 
     progress: Progress
     count: int = 0
+    exit_code: int = EXIT_CRASH
+    """That of a command which ends because of the last signal, and nothing was saved: 128 + its number."""
     before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Interrupts:
@@ -53,6 +57,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        self.exit_code = 128 + number
 
 
 @dataclass
@@ -72,13 +77,13 @@ class Watcher:
         self.read_journal()
         if self.interrupts.count and not self.asked:
             self.asked = True
-            (self.job.work_folder / "stop-requested").touch()
+            self.job.files.request_stop()
             if not self.killable:
                 self.progress.line("  stopping: the step saves its state at the next boundary (once more: kill it)")
         return self.interrupts.count > (0 if self.killable else 1)
 
     def read_journal(self) -> None:
-        path = self.job.work_folder / "journal.jsonl"
+        path = self.job.files.journal
         try:
             if path.stat().st_size < self.position:
                 self.position = 0
@@ -90,11 +95,8 @@ class Watcher:
         whole = data.rfind(b"\n") + 1
         self.position += whole
         for line in data[:whole].splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if event.get("time", 0) >= self.started - 1:
+            event = event_in(line)
+            if event and event.get("time", 0) >= self.started - 1:
                 self.progress.event(self.job.step, event)
 
 
@@ -143,22 +145,32 @@ def run_step(
     watcher = Watcher(job, progress, interrupts, killable=not step.recipe_step.stage.distributed)
     exit_code = launcher.run(job, watcher)
     folder = store.artifact_folder(job.artifact_id)
-    outcome = read_outcome(job.work_folder)
-    if outcome.get("status") == "done" and store.find(job.artifact_id):
+    outcome = job.files.outcome()
+    # A full disk may have taken the artifact, and not the word that it is done.
+    ended_well = outcome.get("status") == "done" or (not outcome and exit_code == EXIT_DONE)
+    if ended_well and store.find(job.artifact_id):
         manifest = read_manifest(folder)
         progress.line(
             f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"
         )
         return EXIT_DONE
-    if interrupts.count and outcome.get("status") in (None, "preempted"):
-        progress.line("  stopped; the same command goes on from here")
-        return EXIT_PREEMPTED
-    log = job.work_folder / "log.txt"
     if outcome.get("status") == "preempted":
         progress.line(f"  stopped after a clean save: {outcome.get('message', '')}")
         return EXIT_PREEMPTED
-    if outcome.get("status") == "user_error":
-        for line in str(outcome.get("message", "")).splitlines():
+    if interrupts.count and outcome.get("status") in (None, "stopped"):
+        progress.line("  stopped without saving; the same command goes on from what was saved before")
+        return interrupts.exit_code
+    if outcome.get("status") == "stopped":
+        progress.line(f"  stopped: {outcome.get('message', '')}; the same command goes on from here")
+        return int(outcome.get("exit_code", EXIT_CRASH))
+    log = job.files.log
+    refused = outcome.get("message") if outcome.get("status") == "user_error" else unsaid(job, outcome)
+    if refused:
+        if not job.resources.keep_failed_output and job.files.running() is None:
+            # A rank that was not the first to fail could not remove it.
+            with contextlib.suppress(OSError):
+                job.files.drop_output()
+        for line in str(refused).splitlines():
             progress.line(f"  error: {line}")
         progress.line(f"  log: {log}")
         return EXIT_USER_ERROR
@@ -171,13 +183,14 @@ def run_step(
     return EXIT_CRASH
 
 
-def read_outcome(work: Path) -> dict[str, Any]:
-    """How the worker says the job ended; empty if it could not say."""
-    try:
-        value = json.loads((work / "outcome.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def unsaid(job: Job, outcome: Mapping[str, Any]) -> str | None:
+    """Why a step failed that could not say so itself, or put it down to something else; None if nobody knows better."""
+    if not outcome and (running := job.files.running()):
+        return f"{job.work} is being run by process {running.pid} on {running.host}; `slipway status` shows its log"
+    if is_full(job.work_folder):
+        said = f" ({outcome['error']}: {outcome.get('message', '')})" if outcome.get("error") else ""
+        return f"{job.work}: the disk is full: {free_words(job.work_folder)}{said}. {MAKE_ROOM}"
+    return None
 
 
 def tail(path: Path, lines: int = LOG_TAIL_LINES, limit_bytes: int = 20_000) -> list[str]:

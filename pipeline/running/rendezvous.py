@@ -8,7 +8,6 @@ no harm: an old `hello` or `welcome` holds numbers that nobody waits for, and ra
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import socket
 import time
@@ -16,50 +15,51 @@ from pathlib import Path
 
 from pipeline.errors import LaunchError, Problem
 from pipeline.stage import World
+from pipeline.store.durable import read_json, write_json
+from pipeline.store.work_folder import WorkFolder
 
 POLL_SECONDS = 0.02
 
 
-def read_json(path: Path) -> dict[str, str]:
+def read(path: Path) -> dict[str, str]:
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def write_json(path: Path, value: dict[str, str], token: str) -> None:
-    temporary = path.with_name(f"{path.name}.{token}")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
+def write(path: Path, value: dict[str, str]) -> None:
+    """As a whole or not at all; what is written here is worthless once the machine has gone down."""
+    write_json(path, value, survives_power_loss=False)
 
 
 def meet(work: Path, world: World, place: str, timeout_seconds: float = 120.0) -> None:
     """Returns when every rank has read and written in `work`. Raises `LaunchError` naming the ranks that did not."""
     if world.size == 1:
         return
-    folder = work / "rendezvous" / place
+    folder = WorkFolder(work).meeting(place)
     folder.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         for leftover in folder.glob("thanks-*"):
             leftover.unlink(missing_ok=True)
     token = secrets.token_hex(8)
-    write_json(folder / f"hello-{world.rank}", {"token": token, "host": socket.gethostname()}, token)
+    write(folder / f"hello-{world.rank}", {"token": token, "host": socket.gethostname()})
     deadline = time.monotonic() + timeout_seconds
     missing: list[int] = []
     while time.monotonic() < deadline:
         if world.is_main:
-            hellos = {str(rank): read_json(folder / f"hello-{rank}").get("token", "") for rank in range(world.size)}
-            if read_json(folder / "welcome") != hellos:
-                write_json(folder / "welcome", hellos, token)
-            thanks = {str(rank): read_json(folder / f"thanks-{rank}").get("token", "") for rank in range(1, world.size)}
+            hellos = {str(rank): read(folder / f"hello-{rank}").get("token", "") for rank in range(world.size)}
+            if read(folder / "welcome") != hellos:
+                write(folder / "welcome", hellos)
+            thanks = {str(rank): read(folder / f"thanks-{rank}").get("token", "") for rank in range(1, world.size)}
             missing = [int(rank) for rank, number in thanks.items() if not number or number != hellos[rank]]
             if not missing and all(hellos.values()):
                 with contextlib.suppress(OSError):
                     (folder / "welcome").unlink()
                 return
-        elif read_json(folder / "welcome").get(str(world.rank)) == token:
-            write_json(folder / f"thanks-{world.rank}", {"token": token}, token)
+        elif read(folder / "welcome").get(str(world.rank)) == token:
+            write(folder / f"thanks-{world.rank}", {"token": token})
             return
         time.sleep(POLL_SECONDS)
     waited = f"after {timeout_seconds:.0f} s"

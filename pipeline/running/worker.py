@@ -1,14 +1,21 @@
 """Runs one job in this rank: `python -m pipeline.running.worker WORK_FOLDER`, started by torchrun, deepspeed or by hand.
 
 Checks the world before anything is loaded, calls the stage, and in rank 0 commits what it made.
+
+Ends with 0 (done), 1 (crash), 2 (the user's mistake, or a disk that refuses), 75 (stopped after a clean save) or, where it
+was told to stop by signal N while there was nothing to save, 128 + N.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until `main` stands, Ctrl-C ends this process as the other signals do: at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
+import os
 import sys
 import time
 import traceback
@@ -16,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TextIO
 
 from pipeline.errors import (
     EXIT_CRASH,
@@ -28,21 +35,20 @@ from pipeline.errors import (
     Problem,
     SlipwayError,
 )
+from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
 from pipeline.running.rendezvous import meet
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Reading, validate
 from pipeline.stage import Context, Stage, World
-from pipeline.store.artifact import write_json
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.disk import refusal
+from pipeline.store.durable import make_folder
 from pipeline.store.job import Job, read_job
 from pipeline.store.journal import Journal
-from pipeline.store.store import Store, remove
-
-OUTCOME = "outcome.json"
-
-
-STOP_REQUEST = "stop-requested"
-
+from pipeline.store.provenance import changes, library_versions, machine
+from pipeline.store.store import Store
+from pipeline.store.work_folder import InUseError, WorkFolder
 
 STOP_POLL_SECONDS = 0.5
 
@@ -93,13 +99,25 @@ def uses_hub(job: Job) -> bool:
     return is_hub_source or any(place.startswith(HUB) for place in job.inputs.values())
 
 
+class Stopped(BaseException):
+    """A signal asked the job to stop while there was nothing to save. No `except Exception` on the way may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(f"received {signal.Signals(number).name} while there was nothing to save")
+
+
 @dataclass
 class StopSignals:
-    """Turns signals into a flag that the stage asks for at its boundaries; a stage without state stops at once."""
+    """Turns signals into a flag that the stage asks for at its boundaries.
 
-    work: Path
+    While `at_once` holds there is nothing to save (before a stage with state runs, and in one without), and they end the
+    job: the first of them, for the end itself must not be disturbed.
+    """
+
+    files: WorkFolder
     is_main: bool
-    at_once: bool
+    at_once: bool = True
     asked: bool = False
     looked_at: float = field(default=0.0)
 
@@ -108,16 +126,16 @@ class StopSignals:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if self.at_once:
-            raise Preempted(f"received {signal.Signals(number).name}")
+        first, self.asked = not self.asked, True
+        if self.at_once and first:
+            raise Stopped(number)
 
     def __call__(self) -> bool:
         """True once this rank was signalled, or the work folder holds a request to stop (which rank 0 looks for)."""
         now = time.monotonic()
         if self.is_main and not self.asked and now - self.looked_at > STOP_POLL_SECONDS:
             self.looked_at = now
-            self.asked = (self.work / STOP_REQUEST).exists()
+            self.asked = self.files.stop_is_requested()
         return self.asked
 
 
@@ -132,7 +150,7 @@ def fetch(place: str) -> Path:
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
-def run_job(job: Job, stages: Mapping[str, Stage], world: World) -> None:
+def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSignals) -> None:
     """Runs the job in this rank; rank 0 commits the artifact. Raises what went wrong."""
     stage = stages[job.kind]
     if world.size != job.resources.world_size:
@@ -142,42 +160,33 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World) -> None:
     meet(job.work_folder, world, "start")
     store = Store(Path(job.store))
     if store.find(job.artifact_id):
-        print(f"rank {world.rank}: {store.artifact_folder(job.artifact_id)} is made already: nothing to do")
+        say(f"rank {world.rank}: {store.artifact_folder(job.artifact_id)} is made already: nothing to do", sys.stdout)
         return
-    lock = store.locked(job.work_folder) if world.is_main else contextlib.nullcontext()
-    with lock:
-        run_locked(job, stage, world, store)
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(job.files.locked())
+            stack.enter_context(job.files.time_kept())
+        run_locked(job, stage, world, store, stop)
 
 
-def run_locked(job: Job, stage: Stage, world: World, store: Store) -> None:
-    work = job.work_folder
-    params, problems = validate(stage.params, job.params, f"{work}/job.json: params", Reading([work]))
+def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSignals) -> None:
+    work, files = job.work_folder, job.files
+    params, problems = validate(stage.params, job.params, f"{files.job_file}: params", Reading([work]))
     if params is None:
         raise LaunchError(*problems)
-    stop = StopSignals(work, world.is_main, at_once=not stage.distributed)
-    stop.install()
-    checkpoints = store.checkpoints(job.step, job.artifact_id, job.resources.keep_checkpoints)
-    journal = Journal(work / "journal.jsonl", writes=world.is_main)
-    out = work / "out"
+    device = "cpu" if uses_cpu(job.resources) else "cuda"
+    environment = machine(device)
+    checkpoints = store.checkpoints(
+        job.step, job.artifact_id, job.resources.keep_checkpoints, {**environment, **library_versions()}
+    )
+    journal = Journal(files.journal, writes=world.is_main)
     if world.is_main:
-        if out.exists():
-            remove(out)
-        out.mkdir(parents=True)
-        newest = checkpoints.newest()
-        for sentence in newest.passed_over:
-            journal.note(sentence)
-        checkpoints.discard_after(newest.step)
-        checkpoints.folder.mkdir(exist_ok=True)
-        if newest.path is None:
-            journal.rewind(-1)
-            for sentence in newest.passed_over:
-                journal.note(sentence)
-        write_json(work / "start.json", {"resume": newest.step if newest.path else None})
+        prepare_folder(files, checkpoints, journal)
     meet(work, world, "prepared", PREPARATION_TIMEOUT_SECONDS)
-    step = json.loads((work / "start.json").read_bytes())["resume"]
+    step = files.read_start()
     context = Context(
         inputs={role: fetch(place) for role, place in job.inputs.items()},
-        out=out,
+        out=files.out,
         work=work,
         resume=checkpoints.path(step) if step is not None else None,
         checkpoints=checkpoints,
@@ -188,41 +197,68 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store) -> None:
         stop_requested=stop,
     )
     started = time.monotonic()
-    result = stage.run(context, params)
-    if world.is_main:
-        wall_seconds = wall_before(work) + time.monotonic() - started
-        device = "cpu" if uses_cpu(job.resources) else "cuda"
-        store.commit(job, result.metrics, result.facts, wall_seconds=wall_seconds, device=device, world_size=world.size)
-        store.finish(job)
+    with failed_output_removed(job, world):
+        stop.at_once = not stage.distributed
+        result = stage.run(context, params)
+        stop.at_once = False
+        if world.is_main:
+            store.commit(
+                job, result.metrics, result.facts, environment=environment,
+                wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,
+            )  # fmt: skip
+            files.finish()
 
 
-def wall_before(work: Path) -> float:
-    """Seconds that earlier, interrupted runs of this step took."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return float(json.loads((work / "spent.json").read_bytes())["seconds"])
-    return 0.0
+def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal) -> None:
+    """Leaves an empty `out/` and only checkpoints that verify, and tells all ranks which one to resume from."""
+    files.clear_output()
+    newest = checkpoints.newest()
+    for sentence in newest.passed_over:
+        journal.note(sentence)
+    checkpoints.discard_after(newest.step)
+    make_folder(checkpoints.folder)
+    if newest.path is None:
+        journal.rewind(-1)
+        for sentence in newest.passed_over:
+            journal.note(sentence)
+    elif changed := changes(checkpoints.environment_of(newest.step), checkpoints.environment):
+        journal.note(f"checkpoint {newest.step} was written under other versions: {', '.join(changed)}")
+    files.write_start(newest.step if newest.path else None)
 
 
 @contextlib.contextmanager
-def time_kept(work: Path, world: World) -> Iterator[None]:
-    """Adds the seconds of an interrupted run to `spent.json`, so that the manifest's wall time counts them all."""
-    started = time.monotonic()
+def failed_output_removed(job: Job, world: World) -> Iterator[None]:
+    """Leaves no half or refused model behind: where the step ends with a user's error, `out/` is removed, unless asked.
+
+    Turns what the disk refused, in whatever words a library says so, into a `StoreError`.
+    """
     try:
         yield
-    except BaseException:
-        if world.is_main and work.is_dir():
-            with contextlib.suppress(OSError):
-                write_json(work / "spent.json", {"seconds": wall_before(work) + time.monotonic() - started})
-        raise
+    except Exception as error:
+        refused = error if isinstance(error, SlipwayError) else refusal(error, job.work_folder)
+        if refused is None:
+            raise
+        said = failed_output(job) if world.is_main else None
+        raise type(refused)(*refused.problems, *filter(None, [said])) from error
 
 
-def report(work: Path, world: World, status: str, **fields: Any) -> None:
-    """Writes how the job ended; the first rank to say so is heard, but an error outranks `done`."""
-    path = work / OUTCOME
-    if status != "done" and path.exists() and json.loads(path.read_bytes()).get("status") not in ("done", None):
-        return
+def failed_output(job: Job) -> str | None:
+    """What became of what a refused step had written; None if it had written nothing."""
+    if job.resources.keep_failed_output:
+        return f"What it had written lies in {job.files.out} until the step runs again."
     with contextlib.suppress(OSError):
-        write_json(path, {"status": status, "rank": world.rank, **fields})
+        if taken := job.files.drop_output():
+            return (
+                f"What it had written ({size(taken)}) was removed;"
+                f" `--set stages.{job.step}.resources.keep_failed_output=true` keeps it."
+            )
+    return None
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Prints a line; on a disk that is full it goes without."""
+    with contextlib.suppress(OSError):
+        print(text, file=stream, flush=True)
 
 
 def main(arguments: list[str], stages: Mapping[str, Stage]) -> int:
@@ -235,27 +271,43 @@ def main(arguments: list[str], stages: Mapping[str, Stage]) -> int:
         print("usage: python -m pipeline.running.worker WORK_FOLDER", file=sys.stderr)
         return EXIT_USER_ERROR
     work = Path(folders[0]).absolute()
+    files = WorkFolder(work)
     world = world_of(os.environ)
+    stop = StopSignals(files, world.is_main)
     try:
+        stop.install()
         job = read_job(work)
         prepare_environment(job)
-        with time_kept(work, world):
-            run_job(job, stages, world)
-    except Preempted as stop:
-        print(f"rank {world.rank}: stopped after a clean save: {stop}", file=sys.stderr)
-        report(work, world, "preempted", message=str(stop))
+        run_job(job, stages, world, stop)
+    except Preempted as saved:
+        say(f"rank {world.rank}: stopped after a clean save: {saved}", sys.stderr)
+        files.report(world.rank, "preempted", message=str(saved))
         return EXIT_PREEMPTED
-    except SlipwayError as error:
-        print(f"rank {world.rank}: {error}", file=sys.stderr)
-        report(work, world, "user_error", error=type(error).__name__, message=str(error))
+    except Stopped as stopped:
+        say(f"rank {world.rank}: {stopped}", sys.stderr)
+        files.report(world.rank, "stopped", message=str(stopped), exit_code=stopped.exit_code)
+        return stopped.exit_code
+    except InUseError as error:
+        # The folder is another run's: how this one ends is not written there.
+        say(f"rank {world.rank}: {error}", sys.stderr)
         return EXIT_USER_ERROR
     except Exception as error:
-        traceback.print_exc()
-        report(work, world, "crash", error=type(error).__name__, message=str(error).strip()[:2000])
-        return EXIT_CRASH
+        return failed(error, files, world)
     if world.is_main:
-        report(work, world, "done")
+        files.report(world.rank, "done")
     return EXIT_DONE
+
+
+def failed(error: Exception, files: WorkFolder, world: World) -> int:
+    """Says why the job failed; returns its exit code."""
+    refused = error if isinstance(error, SlipwayError) else refusal(error, files.path)
+    if refused is not None:
+        say(f"rank {world.rank}: {refused}", sys.stderr)
+        files.report(world.rank, "user_error", error=type(refused).__name__, message=str(refused))
+        return EXIT_USER_ERROR
+    say("".join(traceback.format_exception(error)), sys.stderr)
+    files.report(world.rank, "crash", error=type(error).__name__, message=str(error).strip()[:2000])
+    return EXIT_CRASH
 
 
 if __name__ == "__main__":

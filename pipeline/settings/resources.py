@@ -45,6 +45,8 @@ class Resources(Strict):
     """How many complete checkpoints stay on disk while the step runs."""
     log_every_steps: int = Field(default=10, ge=1)
     """Optimizer steps between lines of the journal."""
+    keep_failed_output: bool = False
+    """Whether what a step had written stays in its work folder when its gate fails or its result is not fit to publish: a whole model, for you to look at."""
 
     @property
     def world_size(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ArtifactError, Problem
+from pipeline.store.durable import read_file
 
 MANIFEST = "manifest.json"
 
@@ -79,6 +81,8 @@ class Facts(BaseModel):
     max_length_tokens: int | None = None
     head_type: str | None = None
     dtype: str | None = None
+    attention_kernel: str | None = None
+    """How attention was computed: `eager`, `sdpa` or `flash_attention_2` round differently."""
     parameters: int | None = None
     labels: list[str] | None = None
     train_rows: int | None = None
@@ -112,6 +116,8 @@ class Manifest(BaseModel):
     git_commit: str | None = None
     git_dirty: bool | None = None
     library_versions: dict[str, str] = Field(default_factory=dict)
+    environment: dict[str, str] = Field(default_factory=dict)
+    """What else can change bits: Python, system, processor, GPUs, threads per process."""
     created_at: str
     wall_seconds: float
     device: str
@@ -126,11 +132,14 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`. Raises `ArtifactError` if there is none, or it cannot be read."""
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(read_file(path))
     except FileNotFoundError:
         raise ArtifactError(
             Problem(str(folder), "is not an artifact: it has no manifest.json", "Name a folder below runs/artifacts/.")
         ) from None
+    except OSError as error:
+        hint = "Mend or remove it; its recipe makes the artifact again."
+        raise ArtifactError(Problem(str(path), f"cannot be read: {error.strerror or error}", hint)) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -148,13 +157,6 @@ def canonical_json(value: Any) -> bytes:
 
 def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes the file as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def digest_file(path: Path | str) -> str:
@@ -180,8 +182,19 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
     for path in files_below(folder):
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST:
-            entries[name] = FileEntry(size=path.stat().st_size, sha256=digest_file(path))
+            entries[name] = FileEntry(size=size_of_file(path), sha256=digest_file(path))
     return entries
+
+
+def size_of_file(path: Path) -> int:
+    """Bytes of a regular file. Raises `ArtifactError` for a pipe, a socket or a link to nothing: reading might never end."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise ArtifactError(Problem(str(path), "is a link to nothing", "Remove it.")) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(Problem(str(path), "is no regular file", "Remove it."))
+    return status.st_size
 
 
 def differences(
@@ -195,8 +208,10 @@ def differences(
     problems = []
     for name, entry in sorted(files.items()):
         path = found.pop(name, None)
-        if path is None:
+        if path is None or not path.exists():
             problems.append(f"{name} is missing")
+        elif not path.is_file():
+            problems.append(f"{name} is no regular file")
         elif (size := path.stat().st_size) != entry.size:
             problems.append(f"{name} has {size:,} bytes instead of {entry.size:,}")
         elif hashes and digest_file(path) != entry.sha256:

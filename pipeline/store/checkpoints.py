@@ -1,24 +1,27 @@
 """Checkpoints of a running step. The last file written, `complete.json`, lists the size and digest of all others.
 
 A folder whose list does not verify does not exist for us: it is never resumed from. Old checkpoints are deleted only
-after a newer one has verified.
+after a newer one is whole on the disk: everything in it and every folder on the way is flushed before the list is written.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import Problem, StoreError
 from pipeline.store.artifact import FileEntry, differences, files_below, list_files
+from pipeline.store.durable import TEMPORARY, make_folder, read_json, require_room, sync, sync_below, write_json
 
 COMPLETE = "complete.json"
 
 
 PREFIX = "checkpoint-"
+
+
+Seen = dict[str, tuple[int, int, int, int]]
+"""Name of a file -> size, times of change and inode."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Checkpoints:
 
     folder: Path
     keep: int = 2
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What a checkpoint says of the libraries and the machine that wrote it."""
+    hashed: dict[int, Seen] = field(default_factory=dict, compare=False, repr=False)
+    """What the files of a step looked like when this process last hashed them, and found or made their list right."""
 
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}{step}"
@@ -48,31 +55,54 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def complete(self, step: int) -> None:
-        """Declares the folder of `step` complete: hashes and fsyncs its files, then writes the list. Rank 0 only."""
+        """Declares the folder of `step` complete: hashes and flushes all that is in it, then writes the list. Rank 0 only."""
         folder = self.path(step)
-        for path in files_below(folder):
-            sync(path)
-        temporary = folder / f"{COMPLETE}.tmp"
+        make_folder(folder)
+        seen = self.look(step)
         entries = {
             name: entry.model_dump() for name, entry in list_files(folder).items() if not name.startswith(COMPLETE)
         }
-        temporary.write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
-        sync(temporary)
-        temporary.replace(folder / COMPLETE)
-        sync(folder)
+        sync_below(folder)
         sync(self.folder)
+        # Whoever trains may have made it, and not flushed the folder above.
+        sync(self.folder.parent)
+        write_json(folder / COMPLETE, {"step": step, "environment": dict(self.environment), "files": entries})
+        self.hashed[step] = seen
+
+    def look(self, step: int) -> Seen:
+        """What can be seen of the files of `step` without reading them: it changes with their content."""
+        folder = self.path(step)
+        paths = [path for path in files_below(folder) if not path.name.startswith(COMPLETE)]
+        stats = {path.relative_to(folder).as_posix(): path.lstat() for path in paths}
+        return {name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats.items()}
 
     def problems(self, step: int, *, hashes: bool = True) -> list[str]:
         """Why the checkpoint of `step` cannot be resumed from; empty if it can. Without `hashes` a look at the sizes."""
         folder = self.path(step)
         try:
-            listed = json.loads((folder / COMPLETE).read_bytes())
+            listed = read_json(folder / COMPLETE)
             files = {name: FileEntry(**entry) for name, entry in listed["files"].items()}
         except FileNotFoundError:
             return [f"{COMPLETE} is missing: it was not written to the end"]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return [f"{COMPLETE} cannot be read"]
-        return differences(folder, files, hashes=hashes, ignore=frozenset({COMPLETE, f"{COMPLETE}.tmp"}))
+        try:
+            seen = self.look(step)
+            written = {path.name for path in folder.glob(f"{COMPLETE}*{TEMPORARY}")}
+            found = differences(folder, files, hashes=hashes, ignore=frozenset({COMPLETE, *written}))
+        except OSError as error:
+            return [f"it cannot be read: {error}"]
+        if hashes and not found:
+            self.hashed[step] = seen
+        return found
+
+    def environment_of(self, step: int) -> dict[str, str]:
+        """What the checkpoint of `step` says of the libraries and the machine that wrote it."""
+        try:
+            said = read_json(self.path(step) / COMPLETE).get("environment", {})
+            return {str(name): str(value) for name, value in said.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     def newest(self, *, hashes: bool = True) -> Newest:
         """The newest checkpoint that verifies."""
@@ -85,12 +115,13 @@ class Checkpoints:
         return Newest(None, 0, passed_over)
 
     def rotate(self) -> None:
-        """Deletes all but the newest `keep` good checkpoints, if the newest one verifies. Rank 0 only.
+        """Deletes all but the newest `keep` good checkpoints, if the newest one is sure to be whole. Rank 0 only.
 
-        Of the older ones only the sizes are compared: hashing them again at every save would cost more than it saves.
+        It is if its files look as they did when this process hashed them; else they are hashed. Of the older ones only
+        the sizes are compared.
         """
         good = [step for step in self.steps() if not self.problems(step, hashes=False)]
-        if good and not self.problems(good[-1]):
+        if good and (self.look(good[-1]) == self.hashed.get(good[-1]) or not self.problems(good[-1])):
             for step in self.steps():
                 if step < good[-1] and step not in good[-self.keep :]:
                     shutil.rmtree(self.path(step))
@@ -103,27 +134,5 @@ class Checkpoints:
 
     def require_room(self, needed_bytes: int) -> None:
         """Raises `StoreError` if the disk cannot take `needed_bytes` more."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         require_room(self.folder, needed_bytes, "the next checkpoint")
-
-
-def require_room(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises `StoreError` if the disk of `folder` has less than `needed_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise StoreError(
-            Problem(
-                str(folder),
-                f"{what} needs {needed_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
-                "Free some space (`slipway gc` removes what no recipe needs), then run again: it resumes.",
-            )
-        )
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

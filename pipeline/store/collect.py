@@ -7,8 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import SlipwayError
 from pipeline.figures import size
-from pipeline.store.artifact import MANIFEST, read_manifest
-from pipeline.store.store import Store
+from pipeline.store.store import Store, entries_of, is_folder
 
 
 def needed_artifacts(store: Store, current: Callable[[str, list[str]], set[str]]) -> tuple[set[str], list[str]]:
@@ -26,6 +25,7 @@ def needed_artifacts(store: Store, current: Callable[[str, list[str]], set[str]]
         except SlipwayError:
             notes.append(f"recipe {name} ({record['path']}) cannot be planned now: what it made last is kept")
             needed |= recorded
+    needed |= store.made_by(store.damaged_records())
     return with_lineage(store, needed), notes
 
 
@@ -38,9 +38,9 @@ def with_lineage(store: Store, ids: Iterable[str]) -> set[str]:
         if artifact_id in kept:
             continue
         kept.add(artifact_id)
-        folder = store.artifact_folder(artifact_id)
-        if (folder / MANIFEST).exists():
-            ahead += read_manifest(folder).input_ids.values()
+        manifest, _ = store.look_at(artifact_id)
+        if manifest:
+            ahead += manifest.input_ids.values()
     return kept
 
 
@@ -60,14 +60,14 @@ def collect(store: Store, needed: set[str], *, dry_run: bool) -> list[str]:
 
 
 def unneeded(store: Store, needed: set[str]) -> Iterable[tuple[Path, str]]:
-    for folder in sorted(store.artifacts.iterdir()) if store.artifacts.is_dir() else []:
+    for folder in filter(is_folder, entries_of(store.artifacts)):
         if folder.name not in needed:
-            step = read_manifest(folder).step if (folder / MANIFEST).exists() else "unfinished"
+            manifest, problems = store.look_at(folder.name)
+            step = manifest.step if manifest else "damaged" if problems else "unfinished"
             yield folder, f"artifact {folder.name[:12]} ({step})"
     beginnings = {artifact_id[:8] for artifact_id in needed}
-    for folder in sorted(store.work.iterdir()) if store.work.is_dir() else []:
+    for folder in filter(is_folder, entries_of(store.work)):
         if folder.name.rpartition("-")[2] not in beginnings and store.running(folder) is None:
             yield folder, f"work {folder.name}"
-    trash = store.folder / "trash"
-    for folder in sorted(trash.iterdir()) if trash.is_dir() else []:
+    for folder in entries_of(store.folder / "trash"):
         yield folder, f"leftover {folder.name}"

@@ -13,7 +13,8 @@ import os
 import time
 from pathlib import Path
 
-from pipeline.store.artifact import canonical_json, digest_bytes, digest_file, write_json
+from pipeline.store.artifact import canonical_json, digest_bytes, digest_file
+from pipeline.store.durable import write_json
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 
@@ -62,7 +63,8 @@ class Digests:
         # A file that cannot be written costs time at the next plan, and nothing else.
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, {path: entry for path, entry in known.items() if os.path.exists(path)})
+            entries = {path: entry for path, entry in known.items() if os.path.exists(path)}
+            write_json(self.file, entries, survives_power_loss=False)
         self.new = {}
 
 

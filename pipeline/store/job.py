@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from pipeline.errors import ArtifactError, Problem
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Strict
 from pipeline.store.artifact import Kind
-
-JOB = "job.json"
+from pipeline.store.durable import read_json, write_text
+from pipeline.store.work_folder import WorkFolder
 
 
 class Job(Strict):
@@ -45,25 +44,27 @@ class Job(Strict):
         return Path(self.work)
 
     @property
+    def files(self) -> WorkFolder:
+        """The work folder with the names of its files, and what is done with them."""
+        return WorkFolder(self.work_folder)
+
+    @property
     def output_kind(self) -> Kind:
         return Kind(self.artifact_kind)
 
     def write(self) -> Path:
-        path = self.work_folder / JOB
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        return path
+        write_text(self.files.job_file, self.model_dump_json(indent=2) + "\n")
+        return self.files.job_file
 
 
 def read_job(folder: Path) -> Job:
     """The job of a work folder. Raises `ArtifactError` if there is none or it cannot be read."""
-    path = folder / JOB
+    path = WorkFolder(folder).job_file
     hint = "Write it with `slipway job RECIPE STAGE`."
     try:
-        return Job.model_validate(json.loads(path.read_bytes()))
+        return Job.model_validate(read_json(path))
     except OSError as error:
-        raise ArtifactError(Problem(str(path), f"cannot be read: {error.strerror}", hint)) from None
+        raise ArtifactError(Problem(str(path), f"cannot be read: {error.strerror or error}", hint)) from None
     except (ValueError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise ArtifactError(Problem(str(path), f"is not a job: {first}", hint)) from None

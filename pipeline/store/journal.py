@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from pipeline.store.durable import write_text
 
 
 class Journal:
@@ -21,13 +22,16 @@ class Journal:
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
         self.writes = writes
+        self.is_torn = writes and ends_within_a_line(path)
 
     def write(self, event: str, **fields: Any) -> None:
         if not self.writes:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
+        begun, self.is_torn = self.is_torn, True
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(f"\n{line}\n" if begun else f"{line}\n")
+        self.is_torn = False
 
     def note(self, sentence: str) -> None:
         """A sentence for the user, shown on the console."""
@@ -42,23 +46,33 @@ class Journal:
         if not self.writes or not self.path.exists():
             return
         kept = [line for line in read_journal(self.path) if line.get("step", 0) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        self.is_torn = False
+
+
+def ends_within_a_line(path: Path) -> bool:
+    """Whether a process died, or a disk was full, within the last line."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() != b"\n"
+
+
+def event_in(line: bytes | str) -> dict[str, Any] | None:
+    """The event that a line of a journal holds; None if it is torn or damaged."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The journal's events; none if there is no file."""
-    try:
-        file = path.open(encoding="utf-8")
-    except FileNotFoundError:
+    """The journal's events; none if there is no such file."""
+    if not path.is_file():
         return
-    with file:
+    with path.open("rb") as file:
         for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+            if event := event_in(line):
+                yield event

@@ -2,59 +2,35 @@
 
 runs/
   artifacts/<artifact id>/        immutable; manifest.json was written last, the folder appeared by one rename
-  work/<step>-<first 8 of id>/    of a step that runs or was interrupted:
-      job.json                    what to run
-      log.txt  journal.jsonl      what it printed, and said of its progress
-      checkpoints/  out/          its state, and the artifact being built
-      lock  running.json          who runs it
-      outcome.json                how it ended
+  work/<step>-<first 8 of id>/    of a step that runs or was interrupted: see work_folder.py
   recipes/<name>.json             the plan each recipe last ran: step -> artifact and its identity
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-import shutil
-import socket
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError, Problem, StoreError
-from pipeline.settings.strict import CHECKOUT
-from pipeline.store.artifact import MANIFEST, Facts, Manifest, differences, list_files, read_manifest, write_json
-from pipeline.store.checkpoints import Checkpoints, sync
-from pipeline.store.job import Job
-
-RECORDED_LIBRARIES = (
-    "torch", "transformers", "deepspeed", "accelerate", "datasets", "datatrove", "tokenizers", "sentencepiece",
-    "llmcompressor", "compressed-tensors", "safetensors", "numpy", "pydantic",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Running:
-    """Who runs a step."""
-
-    pid: int
-    host: str
-    since: float
-    log: str
+from pipeline.store.artifact import MANIFEST, Facts, Manifest, differences, list_files, read_manifest
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.disk import CHANGE_RIGHTS, MOVE, writing
+from pipeline.store.durable import make_folder, read_json, sync, sync_below, write_json, write_text
+from pipeline.store.job import Job, read_job
+from pipeline.store.provenance import git_state, library_versions
+from pipeline.store.work_folder import Running, WorkFolder, remove
 
 
 class Store:
     """A folder of artifacts and of the work that makes them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().absolute()
+        self.folder = usable(folder)
         self.artifacts = self.folder / "artifacts"
         self.work = self.folder / "work"
         self.recipes = self.folder / "recipes"
@@ -69,29 +45,34 @@ class Store:
 
     def find(self, artifact_id: str) -> Manifest | None:
         """The manifest of a finished artifact; None if it was not made, or a file of it is missing or cut short."""
-        folder = self.artifact_folder(artifact_id)
-        if not (folder / MANIFEST).exists():
-            return None
-        try:
-            manifest = read_manifest(folder)
-        except ArtifactError:
-            return None
-        return None if differences(folder, manifest.files, hashes=False) else manifest
+        manifest, problems = self.look_at(artifact_id)
+        return None if problems else manifest
 
     def damage(self, artifact_id: str) -> list[str]:
         """What a look at the sizes shows to be wrong with an artifact that was made; `verify` hashes as well."""
+        return self.look_at(artifact_id)[1]
+
+    def look_at(self, artifact_id: str) -> tuple[Manifest | None, list[str]]:
+        """The manifest of what was made under this id (None if nothing was, or it cannot be read), and what is wrong."""
         folder = self.artifact_folder(artifact_id)
-        if not (folder / MANIFEST).exists():
-            return []
+        if not self.has_manifest(artifact_id):
+            return None, []
         try:
-            return differences(folder, read_manifest(folder).files, hashes=False)
+            manifest = read_manifest(folder)
+            if manifest.artifact_id != artifact_id:
+                return None, [f"its manifest is that of {manifest.artifact_id[:12]}"]
+            return manifest, differences(folder, manifest.files, hashes=False)
         except ArtifactError as error:
-            return [str(error)]
+            return None, [str(error)]
+        except OSError as error:
+            return None, [f"cannot be read: {error}"]
+
+    def has_manifest(self, artifact_id: str) -> bool:
+        """Whether something was made under this id, sound or not."""
+        return is_there(self.artifact_folder(artifact_id) / MANIFEST)
 
     def all_ids(self) -> list[str]:
-        if not self.artifacts.is_dir():
-            return []
-        return sorted(path.name for path in self.artifacts.iterdir() if (path / MANIFEST).exists())
+        return sorted(path.name for path in entries_of(self.artifacts) if is_there(path / MANIFEST))
 
     def resolve(self, name: str) -> tuple[str, Path]:
         """(artifact id, folder) that an id, its first digits, a folder, or a step's name means.
@@ -99,7 +80,7 @@ class Store:
         A step's name, or `recipe/step`, means the artifact it made in the plan that ran last.
         """
         path = Path(name)
-        if (path / MANIFEST).exists():
+        if is_there(path / MANIFEST):
             return read_manifest(path).artifact_id, path
         matches = {artifact_id for artifact_id in self.all_ids() if len(name) >= 4 and artifact_id.startswith(name)}
         if not matches:
@@ -109,7 +90,7 @@ class Store:
                         matches.add(entry["artifact_id"])
         if len(matches) == 1:
             artifact_id = matches.pop()
-            if self.find(artifact_id) is None and not (self.artifact_folder(artifact_id) / MANIFEST).exists():
+            if not self.has_manifest(artifact_id):
                 raise ArtifactError(
                     Problem(name, "has not been made yet", "Run its recipe; `slipway status` tells how far it is.")
                 )
@@ -131,61 +112,34 @@ class Store:
 
     def begin(self, job: Job) -> None:
         """Makes the work folder and writes the job into it. Raises `StoreError` if a process is running the step."""
-        try:
-            job.work_folder.mkdir(parents=True, exist_ok=True)
-            with self.locked(job.work_folder):
-                for leftover in ("outcome.json", "stop-requested"):
-                    (job.work_folder / leftover).unlink(missing_ok=True)
+        with writing(job.work_folder):
+            make_folder(job.work_folder)
+            with job.files.locked():
+                job.files.begin()
                 job.write()
-        except StoreError:
-            raise
-        except OSError as error:
-            hint = "Make room, or choose another place with --store or SLIPWAY_STORE."
-            raise StoreError(Problem(str(job.work_folder), f"cannot be written: {error.strerror}", hint)) from None
 
-    def checkpoints(self, step: str, artifact_id: str, keep: int = 2) -> Checkpoints:
-        return Checkpoints(self.work_folder(step, artifact_id) / "checkpoints", keep)
-
-    @contextlib.contextmanager
-    def locked(self, work: Path) -> Iterator[None]:
-        """Holds the step's lock while it runs. Raises `StoreError` if another process holds it."""
-        with (work / "lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                running = self.running(work)
-                who = f" by process {running.pid} on {running.host}" if running else ""
-                hint = "Wait for it, or stop it; `slipway status` shows its log."
-                raise StoreError(Problem(str(work), f"is being run{who}", hint)) from None
-            started = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "since": time.time(),
-                "log": str(work / "log.txt"),
-            }
-            write_json(work / "running.json", started)
-            try:
-                yield
-            finally:
-                (work / "running.json").unlink(missing_ok=True)
+    def checkpoints(
+        self, step: str, artifact_id: str, keep: int = 2, environment: Mapping[str, str] | None = None
+    ) -> Checkpoints:
+        return Checkpoints(WorkFolder(self.work_folder(step, artifact_id)).checkpoints, keep, environment or {})
 
     def running(self, work: Path) -> Running | None:
-        """Who runs the step of this work folder, or None."""
-        try:
-            with (work / "lock").open() as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return None
-                except BlockingIOError:
-                    return Running(**json.loads((work / "running.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return None
+        """Who runs the step of this work folder, or None. Takes no lock: no start fails because somebody asked."""
+        return WorkFolder(work).running()
 
     def commit(
-        self, job: Job, metrics: Mapping[str, float], facts: Facts, *, wall_seconds: float, device: str, world_size: int
+        self,
+        job: Job,
+        metrics: Mapping[str, float],
+        facts: Facts,
+        *,
+        wall_seconds: float,
+        device: str,
+        world_size: int,
+        environment: Mapping[str, str] | None = None,
     ) -> Manifest:
-        """Turns the work folder's `out/` into the artifact: hash, fsync, manifest last, one rename."""
-        out = job.work_folder / "out"
+        """Turns the work folder's `out/` into the artifact: hash, flush, manifest last, one rename."""
+        out = job.files.out
         files = list_files(out)
         commit, dirty = git_state()
         manifest = Manifest(
@@ -205,38 +159,30 @@ class Store:
             git_commit=commit,
             git_dirty=dirty,
             library_versions=library_versions(),
+            environment=dict(environment or {}),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_seconds=round(wall_seconds, 3),
             device=device,
             world_size=world_size,
         )
-        for name in files:
-            sync(out / name)
-        (out / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        sync(out / MANIFEST)
-        for directory, _, _ in os.walk(out):
-            sync(Path(directory))
-        self.artifacts.mkdir(parents=True, exist_ok=True)
-        target = self.artifact_folder(job.artifact_id)
-        if target.exists():
-            self.discard(target)
-        out.rename(target)
-        sync(self.artifacts)
+        with writing(self.artifacts):
+            sync_below(out)
+            write_text(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            make_folder(self.artifacts)
+            target = self.artifact_folder(job.artifact_id)
+            if target.exists():
+                self.discard(target)
+            out.rename(target)
+            sync(self.artifacts)
         return manifest
-
-    def finish(self, job: Job) -> None:
-        """Removes the checkpoints and scratch files of a step whose artifact is committed; its log and journal stay."""
-        kept = {"job.json", "log.txt", "journal.jsonl", "lock", "outcome.json", "running.json"}
-        for path in job.work_folder.iterdir():
-            if path.name not in kept:
-                remove(path)
 
     def discard(self, folder: Path) -> None:
         """Removes a folder of the store such that a crash leaves it whole or gone, never half."""
         trash = self.folder / "trash" / f"{folder.name}-{os.getpid()}-{time.time_ns()}"
-        trash.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(trash)
-        remove(trash)
+        with writing(folder):
+            trash.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(trash)
+            remove(trash)
         with contextlib.suppress(OSError):
             trash.parent.rmdir()
 
@@ -244,43 +190,111 @@ class Store:
 
     def record(self, recipe: str, entry: Mapping[str, Any]) -> None:
         """Remembers the plan that a recipe ran: what changed since, and what `gc` must keep, is told from it."""
-        self.recipes.mkdir(parents=True, exist_ok=True)
-        write_json(self.recipes / f"{recipe}.json", entry)
+        with writing(self.recipes):
+            make_folder(self.recipes)
+            write_json(self.recipes / f"{recipe}.json", entry)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Recipe name -> `{"path", "overrides", "steps": {step: {"artifact_id", "identity"}}}`."""
+        """Recipe name -> `{"path", "overrides", "steps": {step: {"artifact_id", "identity"}}}`; damaged ones are left out."""
         found = {}
-        for path in sorted(self.recipes.glob("*.json")) if self.recipes.is_dir() else []:
-            with contextlib.suppress(OSError, ValueError):
-                found[path.stem] = json.loads(path.read_bytes())
+        for path in entries_of(self.recipes):
+            if path.suffix == ".json" and (record := read_record(path)):
+                found[path.stem] = record
         return found
 
+    def damaged_records(self) -> list[str]:
+        """Names of the recipes whose record cannot be read."""
+        paths = [path for path in entries_of(self.recipes) if path.suffix == ".json"]
+        return [path.stem for path in paths if read_record(path) is None]
 
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    def made_by(self, recipes: Collection[str]) -> set[str]:
+        """Ids of all that runs of these recipes made or began, as the artifacts and work folders themselves say."""
+        found = set()
+        for path in entries_of(self.artifacts) if recipes else []:
+            manifest, _ = self.look_at(path.name)
+            if manifest and manifest.recipe in recipes:
+                found.add(manifest.artifact_id)
+        for path in entries_of(self.work) if recipes else []:
+            with contextlib.suppress(ArtifactError):
+                job = read_job(path)
+                if job.recipe in recipes:
+                    found.add(job.artifact_id)
+        return found
+
+    def oddities(self) -> list[str]:
+        """A sentence for each thing in the store that nobody can use: the rest goes on without it."""
+        notes = [
+            f"{self.recipes / name}.json cannot be read: what recipe {name} ran last is not known, and all that it made"
+            " is kept. Running it writes the file anew."
+            for name in self.damaged_records()
+        ]
+        for folder, what in ((self.artifacts, "artifact"), (self.work, "work folder")):
+            notes += [f"{path} is no {what}: it is passed over" for path in entries_of(folder) if not is_folder(path)]
+        for path in filter(is_folder, entries_of(self.artifacts)):
+            _, problems = self.look_at(path.name)
+            notes += [f"artifact {path.name[:12]}: {problems[0]}"] if problems else []
+        return notes
 
 
-def git_state() -> tuple[str | None, bool | None]:
-    """(commit, whether tracked files differ from it) of the checkout; (None, None) where there is no git."""
+def usable(folder: Path) -> Path:
+    """The absolute path of a store. Raises `StoreError` if no folder can be there."""
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=30,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return commit, bool(status.strip())
+        folder = folder.expanduser().absolute()
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        folder.exists()
+    except (RuntimeError, ValueError, OSError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise StoreError(Problem(str(folder), f"cannot be a store: {said}", MOVE)) from None
+    if not nearest.is_dir():
+        what = "is no folder" if nearest == folder else f"lies below {nearest}, which is no folder"
+        raise StoreError(Problem(str(folder), f"cannot be a store: it {what}", MOVE))
+    return folder
 
 
-def library_versions() -> dict[str, str]:
-    versions = {}
-    for name in RECORDED_LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+def is_there(path: Path) -> bool:
+    """Whether the path exists, as far as anybody can tell."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the path is a folder that can be looked into."""
+    return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
+
+
+def entries_of(folder: Path) -> list[Path]:
+    """What stands in the folder, sorted; nothing if there is none. Raises `StoreError` if it cannot be looked into."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StoreError(Problem(str(folder), f"cannot be read: {error.strerror}", CHANGE_RIGHTS)) from None
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What the store remembers of a recipe; None if the file is damaged."""
+    try:
+        record: dict[str, Any] = read_json(path)
+        steps = record["steps"].values()
+        whole = (
+            isinstance(record["path"], str)
+            and all(isinstance(override, str) for override in record["overrides"])
+            and all(isinstance(step["artifact_id"], str) and isinstance(step["kind"], str) for step in steps)
+            and all(is_identity(step["identity"]) for step in steps)
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return record if whole else None
+
+
+def is_identity(value: Any) -> bool:
+    """Whether a step of a record says what it was made from, or nothing of it."""
+    if not isinstance(value, dict):
+        return False
+    return not value or (
+        {"kind", "version", "seed"} <= set(value)
+        and all(isinstance(value.get(name), dict) for name in ("params", "inputs"))
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from pipeline.errors import ArtifactError, Problem, did_you_mean
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
+from pipeline.store.durable import write_text
 from stages.lib.text.chat_fitting import split_last_answer
 
 if TYPE_CHECKING:
@@ -178,9 +178,7 @@ def made_once(ctx: Context, name: str, make: Callable[[], dict[str, Any]]) -> di
     """What `make` returns, kept in the work folder under `name`: after a restart it is read from there."""
     path = ctx.work / name
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(make(), ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(make(), ensure_ascii=False))
     made: dict[str, Any] = json.loads(path.read_bytes())
     return made
 

@@ -155,6 +155,7 @@ def run(ctx: Context, params: PretrainParams) -> Result:
         max_length_tokens=length,
         head_type="causal_lm" if causal else "masked_lm",
         dtype=params.precision,
+        attention_kernel=attention.get("attn_implementation"),
         parameters=trained.parameters,
         train_tokens=packed.num_tokens,
         heldout_tokens=heldout.num_tokens,

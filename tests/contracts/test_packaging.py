@@ -14,7 +14,7 @@ from packaging.version import Version
 
 import pipeline
 from pipeline.settings.strict import CHECKOUT
-from pipeline.store.store import RECORDED_LIBRARIES
+from pipeline.store.provenance import RECORDED_LIBRARIES
 
 PROJECT: dict[str, Any] = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
 DEPENDENCIES = [Requirement(line) for line in PROJECT["project"]["dependencies"]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.store.checkpoints import COMPLETE, Checkpoints, require_room
+from pipeline.store.checkpoints import COMPLETE, Checkpoints
 
 
 def save(checkpoints: Checkpoints, step: int) -> Path:
@@ -95,5 +95,5 @@ def test_what_did_not_verify_is_discarded_before_training_goes_on(tmp_path: Path
 
 
 def test_no_room_is_said_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"needs 1000000000000.00 GB and .* GB are free. Free some space"):
-        require_room(tmp_path, 10**21, "the next checkpoint")
+    with pytest.raises(StoreError, match=r"the next checkpoint needs 1000000.0 TB and .* are free. Make room"):
+        Checkpoints(tmp_path / "checkpoints").require_room(10**18)

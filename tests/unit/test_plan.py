@@ -180,8 +180,8 @@ def test_a_step_that_another_process_runs_is_left_alone(tmp_path: Path) -> None:
     job = plan.step("first").job("demo", store)
     store.begin(job)
     script = (
-        "import time; from pathlib import Path; from pipeline.store.store import Store\n"
-        f"with Store(Path('{store.folder}')).locked(Path('{job.work}')): print('held', flush=True); time.sleep(60)"
+        "import time; from pathlib import Path; from pipeline.store.work_folder import WorkFolder\n"
+        f"with WorkFolder(Path('{job.work}')).locked(): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:

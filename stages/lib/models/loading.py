@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
+from pipeline.store.durable import replacing_folder
 from stages.lib.models.config import read_config
 from stages.lib.processes.joining import quiet
 
@@ -44,10 +43,8 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
         # A ZeRO-3 run before in this process would have the model split while it is built, which needs all processes.
         unset_hf_deepspeed_config()
         model = build().to(torch.float32)
-        temporary = ctx.work / "initial.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        os.replace(temporary, folder)
+        with replacing_folder(folder) as initial:
+            model.save_pretrained(initial)
     return folder
 
 

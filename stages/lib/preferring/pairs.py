@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import canonical_json, digest_bytes
+from pipeline.store.durable import replacing_folder
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.processes.collectives import any_process, barrier, from_main
 from stages.lib.processes.joining import join_processes
@@ -102,19 +102,15 @@ class Part:
         return self.categories.index(name)
 
     def write(self, folder: Path) -> None:
-        """Writes the part beside its place, and puts it there by one rename."""
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        np.save(temporary / "ids.npy", np.asarray(self.ids, dtype=np.int32))
-        np.save(temporary / "answer.npy", np.asarray(self.answer, dtype=np.uint8))
-        np.save(temporary / "table.npy", np.asarray(self.table, dtype=np.int64).reshape(-1, len(COLUMNS)))
-        if self.with_margins:
-            np.save(temporary / MARGINS, np.asarray(self.margins, dtype=np.float64))
+        """Writes the part as a whole or not at all."""
         rest = {name: getattr(self, name) for name in ("categories", "dropped", "read", "shortened")}
-        (temporary / "rest.json").write_text(json.dumps(rest), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        with replacing_folder(folder) as part:
+            np.save(part / "ids.npy", np.asarray(self.ids, dtype=np.int32))
+            np.save(part / "answer.npy", np.asarray(self.answer, dtype=np.uint8))
+            np.save(part / "table.npy", np.asarray(self.table, dtype=np.int64).reshape(-1, len(COLUMNS)))
+            if self.with_margins:
+                np.save(part / MARGINS, np.asarray(self.margins, dtype=np.float64))
+            (part / "rest.json").write_text(json.dumps(rest), encoding="utf-8")
 
 
 class Pairs(Sequence[dict[str, Any]]):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from pipeline.errors import ArtifactError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import MANIFEST, digest_file, files_below, read_manifest
-from pipeline.store.checkpoints import require_room, sync
+from pipeline.store.durable import replacing, require_room
 from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
 from stages.lib.preferring.answers import answer_logprobs
 from stages.lib.preferring.pairs import Pairs, collate_pairs, padding_of
@@ -83,11 +83,8 @@ class ReferencePass:
 
     def save(self, logprobs_N2: NDArray[np.float64]) -> None:
         require_room(self.ctx.work, logprobs_N2.nbytes + 2**20, "the reference log-probabilities")
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with replacing(self.file) as file:
             np.save(file, logprobs_N2)
-        sync(temporary)
-        temporary.replace(self.file)
 
     def batches(self) -> list[NDArray[np.int64]]:
         """The pairs of each forward pass, those of like length together, the longest first.

@@ -6,7 +6,6 @@ B: chats of a batch, T: tokens of the longest.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import canonical_json, digest_bytes, digest_file
+from pipeline.store.durable import replacing_folder
 from stages.lib.formulas.token_losses import TARGETS, Tensors, next_tokens
 from stages.lib.processes.collectives import any_process, barrier, from_main
 from stages.lib.processes.joining import join_processes
@@ -64,16 +64,13 @@ class Part:
         self.said += fitted.encoded.assistant_mask
 
     def write(self, folder: Path) -> None:
-        """Writes the part beside its place, and puts it there by one rename."""
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        np.save(temporary / "ids.npy", np.asarray(self.ids, dtype=np.int32))
-        np.save(temporary / "said.npy", np.asarray(self.said, dtype=np.uint8))
-        np.save(temporary / "places.npy", np.asarray([*self.places, (-1, len(self.ids))], dtype=np.int64))
+        """Writes the part as a whole or not at all."""
         counts = {"dropped": self.dropped, "read": self.read, "shortened": self.shortened}
-        (temporary / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-        os.replace(temporary, folder)
+        with replacing_folder(folder) as part:
+            np.save(part / "ids.npy", np.asarray(self.ids, dtype=np.int32))
+            np.save(part / "said.npy", np.asarray(self.said, dtype=np.uint8))
+            np.save(part / "places.npy", np.asarray([*self.places, (-1, len(self.ids))], dtype=np.int64))
+            (part / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
 class Chats(Sequence[dict[str, Any]]):

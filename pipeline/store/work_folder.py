@@ -1,0 +1,217 @@
+"""The folder of a step that runs or was interrupted: what its files are called, and what is done with them.
+
+work/<step>-<first 8 of id>/
+    job.json                    what to run
+    log.txt  journal.jsonl      what it printed, and said of its progress
+    checkpoints/  out/          its state, and the artifact being built
+    rendezvous/                 where its processes find each other
+    lock  lock-<n>  running.json  who runs it
+    start.json  spent.json      the checkpoint that all its processes resume from; the seconds of earlier runs
+    stop-requested              somebody wishes it to save and stop
+    outcome.json                how it ended
+    (anything else)             the stage's own scratch files
+
+No other module knows these names: `launch/`, the worker, `execute` and the reports ask here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Problem, StoreError
+from pipeline.store.disk import writing
+from pipeline.store.durable import make_folder, read_json, write_json
+from pipeline.store.locks import Lock, Taken
+
+JOB = "job.json"
+
+
+class InUseError(StoreError):
+    """Another process runs the step."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """Who runs a step."""
+
+    pid: int | None
+    """None while it is just starting, and has not said so."""
+    host: str
+    since: float
+    log: str
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """The work folder at `path`; whether there is one is another question."""
+
+    path: Path
+
+    @property
+    def job_file(self) -> Path:
+        return self.path / JOB
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def out(self) -> Path:
+        return self.path / "out"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def meeting(self, place: str) -> Path:
+        """Where the processes of the step meet at `place`."""
+        return self.path / "rendezvous" / place
+
+    # Who runs it
+
+    @contextlib.contextmanager
+    def locked(self, kind: str = "") -> Iterator[None]:
+        """Holds the step's lock (see `Lock`) while it runs. Raises `InUseError` if another process holds it."""
+        with contextlib.ExitStack() as stack:
+            try:
+                with writing(self.path):
+                    stack.enter_context(self.lock(kind).held())
+            except Taken as taken:
+                raise self.in_use(str(taken)) from None
+            with writing(self.path):
+                who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "log": str(self.log)}
+                write_json(self.running_file, who, survives_power_loss=False)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    self.running_file.unlink(missing_ok=True)
+
+    def running(self) -> Running | None:
+        """Who runs the step, or None. Asking takes no lock and hinders nobody."""
+        if not self.lock().is_held():
+            return None
+        try:
+            said = read_json(self.running_file)
+            return Running(int(said["pid"]), str(said["host"]), float(said["since"]), str(said["log"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            return Running(None, "an unknown host", time.time(), str(self.log))
+
+    @property
+    def running_file(self) -> Path:
+        return self.path / "running.json"
+
+    def lock(self, kind: str = "") -> Lock:
+        return Lock(self.path / "lock", kind)
+
+    def in_use(self, remedy: str) -> InUseError:
+        running = self.running()
+        who = f" by process {running.pid} on {running.host}" if running and running.pid else ""
+        hint = f"Wait for it, or stop it; `slipway status` shows its log. {remedy}".rstrip()
+        return InUseError(Problem(str(self.path), f"is being run{who}", hint))
+
+    # The wish to stop
+
+    def request_stop(self) -> None:
+        """Asks the step to save and stop at its next boundary."""
+        with writing(self.path):
+            (self.path / "stop-requested").touch()
+
+    def stop_is_requested(self) -> bool:
+        return (self.path / "stop-requested").exists()
+
+    # Its beginning and its end
+
+    def begin(self) -> None:
+        """Makes the folder if need be, and forgets how an earlier run ended."""
+        make_folder(self.path)
+        self.outcome_file.unlink(missing_ok=True)
+        (self.path / "stop-requested").unlink(missing_ok=True)
+
+    def clear_output(self) -> None:
+        """Leaves an empty `out/`."""
+        remove(self.out)
+        make_folder(self.out)
+
+    def drop_output(self) -> int:
+        """Removes what a run that failed has written to `out/`; returns the bytes that it took."""
+        taken = sum(path.lstat().st_size for path in self.out.rglob("*") if not path.is_dir())
+        remove(self.out)
+        return taken
+
+    def write_start(self, resume: int | None) -> None:
+        """Tells all processes of this run which checkpoint to resume from, None for none."""
+        write_json(self.path / "start.json", {"resume": resume}, survives_power_loss=False)
+
+    def read_start(self) -> int | None:
+        step: int | None = read_json(self.path / "start.json")["resume"]
+        return step
+
+    @property
+    def outcome_file(self) -> Path:
+        return self.path / "outcome.json"
+
+    def outcome(self) -> dict[str, Any]:
+        """How the worker says the job ended; empty if it could not say."""
+        try:
+            value = read_json(self.outcome_file)
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def report(self, rank: int, status: str, **fields: Any) -> None:
+        """Writes how the job ended; the first rank to say so is heard, but an error outranks `done`.
+
+        On a disk that is full it may not succeed: whoever reads has the exit code as well.
+        """
+        if status != "done" and self.outcome().get("status") not in ("done", None):
+            return
+        with contextlib.suppress(OSError):
+            value = {"status": status, "rank": rank, **fields}
+            write_json(self.outcome_file, value, survives_power_loss=False)
+
+    @property
+    def spent_seconds(self) -> float:
+        """What earlier, interrupted runs of this step took."""
+        try:
+            return float(read_json(self.path / "spent.json")["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
+
+    @contextlib.contextmanager
+    def time_kept(self) -> Iterator[None]:
+        """Adds the seconds of a run that is interrupted to those spent, so that the manifest counts them all."""
+        started = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                write_json(self.path / "spent.json", {"seconds": self.spent_seconds + time.monotonic() - started})
+            raise
+
+    def finish(self) -> None:
+        """Removes the checkpoints and scratch files of a step whose artifact is committed; its log and journal stay."""
+        kept = {JOB, self.log.name, self.journal.name, self.outcome_file.name, self.running_file.name}
+        for path in self.path.iterdir():
+            if path.name not in kept and not path.name.startswith("lock"):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, link or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,295 @@
+"""How a step ends that is refused, that is stopped, or whose disk is full: exit code, sentence, and what it leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.store.artifact import read_manifest
+from pipeline.store.checkpoints import COMPLETE
+from pipeline.store.disk import refusal
+from tests.unit.failing_stages import DRIVER, begun, planned, run
+from tests.unit.tiny_disk import ROOT, needs_a_disk_of_its_own, on_a_disk_of
+
+
+def test_what_a_refused_step_had_written_is_removed_and_its_message_says_so(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "gate")
+    assert code == 2
+    assert "error: params.bar: is missed. Lower it." in output
+    assert (
+        "error: What it had written (2.0 kB) was removed; `--set stages.one.resources.keep_failed_output=true` keeps it."
+        in output
+    )
+    assert not planned(tmp_path, "gate")[0].step("one").work.joinpath("out").exists()
+
+
+def test_what_a_refused_step_had_written_stays_where_that_is_asked_for(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "gate", "stages.one.resources.keep_failed_output=true")
+    out = planned(tmp_path, "gate")[0].step("one").work / "out"
+    assert code == 2
+    assert f"error: What it had written lies in {out} until the step runs again." in output
+    assert (out / "model.bin").stat().st_size == 2000
+
+
+def test_a_crash_is_still_a_crash(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "crash")
+    assert code == 1
+    assert "ZeroDivisionError: a bug" in output
+
+
+def worker(work: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, work],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_worker_that_is_stopped_while_there_is_nothing_to_save_says_so(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Twice at once, as a launcher and a terminal may: the second must not disturb the end. 128 + the signal's number."""
+    job, _ = begun(tmp_path, "wait")
+    process = worker(job.work)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (
+        128 + number,
+        f"rank 0: received {number.name} while there was nothing to save\n",
+    )
+    assert job.files.outcome()["status"] == "stopped"
+    assert job.files.running() is None
+
+
+def test_a_worker_that_is_stopped_while_it_waits_for_others_says_so(tmp_path: Path) -> None:
+    job, _ = begun(tmp_path, "save", "stages.one.resources={processes: 2, launcher: torchrun}")
+    process = worker(job.work, RANK="0", WORLD_SIZE="2")
+    while not job.files.meeting("start").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in output) == (128 + signal.SIGTERM, False), output
+    assert "while there was nothing to save" in output
+
+
+def test_a_stage_with_state_saves_and_ends_with_75(tmp_path: Path) -> None:
+    job, _ = begun(tmp_path, "save")
+    process = worker(job.work)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (75, "rank 0: stopped after a clean save: saved checkpoint 5\n")
+
+
+def test_a_wish_to_stop_is_heard_and_going_on_under_other_versions_is_said(tmp_path: Path) -> None:
+    job, store = begun(tmp_path, "save")
+    process = worker(job.work)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    job.files.request_stop()
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    mark = store.checkpoints("one", job.artifact_id).path(5) / COMPLETE
+    listed = json.loads(mark.read_bytes())
+    environment = listed["environment"]
+    assert environment["python"].startswith("CPython 3.")
+    assert {"torch", "system", "processor", "device", "threads_per_process"} <= set(environment)
+    new = environment["torch"]
+    environment |= {"torch": "1.0.0", "threads_per_process": "99"}
+    mark.write_text(json.dumps(listed))
+    code, output = run(tmp_path, "save")
+    assert code == 0, output
+    threads = read_manifest(store.artifact_folder(job.artifact_id)).environment["threads_per_process"]
+    assert (
+        f"checkpoint 5 was written under other versions: threads_per_process 99 -> {threads}, torch 1.0.0 -> {new}"
+        in output
+    )
+
+
+def test_a_manifest_says_what_else_can_change_bits(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "write")
+    assert code == 0, output
+    plan, store = planned(tmp_path, "write")
+    environment = read_manifest(store.artifact_folder(plan.step("one").artifact_id)).environment
+    assert set(environment) == {"python", "system", "processor", "device", "threads_per_process"}
+    assert int(environment["threads_per_process"]) >= 1
+    assert "other versions" not in output
+
+
+def test_a_worker_that_finds_the_step_running_leaves_its_word_alone(tmp_path: Path) -> None:
+    job, _ = begun(tmp_path, "wait")
+    first = worker(job.work)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "waiting\n"
+    second = worker(job.work)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"is being run by process {first.pid}" in output
+    assert job.files.outcome() == {}
+    first.kill()
+    first.communicate()
+
+
+def raised(make: str) -> BaseException:
+    try:
+        exec(make, {"errno": errno})
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise OSError(errno.ENOSPC, 'No space left on device', '/store/a')", "/store/a: cannot be written: No space"),
+        ("raise OSError(errno.EDQUOT, 'Disk quota exceeded')", "/work: cannot be written: Disk quota exceeded"),
+        (
+            "raise OSError(errno.EROFS, 'Read-only file system', 'a')",
+            "a: cannot be read or written: Read-only file system",
+        ),
+        (
+            "raise PermissionError(errno.EACCES, 'Permission denied', 'a')",
+            "a: cannot be read or written: Permission denied",
+        ),
+        (
+            "raise RuntimeError('while writing') from OSError(errno.ENOSPC, 'No space left on device')",
+            "/work: cannot be",
+        ),
+        (
+            "try: raise OSError(errno.ENOSPC, 'No space left on device')\nexcept OSError: raise KeyError('a')",
+            "/work: cannot be written: No space left on device",
+        ),
+        (
+            "raise Exception('No space left on device (os error 28)')",
+            "/work: cannot be written: No space left on device",
+        ),
+        (
+            "raise RuntimeError('PytorchStreamWriter failed writing file data/1: file write failed')",
+            "a file was cut short",
+        ),
+        ("raise OSError('5000 requested and 144 written')", "a file was cut short, 5000 requested and 144 written"),
+    ],
+)
+def test_what_a_disk_refuses_is_told_from_faults_of_ours(code: str, words: str) -> None:
+    refused = refusal(raised(code), Path("/work"))
+    assert refused is not None
+    assert words in str(refused)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "1 / 0",
+        "raise FileNotFoundError(errno.ENOENT, 'No such file or directory', 'a')",
+        "raise ConnectionError(errno.ECONNREFUSED, 'Connection refused')",
+        "try: raise PermissionError(errno.EACCES, 'Permission denied', 'a')\nexcept OSError: raise KeyError('dealt with')",
+        "try: raise OSError(errno.ENOSPC, 'No space left on device')\nexcept OSError: raise KeyError('a') from None",
+    ],
+)
+def test_what_is_not_the_disk_s_is_a_crash(code: str) -> None:
+    assert refusal(raised(code), Path("/work")) is None
+
+
+def test_a_user_error_stays_what_it_is() -> None:
+    assert refusal(DataError("rows: No space left on device"), Path("/work")) is None
+
+
+FULL = """
+import shutil
+from pathlib import Path
+from tests.unit.failing_stages import run
+results = []
+for pages in range(10):
+    shutil.rmtree("runs", ignore_errors=True)
+    Path("recipe.yaml").write_text("-" * 100)
+    free = shutil.disk_usage(".").free // 4096
+    Path("balloon").write_bytes(bytes(4096 * (free - pages)))
+    results.append(run(Path.cwd(), "write"))
+    Path("balloon").unlink()
+print(repr(results))
+"""
+
+
+@needs_a_disk_of_its_own
+def test_a_full_disk_is_said_wherever_it_is_met(tmp_path: Path) -> None:
+    """With 0, 1, 2, ... free pages the run gets further each time: the record, the work folder, the journal, the artifact."""
+    results = eval(on_a_disk_of("256k", tmp_path / "disk", FULL))
+    codes = [code for code, _ in results]
+    assert set(codes) == {0, 2}
+    assert codes == sorted(codes, reverse=True)
+    assert codes.count(2) >= 5
+    for code, output in results:
+        assert "Traceback" not in output
+        if code:
+            assert "No space left on device" in output or "the disk is full" in output
+            assert "Make room" in output
+
+
+@needs_a_disk_of_its_own
+def test_a_stage_that_fills_the_disk_ends_with_a_sentence_and_gives_the_room_back(tmp_path: Path) -> None:
+    code = """
+    from pathlib import Path
+    from tests.unit.failing_stages import run
+    print(repr((run(Path.cwd(), "wrap"), run(Path.cwd(), "write"))))
+    """
+    (wrapped, output), (after, _) = eval(on_a_disk_of("256k", tmp_path / "disk", code))
+    assert wrapped == 2
+    assert "cannot be written: No space left on device" in output
+    assert "Make room (`slipway gc` removes what no recipe needs)" in output
+    assert "was removed; `--set stages.one.resources.keep_failed_output=true` keeps it" in output
+    assert "Traceback" not in output
+    assert after == 0
+
+
+LIBRARIES = """
+import shutil
+from pathlib import Path
+import numpy as np, torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from pipeline.store.disk import refusal
+
+makers = {
+    "torch.save": lambda: torch.save(torch.zeros(10**6), "a.pt"),
+    "torch.save of a small one": lambda: [torch.save(torch.zeros(300), f"{i}.pt") for i in range(900)],
+    "numpy.save": lambda: np.save("a.npy", np.ones(10**6)),
+    "numpy.savez": lambda: np.savez("a.npz", np.ones(10**6)),
+    "safetensors": lambda: save_file({"a": torch.zeros(10**6)}, "a.safetensors"),
+    "datasets": lambda: Dataset.from_dict({"a": list(range(10**6))}).save_to_disk("a"),
+    "tokenizers": lambda: Tokenizer(models.BPE({f"t{i}": i for i in range(10**5)}, [])).save("a.json"),
+}
+said = {}
+for name, make in makers.items():
+    try:
+        make()
+        said[name] = "wrote it"
+    except Exception as error:
+        said[name] = str(refusal(error, Path("/work")))
+    for path in Path().iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+print(repr(said))
+"""
+
+
+@pytest.mark.slow
+@needs_a_disk_of_its_own
+def test_the_words_of_the_libraries_that_stages_write_with_are_known(tmp_path: Path) -> None:
+    said = eval(on_a_disk_of("600k", tmp_path / "disk", LIBRARIES).splitlines()[-1])
+    assert len(said) == 7
+    for name, sentence in said.items():
+        assert sentence.startswith("/work: cannot be written: "), name
