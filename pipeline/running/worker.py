@@ -29,6 +29,7 @@ from pipeline.errors import (
     SlipwayError,
 )
 from pipeline.recipe.recipe import HUB
+from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Reading, validate
@@ -36,6 +37,7 @@ from pipeline.stage import Context, Stage, World
 from pipeline.store.artifact import write_json
 from pipeline.store.job import Job, read_job
 from pipeline.store.journal import Journal
+from pipeline.store.proofs import remember
 from pipeline.store.store import Store, remove
 
 OUTCOME = "outcome.json"
@@ -160,6 +162,7 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store) -> None:
     journal = Journal(work / "journal.jsonl", writes=world.is_main)
     out = work / "out"
     if world.is_main:
+        prove_inputs(job, journal, stop)
         if out.exists():
             remove(out)
         out.mkdir(parents=True)
@@ -192,7 +195,10 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store) -> None:
     if world.is_main:
         wall_seconds = wall_before(work) + time.monotonic() - started
         device = "cpu" if uses_cpu(job.resources) else "cuda"
-        store.commit(job, result.metrics, result.facts, wall_seconds=wall_seconds, device=device, world_size=world.size)
+        manifest = store.commit(
+            job, result.metrics, result.facts, wall_seconds=wall_seconds, device=device, world_size=world.size
+        )
+        remember(store.artifact_folder(job.artifact_id), manifest.files)
         store.finish(job)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import Problem, StoreError
-from pipeline.store.artifact import FileEntry, differences, files_below, list_files
+from pipeline.store.artifact import FileEntry, differences, digest_file, files_below, list_files
 
 COMPLETE = "complete.json"
 
@@ -72,7 +72,7 @@ class Checkpoints:
             return [f"{COMPLETE} is missing: it was not written to the end"]
         except (ValueError, TypeError, KeyError, AttributeError):
             return [f"{COMPLETE} cannot be read"]
-        return differences(folder, files, hashes=hashes, ignore=frozenset({COMPLETE, f"{COMPLETE}.tmp"}))
+        return differences(folder, files, digest=digest_file if hashes else None)
 
     def newest(self, *, hashes: bool = True) -> Newest:
         """The newest checkpoint that verifies."""

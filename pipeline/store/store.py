@@ -8,7 +8,8 @@ runs/
       checkpoints/  out/          its state, and the artifact being built
       lock  running.json          who runs it
       outcome.json                how it ended
-  recipes/<name>.json             the plan each recipe last ran: step -> artifact and its identity
+  recipes/<name>-<digest>.json    the plan each recipe last ran, with and without --set: step -> artifact and its identity
+  proofs/<artifact id>.json       what its files are known to hold, so that each is hashed once
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -30,9 +31,11 @@ from typing import Any
 
 from pipeline.errors import ArtifactError, Problem, StoreError
 from pipeline.settings.strict import CHECKOUT
-from pipeline.store.artifact import MANIFEST, Facts, Manifest, differences, list_files, read_manifest, write_json
+from pipeline.store.artifact import MANIFEST, Facts, Manifest, list_files, read_manifest, sealed, write_json
 from pipeline.store.checkpoints import Checkpoints, sync
 from pipeline.store.job import Job
+from pipeline.store.proofs import known_damage
+from pipeline.store.records import Records, end_plan, read_records, record_plan
 
 RECORDED_LIBRARIES = (
     "torch", "transformers", "deepspeed", "accelerate", "datasets", "datatrove", "tokenizers", "sentencepiece",
@@ -68,64 +71,80 @@ class Store:
         return self.work / f"{step}-{artifact_id[:8]}"
 
     def find(self, artifact_id: str) -> Manifest | None:
-        """The manifest of a finished artifact; None if it was not made, or a file of it is missing or cut short."""
-        folder = self.artifact_folder(artifact_id)
-        if not (folder / MANIFEST).exists():
-            return None
+        """The manifest of a finished artifact; None if it was not made, or is known to be damaged: see `damage`."""
         try:
-            manifest = read_manifest(folder)
+            manifest = read_manifest(self.artifact_folder(artifact_id))
         except ArtifactError:
             return None
-        return None if differences(folder, manifest.files, hashes=False) else manifest
+        return None if self.damage_of(artifact_id, manifest) else manifest
 
     def damage(self, artifact_id: str) -> list[str]:
-        """What a look at the sizes shows to be wrong with an artifact that was made; `verify` hashes as well."""
+        """What is known to be wrong with an artifact that was made: sizes are looked at, and what was hashed before."""
         folder = self.artifact_folder(artifact_id)
         if not (folder / MANIFEST).exists():
             return []
         try:
-            return differences(folder, read_manifest(folder).files, hashes=False)
+            return self.damage_of(artifact_id, read_manifest(folder))
         except ArtifactError as error:
             return [str(error)]
+
+    def damage_of(self, artifact_id: str, manifest: Manifest) -> list[str]:
+        if manifest.artifact_id != artifact_id:
+            return [f"{MANIFEST} is that of {manifest.artifact_id[:12]}"]
+        return [f"{name} {what}" for name, what in known_damage(self.artifact_folder(artifact_id), manifest).items()]
 
     def all_ids(self) -> list[str]:
         if not self.artifacts.is_dir():
             return []
         return sorted(path.name for path in self.artifacts.iterdir() if (path / MANIFEST).exists())
 
+    def artifacts_at(self, places: Iterable[str]) -> set[str]:
+        """The names of those folders that are artifacts of this store, whatever they hold by now."""
+        homes = {self.artifacts, self.artifacts.resolve()}
+        return {Path(place).name for place in places if Path(place).parent in homes}
+
     def resolve(self, name: str) -> tuple[str, Path]:
         """(artifact id, folder) that an id, its first digits, a folder, or a step's name means.
 
-        A step's name, or `recipe/step`, means the artifact it made in the plan that ran last.
+        A step's name, or `recipe/step`, means the artifact it made in the plan that its recipe ran last.
         """
         path = Path(name)
         if (path / MANIFEST).exists():
             return read_manifest(path).artifact_id, path
-        matches = {artifact_id for artifact_id in self.all_ids() if len(name) >= 4 and artifact_id.startswith(name)}
-        if not matches:
-            for recipe, record in self.records().items():
-                for step, entry in record["steps"].items():
-                    if name in (step, f"{recipe}/{step}"):
-                        matches.add(entry["artifact_id"])
-        if len(matches) == 1:
-            artifact_id = matches.pop()
-            if self.find(artifact_id) is None and not (self.artifact_folder(artifact_id) / MANIFEST).exists():
-                raise ArtifactError(
-                    Problem(name, "has not been made yet", "Run its recipe; `slipway status` tells how far it is.")
-                )
-            return artifact_id, self.artifact_folder(artifact_id)
-        if matches:
-            listed = ", ".join(sorted(match[:12] for match in matches))
+        meanings = self.meanings(name)
+        if not meanings:
             raise ArtifactError(
-                Problem(name, f"means several artifacts: {listed}", "Write more digits, or recipe/step.")
+                Problem(
+                    name,
+                    f"no artifact or step of this name in {self.folder}",
+                    "`slipway status` lists them; --store names another store.",
+                )
             )
-        raise ArtifactError(
-            Problem(
-                name,
-                f"no artifact or step of this name in {self.folder}",
-                "`slipway status` lists them; --store names another store.",
+        if len(meanings) > 1:
+            listed = ", ".join(f"{each[:12]} ({what})" for each, what in sorted(meanings.items()))
+            raise ArtifactError(
+                Problem(name, f"means several artifacts: {listed}", "Write the first digits of the one that you mean.")
             )
-        )
+        (artifact_id,) = meanings
+        if not (self.artifact_folder(artifact_id) / MANIFEST).exists():
+            raise ArtifactError(
+                Problem(name, "has not been made yet", "Run its recipe; `slipway status` tells how far it is.")
+            )
+        return artifact_id, self.artifact_folder(artifact_id)
+
+    def meanings(self, name: str) -> dict[str, str]:
+        """Artifact id -> what is of this name: the step of a recipe, or an artifact whose id begins so."""
+        found: dict[str, str] = {}
+        steps_known: set[tuple[str, str]] = set()
+        for plan in self.records().plans:
+            for step, recorded in plan.steps.items():
+                if name in (step, f"{plan.name}/{step}") and (plan.path, step) not in steps_known:
+                    steps_known.add((plan.path, step))
+                    found.setdefault(recorded.artifact_id, f"{step} of {plan.path}")
+        for artifact_id in self.all_ids() if len(name) >= 4 else ():
+            if artifact_id.startswith(name):
+                found.setdefault(artifact_id, "an id")
+        return found
 
     # Running a step
 
@@ -212,7 +231,7 @@ class Store:
         )
         for name in files:
             sync(out / name)
-        (out / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (out / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
         sync(out / MANIFEST)
         for directory, _, _ in os.walk(out):
             sync(Path(directory))
@@ -242,18 +261,22 @@ class Store:
 
     # Recipes that ran here
 
-    def record(self, recipe: str, entry: Mapping[str, Any]) -> None:
-        """Remembers the plan that a recipe ran: what changed since, and what `gc` must keep, is told from it."""
-        self.recipes.mkdir(parents=True, exist_ok=True)
-        write_json(self.recipes / f"{recipe}.json", entry)
+    def record(self, recipe: str, entry: Mapping[str, Any], *, running: bool = False) -> list[str]:
+        """Remembers the plan that a recipe runs: what changed since, and what `gc` must keep, is told from it.
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """Recipe name -> `{"path", "overrides", "steps": {step: {"artifact_id", "identity"}}}`."""
-        found = {}
-        for path in sorted(self.recipes.glob("*.json")) if self.recipes.is_dir() else []:
-            with contextlib.suppress(OSError, ValueError):
-                found[path.stem] = json.loads(path.read_bytes())
-        return found
+        `running` says that this process runs it, until `end`. Returns what the user should know of other records.
+        """
+        return record_plan(self.recipes, recipe, entry, running=running)
+
+    def end(self, recipe: str, entry: Mapping[str, Any]) -> None:
+        """Notes that this process no longer runs the plan."""
+        # Where that cannot be written, the process counts as ended once it has.
+        with contextlib.suppress(OSError):
+            end_plan(self.recipes, recipe, entry)
+
+    def records(self) -> Records:
+        """The plans that ran here."""
+        return read_records(self.recipes)
 
 
 def remove(path: Path) -> None:
