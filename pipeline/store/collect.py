@@ -192,14 +192,15 @@ def step_of(folder: Path) -> str:
 def set_aside(store: Store, folder: Path, batch: Path) -> Path | str:
     """Moves a folder out of sight, to the same place below the batch, which is returned; or why that cannot be.
 
-    A work folder is moved under its lock, so that no step begins in it meanwhile.
+    A lock goes with its folder: a step that has begun in it meanwhile gets it back at once.
     """
     target = batch / folder.relative_to(store.folder)
-    works = [path for path in (folder, folder.parent) if path.parent == store.work]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with store.locked(works[0]) if works else contextlib.nullcontext():
-            folder.rename(target)
+        folder.rename(target)
+        if folder.parent == store.work and store.running(target):
+            target.rename(folder)
+            return "it has just been started"
     except OSError as error:
         return error.strerror or str(error)
     return target
