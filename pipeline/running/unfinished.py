@@ -57,6 +57,9 @@ def take_over(adopts: Path | None, own: Path, store: Store) -> None:
     if running := store.running(adopts):
         who = f"process {running.pid} on {running.host}"
         raise StoreError(Problem(str(adopts), f"is being run by {who}", "Wait for it, or stop it."))
+    if not read_work(adopts).can_resume():
+        # Another step of the recipe, which makes the same, has ended it meanwhile.
+        return
     if own.exists():
         store.discard(own)
     adopts.rename(own)
