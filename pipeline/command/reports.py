@@ -23,6 +23,7 @@ from pipeline.store.artifact import MANIFEST, Kind, added, intruders, read_manif
 from pipeline.store.journal import read_journal
 from pipeline.store.proofs import prove
 from pipeline.store.store import Store
+from pipeline.store.works import read_work, work_folders
 
 
 def arithmetic(estimate: Estimate, world_size: int) -> str:
@@ -135,6 +136,7 @@ def store_status(store: Store) -> tuple[list[dict[str, Any]], list[str]]:
     Of what was run with `--set` before, and of what still runs though its recipe was changed, the steps that differ.
     """
     records = store.records()
+    begun = {work.artifact_id: work.folder for work in map(read_work, work_folders(store.work))}
     newest = records.newest()
     older = [plan for plan in records.plans if plan not in newest] + records.replaced
     names = Counter(plan.name for plan in newest)
@@ -146,9 +148,9 @@ def store_status(store: Store) -> tuple[list[dict[str, Any]], list[str]]:
             if plan not in newest and (plan.path, step.artifact_id) in told:
                 continue
             told.add((plan.path, step.artifact_id))
-            started = store.work_folder(name, step.artifact_id).exists()
-            state = "interrupted" if started else "not made"
-            entry = step_status(store, plan.name, name, step.kind, step.artifact_id, state)
+            work = begun.get(step.artifact_id)
+            state = "interrupted" if work else "not made"
+            entry = step_status(store, plan.name, name, step.kind, step.artifact_id, state, work)
             entries.append({**entry, "path": plan.path, "overrides": plan.overrides, "label": label})
     return entries, [f"note: {odd}." for odd in records.odd]
 
