@@ -216,6 +216,8 @@ class StepPlanner:
         if isinstance(source, Upstream):
             return self.planned[source.step].artifact_id
         if isinstance(source, Outside):
+            if source.artifact_id and source.lies_in_store:
+                return source.path.name
             is_artifact = source.artifact_id and not self.known.edits(source.path)
             return str(source.artifact_id) if is_artifact else self.known.digest(source.path)
         return str(source)
@@ -223,7 +225,8 @@ class StepPlanner:
     def edited(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """(role, files) of the inputs that carry an artifact's manifest and are not that artifact."""
         outside = {role: each for role, each in self.step.inputs.items() if isinstance(each, Outside)}
-        found = {role: self.known.edits(each.path) for role, each in outside.items() if each.artifact_id}
+        copies = {role: each for role, each in outside.items() if each.artifact_id and not each.lies_in_store}
+        found = {role: self.known.edits(each.path) for role, each in copies.items()}
         return tuple((role, files) for role, files in found.items() if files)
 
     def input_place(self, source: Upstream | Outside | Hub) -> str:
@@ -287,8 +290,15 @@ class StepPlanner:
         return Action.RESUME, reason
 
     def refused_inputs(self) -> tuple[str, ...]:
-        """Inputs that are made but hold files which would be read and are no part of them."""
+        """Inputs that are damaged, or hold files which would be read and are no part of them."""
         refused = []
+        for role, source in self.step.inputs.items():
+            in_store = isinstance(source, Outside) and source.artifact_id and source.lies_in_store
+            if isinstance(source, Outside) and in_store and (damaged := self.known.edits(source.path)):
+                refused.append(
+                    f"input '{role}' lies in a store and differs from its manifest: {', '.join(damaged[:3])};"
+                    " run the recipe that made it again, or name a copy that lies elsewhere"
+                )
         for role, source in self.step.inputs.items():
             made = self.planned[source.step].manifest if isinstance(source, Upstream) else None
             folder = Path(self.input_place(source))

@@ -298,3 +298,18 @@ def test_a_manifest_of_before_there_were_seals_and_one_laid_out_anew_are_sound(w
     for text in (json.dumps(dict(reversed(block.items()))), json.dumps({**block, "seal": None})):
         (copy / MANIFEST).write_text(text)
         assert planned(world, text=by_path(copy))[0].step("o").input_ids["data"] == block["artifact_id"]
+
+
+def test_an_artifact_of_a_store_that_is_named_by_its_path_is_no_copy(world: Path) -> None:
+    """What differs there is damage: it is not trained on as an input of its own, and the way out works."""
+    source = made(world, "first")
+    (world / "runs" / "proofs").rename(world / "gone")
+    flip(source / "text.txt")
+    step = planned(world, text=by_path(source))[0].step("o")
+    assert (step.action, step.input_ids) == ("blocked", {"data": source.name})
+    assert str(step.reason) == (
+        "input 'data' lies in a store and differs from its manifest: text.txt;"
+        " run the recipe that made it again, or name a copy that lies elsewhere"
+    )
+    assert run(world, until="first")[0] == 0
+    assert planned(world, text=by_path(source))[0].step("o").action == "run"
