@@ -18,6 +18,7 @@ from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, Problem, RecipeError, S
 from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
 from pipeline.running.plan import Action, Plan, make_plan
+from pipeline.running.unfinished import take_over
 from pipeline.store.disk import refusal
 from pipeline.store.store import Store
 from stages import STAGES
@@ -63,9 +64,16 @@ def open_store(path: Path | None) -> Store:
 
 
 def planned(
-    recipe: Path, overrides: list[str] | None, store: Store, *, only: str | None = None, until: str | None = None
+    recipe: Path,
+    overrides: list[str] | None,
+    store: Store,
+    *,
+    only: str | None = None,
+    until: str | None = None,
+    verify: bool = False,
 ) -> Plan:
-    return make_plan(load_recipe(recipe, STAGES, LAUNCHERS, overrides or ()), store, only=only, until=until)
+    the_recipe = load_recipe(recipe, STAGES, LAUNCHERS, overrides or ())
+    return make_plan(the_recipe, store, only=only, until=until, verify=verify)
 
 
 def print_notes(notes: list[str]) -> None:
@@ -80,11 +88,19 @@ def print_lines(lines: list[str]) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, store: StoreOption = None, json_: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    store: StoreOption = None,
+    json_: JsonOption = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash all artifacts and outside files again; what is damaged is run anew.")
+    ] = False,
+) -> None:
     """Say what `run` would do, and why; runs nothing."""
     the_store = open_store(store)
-    the_plan = planned(recipe, set_, the_store)
-    print_notes([f"{the_store.recipes / name}.json cannot be read" for name in the_store.damaged_records()])
+    the_plan = planned(recipe, set_, the_store, verify=verify)
+    print_notes(the_store.odd_records())
     if json_:
         print(json.dumps(reports.plan_data(the_plan), indent=2))
     else:
@@ -106,7 +122,10 @@ def run(
 
     the_store = open_store(store)
     the_plan = planned(recipe, set_, the_store, only=only, until=until)
-    raise typer.Exit(execute(the_plan, the_store, LAUNCHERS, console.Progress()))
+    try:
+        raise typer.Exit(execute(the_plan, the_store, LAUNCHERS, console.Progress()))
+    finally:
+        the_store.end(the_plan.recipe.name, the_plan.record(the_store))
 
 
 @app.command()
@@ -121,10 +140,13 @@ def job(
     the_plan = planned(recipe, set_, the_store, only=stage)
     step = the_plan.step(stage)
     if step.action is Action.BLOCKED:
-        raise RecipeError(Problem(f"stages.{stage}", str(step.reason), "Run the stages before it first."))
+        hint = "Run the stages before it first." if step.reason.waits_for else ""
+        raise RecipeError(Problem(f"stages.{stage}", str(step.reason), hint))
     the_job = step.job(the_plan.recipe.name, the_store)
+    notes = the_store.record(the_plan.recipe.name, the_plan.record(the_store))
+    take_over(step.adopts, step.work, the_store)
     the_store.begin(the_job)
-    the_store.record(the_plan.recipe.name, the_plan.record())
+    print_lines([f"note: {sentence}" for sentence in notes])
     print(the_job.files.job_file)
     print("run one of these in the checkout:")
     names = ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ("local",)
@@ -194,19 +216,35 @@ def doctor(store: StoreOption = None) -> None:
 @app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    only_current: Annotated[
+        bool,
+        typer.Option(
+            "--only-current", help="Keep of each recipe only what it ran last: lets go what --set made before."
+        ),
+    ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Remove artifacts and work that no recipe's current plan, nor any kept artifact's lineage, needs."""
-    from pipeline.store.collect import collect, needed_artifacts
+    """Remove artifacts and work that no recorded plan, no running or interrupted step and no lineage of these needs."""
+    from pipeline.store.collect import collect
 
     the_store = open_store(store)
 
     def current(path: str, overrides: list[str]) -> set[str]:
-        return {step.artifact_id for step in planned(Path(path), overrides, the_store).steps}
+        return planned(Path(path), overrides, the_store).ids(the_store)
 
-    print_notes(the_store.oddities())
-    needed, notes = needed_artifacts(the_store, current)
-    print_lines([*notes, *collect(the_store, needed, dry_run=dry_run)])
+    print_notes(the_store.odd_folders())
+    print_lines(collect(the_store, current, dry_run=dry_run, only_current=only_current))
+
+
+@app.command()
+def forget(
+    recipe: Annotated[str, typer.Argument(help="The name of a recipe that ran here, or its path.")],
+    store: StoreOption = None,
+) -> None:
+    """Forget what a recipe ran, with all that was set: `slipway gc` then removes what only it needs."""
+    from pipeline.store.collect import forget_recipe
+
+    print_lines(forget_recipe(open_store(store), recipe))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,10 +19,12 @@ from pipeline.figures import headline, number, seconds, size, table
 from pipeline.running.plan import Action, Plan
 from pipeline.settings.strict import documentation, models_in
 from pipeline.stage import Estimate, Stage
-from pipeline.store.artifact import MANIFEST, Kind, differences, read_manifest
+from pipeline.store.artifact import MANIFEST, Kind, added, intruders, read_manifest
 from pipeline.store.journal import read_journal
+from pipeline.store.proofs import prove
 from pipeline.store.store import Store, is_there
 from pipeline.store.work_folder import WorkFolder
+from pipeline.store.works import read_work, work_folders
 
 
 def arithmetic(estimate: Estimate, world_size: int) -> str:
@@ -85,8 +88,10 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     return {"recipe": plan.recipe.name, "path": str(plan.recipe.path), "steps": steps}
 
 
-def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: str, state: str) -> dict[str, Any]:
-    work = store.work_folder(name, artifact_id)
+def step_status(
+    store: Store, recipe: str, name: str, kind: str, artifact_id: str, state: str, work: Path | None = None
+) -> dict[str, Any]:
+    work = work or store.work_folder(name, artifact_id)
     running = store.running(work)
     manifest = store.find(artifact_id)
     entry: dict[str, Any] = {"recipe": recipe, "step": name, "stage": kind, "artifact_id": artifact_id}
@@ -101,7 +106,7 @@ def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: st
             "host": running.host,
             "log": running.log,
         }
-        last = [event for event in read_journal(WorkFolder(work).journal) if event["event"] == "step"]
+        last = [event for event in read_journal(WorkFolder(work).journal) if is_step(event)]
         if last:
             entry |= {"at_step": last[-1]["step"], "total_steps": last[-1].get("total_steps")}
     else:
@@ -112,25 +117,43 @@ def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: st
     return entry
 
 
+def is_step(event: Any) -> bool:
+    return isinstance(event, Mapping) and event.get("event") == "step" and isinstance(event.get("step"), int)
+
+
 def plan_status(plan: Plan, store: Store) -> list[dict[str, Any]]:
     """State of every step of a recipe."""
-    states = {Action.SKIP: "made", Action.RUN: "not made", Action.RESUME: "interrupted", Action.BLOCKED: "not made"}
     return [
         step_status(
-            store, plan.recipe.name, step.name, step.recipe_step.stage.kind, step.artifact_id, states[step.action]
+            store, plan.recipe.name, step.name, step.recipe_step.stage.kind, step.artifact_id,
+            "interrupted" if step.reason.checkpoint else "not made", step.adopts,
         )
         for step in plan.steps
-    ]
+    ]  # fmt: skip
 
 
 def store_status(store: Store) -> list[dict[str, Any]]:
-    """State of every step of every recipe that ran in the store."""
+    """State of every step of every recipe that ran in the store.
+
+    Of what was run with `--set` before, and of what still runs though its recipe was changed, the steps that differ.
+    """
+    records = store.records()
+    begun = {work.artifact_id: work.folder for work in map(read_work, work_folders(store.work))}
+    newest = records.newest()
+    older = [plan for plan in records.plans if plan not in newest] + records.replaced
+    names = Counter(plan.name for plan in newest)
     entries = []
-    for recipe, record in store.records().items():
-        for name, step in record["steps"].items():
-            started = is_there(store.work_folder(name, step["artifact_id"]))
-            state = "interrupted" if started else "not made"
-            entries.append(step_status(store, recipe, name, step["kind"], step["artifact_id"], state))
+    told: set[tuple[str, str]] = set()
+    for plan in [*newest, *older]:
+        label = plan.label if names[plan.name] < 2 else f"{plan.label} ({plan.path})"
+        for name, step in plan.steps.items():
+            if plan not in newest and (plan.path, step.artifact_id) in told:
+                continue
+            told.add((plan.path, step.artifact_id))
+            work = begun.get(step.artifact_id)
+            state = "interrupted" if work else "not made"
+            entry = step_status(store, plan.name, name, step.kind, step.artifact_id, state, work)
+            entries.append({**entry, "path": plan.path, "overrides": plan.overrides, "label": label})
     return entries
 
 
@@ -142,11 +165,13 @@ def status_lines(entries: list[dict[str, Any]], store: Store) -> list[str]:
         detail = headline(entry.get("metrics", {}), ())
         if entry["state"] == "running":
             since = seconds(time.time() - entry["since"])
-            at = f", step {entry['at_step']} of {entry['total_steps']}" if "at_step" in entry else ""
+            of = f" of {entry['total_steps']}" if entry.get("total_steps") else ""
+            at = f", step {entry['at_step']}{of}" if "at_step" in entry else ""
             detail = f"for {since}{at}; process {entry['pid'] or 'unknown'} on {entry['host']}; log {entry['log']}"
         elif entry["state"] != "made" and "log" in entry:
             detail = f"log {entry['log']}"
-        rows.append([entry["recipe"], entry["step"], entry["stage"], entry["state"], entry["artifact_id"][:8], detail])
+        recipe = entry.get("label", entry["recipe"])
+        rows.append([recipe, entry["step"], entry["stage"], entry["state"], entry["artifact_id"][:8], detail])
     return table(rows, ("recipe", "step", "stage", "state", "artifact", ""))
 
 
@@ -162,8 +187,8 @@ def lineage_lines(store: Store, name: str) -> list[str]:
             return
         try:
             manifest = read_manifest(path)
-        except ArtifactError:
-            lines.append(f"{label}{artifact_id}  (its manifest cannot be read)")
+        except ArtifactError as error:
+            lines.append(f"{label}{artifact_id[:12]}  {error}")
             return
         again = " (above)" if artifact_id in drawn else ""
         lines.append(f"{label}{manifest.step}  {manifest.stage} v{manifest.stage_version}  {artifact_id[:12]}{again}")
@@ -208,17 +233,21 @@ def show_lines(store: Store, name: str) -> list[str]:
 
 
 def verify_lines(store: Store, name: str) -> tuple[list[str], bool]:
-    """What differs from the manifest, and whether nothing does."""
+    """What differs from the manifest, and whether nothing does that matters to who reads the artifact."""
     artifact_id, folder = store.resolve(name)
     manifest = read_manifest(folder)
-    problems = differences(folder, manifest.files)
-    if problems:
-        hint = "Remove the folder and run the recipe again: it makes the artifact anew."
-        return [f"{artifact_id[:12]} {manifest.step}: {problem}" for problem in problems] + [hint], False
+    head = f"{artifact_id[:12]} {manifest.step}"
+    damage = [f"{head}: {file} {what}" for file, what in prove(folder, manifest, again=True).items()]
+    read = intruders(folder, manifest.files)
+    others = [file for file in added(folder, manifest.files) if file not in read]
+    notes = [f"{head}: note: {file} was added; nothing reads it" for file in others]
+    strangers = [f"{head}: {file} was added, and would be read: move it elsewhere" for file in read]
+    if damage:
+        hint = "Run the recipe again: it makes the artifact anew, as `slipway plan` now says."
+        return [*damage, *strangers, *notes, hint], False
     count = len(manifest.files)
-    return [
-        f"{artifact_id[:12]} {manifest.step}: all {count} files ({size(manifest.total_bytes)}) are as they were written"
-    ], True
+    whole = f"{head}: all {count} files ({size(manifest.total_bytes)}) are as they were written"
+    return [whole, *strangers, *notes], not strangers
 
 
 def stage_table(stages: Mapping[str, Stage]) -> list[str]:

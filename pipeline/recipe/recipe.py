@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ class Outside:
     path: Path
     kind: Kind
     artifact_id: str | None = None
+
+    @property
+    def lies_in_store(self) -> bool:
+        """Whether the folder is where a store keeps an artifact: there nobody edits, and what differs is damage."""
+        return self.path.parent.name == "artifacts" and re.fullmatch(r"[0-9a-f]{64}", self.path.name) is not None
 
 
 @dataclass(frozen=True)

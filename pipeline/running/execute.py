@@ -13,10 +13,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
+from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, seconds, table
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
+from pipeline.running.unfinished import take_over
 from pipeline.store.artifact import Manifest, read_manifest
 from pipeline.store.disk import MAKE_ROOM, free_words, is_full
 from pipeline.store.job import Job
@@ -104,8 +105,7 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
     """Runs what the plan says and returns the exit code of the command."""
     started = time.monotonic()
     chosen = plan.chosen
-    if any(step.action is not Action.SKIP for step in chosen):
-        store.record(plan.recipe.name, plan.record())
+    note_run(plan, store, progress)
     code = EXIT_DONE
     with Interrupts(progress) as interrupts:
         for position, step in enumerate(chosen, start=1):
@@ -128,6 +128,17 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
     return code
 
 
+def note_run(plan: Plan, store: Store, progress: Progress) -> None:
+    """Records the plan as run by this process, and prints what the user should know of other records."""
+    try:
+        for sentence in store.record(plan.recipe.name, plan.record(store), running=True):
+            progress.line(f"note: {sentence}")
+    except StoreError:
+        # Where nothing runs, nothing needs to be kept, and the store may be one that cannot be written.
+        if any(step.action is not Action.SKIP for step in plan.chosen):
+            raise
+
+
 def run_step(
     step: Step,
     recipe: str,
@@ -140,6 +151,7 @@ def run_step(
     job = step.job(recipe, store)
     launcher = launchers[job.resources.launcher]
     command = launcher.command(job)
+    take_over(step.adopts, step.work, store)
     store.begin(job)
     progress.line(f"  $ {shlex.join(command)}")
     watcher = Watcher(job, progress, interrupts, killable=not step.recipe_step.stage.distributed)

@@ -1,92 +1,29 @@
-"""What will run, and why: computes ids in order, asks the store, changes nothing there."""
+"""What will run, and why: computes ids in order, asks the store, changes nothing there but what it knows of hashed files."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.recipe.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
+from pipeline.running.reasons import Action, Reason, difference
+from pipeline.running.unfinished import Unfinished, find_unfinished
 from pipeline.stage import Estimate, Forecast
-from pipeline.store.artifact import Manifest, canonical_json, digest_bytes
-from pipeline.store.checkpoints import Newest
+from pipeline.store.artifact import Manifest, canonical_json, digest_bytes, intruders, read_manifest
 from pipeline.store.digests import Digests, cache_file
 from pipeline.store.job import Job
+from pipeline.store.proofs import edits, prove
+from pipeline.store.records import RecordedStep, newest_plan
+from pipeline.store.resumable import obstacle, read_saved
 from pipeline.store.store import Store
+from pipeline.store.works import read_work, work_folders
 
-HASHED_AT_PLAN_BYTES = 64_000_000
-"""Checkpoints up to this size are hashed when a plan is made; of larger ones only the sizes are compared until they are used."""
-
-
-class Action(StrEnum):
-    SKIP = "skip"
-    RESUME = "resume"
-    RUN = "run"
-    BLOCKED = "blocked"
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a step has its action. Prints itself."""
-
-    made: str | None = None
-    """When the artifact was made, for a step that is skipped."""
-    changed: tuple[tuple[str, Any, Any], ...] = ()
-    """(param, old, new) since the recipe last ran."""
-    changed_inputs: tuple[str, ...] = ()
-    version: tuple[int, int] | None = None
-    """(old, new) version of the stage."""
-    damage: tuple[str, ...] = ()
-    """What is wrong with the artifact that was made."""
-    checkpoint: tuple[int, int | None] | None = None
-    """(step, total steps) of the checkpoint to resume from."""
-    verified: bool = True
-    passed_over: tuple[str, ...] = ()
-    """Newer checkpoints that did not verify."""
-    waits_for: tuple[str, ...] = ()
-    """Steps whose artifacts are missing, for a step that is blocked."""
-    running: str | None = None
-
-    def __str__(self) -> str:
-        parts = []
-        if self.running:
-            parts.append(self.running)
-        if self.made:
-            parts.append(f"made {self.made}")
-        if self.waits_for:
-            parts.append(f"needs {', '.join(self.waits_for)}, which this command does not run")
-        if self.checkpoint:
-            step, total = self.checkpoint
-            of = f" of {total}" if total else ""
-            parts.append(f"checkpoint {step}{of}, {'verified' if self.verified else 'sizes match'}")
-        parts += self.passed_over
-        parts += [f"{name} {show(old)} -> {show(new)}" for name, old, new in self.changed]
-        parts += [f"input '{role}' changed" for role in self.changed_inputs]
-        if self.version:
-            parts.append(f"stage version {self.version[0]} -> {self.version[1]}")
-        if self.damage:
-            parts.append(f"its artifact is damaged: {'; '.join(self.damage[:3])}")
-        return "; ".join(parts) or "not made yet"
-
-
-def show(value: Any) -> str:
-    if value is ABSENT:
-        return "(absent)"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-class Absent:
-    def __repr__(self) -> str:
-        return "(absent)"
-
-
-ABSENT = Absent()
+__all__ = ["Action", "Plan", "Reason", "Step", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +39,8 @@ class Step:
     input_ids: Mapping[str, str]
     estimate: Estimate
     work: Path
+    adopts: Path | None = None
+    """The work folder to go on from, where the step had another name: it is moved to `work` when the step starts."""
     manifest: Manifest | None = None
 
     @property
@@ -146,7 +85,14 @@ class Plan:
     def chosen(self) -> list[Step]:
         return [step for step in self.steps if step.name not in self.left_out]
 
-    def record(self) -> dict[str, Any]:
+    def ids(self, store: Store) -> set[str]:
+        """The ids of all artifacts that the plan makes or reads, whether made or not."""
+        found: set[str] = set()
+        for step in self.steps:
+            found |= {step.artifact_id, *step.input_ids.values(), *store.artifacts_at(step.inputs.values())}
+        return found
+
+    def record(self, store: Store) -> dict[str, Any]:
         """What the store remembers of a plan that ran."""
         return {
             "path": str(self.recipe.path),
@@ -156,27 +102,33 @@ class Plan:
                     "artifact_id": step.artifact_id,
                     "identity": step.identity,
                     "kind": step.recipe_step.stage.kind,
+                    "folders": sorted(store.artifacts_at(step.inputs.values())),
                 }
                 for step in self.steps
             },
         }
 
 
-def make_plan(recipe: Recipe, store: Store, *, only: str | None = None, until: str | None = None) -> Plan:
-    """What running the recipe now would do. Raises `RecipeError` with everything that would fail for certain."""
+def make_plan(
+    recipe: Recipe, store: Store, *, only: str | None = None, until: str | None = None, verify: bool = False
+) -> Plan:
+    """What running the recipe now would do. Raises `RecipeError` with everything that would fail for certain.
+
+    To `verify` is to hash every artifact and outside file again.
+    """
     chosen = {step.name for step in recipe.steps}
     if only:
         chosen = {recipe.step(only).name}
     elif until:
         chosen = recipe.needed_for(until)
-    before = store.records().get(recipe.name, {}).get("steps", {})
+    recorded = newest_plan(store.recipes, recipe.name, str(recipe.path))
+    before = recorded.steps if recorded else {}
     planned: dict[str, Step] = {}
     problems: list[Problem] = []
-    digests = Digests(cache_file())
-    # A recipe names the same source in several steps: within a plan each is looked at once.
-    digest = functools.cache(digests.of)
+    digests = Digests(cache_file(), again=verify)
+    known = Known(store, digests, verify)
     for recipe_step in recipe.steps:
-        planner = StepPlanner(recipe_step, store, digest, planned, before.get(recipe_step.name))
+        planner = StepPlanner(recipe_step, store, known, planned, before.get(recipe_step.name))
         step = planner.plan(recipe_step.name in chosen, chosen)
         planned[step.name] = step
         problems += [
@@ -190,54 +142,92 @@ def make_plan(recipe: Recipe, store: Store, *, only: str | None = None, until: s
     return Plan(recipe=recipe, steps=tuple(planned.values()), left_out=left_out)
 
 
+class Known:
+    """What is asked of files while a plan is made: each is looked at once, however many steps name it."""
+
+    def __init__(self, store: Store, digests: Digests, verify: bool) -> None:
+        self.verify = verify
+        self.digest = functools.cache(digests.of)
+        self.edits = functools.cache(self.find_edits)
+        self.works = work_folders(store.work)
+
+    def find_edits(self, folder: Path) -> tuple[str, ...]:
+        """The files for which a folder that carries an artifact's manifest is not that artifact."""
+        return tuple(edits(folder, read_manifest(folder), again=self.verify))
+
+
 @dataclass
 class StepPlanner:
     """Plans one step, given the steps before it."""
 
     step: RecipeStep
     store: Store
-    digest: Callable[[Path], str]
+    known: Known
     planned: Mapping[str, Step]
-    before: Mapping[str, Any] | None
+    before: RecordedStep | None
     problems: list[Problem] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+    """What was found when the step's artifact was hashed again."""
 
     def plan(self, is_chosen: bool, chosen: set[str]) -> Step:
         input_ids = {role: self.input_id(source) for role, source in self.step.inputs.items()}
         identity = {
             "kind": self.step.stage.kind,
             "version": self.step.stage.version,
-            "params": self.step.params.model_dump(mode="json", context=self.digest),
+            "params": self.step.params.model_dump(mode="json", context=self.known.digest),
             "seed": self.step.seed,
             "inputs": input_ids,
         }
         artifact_id = digest_bytes(canonical_json(identity))
-        work = self.store.work_folder(self.step.name, artifact_id)
-        manifest = self.store.find(artifact_id)
+        manifest = self.find(artifact_id)
         forecast = Forecast(self.step.params, self.step.resources, self.input_estimates())
         if manifest is None:
             self.problems += self.step.stage.check(forecast)
         own = Estimate() if self.problems else self.step.stage.estimate(forecast)
         estimate = merge(own, estimate_of(manifest, self.store.artifact_folder(artifact_id))) if manifest else own
-        action, reason = self.decide(artifact_id, identity, work, manifest, estimate, chosen if is_chosen else set())
+        work = self.store.work_folder(self.step.name, artifact_id)
+        unfinished = None if manifest else find_unfinished(work, artifact_id, self.known.works, self.store)
+        action, reason = self.decide(
+            artifact_id, identity, unfinished, manifest, estimate, chosen if is_chosen else set()
+        )
         return Step(
             recipe_step=self.step,
             artifact_id=artifact_id,
             identity=identity,
             action=action,
-            reason=reason,
+            reason=replace(reason, edited=self.edited()),
             inputs={role: self.input_place(source) for role, source in self.step.inputs.items()},
             input_ids=input_ids,
             estimate=estimate,
             work=work,
+            adopts=unfinished.folder if unfinished and unfinished.newest and unfinished.folder != work else None,
             manifest=manifest,
         )
+
+    def find(self, artifact_id: str) -> Manifest | None:
+        """The manifest of the artifact, if it is made and, to verify, all its files hash to what they should."""
+        manifest = self.store.find(artifact_id)
+        if manifest and self.known.verify:
+            found = prove(self.store.artifact_folder(artifact_id), manifest, again=True)
+            self.damage = [f"{name} {what}" for name, what in found.items()]
+        return None if self.damage else manifest
 
     def input_id(self, source: Upstream | Outside | Hub) -> str:
         if isinstance(source, Upstream):
             return self.planned[source.step].artifact_id
         if isinstance(source, Outside):
-            return source.artifact_id or self.digest(source.path)
+            if source.artifact_id and source.lies_in_store:
+                return source.path.name
+            is_artifact = source.artifact_id and not self.known.edits(source.path)
+            return str(source.artifact_id) if is_artifact else self.known.digest(source.path)
         return str(source)
+
+    def edited(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(role, files) of the inputs that carry an artifact's manifest and are not that artifact."""
+        outside = {role: each for role, each in self.step.inputs.items() if isinstance(each, Outside)}
+        copies = {role: each for role, each in outside.items() if each.artifact_id and not each.lies_in_store}
+        found = {role: self.known.edits(each.path) for role, each in copies.items()}
+        return tuple((role, files) for role, files in found.items() if files)
 
     def input_place(self, source: Upstream | Outside | Hub) -> str:
         if isinstance(source, Upstream):
@@ -259,15 +249,15 @@ class StepPlanner:
         self,
         artifact_id: str,
         identity: Mapping[str, Any],
-        work: Path,
+        unfinished: Unfinished | None,
         manifest: Manifest | None,
         estimate: Estimate,
         chosen: set[str],
     ) -> tuple[Action, Reason]:
         if manifest:
             return Action.SKIP, Reason(made=f"{manifest.created_at[:16].replace('T', ' ')} UTC")
-        reason = self.difference(identity)
-        reason = replace(reason, damage=tuple(self.store.damage(artifact_id)))
+        reason = difference(self.before.identity if self.before else {}, identity)
+        reason = replace(reason, damage=tuple(self.damage or self.store.damage(artifact_id)))
         missing = [
             name for name in self.step.upstream if self.planned[name].action is not Action.SKIP and name not in chosen
         ]
@@ -276,59 +266,47 @@ class StepPlanner:
         ]
         if missing:
             return Action.BLOCKED, replace(reason, waits_for=tuple(dict.fromkeys(missing)))
-        if running := self.store.running(work):
-            return Action.BLOCKED, Reason(
-                running=f"process {running.pid} on {running.host} runs it; log: {running.log}"
-            )
-        newest, verified = self.newest_checkpoint(artifact_id)
-        passed_over = tuple(newest.passed_over)
-        if newest.path:
-            checkpoint = (newest.step, estimate.optimizer_steps)
-            return Action.RESUME, Reason(checkpoint=checkpoint, verified=verified, passed_over=passed_over)
+        if unfinished and unfinished.running:
+            return Action.BLOCKED, Reason(running=unfinished.running)
+        if refused := self.refused_inputs():
+            return Action.BLOCKED, replace(reason, refused=refused)
+        if unfinished and unfinished.newest:
+            return self.resume(unfinished, unfinished.newest, estimate)
+        passed_over = unfinished.passed_over if unfinished else ()
         return Action.RUN, replace(reason, passed_over=passed_over)
 
-    def newest_checkpoint(self, artifact_id: str) -> tuple[Newest, bool]:
-        checkpoints = self.store.checkpoints(self.step.name, artifact_id)
-        newest = checkpoints.newest(hashes=False)
-        if newest.path is None:
-            return newest, True
-        size = sum(path.stat().st_size for path in newest.path.rglob("*") if path.is_file())
-        if size > HASHED_AT_PLAN_BYTES:
-            return newest, False
-        return checkpoints.newest(), True
-
-    def difference(self, identity: Mapping[str, Any]) -> Reason:
-        """What changed since the recipe last ran this step."""
-        old = (self.before or {}).get("identity")
-        if not old or old["kind"] != identity["kind"]:
-            return Reason()
-        old_params, new_params = dict(flatten(old["params"])), dict(flatten(identity["params"]))
-        names = dict.fromkeys([*old_params, *new_params])
-        changed = [
-            (name, old_params.get(name, ABSENT), new_params.get(name, ABSENT))
-            for name in names
-            if old_params.get(name, ABSENT) != new_params.get(name, ABSENT)
-        ]
-        if old["seed"] != identity["seed"]:
-            changed.append(("seed", old["seed"], identity["seed"]))
-        roles = dict.fromkeys([*old["inputs"], *identity["inputs"]])
-        version = (old["version"], identity["version"])
-        return Reason(
-            changed=tuple(changed),
-            changed_inputs=tuple(r for r in roles if old["inputs"].get(r) != identity["inputs"].get(r)),
-            version=version if version[0] != version[1] else None,
+    def resume(self, unfinished: Unfinished, checkpoint: Path, estimate: Estimate) -> tuple[Action, Reason]:
+        """Resumes from the checkpoint, or says why its processes or memory layout forbid that."""
+        total = read_saved(checkpoint).total_steps or estimate.optimizer_steps
+        once = read_work(unfinished.folder).step
+        reason = Reason(
+            checkpoint=(unfinished.step, total),
+            verified=unfinished.verified,
+            once=once if once != self.step.name else None,
+            passed_over=unfinished.passed_over,
         )
+        if refused := obstacle(checkpoint, self.step.resources, self.step.name):
+            return Action.BLOCKED, replace(reason, refused=(refused,))
+        return Action.RESUME, reason
 
-
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, plain value) of every leaf of nested mappings and of lists of mappings; their numbers count from 0."""
-    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        value = dict(enumerate(value))
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from flatten(item, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value
+    def refused_inputs(self) -> tuple[str, ...]:
+        """Inputs that are damaged, or hold files which would be read and are no part of them."""
+        refused = []
+        for role, source in self.step.inputs.items():
+            in_store = isinstance(source, Outside) and source.artifact_id and source.lies_in_store
+            if isinstance(source, Outside) and in_store and (damaged := self.known.edits(source.path)):
+                refused.append(
+                    f"input '{role}' lies in a store and differs from its manifest: {', '.join(damaged[:3])};"
+                    " run the recipe that made it again, or name a copy that lies elsewhere"
+                )
+        for role, source in self.step.inputs.items():
+            made = self.planned[source.step].manifest if isinstance(source, Upstream) else None
+            folder = Path(self.input_place(source))
+            if made and (names := intruders(folder, made.files)):
+                refused.append(
+                    f"input '{role}' holds {', '.join(names[:3])}, which its manifest does not list: move it out of {folder}"
+                )
+        return tuple(refused)
 
 
 def source_digests(params: Mapping[str, Any], identity_params: Mapping[str, Any]) -> dict[str, str]:

@@ -37,6 +37,7 @@ from pipeline.errors import (
 )
 from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
+from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Reading, validate
@@ -46,6 +47,7 @@ from pipeline.store.disk import refusal
 from pipeline.store.durable import make_folder
 from pipeline.store.job import Job, read_job
 from pipeline.store.journal import Journal
+from pipeline.store.proofs import remember
 from pipeline.store.provenance import changes, library_versions, machine
 from pipeline.store.store import Store
 from pipeline.store.work_folder import InUseError, WorkFolder
@@ -181,6 +183,7 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSig
     )
     journal = Journal(files.journal, writes=world.is_main)
     if world.is_main:
+        prove_inputs(job, journal, stop)
         prepare_folder(files, checkpoints, journal)
     meet(work, world, "prepared", PREPARATION_TIMEOUT_SECONDS)
     step = files.read_start()
@@ -202,10 +205,11 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSig
         result = stage.run(context, params)
         stop.at_once = False
         if world.is_main:
-            store.commit(
+            manifest = store.commit(
                 job, result.metrics, result.facts, environment=environment,
                 wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,
             )  # fmt: skip
+            remember(store.artifact_folder(job.artifact_id), manifest.files)
             files.finish()
 
 

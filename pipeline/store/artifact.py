@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -122,10 +122,23 @@ class Manifest(BaseModel):
     wall_seconds: float
     device: str
     world_size: int
+    seal: str | None = None
+    """Digest of everything else in the file as it was committed, so that an edited manifest is known; older ones lack it."""
 
     @property
     def total_bytes(self) -> int:
         return sum(entry.size for entry in self.files.values())
+
+
+def sealed(manifest: Manifest) -> str:
+    """The text of `manifest.json`, with its seal."""
+    seal = seal_of(manifest.model_dump_json().encode())
+    return manifest.model_copy(update={"seal": seal}).model_dump_json(indent=2) + "\n"
+
+
+def seal_of(data: bytes) -> str:
+    """The seal that a manifest with this content has. It does not change with the layout of the text."""
+    return digest_bytes(canonical_json({name: value for name, value in json.loads(data).items() if name != "seal"}))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -198,23 +211,61 @@ def size_of_file(path: Path) -> int:
 
 
 def differences(
-    folder: Path, files: Mapping[str, FileEntry], *, hashes: bool = True, ignore: frozenset[str] = frozenset()
+    folder: Path, files: Mapping[str, FileEntry], *, digest: Callable[[Path], str | None] | None = digest_file
 ) -> list[str]:
-    """What in `folder` does not match `files`, one sentence each; empty if everything does.
+    """What of `files` is missing in `folder` or has changed, one sentence each; empty if nothing has: see `changes`."""
+    return [f"{name} {what}" for name, what in changes(folder, files, digest=digest).items()]
 
-    Sizes are compared first, so that a truncated file costs no hashing; without `hashes` only they are.
+
+def changes(
+    folder: Path, files: Mapping[str, FileEntry], *, digest: Callable[[Path], str | None] | None
+) -> dict[str, str]:
+    """Name -> what is wrong with it, for the `files` that are missing in `folder` or have changed.
+
+    Sizes are compared first, so that a truncated file costs no hashing. `digest` says what a file holds, or None where
+    that is not to be compared; without it only sizes are. A file that was added changes none of these: see `added`.
     """
-    found = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
-    problems = []
+    found = {}
     for name, entry in sorted(files.items()):
-        path = found.pop(name, None)
-        if path is None or not path.exists():
-            problems.append(f"{name} is missing")
-        elif not path.is_file():
-            problems.append(f"{name} is no regular file")
-        elif (size := path.stat().st_size) != entry.size:
-            problems.append(f"{name} has {size:,} bytes instead of {entry.size:,}")
-        elif hashes and digest_file(path) != entry.sha256:
-            problems.append(f"{name} has other content than when it was written")
-    problems += [f"{name} was added" for name in sorted(found) if name not in ignore | {MANIFEST}]
-    return problems
+        path = folder / name
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                found[name] = "is no regular file"
+            elif status.st_size != entry.size:
+                found[name] = f"has {status.st_size:,} bytes instead of {entry.size:,}"
+            elif digest and digest(path) not in (None, entry.sha256):
+                found[name] = "has other content than when it was written"
+        except (FileNotFoundError, NotADirectoryError):
+            found[name] = "is missing"
+        except OSError as error:
+            found[name] = f"cannot be read: {error.strerror}"
+    return found
+
+
+READ_SUFFIXES = frozenset(
+    ".json .jsonl .jinja .safetensors .bin .pt .pth .model .vocab .py .npy .npz .parquet .arrow .gguf .idx".split()
+)
+READ_NAMES = frozenset({"vocab.txt", "merges.txt"})
+
+
+def added(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    """The files below `folder` that its list does not name, sorted."""
+    found = (path.relative_to(folder).as_posix() for path in files_below(folder))
+    return sorted(name for name in found if name not in files and name != MANIFEST)
+
+
+def would_be_read(name: str) -> bool:
+    """Whether loaders may read a file of this name that they find beside an artifact's own.
+
+    An `adapter_config.json`, a second `.safetensors` or a `chat_template.jinja` changes what is loaded without changing any
+    file that was there. Hidden files, backups of editors and notes for people do not.
+    """
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return not is_hidden and (path.suffix in READ_SUFFIXES or path.name in READ_NAMES)
+
+
+def intruders(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    """Added files that loaders may read."""
+    return [name for name in added(folder, files) if would_be_read(name)]

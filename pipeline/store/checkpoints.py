@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.store.artifact import FileEntry, differences, files_below, list_files
-from pipeline.store.durable import TEMPORARY, make_folder, read_json, require_room, sync, sync_below, write_json
+from pipeline.store.artifact import FileEntry, differences, digest_file, files_below, list_files
+from pipeline.store.durable import make_folder, read_json, require_room, sync, sync_below, write_json
 
 COMPLETE = "complete.json"
 
@@ -88,8 +88,7 @@ class Checkpoints:
             return [f"{COMPLETE} cannot be read"]
         try:
             seen = self.look(step)
-            written = {path.name for path in folder.glob(f"{COMPLETE}*{TEMPORARY}")}
-            found = differences(folder, files, hashes=hashes, ignore=frozenset({COMPLETE, *written}))
+            found = differences(folder, files, digest=digest_file if hashes else None)
         except OSError as error:
             return [f"it cannot be read: {error}"]
         if hashes and not found:

@@ -32,8 +32,10 @@ def cache_file() -> Path:
 class Digests:
     """The digests of outside files and folders."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, again: bool = False) -> None:
         self.file = file
+        self.again = again
+        """Whether to hash everything again, whatever is remembered."""
         self.remembered = read_digests(file)
         self.new: dict[str, list[str]] = {}
 
@@ -44,7 +46,7 @@ class Digests:
         seen = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats.items()]
         signature = digest_bytes(canonical_json(seen))
         entry = self.remembered.get(str(path))
-        if entry and entry[0] == signature:
+        if entry and entry[0] == signature and not self.again:
             return entry[1]
         if is_folder:
             content = {name: digest_file(f"{path}/{name}") for name in stats}

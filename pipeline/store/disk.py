@@ -110,6 +110,8 @@ def writing(where: Path) -> Iterator[None]:
     """Turns what the disk refuses into a `StoreError`: for every place where the core itself writes."""
     try:
         yield
+    except StoreError:
+        raise
     except OSError as error:
         refused = refusal(error, where, ours=True)
         if refused is None:

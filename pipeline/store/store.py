@@ -3,7 +3,8 @@
 runs/
   artifacts/<artifact id>/        immutable; manifest.json was written last, the folder appeared by one rename
   work/<step>-<first 8 of id>/    of a step that runs or was interrupted: see work_folder.py
-  recipes/<name>.json             the plan each recipe last ran: step -> artifact and its identity
+  recipes/<name>-<digest>.json    the plan each recipe last ran, with and without --set: step -> artifact and its identity
+  proofs/<artifact id>.json       what its files are known to hold, so that each is hashed once
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError, Problem, StoreError
-from pipeline.store.artifact import MANIFEST, Facts, Manifest, differences, list_files, read_manifest
+from pipeline.store.artifact import MANIFEST, Facts, Manifest, list_files, read_manifest, sealed
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import CHANGE_RIGHTS, MOVE, writing
-from pipeline.store.durable import make_folder, read_json, sync, sync_below, write_json, write_text
-from pipeline.store.job import Job, read_job
+from pipeline.store.durable import make_folder, sync, sync_below, write_text
+from pipeline.store.job import Job
+from pipeline.store.proofs import known_damage
 from pipeline.store.provenance import git_state, library_versions
+from pipeline.store.records import Records, end_plan, read_records, record_plan
 from pipeline.store.work_folder import Running, WorkFolder, remove
 
 
@@ -44,12 +47,12 @@ class Store:
         return self.work / f"{step}-{artifact_id[:8]}"
 
     def find(self, artifact_id: str) -> Manifest | None:
-        """The manifest of a finished artifact; None if it was not made, or a file of it is missing or cut short."""
+        """The manifest of a finished artifact; None if it was not made, or is known to be damaged: see `damage`."""
         manifest, problems = self.look_at(artifact_id)
         return None if problems else manifest
 
     def damage(self, artifact_id: str) -> list[str]:
-        """What a look at the sizes shows to be wrong with an artifact that was made; `verify` hashes as well."""
+        """What is known to be wrong with an artifact that was made: sizes are looked at, and what was hashed before."""
         return self.look_at(artifact_id)[1]
 
     def look_at(self, artifact_id: str) -> tuple[Manifest | None, list[str]]:
@@ -59,9 +62,7 @@ class Store:
             return None, []
         try:
             manifest = read_manifest(folder)
-            if manifest.artifact_id != artifact_id:
-                return None, [f"its manifest is that of {manifest.artifact_id[:12]}"]
-            return manifest, differences(folder, manifest.files, hashes=False)
+            return manifest, self.damage_of(artifact_id, manifest)
         except ArtifactError as error:
             return None, [str(error)]
         except OSError as error:
@@ -71,42 +72,61 @@ class Store:
         """Whether something was made under this id, sound or not."""
         return is_there(self.artifact_folder(artifact_id) / MANIFEST)
 
+    def damage_of(self, artifact_id: str, manifest: Manifest) -> list[str]:
+        if manifest.artifact_id != artifact_id:
+            return [f"{MANIFEST} is that of {manifest.artifact_id[:12]}"]
+        return [f"{name} {what}" for name, what in known_damage(self.artifact_folder(artifact_id), manifest).items()]
+
     def all_ids(self) -> list[str]:
         return sorted(path.name for path in entries_of(self.artifacts) if is_there(path / MANIFEST))
+
+    def artifacts_at(self, places: Iterable[str]) -> set[str]:
+        """The names of those folders that are artifacts of this store, whatever they hold by now."""
+        homes = {self.artifacts, self.artifacts.resolve()}
+        return {Path(place).name for place in places if Path(place).parent in homes}
 
     def resolve(self, name: str) -> tuple[str, Path]:
         """(artifact id, folder) that an id, its first digits, a folder, or a step's name means.
 
-        A step's name, or `recipe/step`, means the artifact it made in the plan that ran last.
+        A step's name, or `recipe/step`, means the artifact it made in the plan that its recipe ran last.
         """
         path = Path(name)
         if is_there(path / MANIFEST):
             return read_manifest(path).artifact_id, path
-        matches = {artifact_id for artifact_id in self.all_ids() if len(name) >= 4 and artifact_id.startswith(name)}
-        if not matches:
-            for recipe, record in self.records().items():
-                for step, entry in record["steps"].items():
-                    if name in (step, f"{recipe}/{step}"):
-                        matches.add(entry["artifact_id"])
-        if len(matches) == 1:
-            artifact_id = matches.pop()
-            if not self.has_manifest(artifact_id):
-                raise ArtifactError(
-                    Problem(name, "has not been made yet", "Run its recipe; `slipway status` tells how far it is.")
-                )
-            return artifact_id, self.artifact_folder(artifact_id)
-        if matches:
-            listed = ", ".join(sorted(match[:12] for match in matches))
+        meanings = self.meanings(name)
+        if not meanings:
             raise ArtifactError(
-                Problem(name, f"means several artifacts: {listed}", "Write more digits, or recipe/step.")
+                Problem(
+                    name,
+                    f"no artifact or step of this name in {self.folder}",
+                    "`slipway status` lists them; --store names another store.",
+                )
             )
-        raise ArtifactError(
-            Problem(
-                name,
-                f"no artifact or step of this name in {self.folder}",
-                "`slipway status` lists them; --store names another store.",
+        if len(meanings) > 1:
+            listed = ", ".join(f"{each[:12]} ({what})" for each, what in sorted(meanings.items()))
+            raise ArtifactError(
+                Problem(name, f"means several artifacts: {listed}", "Write the first digits of the one that you mean.")
             )
-        )
+        (artifact_id,) = meanings
+        if not self.has_manifest(artifact_id):
+            raise ArtifactError(
+                Problem(name, "has not been made yet", "Run its recipe; `slipway status` tells how far it is.")
+            )
+        return artifact_id, self.artifact_folder(artifact_id)
+
+    def meanings(self, name: str) -> dict[str, str]:
+        """Artifact id -> what is of this name: the step of a recipe, or an artifact whose id begins so."""
+        found: dict[str, str] = {}
+        steps_known: set[tuple[str, str]] = set()
+        for plan in self.records().plans:
+            for step, recorded in plan.steps.items():
+                if name in (step, f"{plan.name}/{step}") and (plan.path, step) not in steps_known:
+                    steps_known.add((plan.path, step))
+                    found.setdefault(recorded.artifact_id, f"{step} of {plan.path}")
+        for artifact_id in self.all_ids() if len(name) >= 4 else ():
+            if artifact_id.startswith(name):
+                found.setdefault(artifact_id, "an id")
+        return found
 
     # Running a step
 
@@ -167,7 +187,7 @@ class Store:
         )
         with writing(self.artifacts):
             sync_below(out)
-            write_text(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            write_text(out / MANIFEST, sealed(manifest))
             make_folder(self.artifacts)
             target = self.artifact_folder(job.artifact_id)
             if target.exists():
@@ -188,46 +208,33 @@ class Store:
 
     # Recipes that ran here
 
-    def record(self, recipe: str, entry: Mapping[str, Any]) -> None:
-        """Remembers the plan that a recipe ran: what changed since, and what `gc` must keep, is told from it."""
+    def record(self, recipe: str, entry: Mapping[str, Any], *, running: bool = False) -> list[str]:
+        """Remembers the plan that a recipe runs: what changed since, and what `gc` must keep, is told from it.
+
+        `running` says that this process runs it, until `end`. Returns what the user should know of other records.
+        """
         with writing(self.recipes):
-            make_folder(self.recipes)
-            write_json(self.recipes / f"{recipe}.json", entry)
+            return record_plan(self.recipes, recipe, entry, running=running)
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """Recipe name -> `{"path", "overrides", "steps": {step: {"artifact_id", "identity"}}}`; damaged ones are left out."""
-        found = {}
-        for path in entries_of(self.recipes):
-            if path.suffix == ".json" and (record := read_record(path)):
-                found[path.stem] = record
-        return found
+    def end(self, recipe: str, entry: Mapping[str, Any]) -> None:
+        """Notes that this process no longer runs the plan."""
+        # Where that cannot be written, the process counts as ended once it has.
+        with contextlib.suppress(OSError):
+            end_plan(self.recipes, recipe, entry)
 
-    def damaged_records(self) -> list[str]:
-        """Names of the recipes whose record cannot be read."""
-        paths = [path for path in entries_of(self.recipes) if path.suffix == ".json"]
-        return [path.stem for path in paths if read_record(path) is None]
-
-    def made_by(self, recipes: Collection[str]) -> set[str]:
-        """Ids of all that runs of these recipes made or began, as the artifacts and work folders themselves say."""
-        found = set()
-        for path in entries_of(self.artifacts) if recipes else []:
-            manifest, _ = self.look_at(path.name)
-            if manifest and manifest.recipe in recipes:
-                found.add(manifest.artifact_id)
-        for path in entries_of(self.work) if recipes else []:
-            with contextlib.suppress(ArtifactError):
-                job = read_job(path)
-                if job.recipe in recipes:
-                    found.add(job.artifact_id)
-        return found
+    def records(self) -> Records:
+        """The plans that ran here."""
+        return read_records(self.recipes)
 
     def oddities(self) -> list[str]:
         """A sentence for each thing in the store that nobody can use: the rest goes on without it."""
-        notes = [
-            f"{self.recipes / name}.json cannot be read: what recipe {name} ran last is not known, and all that it made"
-            " is kept. Running it writes the file anew."
-            for name in self.damaged_records()
-        ]
+        return self.odd_records() + self.odd_folders()
+
+    def odd_records(self) -> list[str]:
+        return [f"{odd}." for odd in self.records().odd]
+
+    def odd_folders(self) -> list[str]:
+        notes = []
         for folder, what in ((self.artifacts, "artifact"), (self.work, "work folder")):
             notes += [f"{path} is no {what}: it is passed over" for path in entries_of(folder) if not is_folder(path)]
         for path in filter(is_folder, entries_of(self.artifacts)):
@@ -272,29 +279,3 @@ def entries_of(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise StoreError(Problem(str(folder), f"cannot be read: {error.strerror}", CHANGE_RIGHTS)) from None
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What the store remembers of a recipe; None if the file is damaged."""
-    try:
-        record: dict[str, Any] = read_json(path)
-        steps = record["steps"].values()
-        whole = (
-            isinstance(record["path"], str)
-            and all(isinstance(override, str) for override in record["overrides"])
-            and all(isinstance(step["artifact_id"], str) and isinstance(step["kind"], str) for step in steps)
-            and all(is_identity(step["identity"]) for step in steps)
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return record if whole else None
-
-
-def is_identity(value: Any) -> bool:
-    """Whether a step of a record says what it was made from, or nothing of it."""
-    if not isinstance(value, dict):
-        return False
-    return not value or (
-        {"kind", "version", "seed"} <= set(value)
-        and all(isinstance(value.get(name), dict) for name in ("params", "inputs"))
-    )

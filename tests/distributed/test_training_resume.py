@@ -79,8 +79,12 @@ STOPPED = [
     Interrupted("pretrain", 2, None, {"heldout_at_step": 4}),
 ]
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
-    ({"resources": {**RESOURCES, "deepspeed": "zero2"}}, 1, "was written by 2 processes, this run has 1"),
-    ({"resources": {**RESOURCES, "deepspeed": "zero1"}}, 2, "was written under ZeRO-2, this run is under ZeRO-1"),
+    (
+        {"resources": {**RESOURCES, "deepspeed": "zero2"}},
+        1,
+        "was written by 2 processes under ZeRO, and this run has 1",
+    ),
+    ({"resources": {**RESOURCES, "deepspeed": "zero1"}}, 2, "was written under ZeRO-2, and this run is under ZeRO-1"),
     ({"params": {**PARAMS["sft"], "max_steps": 12}}, 2, "its total_steps is 9, the recipe's is 12"),
     ({"seed": 8}, 2, "its seed is 7, the recipe's is 8"),
     ({"params": {**PARAMS["sft"], "max_length_tokens": 40}}, 2, "its data is "),

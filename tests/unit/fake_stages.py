@@ -44,6 +44,8 @@ def write(ctx: Context, params: WriteParams) -> Result:
 
 
 def join(ctx: Context, params: JoinParams) -> Result:
+    if ctx.resume:
+        ctx.journal.note(f"resumed from {ctx.resume.name}")
     if params.fail == "user":
         raise DataError(Problem("rows.jsonl:3", "has no field 'text'", "Add it."))
     if params.fail == "crash":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.store.checkpoints import COMPLETE, Checkpoints
+from pipeline.store.checkpoints import COMPLETE, Checkpoints, Newest
 
 
 def save(checkpoints: Checkpoints, step: int) -> Path:
@@ -33,10 +33,6 @@ def flip_a_bit(folder: Path) -> None:
     (folder / "model.bin").write_bytes(data)
 
 
-def add(folder: Path) -> None:
-    (folder / "stray").touch()
-
-
 def forget_the_list(folder: Path) -> None:
     (folder / COMPLETE).unlink()
 
@@ -51,7 +47,6 @@ def tear_the_list(folder: Path) -> None:
         (truncate, "model.bin has 99 bytes instead of 100"),
         (remove, "engine/optimizer.bin is missing"),
         (flip_a_bit, "model.bin has other content than when it was written"),
-        (add, "stray was added"),
         (forget_the_list, "complete.json is missing: it was not written to the end"),
         (tear_the_list, "complete.json cannot be read"),
     ],
@@ -63,6 +58,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     newest = checkpoints.newest()
     assert (newest.path, newest.step) == (checkpoints.path(10), 10)
     assert newest.passed_over == [f"checkpoint-20 is not resumed from: {sentence}"]
+
+
+def test_a_file_that_was_added_is_no_damage(tmp_path: Path) -> None:
+    """As a network file system, a desktop or an editor leaves them."""
+    checkpoints = Checkpoints(tmp_path)
+    folder = save(checkpoints, 20)
+    for name in (".nfs0000", ".DS_Store", "model.bin~", "engine/notes"):
+        (folder / name).touch()
+    assert checkpoints.newest() == Newest(checkpoints.path(20), 20, [])
 
 
 def test_rotation_keeps_the_newest_and_deletes_nothing_while_the_newest_does_not_verify(tmp_path: Path) -> None:

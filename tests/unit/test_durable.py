@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.store import artifact
+from pipeline.store import checkpoints as checkpoints_module
 from pipeline.store.artifact import MANIFEST, Facts
 from pipeline.store.checkpoints import COMPLETE, Checkpoints
 from pipeline.store.durable import make_folder, replacing, replacing_folder, write_json
@@ -166,6 +167,7 @@ def test_a_file_of_a_checkpoint_is_hashed_once_per_save(tmp_path: Path, monkeypa
         return digest_file(path)
 
     monkeypatch.setattr(artifact, "digest_file", watched)
+    monkeypatch.setattr(checkpoints_module, "digest_file", watched)
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
         checkpoints.path(step).mkdir()

@@ -14,8 +14,9 @@ from launch.base import LocalProcess
 from pipeline.errors import RecipeError
 from pipeline.recipe.reader import load_recipe
 from pipeline.running.execute import execute
-from pipeline.running.plan import Plan, flatten, make_plan
+from pipeline.running.plan import Plan, make_plan
 from pipeline.running.progress import Progress
+from pipeline.running.reasons import flatten
 from pipeline.store.artifact import read_manifest
 from pipeline.store.job import Job
 from pipeline.store.store import Store

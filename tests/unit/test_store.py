@@ -1,4 +1,4 @@
-"""The store: commits, names, lineage, verification and collection."""
+"""The store: commits, names, lineage and verification."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.command import reports
-from pipeline.errors import ArtifactError, RecipeError
+from pipeline.errors import ArtifactError
 from pipeline.settings.resources import Resources
 from pipeline.store.artifact import Facts, FileEntry, Kind
-from pipeline.store.collect import collect, needed_artifacts
 from pipeline.store.job import Job, read_job
 from pipeline.store.store import Store
 
@@ -100,24 +99,34 @@ def test_show_prints_the_manifest(store: Store) -> None:
     assert "loss  0.5" in text
 
 
-def test_collection_keeps_current_plans_and_their_lineage(store: Store) -> None:
-    def current(path: str, overrides: list[str]) -> set[str]:
-        return {B}
-
-    needed, notes = needed_artifacts(store, current)
-    assert (needed, notes) == ({A, B}, [])
-    said = collect(store, needed, dry_run=True)
-    assert said[0].startswith("would remove artifact cccccccccccc (third)")
-    assert store.all_ids() == [A, B, C]
-    collect(store, needed, dry_run=False)
-    assert store.all_ids() == [A, B]
-    assert sorted(path.name for path in store.work.iterdir()) == ["first-aaaaaaaa", "second-bbbbbbbb"]
+def test_lineage_status_and_names_survive_a_damaged_manifest(store: Store) -> None:
+    (store.artifact_folder(A) / "manifest.json").write_text('{"artifact_id": 3')
+    drawn = reports.lineage_lines(store, "second")
+    assert drawn[1].startswith(f"|-- data: {'a' * 12}  {store.artifact_folder(A)}/manifest.json: cannot be read")
+    assert drawn[2] == "`-- file: sha256:ab /data/a.txt"
+    assert [entry["state"] for entry in reports.store_status(store)] == ["made"]
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        reports.show_lines(store, "aaaa")
 
 
-def test_collection_keeps_what_a_recipe_made_that_cannot_be_planned_now(store: Store) -> None:
-    def current(path: str, overrides: list[str]) -> set[str]:
-        raise RecipeError("broken")
+def test_an_artifact_under_another_id_is_not_made(store: Store) -> None:
+    other = "d" * 64
+    store.artifact_folder(B).rename(store.artifact_folder(other))
+    assert store.find(other) is None
+    assert store.damage(other) == ["manifest.json is that of bbbbbbbbbbbb"]
 
-    needed, notes = needed_artifacts(store, current)
-    assert needed == {A, B}
-    assert notes == ["recipe demo (demo.yaml) cannot be planned now: what it made last is kept"]
+
+@pytest.mark.parametrize("odd", ["[]", "{", '{"path": "x"}', '{"path": 1, "overrides": [], "steps": []}', "\0"])
+def test_an_odd_record_is_said_and_harms_no_other(store: Store, odd: str) -> None:
+    (store.recipes / "odd.json").write_text(odd)
+    (store.recipes / "folder.json").mkdir()
+    entries, notes = reports.store_status(store), store.oddities()
+    assert [entry["step"] for entry in entries] == ["second"]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{store.recipes}/odd.json is left out: ")
+    assert store.resolve("second")[0] == B
+
+
+def test_lines_of_a_journal_that_are_none_are_passed_over(store: Store) -> None:
+    events = [3, [], {}, {"event": "step"}, {"event": "step", "step": "x"}, {"event": "step", "step": 4}]
+    assert [reports.is_step(event) for event in events] == [False] * 5 + [True]

@@ -14,16 +14,15 @@ import numpy as np
 
 from pipeline.errors import ArtifactError, LaunchError, Problem
 from pipeline.stage import Context
+from pipeline.store import resumable
 from pipeline.store.journal import Journal
+from pipeline.store.resumable import STATE
 from stages.lib.processes.collectives import from_main
 from stages.lib.training.engine import PLAIN_STATE, TAG, Engine
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.forecast import CHECKPOINT_BYTES_PER_PARAMETER
 from stages.lib.training.layouts import zero_stage
 from stages.lib.training.params import Batch, TrainingParams, learning_rate_factor
-
-STATE = "slipway.json"
-"""What we need of a checkpoint beyond the engine's files."""
 
 UNREADABLE = (
     OSError,
@@ -135,31 +134,15 @@ def check_state(ctx: Context, saved: Saved, identity: Mapping[str, Any]) -> None
         if state.get(name) != value:
             what = f"belongs to another run: its {name} is {state.get(name)}, the recipe's is {value}"
             raise ArtifactError(Problem(str(folder), what, start_over(ctx)))
-    processes, stage, now = state["world_size"], state["zero_stage"], zero_stage(ctx.resources)
-    if stage != now:
-        raise LaunchError(
-            Problem(
-                "resources.deepspeed",
-                f"the checkpoint {folder} was written {layout_words(stage)}, this run is {layout_words(now)}",
-                f"Run {layout_words(stage)} again. {start_over(ctx)}",
-            )
-        )
-    if stage and processes != ctx.world.size:
-        raise LaunchError(
-            Problem(
-                "resources.processes",
-                f"the checkpoint {folder} was written by {processes} processes, this run has {ctx.world.size}",
-                f"DeepSpeed needs the same number: run with `--set` so that processes x nodes is {processes}. {start_over(ctx)}",
-            )
-        )
+    of_run = resumable.Saved(state["world_size"], state["zero_stage"])
+    reason = resumable.mismatch(of_run, zero_stage(ctx.resources), ctx.world.size)
+    if reason:
+        hint = f"Run as it was written: `slipway plan` says with which --set. {start_over(ctx)}"
+        raise LaunchError(Problem("resources", f"the checkpoint {folder} {reason}", hint))
 
 
 def start_over(ctx: Context) -> str:
     return f"To start over, remove {ctx.checkpoints.folder}."
-
-
-def layout_words(stage: int) -> str:
-    return f"under ZeRO-{stage}" if stage else "without DeepSpeed"
 
 
 def save_checkpoint(

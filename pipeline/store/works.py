@@ -1,0 +1,75 @@
+"""Work folders by what they work on. That is told from the whole id in job.json: a folder's name holds only its first digits,
+and the name that the step had when it began."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.work_folder import WorkFolder
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work folder, with what its job.json says; of one that cannot be read, nothing."""
+
+    folder: Path
+    step: str = ""
+    recipe: str = ""
+    artifact_id: str | None = None
+    input_ids: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(WorkFolder(self.folder).checkpoints)
+
+    def can_resume(self) -> bool:
+        """Whether a look at the sizes shows a complete checkpoint."""
+        return self.checkpoints.newest(hashes=False).path is not None
+
+
+def read_work(folder: Path) -> Work:
+    """The folder with as much of its job as can be read: one of another version still says what it needs."""
+    try:
+        job = json.loads(WorkFolder(folder).job_file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        job = None
+    if not isinstance(job, dict):
+        return Work(folder)
+    return Work(
+        folder,
+        step=text(job.get("step")) or "",
+        recipe=text(job.get("recipe")) or "",
+        artifact_id=text(job.get("artifact_id")),
+        input_ids=texts(job.get("input_ids")),
+        inputs=texts(job.get("inputs")),
+    )
+
+
+def text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def texts(value: Any) -> dict[str, str]:
+    return {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
+
+
+def work_folders(below: Path) -> list[Path]:
+    """The folders of `store.work`, sorted; hidden ones are none of ours."""
+    if not below.is_dir():
+        return []
+    return sorted(path for path in below.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def works_on(folders: Sequence[Path], artifact_id: str) -> Iterator[Work]:
+    """Those among the folders whose job makes the artifact, whatever its step was called."""
+    for folder in folders:
+        if folder.name.endswith(f"-{artifact_id[:8]}"):
+            work = read_work(folder)
+            if work.artifact_id == artifact_id:
+                yield work
