@@ -1,8 +1,7 @@
-"""A tiny chat model, real preference pairs, and a way to run a stage in this process or in several."""
+"""A tiny chat model, preference pairs, and a way to run a stage in this process or in several."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
+from tests import rows
 from tests.distributed.training_world import Job, run_forked
-from tests.integration.tiny_language_model import asked, make_tokenizer, real_data, said, write_split
+from tests.integration.tiny_language_model import as_pair, make_tokenizer, said, write_split
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,9 @@ class PreferenceWorld:
 
 def make_preference_world(folder: Path, *, num_pairs: int = 120, heldout: int = 40) -> PreferenceWorld:
     """A Llama of two layers with attention dropout, and polite and rude answers to the same questions."""
-    rows = json.loads(real_data("preferences/polite_rude_1100.json").read_text(encoding="utf-8"))[:num_pairs]
-    tokenizer = make_tokenizer([row["output"] for row in rows], vocabulary_size=600)
-    pairs = [
-        {
-            "prompt": asked(row),
-            "chosen": [said(row["chosen"])],
-            "rejected": [said(row["rejected"])],
-            "source": "short" if len(row["chosen"]) < 80 else "long",
-        }
-        for row in rows
-    ]
+    answered = rows.preferences(num_pairs)
+    tokenizer = make_tokenizer([row["output"] for row in answered], vocabulary_size=600)
+    pairs = [{**as_pair(row), "source": "short" if len(row["chosen"]) < 80 else "long"} for row in answered]
     same = {**pairs[-1], "rejected": pairs[-1]["chosen"]}
     too_long = {**pairs[-2], "chosen": [said(pairs[-2]["chosen"][0]["content"] * 40)]}
     preferences = write_split(folder / "preferences", [*pairs, same, too_long], heldout=heldout)
@@ -65,12 +57,12 @@ def make_model(folder: Path, tokenizer: Any, *, hidden: int = 48, seed: int = 0,
     return folder
 
 
-def tokenized(rows: Iterable[dict[str, Any]], tokenizer: Any, folder: Path, max_length_tokens: int = 512) -> Any:
-    """The rows as `Pairs`, kept in `folder`."""
+def tokenized(pairs: Iterable[dict[str, Any]], tokenizer: Any, folder: Path, max_length_tokens: int = 512) -> Any:
+    """The pairs as `Pairs`, kept in `folder`."""
     from stages.lib.preferring.pairs import Pairs, Part
 
     part = Part()
-    for index, row in enumerate(rows):
+    for index, row in enumerate(pairs):
         part.add(index, row, tokenizer, max_length_tokens)
     part.write(folder)
     return Pairs([folder])

@@ -10,28 +10,28 @@ from pipeline.settings.strict import validate
 from stages.encoder.answer import STAGE, AnswerParams
 from tests.integration.tiny_encoder import (
     losses,
+    request_encoder,
+    request_rows,
     require_exact_resume,
     run_task,
-    slot_questions,
-    snips_encoder,
-    snips_rows,
     write_data,
 )
+from tests.rows import slot_questions
 
 pytestmark = pytest.mark.slow
 
-INTENTS = ("AddToPlaylist", "BookRestaurant")
+INTENTS = ("add_to_playlist", "book_table")
 WINDOWS = {"max_length_tokens": 32, "stride_tokens": 8, "max_question_tokens": 12, "max_answer_tokens": 10}
 PARAMS = {"global_batch_size": 32, "max_steps": 120, "learning_rate": 3e-3, "warmup_steps": 10, **WINDOWS}
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return snips_encoder(tmp_path_factory.mktemp("encoder") / "bert", "bert")
+    return request_encoder(tmp_path_factory.mktemp("encoder") / "bert", "bert")
 
 
 def questions() -> list[dict]:
-    return slot_questions(row for row in snips_rows() if row["label"] in INTENTS)
+    return slot_questions(row for row in request_rows() if row["label"] in INTENTS)
 
 
 def test_learns_to_point_at_slots_and_publishes_a_reader_that_opens_as_one(encoder: Path, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_questions_without_answer_are_learned_and_left_unanswered(encoder: Path,
     """Asked for a playlist, a restaurant request has none; asked of a playlist request, there is one."""
     rows = [
         {"id": str(number), "context": row["text"], "question": "which playlist ?", "answers": answers}
-        for number, row in enumerate(snips_rows())
+        for number, row in enumerate(request_rows())
         if row["label"] in INTENTS
         for answers in [[slot(row, span) for span in row["spans"] if span["label"] == "playlist"][:1]]
     ]

@@ -11,7 +11,8 @@ import pytest
 
 from stages.data import clean, mix
 from stages.lib.on_policy.rewards import Completion, ExactMatchReward, Sample, check_rows, score_programmatic
-from tests.unit.running_stages import SHARED_DATA, Ran, needs_shared_data, run_stage
+from tests.rows import word_problems
+from tests.unit.running_stages import Ran, run_stage
 
 
 def cleaned(folder: Path, source: dict[str, Any], **params: Any) -> Ran:
@@ -73,19 +74,20 @@ def test_carried_columns_change_nothing_in_the_split(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-@needs_shared_data
-def test_rewards_find_the_answers_of_gsm8k(tmp_path: Path) -> None:
-    """The row of the first question carries an answer that ends in `#### 72`."""
+def test_rewards_find_the_answers_of_word_problems(tmp_path: Path) -> None:
+    """Each row carries an answer that ends in `#### ` and the sum of the two numbers of its question."""
+    lines = [json.dumps(row) + "\n" for row in word_problems(60)]
+    (tmp_path / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
     source = {
         "kind": "files",
-        "paths": [str(SHARED_DATA / "chat/gsm8k_train.jsonl")],
+        "paths": [str(tmp_path / "problems.jsonl")],
         "layout": "alpaca",
         "columns": {"instruction": "question", "output": "answer"},
         "carry": ["answer"],
     }
-    rows = cleaned(tmp_path / "rows", source, max_rows=500)
-    mixed = sides(run_stage(mix.STAGE, {}, tmp_path / "mixed", {"sources.gsm8k": rows.out}))
-    assert len(mixed) == 500
+    rows = cleaned(tmp_path / "rows", source, max_rows=50)
+    mixed = sides(run_stage(mix.STAGE, {}, tmp_path / "mixed", {"sources.problems": rows.out}))
+    assert len(mixed) == 50
     reward = ExactMatchReward(kind="exact_match", column="answer", extract=r"#### (\S+)")
     check_rows([reward], [(index, row["messages"][:1], row) for index, row in enumerate(mixed)])
     samples = [
@@ -93,4 +95,4 @@ def test_rewards_find_the_answers_of_gsm8k(tmp_path: Path) -> None:
         for index, row in enumerate(mixed)
         for text in (row["messages"][1]["content"], "I do not know.")
     ]
-    assert score_programmatic([reward], samples) == [[1.0, 0.0] * 500]
+    assert score_programmatic([reward], samples) == [[1.0, 0.0] * 50]

@@ -12,10 +12,10 @@ from pipeline.stage import Estimate, Forecast
 from stages.encoder.classify import STAGE, ClassifyParams
 from tests.integration.tiny_encoder import (
     losses,
+    request_encoder,
+    request_rows,
     require_exact_resume,
     run_task,
-    snips_encoder,
-    snips_rows,
     write_data,
 )
 
@@ -26,11 +26,11 @@ PARAMS = {"global_batch_size": 32, "max_steps": 60, "learning_rate": 2e-3, "warm
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return snips_encoder(tmp_path_factory.mktemp("encoder") / "modernbert", "modernbert")
+    return request_encoder(tmp_path_factory.mktemp("encoder") / "modernbert", "modernbert")
 
 
 def test_learns_intents_and_publishes_a_classifier_that_opens_as_one(encoder: Path, tmp_path: Path) -> None:
-    rows = snips_rows()
+    rows = request_rows()
     unseen = {"text": "is it raining ?", "label": "Chat"}
     long = {**rows[0], "text": f"{rows[0]['text']} please" * 20}
     data = write_data(tmp_path / "labels", rows[:2000], [*rows[-199:], unseen, long])
@@ -65,7 +65,7 @@ def test_learns_intents_and_publishes_a_classifier_that_opens_as_one(encoder: Pa
 
 
 def test_resumes_exactly(encoder: Path, tmp_path: Path) -> None:
-    data = write_data(tmp_path / "labels", snips_rows()[:40], snips_rows()[-10:])
+    data = write_data(tmp_path / "labels", request_rows()[:40], request_rows()[-10:])
     require_exact_resume(STAGE, {"encoder": encoder, "labels": data}, {"max_length_tokens": 48}, tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_refuses_an_encoder_with_holes(encoder: Path, tmp_path: Path) -> None:
     name = next(name for name in weights if name.endswith("layers.1.mlp.Wi.weight"))
     del weights[name]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    data = write_data(tmp_path / "labels", snips_rows()[:16], snips_rows()[-8:])
+    data = write_data(tmp_path / "labels", request_rows()[:16], request_rows()[-8:])
     with pytest.raises(ArtifactError, match=f"does not hold the weights {name}"):
         run_task(STAGE, {"encoder": broken, "labels": data}, PARAMS, tmp_path / "run")
 

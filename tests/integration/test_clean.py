@@ -21,7 +21,7 @@ from stages.lib.curation.filters import FILTERS, Filters, any_script_words, buil
 from stages.lib.curation.near_duplicates import Buckets, MinHash, choose_buckets
 from stages.lib.curation.normalization import Normalization, normalize_text
 from stages.lib.sources.layouts import LAYOUTS
-from tests.unit.running_stages import REPO_ROOT, SHARED_DATA, Ran, needs_shared_data, params_of, problems_of, run_stage
+from tests.unit.running_stages import REPO_ROOT, Ran, params_of, problems_of, run_stage
 
 LETTERS = "bcdfghklmn"
 
@@ -176,13 +176,16 @@ def test_words_of_any_script() -> None:
     assert found == ["It", "'", "s", "naïve_2", ",", "今", "天", "हिन्दी", "ไ", "ท", "ย", "!"]
 
 
-@needs_shared_data
-def test_filters_keep_novels_and_drop_tables(tmp_path: Path) -> None:
+def test_filters_drop_tables(tmp_path: Path) -> None:
     judge = build_judge(params_of(Filters, {"repetition": {}, "quality": {}}, tmp_path))
-    with gzip.open(SHARED_DATA / "text" / "litbank_20_novels.jsonl.gz", "rt", encoding="utf-8") as file:
+    assert judge("\n".join(f"{a} | {a * a} | {a**3}" for a in range(100))) == "quality_below_alpha_threshold"
+
+
+def test_filters_keep_novels(shared_data: Path, tmp_path: Path) -> None:
+    judge = build_judge(params_of(Filters, {"repetition": {}, "quality": {}}, tmp_path))
+    with gzip.open(shared_data / "text" / "litbank_20_novels.jsonl.gz", "rt", encoding="utf-8") as file:
         novel = json.loads(next(file))["text"][:20_000]
     assert judge(novel) is None
-    assert judge("\n".join(f"{a} | {a * a} | {a**3}" for a in range(100))) == "quality_below_alpha_threshold"
 
 
 # Normalization

@@ -1,4 +1,4 @@
-"""The distill stage: a small student of a tiny teacher that was trained for seconds on real text."""
+"""The distill stage: a small student of a tiny teacher that was trained for seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dpo stage on a tiny model and real pairs: its reference pass, what it learns, and what it refuses."""
+"""The dpo stage on a tiny model and pairs of answers: its reference pass, what it learns, and what it refuses."""
 
 from __future__ import annotations
 

@@ -482,16 +482,16 @@ def test_a_restart_measures_no_model_twice(
     shutil.rmtree(out)
     (tmp_path / "measured-model-even.json").unlink()
     loaded = []
-    from stages.lib.generating import replies as generation
+    from stages.lib.models import loading
     from stages.lib.preferring import reward_models
 
-    original = generation.load_language_model
+    original = loading.load_language_model
 
     def load_and_tell(folder: Path, device: str) -> Any:
         loaded.append(folder)
         return original(folder, device)
 
-    monkeypatch.setattr(generation, "load_language_model", load_and_tell)
+    monkeypatch.setattr(loading, "load_language_model", load_and_tell)
     monkeypatch.setattr(reward_models, "load_reward_model", lambda *args: pytest.fail("its scores are there"))
     second, out = evaluate(models, tmp_path, params, **inputs)
     assert loaded == [even]

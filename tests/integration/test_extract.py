@@ -14,16 +14,16 @@ from stages.lib.formulas.metrics import tally
 from stages.lib.text.frames import open_tokenizer, require_frame
 from tests.integration.tiny_encoder import (
     losses,
+    request_encoder,
+    request_rows,
     require_exact_resume,
     run_task,
-    snips_encoder,
-    snips_rows,
     write_data,
 )
 
 pytestmark = pytest.mark.slow
 
-INTENTS = ("AddToPlaylist", "BookRestaurant")
+INTENTS = ("add_to_playlist", "book_table")
 PARAMS = {
     "global_batch_size": 32,
     "max_steps": 80,
@@ -36,11 +36,11 @@ PARAMS = {
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return snips_encoder(tmp_path_factory.mktemp("encoder") / "bert", "bert")
+    return request_encoder(tmp_path_factory.mktemp("encoder") / "bert", "bert")
 
 
 def requests() -> list[dict]:
-    return [row for row in snips_rows() if row["label"] in INTENTS]
+    return [row for row in request_rows() if row["label"] in INTENTS]
 
 
 def test_learns_slots_in_windows_and_publishes_an_extractor_that_opens_as_one(encoder: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_spans_of_perfect_scores_are_the_spans_themselves(encoder: Path) -> 
                 logits[number, window.first + place, text.tags[window.start + place]] = 9.0
             number += 1
     exact = [text for text in texts if not text.counts]
-    assert len(exact) > 50
+    assert 40 < len(exact) < len(texts), "some Chinese names begin within a token"
     for text, found in zip(texts, found_spans(texts, logits, labels), strict=True):
         if text in exact:
             assert found == text.spans

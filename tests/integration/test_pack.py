@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import ArtifactError, DataError, Preempted
 from pipeline.settings.resources import Resources
-from pipeline.settings.strict import CHECKOUT
 from pipeline.stage import Context, Estimate, Forecast, Result, World
 from pipeline.store.artifact import list_files
 from pipeline.store.checkpoints import Checkpoints
@@ -25,8 +24,8 @@ from pipeline.store.journal import Journal
 from stages.data import pack, tokenizer
 from stages.lib.text.packed import Block, PackedTokens, TokensInfo, TokensWriter, read_info
 from stages.lib.text.tokenizers import load_tokenizer, tokenizer_digest
+from tests import rows
 
-REAL = CHECKOUT.parent / "shared" / "data" / "text"
 LENGTH = 16
 
 
@@ -207,19 +206,25 @@ def test_a_model_lends_its_tokenizer_and_nothing_else(
     assert list_files(tmp_path / "out") == list_files(packed[0])
 
 
-def test_real_text_in_two_languages(made: Path, tmp_path: Path) -> None:
-    """Every document decodes to the text that it was."""
-    if not REAL.is_dir():
-        pytest.skip(f"no real text at {REAL}")
-    texts = []
-    for name in ("tldr_pages", "d2l_zh"):
-        with gzip.open(REAL / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-            texts += [json.loads(line)["text"][:2000] for line, _ in zip(file, range(100), strict=False)]
-    run(write_text(tmp_path / "text", texts, texts[:5]), made, tmp_path / "out", sequence_length=128)
-    found, opened = PackedTokens(tmp_path / "out"), load_tokenizer(made)
-    assert found.num_documents == 200
+def require_unpacked(texts: list[str], made: Path, folder: Path) -> None:
+    """Asserts that every document decodes to the text that it was."""
+    run(write_text(folder / "text", texts, texts[:9]), made, folder / "out", sequence_length=128)
+    found, opened = PackedTokens(folder / "out"), load_tokenizer(made)
+    assert found.num_documents == len(texts)
     for index, each in enumerate(texts):
         assert opened.decode(found.document(index)[1:-1], clean_up_tokenization_spaces=False) == each
+
+
+def test_every_document_decodes_to_the_text_that_it_was(made: Path, tmp_path: Path) -> None:
+    require_unpacked(rows.texts(200), made, tmp_path)
+
+
+def test_real_text_in_two_languages(shared_data: Path, made: Path, tmp_path: Path) -> None:
+    texts = []
+    for name in ("tldr_pages", "d2l_zh"):
+        with gzip.open(shared_data / "text" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            texts += [json.loads(line)["text"][:2000] for line, _ in zip(file, range(100), strict=False)]
+    require_unpacked(texts, made, tmp_path)
 
 
 # What is refused.

@@ -1,4 +1,4 @@
-"""The reward stage on a tiny model and real pairs, and what a reward model's loader refuses."""
+"""The reward stage on a tiny model and pairs of answers, and what a reward model's loader refuses."""
 
 from __future__ import annotations
 

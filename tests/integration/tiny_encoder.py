@@ -1,11 +1,8 @@
-"""A tiny encoder trained for a few seconds with the masked objective, and rows of real data for the tasks on it."""
+"""A tiny encoder trained for a few seconds with the masked objective, and requests for the tasks on it."""
 
 from __future__ import annotations
 
 import functools
-import gzip
-import json
-import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ from pipeline.stage import Context, Result, Stage, World
 from pipeline.store.artifact import list_files
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
-from tests.integration.tiny_language_model import make_tokenizer, real_data
+from tests import rows
+from tests.integration.tiny_language_model import make_tokenizer
 
 MASKED_SHARE = 0.15
 BLOCK_TOKENS = 32
@@ -71,39 +69,14 @@ def framed(tokenizer: Any, text: str) -> list[int]:
 
 
 @functools.cache
-def snips_rows() -> list[dict[str, Any]]:
-    """Spoken requests with their intent as `label`, and their slots as `spans`, in a mixed order."""
-    with gzip.open(real_data("encoder/snips_train.jsonl.gz"), "rt", encoding="utf-8") as file:
-        rows = [snips_row(json.loads(line)) for line in file]
-    random.Random(0).shuffle(rows)
-    return rows
+def request_rows() -> list[dict[str, Any]]:
+    """Requests with their intent as `label`, and their slots as `spans`."""
+    return rows.requests(7000)
 
 
-def snips_encoder(folder: Path, architecture: str, *, steps: int = 100) -> Path:
+def request_encoder(folder: Path, architecture: str, *, steps: int = 100) -> Path:
     """An encoder trained on requests."""
-    return make_encoder(folder, [row["text"] for row in snips_rows()[:4000]], architecture=architecture, steps=steps)
-
-
-def snips_row(request: dict[str, Any]) -> dict[str, Any]:
-    text, spans = "", []
-    for piece in request["data"]:
-        if "entity" in piece:
-            spans.append({"start": len(text), "end": len(text) + len(piece["text"]), "label": piece["entity"]})
-        text += piece["text"]
-    return {"text": text, "label": request["intent"], "spans": spans}
-
-
-def slot_questions(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A question per kind of slot that a request has just once: its context is the request, its answer the slot."""
-    questions = []
-    for number, row in enumerate(rows):
-        labels = [span["label"] for span in row["spans"]]
-        for span in row["spans"]:
-            if labels.count(span["label"]) == 1:
-                answer = {"start": span["start"], "text": row["text"][span["start"] : span["end"]]}
-                asked = f"which {span['label'].replace('_', ' ')} ?"
-                questions.append({"id": f"{number}", "context": row["text"], "question": asked, "answers": [answer]})
-    return questions
+    return make_encoder(folder, [row["text"] for row in request_rows()[:4000]], architecture=architecture, steps=steps)
 
 
 def write_data(folder: Path, train: Iterable[dict[str, Any]], heldout: Iterable[dict[str, Any]]) -> Path:

@@ -1,22 +1,18 @@
-"""A tiny language model trained for a few seconds on real text, the artifacts around it, and a way to run a stage."""
+"""A tiny language model trained for a few seconds on the project's own rows, the artifacts around it, and a way to run a stage."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
+from tests import rows
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SEQUENCE_LENGTH = 64
 HELDOUT_BLOCKS = 40
 
@@ -32,26 +28,13 @@ class TinyWorld:
     texts: list[str]
 
 
-def real_data(name: str) -> Path:
-    """A file of the real data that lies beside the checkout. Skips the test where it does not."""
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"the real data is not there: {path}")
-    return path
-
-
 def make_world(folder: Path, *, steps: int = 80, hidden: int = 64, tied: bool = False) -> TinyWorld:
-    """A Llama of two layers, trained on help pages of command-line programs."""
-    texts = read_texts()
+    """A Llama of two layers, trained on help pages of programs that do not exist."""
+    texts = rows.texts(600)
     tokenizer = make_tokenizer(texts, vocabulary_size=1024)
     tokens = write_tokens(folder / "tokens", tokenizer, texts)
     model = train_model(folder / "model", tokenizer, tokens, steps=steps, hidden=hidden, tied=tied)
     return TinyWorld(model, tokens, write_chats(folder / "chats"), write_preferences(folder / "preferences"), texts)
-
-
-def read_texts() -> list[str]:
-    with gzip.open(real_data("text/tldr_pages.jsonl.gz"), "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file][:1500]
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
@@ -148,28 +131,26 @@ def train_model(folder: Path, tokenizer: Any, tokens: Path, *, steps: int, hidde
     return folder
 
 
-def write_split(folder: Path, rows: list[dict[str, Any]], heldout: int) -> Path:
+def write_split(folder: Path, split: list[dict[str, Any]], heldout: int) -> Path:
     from stages.lib.rows.canonical import write_rows
 
     folder.mkdir(parents=True)
-    write_rows(folder / "heldout.jsonl", rows[:heldout])
-    write_rows(folder / "train.jsonl", rows[heldout:])
+    write_rows(folder / "heldout.jsonl", split[:heldout])
+    write_rows(folder / "train.jsonl", split[heldout:])
     return folder
 
 
 def write_chats(folder: Path) -> Path:
-    rows = json.loads(real_data("chat/instruction_1100.json").read_text(encoding="utf-8"))
-    chats = [{"messages": [*asked(row), said(row["output"])]} for row in rows[:200]]
+    chats = [{"messages": [*asked(row), said(row["output"])]} for row in rows.exchanges(200)]
     return write_split(folder, chats, heldout=40)
 
 
 def write_preferences(folder: Path) -> Path:
-    rows = json.loads(real_data("preferences/polite_rude_1100.json").read_text(encoding="utf-8"))
-    pairs = [
-        {"prompt": asked(row), "chosen": [said(row["chosen"])], "rejected": [said(row["rejected"])]}
-        for row in rows[:80]
-    ]
-    return write_split(folder, pairs, heldout=30)
+    return write_split(folder, [as_pair(row) for row in rows.preferences(80)], heldout=30)
+
+
+def as_pair(row: Mapping[str, str]) -> dict[str, Any]:
+    return {"prompt": asked(row), "chosen": [said(row["chosen"])], "rejected": [said(row["rejected"])]}
 
 
 def asked(row: Mapping[str, str]) -> list[dict[str, str]]:

@@ -82,6 +82,9 @@ def test_losses_do_not_depend_on_how_a_step_is_spread(
     drifts = [loss / right - 1 for loss, right in zip(losses, expected, strict=True)]
     assert max(map(abs, drifts)) <= MAX_DRIFT
     assert abs(sum(drifts) / STEPS) <= MEAN_DRIFT
+    # AdamW hardly sees how large gradients are: a loss that is too small by the number of processes shows in their norm.
+    norms = [[line["gradient_norm"] for line in each.events("step")] for each in (job, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, value in reference.result()["metrics"].items():
         assert job.result()["metrics"][name] == pytest.approx(value, rel=MAX_DRIFT), name
 

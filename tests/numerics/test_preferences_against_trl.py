@@ -1,8 +1,7 @@
-"""TRL as the oracle: the same tokens, masks and losses as its DPO and reward trainers, on real pairs of answers."""
+"""TRL as the oracle: the same tokens, masks and losses as its DPO and reward trainers, on pairs of answers."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from stages.lib.preferring.answers import answer_logprobs
 from stages.lib.preferring.pairs import collate_pairs
 from stages.lib.preferring.reward_models import scores
 from tests.integration.preference_world import tokenized
-from tests.integration.tiny_language_model import asked, make_tokenizer, real_data, said
+from tests.integration.tiny_language_model import as_pair, make_tokenizer
+from tests.rows import preferences
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 """Slow, because importing TRL takes seconds; warnings are those of TRL and of what it imports."""
@@ -27,11 +27,7 @@ TRAINING: dict[str, Any] = {"global_batch_size": 8, "max_steps": 1, "learning_ra
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    file = real_data("preferences/polite_rude_1100.json")
-    return [
-        {"prompt": asked(row), "chosen": [said(row["chosen"])], "rejected": [said(row["rejected"])]}
-        for row in json.loads(file.read_text(encoding="utf-8"))[:8]
-    ]
+    return [as_pair(row) for row in preferences(8)]
 
 
 @pytest.fixture(scope="module")

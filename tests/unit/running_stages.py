@@ -1,4 +1,4 @@
-"""Runs one stage in this process, the way the worker does, and finds the real data that lies beside the checkout."""
+"""Runs one stage in this process, the way the worker does."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Reading, Strict, validate
@@ -20,9 +18,6 @@ from stages.lib.sources.params import FilesSource
 from stages.lib.sources.read import read_source
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-SHARED_DATA = REPO_ROOT.parent / "shared" / "data"
-
-needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is not there")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stages.lib.rows.canonical import FORMATS
 from stages.lib.sources.conversion import REASONS, REPAIRS, Conversion, Dropped
 from stages.lib.sources.layouts import LAYOUTS, convert_record
 from stages.lib.sources.params import LaidOutSource
-from tests.unit.running_stages import SHARED_DATA, needs_shared_data, read_files
+from tests.unit.running_stages import read_files
 
 Row = dict[str, Any]
 
@@ -652,36 +652,32 @@ REAL: list[tuple[str, dict[str, Any], int, dict[str, int], dict[str, int]]] = [
 ]
 
 
-@needs_shared_data
-@pytest.mark.parametrize(
-    ("name", "how", "kept", "dropped", "repaired"), REAL, ids=[f"{c[0]}-{c[1]['layout']}" for c in REAL]
-)
-def test_real_file(
-    name: str, how: dict[str, Any], kept: int, dropped: dict[str, int], repaired: dict[str, int], tmp_path: Path
-) -> None:
-    rows, ledger = read_files(tmp_path, paths=[str(SHARED_DATA / name)], **how)
-    assert (len(rows), dict(ledger.dropped), dict(ledger.repaired)) == (kept, dropped, repaired)
-    assert ledger.read == kept + sum(dropped.values())
-    format = LAYOUTS[how["layout"]].format
-    assert all(text.strip() for row in rows for text in FORMATS[format].texts(row))
-    if format == "questions":
-        places = [(row["context"], answer) for row in rows for answer in row["answers"]]
-        assert all(c[a["start"] : a["start"] + len(a["text"])] == a["text"] for c, a in places)
+@pytest.mark.parametrize("format", sorted({LAYOUTS[how["layout"]].format for _, how, *_ in REAL}))
+def test_real_files(format: str, shared_data: Path, tmp_path: Path) -> None:
+    """Of one format, each in its layout."""
+    files = [case for case in REAL if LAYOUTS[case[1]["layout"]].format == format]
+    for name, how, kept, dropped, repaired in files:
+        rows, ledger = read_files(tmp_path, paths=[str(shared_data / name)], **how)
+        assert (name, len(rows), dict(ledger.dropped), dict(ledger.repaired)) == (name, kept, dropped, repaired)
+        assert ledger.read == kept + sum(dropped.values())
+        assert all(text.strip() for row in rows for text in FORMATS[format].texts(row))
+        if format == "questions":
+            places = [(row["context"], answer) for row in rows for answer in row["answers"]]
+            assert all(c[a["start"] : a["start"] + len(a["text"])] == a["text"] for c, a in places)
 
 
-@needs_shared_data
-def test_first_rows_of_real_files(tmp_path: Path) -> None:
+def test_first_rows_of_real_files(shared_data: Path, tmp_path: Path) -> None:
     """Compared with what stands in the files, read here by eye."""
 
     def first(name: str, **how: Any) -> Row:
-        return read_files(tmp_path, paths=[str(SHARED_DATA / name)], **how)[0][0]
+        return read_files(tmp_path, paths=[str(shared_data / name)], **how)[0][0]
 
     weibo = first("encoder/weibo_ner_test.conll", layout="bio", token_separator="", strip_segment_digit=True)
     assert weibo == {
         "text": "一节课的时间真心感动了李开复感动",
         "spans": [{"start": 11, "end": 14, "label": "PER.NAM"}],
     }
-    wnut = read_files(tmp_path, paths=[str(SHARED_DATA / "encoder/wnut17_dev.conll")], layout="bio")[0][1]
+    wnut = read_files(tmp_path, paths=[str(shared_data / "encoder/wnut17_dev.conll")], layout="bio")[0][1]
     assert wnut["text"][wnut["spans"][0]["start"] : wnut["spans"][0]["end"]] == "Redondo Beach Blvd"
     snips = first("encoder/snips_test.jsonl.gz", layout="pieces", columns={"pieces": "data"})
     assert snips == {
@@ -703,8 +699,8 @@ def test_first_rows_of_real_files(tmp_path: Path) -> None:
     assert tools["messages"][2]["content"].startswith('<tool_call>\n{"name": "generate_invoice"')
     banking = first("encoder/banking77_train.csv", layout="label", columns={"label": "category"})
     assert banking == {"text": "I am still waiting on my card?", "label": "card_arrival"}
-    history = read_files(tmp_path, paths=[str(SHARED_DATA / "chat/oasst_zh_history.json")], layout="alpaca")[0]
-    raw = json.loads((SHARED_DATA / "chat/oasst_zh_history.json").read_bytes())
+    history = read_files(tmp_path, paths=[str(shared_data / "chat/oasst_zh_history.json")], layout="alpaca")[0]
+    raw = json.loads((shared_data / "chat/oasst_zh_history.json").read_bytes())
     longest = max(range(len(raw)), key=lambda index: len(raw[index]["history"]))
     assert [m["content"] for m in history[longest]["messages"][:4]] == [
         text for pair in raw[longest]["history"] for text in pair

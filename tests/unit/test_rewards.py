@@ -34,7 +34,7 @@ from stages.lib.on_policy.rewards import (
     score_programmatic,
 )
 from stages.lib.rows.canonical import Row
-from tests.unit.running_stages import SHARED_DATA, needs_shared_data, params_of, problems_of, read_files
+from tests.unit.running_stages import params_of, problems_of, read_files
 
 
 class Params(Strict):
@@ -129,13 +129,12 @@ def test_a_column_in_which_nothing_is_found_is_an_error() -> None:
         value(block, "#### 72", answer="72")
 
 
-@needs_shared_data
-def test_exact_match_on_the_answers_of_gsm8k(tmp_path: Path) -> None:
+def test_exact_match_on_the_answers_of_gsm8k(shared_data: Path, tmp_path: Path) -> None:
     """Each of the 7,473 answers ends in `#### ` and a number; the reference itself and the bare line are right, the same
     line with a 9 behind the number is wrong."""
     rows, ledger = read_files(
         tmp_path,
-        paths=[str(SHARED_DATA / "chat/gsm8k_train.jsonl")],
+        paths=[str(shared_data / "chat/gsm8k_train.jsonl")],
         layout="alpaca",
         columns={"instruction": "question", "output": "answer"},
         carry=["answer"],

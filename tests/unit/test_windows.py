@@ -24,21 +24,17 @@ from stages.lib.encoding.answering import (
 from stages.lib.formulas.metrics import answer_f1, exact_match, units
 from stages.lib.text.frames import Frame, encode, frame_of, open_tokenizer, require_frame
 from stages.lib.text.windows import cut, owned, windows_of
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
-SHARED_DATA = REPO_ROOT.parent / "shared" / "data"
-VOCABULARY = SHARED_DATA / "vocab" / "bert_base_chinese_vocab.txt"
-CMRC_DEV = SHARED_DATA / "encoder" / "cmrc2018_dev.json"
-
-needs_vocabulary = pytest.mark.skipif(not VOCABULARY.exists(), reason=f"{VOCABULARY} is not there")
-needs_cmrc = pytest.mark.skipif(not CMRC_DEV.exists(), reason=f"{CMRC_DEV} is not there")
+from tests.rows import chinese_questions
 
 WORDS = "who is the king of spain ? felipe rules since 2014 and lives in madrid .".split()
 
 
 @pytest.fixture(scope="module")
 def chinese() -> PreTrainedTokenizerBase:
-    return BertTokenizerFast(vocab=str(VOCABULARY), do_lower_case=False)
+    """Each character that the project's own questions use is a token, as in BERT's Chinese vocabulary."""
+    characters = {character for row in chinese_questions(60) for character in row["context"] + row["question"]}
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "1963", "\u4e2d", "\u5e74", *sorted(characters)]
+    return BertTokenizerFast(vocab={name: place for place, name in enumerate(names)}, do_lower_case=False)
 
 
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -49,7 +45,6 @@ def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", **special)
 
 
-@needs_vocabulary
 def test_a_sample_shaped_like_the_first_of_cmrc_is_cut_and_labelled_as_published(
     chinese: PreTrainedTokenizerBase,
 ) -> None:
@@ -59,25 +54,36 @@ def test_a_sample_shaped_like_the_first_of_cmrc_is_cut_and_labelled_as_published
     300 holds 300 - 18 = 282 tokens of context and the next begins 282 - 50 = 232 further on: 749 tokens need
     1 + ceil((749 - 282) / 232) = 4. The second begins at token 232, past the answer: (0, 0), as do the others.
     """
-    beginning = [5745, 2455, 7563, 3221, 784, 720]
-    question = "".join(chinese.convert_ids_to_tokens(beginning)) + "\u4e2d" * 9
+    question = "\u8c01\u5728\u5b66\u6821" + "\u4e2d" * 11
     context = "\u4e2d" * 30 + "1963\u5e74" + "\u4e2d" * (749 - 32)
     assert (len(chinese.tokenize(question)), len(chinese.tokenize(context))) == (15, 749)
     row = {"id": "0", "context": context, "question": question, "answers": [{"start": 30, "text": "1963\u5e74"}]}
     frame = require_frame(chinese, pair=True)
     cut_up = read_question(row, chinese, frame, max_length=300, stride=50, max_question=64)
     assert cut_up.labels == [(47, 48), (0, 0), (0, 0), (0, 0)]
-    assert cut_up.windows[0].ids[:7] == [101, *beginning]
+    asked = chinese.convert_tokens_to_ids(["[CLS]", *question, "[SEP]"])
+    assert cut_up.windows[0].ids[:17] == asked and chinese.unk_token_id not in asked
     assert [len(window.ids) for window in cut_up.windows] == [300, 300, 300, 749 - 3 * 232 + 18]
     assert chinese.decode(cut_up.windows[0].ids[47:49]) == "1963 \u5e74"
 
 
-@needs_vocabulary
-@needs_cmrc
-def test_cmrc_dev_is_cut_into_as_many_windows_as_published(chinese: PreTrainedTokenizerBase) -> None:
+def test_windows_are_those_of_the_tokenizer(chinese: PreTrainedTokenizerBase) -> None:
+    """Paragraphs of about 50 to 280 characters, beside questions of about 10, in windows of 100 that share 30."""
+    frame = require_frame(chinese, pair=True)
+    several = 0
+    for row in chinese_questions(60):
+        context, question = (encode(chinese, row[part])[0] for part in ("context", "question"))
+        windows = windows_of(frame, context, 100, 30, question)
+        assert_cut_like_the_tokenizer(chinese, row["question"], row["context"], windows, max_length=100, stride=30)
+        several += len(windows) > 1
+    assert 20 < several < 60
+
+
+def test_cmrc_dev_is_cut_into_as_many_windows_as_published(shared_data: Path) -> None:
+    chinese = BertTokenizerFast(vocab=str(shared_data / "vocab" / "bert_base_chinese_vocab.txt"), do_lower_case=False)
     frame = require_frame(chinese, pair=True)
     questions = windows = 0
-    for article in json.loads(CMRC_DEV.read_text(encoding="utf-8"))["data"]:
+    for article in json.loads((shared_data / "encoder" / "cmrc2018_dev.json").read_text(encoding="utf-8"))["data"]:
         for paragraph in article["paragraphs"]:
             context, _ = encode(chinese, paragraph["context"])
             for asked in paragraph["qas"]:
@@ -86,18 +92,19 @@ def test_cmrc_dev_is_cut_into_as_many_windows_as_published(chinese: PreTrainedTo
                 questions += 1
                 windows += len(cut_up)
                 if questions % 50 == 1:
-                    assert_cut_like_the_tokenizer(chinese, asked["question"], paragraph["context"], cut_up)
+                    texts = (asked["question"], paragraph["context"])
+                    assert_cut_like_the_tokenizer(chinese, *texts, cut_up, max_length=384, stride=128)
     assert (questions, windows) == (3219, 6254)
 
 
 def assert_cut_like_the_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, question: str, context: str, windows: list
+    tokenizer: PreTrainedTokenizerBase, question: str, context: str, windows: list, *, max_length: int, stride: int
 ) -> None:
     encoded = tokenizer(
         question,
         context,
-        max_length=384,
-        stride=128,
+        max_length=max_length,
+        stride=stride,
         truncation="only_second",
         return_overflowing_tokens=True,
     )

@@ -1,0 +1,312 @@
+"""Breaks the program on purpose, one way at a time, and sees whether the named tests notice. Not part of the test suite.
+
+    python -m tests.mutants                      # all of them: some minutes, those that train last
+    python -m tests.mutants "reference swapped"  # only those whose name contains it
+    python -m tests.mutants --list
+
+Each mutation is made in a copy of the checkout that has no real data beside it, after its tests have passed there. It is
+caught if every test that it names fails. Exit code 0: all caught; 1: one survived; 2: a text to replace is not found just
+once, so that the list below must follow the code, or a test fails without any mutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+TIMEOUT_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    where: str
+    """A file, or a folder in one of whose files the text stands: what moves within its room is found again."""
+    text: str
+    """Stands just once in `where`."""
+    replacement: str
+    tests: tuple[str, ...]
+    """Each must fail; of several cases of one test, any."""
+
+
+MUTATIONS = (
+    Mutation(
+        "a digest check skipped",
+        "pipeline/store/artifact.py",
+        "elif hashes and digest_file(path) != entry.sha256:",
+        "elif False:",
+        (
+            "tests/unit/test_checkpoints.py::test_a_damaged_checkpoint_is_passed_over_for_the_one_before",
+            "tests/unit/test_store.py::test_verify_names_what_differs",
+        ),
+    ),
+    Mutation(
+        "fsync left out of files and folders",
+        "pipeline/store",
+        "os.fsync(descriptor)",
+        "pass",
+        (
+            "tests/unit/test_durable.py::test_all_of_a_checkpoint_and_every_folder_on_the_way_is_flushed_before_its_list",
+            "tests/unit/test_durable.py::test_all_of_an_artifact_and_every_folder_on_the_way_is_flushed_before_it_appears",
+        ),
+    ),
+    Mutation(
+        "fsync left out of what replaces a file",
+        "pipeline/store",
+        "os.fsync(file.fileno())\n        temporary.replace(path)",
+        "pass\n        temporary.replace(path)",
+        (
+            "tests/unit/test_durable.py::test_all_of_a_checkpoint_and_every_folder_on_the_way_is_flushed_before_its_list",
+            "tests/unit/test_durable.py::test_all_of_an_artifact_and_every_folder_on_the_way_is_flushed_before_it_appears",
+        ),
+    ),
+    Mutation(
+        "fsync left out of a checkpoint",
+        "pipeline/store/checkpoints.py",
+        "        sync_below(folder)\n",
+        "",
+        (
+            "tests/unit/test_durable.py::test_all_of_a_checkpoint_and_every_folder_on_the_way_is_flushed_before_its_list",
+        ),
+    ),
+    Mutation(
+        "fsync left out of an artifact",
+        "pipeline/store/store.py",
+        "            sync_below(out)\n",
+        "",
+        (
+            "tests/unit/test_durable.py::test_all_of_an_artifact_and_every_folder_on_the_way_is_flushed_before_it_appears",
+        ),
+    ),
+    Mutation(
+        "gc forgets what artifacts were made from",
+        "pipeline/store/collect.py",
+        "input_ids.values()",
+        "input_ids.values() and []",
+        ("tests/unit/test_store.py::test_collection_keeps_current_plans_and_their_lineage",),
+    ),
+    Mutation(
+        "rotation keeps one checkpoint whatever is asked",
+        "pipeline/store/checkpoints.py",
+        "step not in good[-self.keep :]",
+        "step != good[-1]",
+        (
+            "tests/unit/test_checkpoints.py::test_rotation_keeps_the_newest_and_deletes_nothing_while_the_newest_does_not_verify",
+            "tests/unit/test_checkpoints.py::test_rotation_counts_only_good_checkpoints",
+        ),
+    ),
+    Mutation(
+        "end token out of the mask",
+        "stages/lib/text",
+        "mask[first:after] = [1] * (after - first)",
+        "mask[first : after - 1] = [1] * (after - first - 1)",
+        ("tests/unit/test_chat_template.py::test_ids_and_masks_are_those_of_apply_chat_template",),
+    ),
+    Mutation(
+        "held-out prompts are trained on",
+        "stages/lib/curation/mixing.py",
+        "row.content in contents or row.shared in shared",
+        "row.content in contents",
+        ("tests/integration/test_mix.py",),
+    ),
+    Mutation(
+        "warmup begins one step late",
+        "stages/lib/training/params.py",
+        "return (step + 1) / (warmup + 1)",
+        "return step / (warmup + 1)",
+        ("tests/unit/test_training_params.py",),
+    ),
+    Mutation(
+        "KL rewarded instead of paid for",
+        "stages/lib/formulas/policy_gradient.py",
+        "rewards_NK = -kl_coefficient * kl_NK * mask_NK",
+        "rewards_NK = kl_coefficient * kl_NK * mask_NK",
+        ("tests/numerics/test_policy_gradient.py", "tests/numerics/test_on_policy_loss.py::test_the_advantages_of_ppo"),
+    ),
+    Mutation(
+        "advantages see what the critic says of padding",
+        "stages/lib/formulas/policy_gradient.py",
+        "values_NK, rewards_NK = values_NK * mask_NK, rewards_NK * mask_NK",
+        "rewards_NK = rewards_NK * mask_NK",
+        ("tests/numerics/test_policy_gradient.py::test_advantages_do_not_see_padding",),
+    ),
+    Mutation(
+        "the critic learns from padding",
+        "stages/lib/on_policy",
+        'self.algorithm.value_coefficient * terms["value_loss"] * mask',
+        'self.algorithm.value_coefficient * terms["value_loss"]',
+        ("tests/numerics/test_on_policy_loss.py",),
+    ),
+    Mutation(
+        "a tie counts as lost",
+        "stages/lib/formulas/calibration.py",
+        "(chosen_N >= rejected_N).double()",
+        "(chosen_N > rejected_N).double()",
+        ("tests/numerics/test_heldout_scores.py",),
+    ),
+    Mutation(
+        "one half of the smoothed labels dropped",
+        "stages/lib/formulas/preference_losses.py",
+        " - label_smoothing * logsigmoid(-difference_N)",
+        "",
+        ("tests/numerics/test_preference_losses.py",),
+    ),
+    Mutation(
+        "all passes over the rows in one order",
+        "stages/lib/training/scheduling.py",
+        "np.random.PCG64([self.seed, epoch])",
+        "np.random.PCG64([self.seed, 0])",
+        ("tests/distributed/test_training_library.py",),
+    ),
+    # From here on tests train.
+    Mutation(
+        "reference swapped",
+        "stages/alignment/dpo.py",
+        "*ref_2N.chunk(2)]",
+        "*reversed(ref_2N.chunk(2))]",
+        (
+            "tests/integration/test_dpo.py::test_the_loss_starts_at_log_2",
+            "tests/integration/test_dpo.py::test_the_margin_is_beta_times_the_difference_of_changes",
+            "tests/numerics/test_preferences_against_trl.py::test_dpo",
+        ),
+    ),
+    Mutation(
+        "reference pass swapped",
+        "stages/lib/preferring/reference.py",
+        "reshape(2, -1).T",
+        "reshape(2, -1)[::-1].T",
+        (
+            "tests/integration/test_dpo.py::test_reference_logprobs_are_those_of_the_input_model",
+            "tests/integration/test_dpo.py::test_the_loss_starts_at_log_2",
+        ),
+    ),
+    Mutation(
+        "dropout does not depend on the position",
+        "stages/lib/training",
+        'int(batch["positions"][0])',
+        "0",
+        ("tests/distributed/test_training_library.py::test_dropout_differs_between_steps_and_is_repeated_by_a_seed",),
+    ),
+    Mutation(
+        "a rank's random state not restored",
+        "stages/lib/training",
+        'torch.manual_seed(seed_of(self.ctx.seed, int(batch["positions"][0])))',
+        "pass",
+        ("tests/distributed/test_training_resume.py::test_killed_in_a_step",),
+    ),
+    Mutation(
+        "loss of fixed data not multiplied by the number of processes",
+        "stages/lib/training",
+        "return loss_sum / torch.tensor(units, dtype=loss_sum.dtype) * self.ctx.world.size",
+        "return loss_sum / torch.tensor(units, dtype=loss_sum.dtype)",
+        ("tests/invariants/test_training_invariance.py::test_losses_do_not_depend_on_how_a_step_is_spread",),
+    ),
+    Mutation(
+        "loss of on-policy training not multiplied by the number of processes",
+        "stages/lib/on_policy",
+        "return loss.sum() / tokens * self.ctx.world.size",
+        "return loss.sum() / tokens",
+        ("tests/numerics/test_on_policy_loss.py::test_processes_do_not_change_the_loss",),
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="parts of names; all mutations without")
+    parser.add_argument("--list", action="store_true", help="print the mutations and what must notice them")
+    options = parser.parse_args(arguments)
+    chosen = [each for each in MUTATIONS if not options.names or any(name in each.name for name in options.names)]
+    if not chosen:
+        print(f"no mutation is named so: {', '.join(options.names)}; --list prints them", file=sys.stderr)
+        return 2
+    if options.list:
+        for each in chosen:
+            print(f"{each.name}  ({each.where})", *each.tests, sep="\n    ")
+        return 0
+    lost = [said for each in chosen if isinstance(said := place_of(CHECKOUT, each), str)]
+    if lost:
+        print(*lost, sep="\n", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder) / "checkout"
+        copy_checkout(copy)
+        return judge(copy, chosen)
+
+
+def place_of(checkout: Path, mutation: Mutation) -> Path | str:
+    """The file with the text to replace; a sentence where it does not stand just once."""
+    place = checkout / mutation.where
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place] if place.exists() else []
+    found = [path for path in files for _ in range(path.read_text(encoding="utf-8").count(mutation.text))]
+    if len(found) == 1:
+        return found[0]
+    times = "not found" if not found else f"found {len(found)} times"
+    return f"{mutation.name}: pattern {times} in {mutation.where}: {mutation.text.strip()!r}. Change it in tests/mutants.py."
+
+
+def copy_checkout(target: Path) -> None:
+    """Copies what git knows or would add, as it lies there now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=CHECKOUT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (CHECKOUT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(CHECKOUT / name, target / name)
+
+
+def judge(copy: Path, chosen: Sequence[Mutation]) -> int:
+    """Prints a line per mutation, with the tests that failed; returns the exit code."""
+    tests = sorted({test for each in chosen for test in each.tests})
+    broken, output = failed_tests(copy, tests)
+    if broken or output:
+        print("fails without any mutation:", *(broken or [output]), sep="\n    ", file=sys.stderr)
+        return 2
+    survivors = 0
+    for each in chosen:
+        place = place_of(copy, each)
+        assert isinstance(place, Path)
+        original = place.read_text(encoding="utf-8")
+        place.write_text(original.replace(each.text, each.replacement), encoding="utf-8")
+        failed, output = failed_tests(copy, each.tests)
+        place.write_text(original, encoding="utf-8")
+        blind = [test for test in each.tests if not any(name.startswith(test) for name in failed)]
+        survivors += bool(blind)
+        print(f"{'SURVIVED' if blind else 'caught  '}  {each.name}", flush=True)
+        for name in dict.fromkeys(name.partition("[")[0] for name in failed):
+            print(f"              failed: {name}", flush=True)
+        for name in blind:
+            print(f"              PASSED: {name} {output}".rstrip(), flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutations were caught")
+    return 1 if survivors else 0
+
+
+def failed_tests(copy: Path, tests: Sequence[str]) -> tuple[list[str], str]:
+    """The ids of the tests that failed; and what pytest said, where it could not run them, or skipped or found none."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"(no end after {TIMEOUT_SECONDS} s)"
+    lines = done.stdout.splitlines()
+    failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    passed = done.returncode in (0, 1) and "skipped" not in lines[-1]
+    return failed, "" if passed else f"(pytest: {(done.stdout + done.stderr)[-500:]})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
