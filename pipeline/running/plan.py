@@ -10,8 +10,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Problem, RecipeError
+from pipeline.errors import PathError, Problem, RecipeError
 from pipeline.recipe.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
+from pipeline.settings.paths import read_json
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Manifest, canonical_json, digest_bytes
 from pipeline.store.checkpoints import Newest
@@ -374,7 +375,6 @@ def merge(first: Estimate, second: Estimate) -> Estimate:
 
 def architecture_of(folder: Path) -> dict[str, Any] | None:
     try:
-        block = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / "config.json")
+    except PathError:
         return None
-    return block if isinstance(block, dict) else None

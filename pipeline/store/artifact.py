@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ArtifactError, Problem
+from pipeline.settings.paths import open_regular, status, unusable
 
 MANIFEST = "manifest.json"
 
@@ -125,12 +126,15 @@ class Manifest(BaseModel):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`. Raises `ArtifactError` if there is none, or it cannot be read."""
     path = folder / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if status(path) is None:
         raise ArtifactError(
             Problem(str(folder), "is not an artifact: it has no manifest.json", "Name a folder below runs/artifacts/.")
-        ) from None
+        )
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return Manifest.model_validate_json(file.read())
+    except OSError as error:
+        raise unusable(path, error) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -160,7 +164,7 @@ def write_json(path: Path, value: Any) -> None:
 def digest_file(path: Path | str) -> str:
     """SHA-256 of the file's content, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         while block := file.read(HASHED_AT_ONCE_BYTES):
             digest.update(block)
     return digest.hexdigest()

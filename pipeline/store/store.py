@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError, Problem, StoreError
+from pipeline.settings.paths import expanded, holds_file
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.artifact import MANIFEST, Facts, Manifest, differences, list_files, read_manifest, write_json
 from pipeline.store.checkpoints import Checkpoints, sync
@@ -54,7 +55,7 @@ class Store:
     """A folder of artifacts and of the work that makes them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().absolute()
+        self.folder = expanded(folder).absolute()
         self.artifacts = self.folder / "artifacts"
         self.work = self.folder / "work"
         self.recipes = self.folder / "recipes"
@@ -98,9 +99,8 @@ class Store:
 
         A step's name, or `recipe/step`, means the artifact it made in the plan that ran last.
         """
-        path = Path(name)
-        if (path / MANIFEST).exists():
-            return read_manifest(path).artifact_id, path
+        if holds_file(Path(name), MANIFEST):
+            return read_manifest(Path(name)).artifact_id, Path(name)
         matches = {artifact_id for artifact_id in self.all_ids() if len(name) >= 4 and artifact_id.startswith(name)}
         if not matches:
             for recipe, record in self.records().items():

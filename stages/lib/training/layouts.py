@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Problem, RecipeError, did_you_mean
+from pipeline.errors import PathError, Problem, RecipeError, did_you_mean, shown
+from pipeline.settings.paths import holds_file, read_json
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
 from pipeline.stage import Context
@@ -20,10 +20,10 @@ LAYOUTS = CHECKOUT / "ds_configs"
 
 def layout_path(name: str) -> Path:
     """The file of a memory layout: a name in ds_configs/ or the path of a file. Raises `RecipeError` if there is none."""
-    for path in (LAYOUTS / f"{name}.json", Path(name)):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in LAYOUTS.glob("*.json"))
+    packaged = {path.stem: path for path in LAYOUTS.glob("*.json")}
+    if path := packaged.get(name) or (Path(name) if holds_file(Path(), name) else None):
+        return path
+    known = sorted(packaged)
     raise RecipeError(
         Problem("resources.deepspeed", f"there is no memory layout {name!r} in ds_configs/", did_you_mean(name, known))
     )
@@ -31,13 +31,15 @@ def layout_path(name: str) -> Path:
 
 def read_layout(name: str) -> dict[str, Any]:
     """The DeepSpeed config of a memory layout. Raises `RecipeError` if it cannot be read."""
-    path = layout_path(name)
+    path, hint = layout_path(name), "Compare with ds_configs/zero2.json."
     try:
-        layout = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(Problem(str(path), f"is not JSON: {error}", "Compare with ds_configs/zero2.json.")) from None
-    if not isinstance(layout, dict):
-        raise RecipeError(Problem(str(path), "must hold one JSON object", "Compare with ds_configs/zero2.json."))
+        layout = read_json(path)
+    except PathError as error:
+        raise RecipeError(*error.problems) from None
+    zero = layout.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        what = f"its zero_optimization is {shown(zero)}, and not a mapping whose `stage` is 0, 1, 2 or 3"
+        raise RecipeError(Problem(str(path), what, hint))
     return layout
 
 
