@@ -8,6 +8,12 @@ from pipeline.errors import RecipeError, shown
 from pipeline.settings.paths import is_file, read_json
 from pipeline.store.artifact import Kind
 
+SIZES = frozenset(
+    "vocab_size hidden_size n_embd dim intermediate_size num_hidden_layers n_layer n_layers num_attention_heads n_head "
+    "n_heads max_position_embeddings n_positions pad_token_id".split()
+)
+"""Fields of a config that a plan reckons with."""
+
 
 def kind_of_folder(path: Path) -> Kind:
     """What a model or tokenizer folder that is no artifact of ours holds, read from its config.json.
@@ -22,6 +28,11 @@ def kind_of_folder(path: Path) -> Kind:
             f"{path} is no artifact, model or tokenizer folder. It has neither manifest.json nor config.json."
         )
     block = read_json(config)
+    for name in SIZES & block.keys():
+        if block[name] is not None and type(block[name]) is not int:
+            raise RecipeError(
+                f"{config} has {shown(block[name])} as `{name}`, which is a whole number. Save the model again."
+            )
     architectures = block.get("architectures") or [""]
     if not isinstance(architectures, list):
         raise RecipeError(

@@ -83,6 +83,5 @@ def index_in(items: list[Any], key: str, path: str, where: str) -> int:
     """The position in a list that a key of a path means. Raises `RecipeError` if there is none."""
     if key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(items):
         return int(key)
-    has = f"its items are {path}.0 to {path}.{len(items) - 1}" if items else "it is empty"
-    what = f"'{path}' is a list, and has no item '{shown(key, quoted=False)}': {has}"
-    raise RecipeError(Problem(where, what, f"Name one of them, or set the whole list: {path}=[...]."))
+    what = f"'{shown(path, quoted=False)}' is a list of {len(items)}, and has no item {shown(key)}"
+    raise RecipeError(Problem(where, what, "Items count from 0. To add one, set the whole list: path=[...]."))

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.errors import PathError, Problem, RecipeError
 from pipeline.recipe.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
 from pipeline.settings.paths import read_json
+from pipeline.settings.strict import content_of
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Manifest, canonical_json, digest_bytes
 from pipeline.store.checkpoints import Newest
@@ -207,7 +208,7 @@ class StepPlanner:
         identity = {
             "kind": self.step.stage.kind,
             "version": self.step.stage.version,
-            "params": self.step.params.model_dump(mode="json", context=self.digest),
+            "params": content_of(self.step.params, self.digest),
             "seed": self.step.seed,
             "inputs": input_ids,
         }

@@ -30,7 +30,7 @@ from pydantic import (
     ValidationInfo,
     WrapValidator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, did_you_mean, shown
 from pipeline.settings.paths import expanded, kind_of_file, matching, status
@@ -84,7 +84,9 @@ class Reading:
         places = " and ".join(str(folder) for folder in dict.fromkeys([*self.folders, CHECKOUT]))
         looked = "" if expanded(name).is_absolute() else f" (looked below {places})"
         return PydanticCustomError(
-            "missing_file", "no such file or folder: {name}{looked}", {"name": name, "looked": looked}
+            "missing_file",
+            "no such file or folder: {name}{looked}",
+            {"name": shown(name, quoted=False), "looked": looked},
         )
 
 
@@ -103,6 +105,19 @@ def resolve_outside_path(path: Path, info: ValidationInfo) -> Path:
 def name_by_content(path: Path, info: SerializationInfo) -> str:
     """The path itself, or in an identity (where the context is a digest function) the digest of what it holds."""
     return info.context(path) if callable(info.context) else str(path)
+
+
+def content_of(params: Strict, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """The params as plain values, with `digest(path)` where they name files: what decides the result.
+
+    Raises what `digest` raises.
+    """
+    try:
+        return params.model_dump(mode="json", context=digest)
+    except PydanticSerializationError as error:
+        if isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
 
 
 OutsidePath = Annotated[

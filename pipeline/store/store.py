@@ -55,7 +55,8 @@ class Store:
     """A folder of artifacts and of the work that makes them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = expanded(folder).absolute()
+        # Also the working folder's name, where it is part of the path, must be text: it is written down.
+        self.folder = expanded(expanded(folder).absolute())
         self.artifacts = self.folder / "artifacts"
         self.work = self.folder / "work"
         self.recipes = self.folder / "recipes"

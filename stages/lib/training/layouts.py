@@ -40,6 +40,10 @@ def read_layout(name: str) -> dict[str, Any]:
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         what = f"its zero_optimization is {shown(zero)}, and not a mapping whose `stage` is 0, 1, 2 or 3"
         raise RecipeError(Problem(str(path), what, hint))
+    for name in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(name, {}), dict):
+            what = f"its zero_optimization.{name} is {shown(zero[name])}, and not a mapping with a `device`"
+            raise RecipeError(Problem(str(path), what, "Compare with ds_configs/zero3_offload.json."))
     return layout
 
 
