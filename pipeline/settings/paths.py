@@ -129,9 +129,11 @@ def read_json(path: Path) -> dict[str, Any]:
     where, hint = shown(str(path), quoted=False), "Write it again with what made it."
     try:
         block = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PathError(Problem(where, f"is not JSON: {error}", hint)) from None
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise PathError(Problem(where, f"is not JSON: {reason}", hint)) from None
+        what = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
+        raise PathError(Problem(where, what, hint)) from None
     if not isinstance(block, dict):
         raise PathError(Problem(where, "is not a JSON object", hint))
     return block
@@ -158,8 +160,14 @@ def matching(pattern: Path) -> list[str]:
 def once(paths: Iterable[str], seen: set[tuple[int, int]]) -> Iterator[str]:
     """The folders among the paths that were not seen before, each under the first of its names."""
     for path in paths:
-        found = status(path)
-        if found is not None and stat.S_ISDIR(found.st_mode) and (found.st_dev, found.st_ino) not in seen:
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            # Among what a pattern matches, a link that leads nowhere is no folder.
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                continue
+            raise unusable(path, error) from None
+        if stat.S_ISDIR(found.st_mode) and (found.st_dev, found.st_ino) not in seen:
             seen.add((found.st_dev, found.st_ino))
             yield path
 
