@@ -27,6 +27,9 @@ SHOWN_CHARACTERS = 80
 """Of what was given, as a message repeats it."""
 
 
+SHOWN_PATH_CHARACTERS = 400
+
+
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
@@ -91,13 +94,18 @@ class Preempted(Exception):
     """A stage was asked to stop, saved a complete checkpoint, and stopped."""
 
 
-def shown(value: object, *, quoted: bool = True) -> str:
+def shown(value: object, *, quoted: bool = True, characters: int = SHOWN_CHARACTERS) -> str:
     """What was given, as a message repeats it: cut in the middle where it is long. With `quoted` as Python writes it."""
     text = repr(value) if quoted else str(value)
-    if len(text) <= SHOWN_CHARACTERS:
+    if len(text) <= characters:
         return text
-    head = SHOWN_CHARACTERS * 2 // 3
-    return f"{text[:head]}...{text[head - SHOWN_CHARACTERS :]} ({len(text):,} characters)"
+    head = characters * 2 // 3
+    return f"{text[:head]}...{text[head - characters :]} ({len(text):,} characters)"
+
+
+def shown_path(path: object) -> str:
+    """A path as a message names it, which is to be copied from there: only one that can be none is cut."""
+    return shown(str(path), quoted=False, characters=SHOWN_PATH_CHARACTERS)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

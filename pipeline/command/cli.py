@@ -23,7 +23,7 @@ from pipeline.errors import (
     SlipwayError,
     StoreError,
     did_you_mean,
-    shown,
+    shown_path,
 )
 from pipeline.recipe.outside import kind_of_folder
 from pipeline.recipe.reader import load_recipe
@@ -83,12 +83,12 @@ def open_store(path: Path | None) -> Store:
     """The store, which need not be there yet. Raises `StoreError` or `PathError` where none can be."""
     store = Store(path or Path(os.environ.get("SLIPWAY_STORE") or "runs"))
     hint = "Choose another place with --store or SLIPWAY_STORE."
-    where = shown(str(store.folder), quoted=False)
+    where = shown_path(store.folder)
     if len(os.fsencode(store.folder)) > LONGEST_STORE_BYTES:
         raise StoreError(Problem(where, "is too long for a store: paths below it could not be used", hint))
     there = nearest_there(store.folder)
     if not there.is_dir():
-        raise StoreError(Problem(where, f"cannot be a store: {shown(str(there), quoted=False)} is no folder", hint))
+        raise StoreError(Problem(where, f"cannot be a store: {shown_path(there)} is no folder", hint))
     return store
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, SlipwayError, did_you_mean, shown
+from pipeline.errors import (
+    MOST_PROBLEMS,
+    PathError,
+    Problem,
+    RecipeError,
+    SlipwayError,
+    did_you_mean,
+    shown,
+    shown_path,
+)
 from pipeline.recipe.graph import in_order, needed_for
 from pipeline.recipe.outside import kind_of_folder
 from pipeline.recipe.overrides import apply_overrides
@@ -197,7 +206,7 @@ class Reader:
         try:
             path = self.context().find(name)
             if path is None:
-                self.problem(where, f"no such folder: {shown(name, quoted=False)}", "Correct the path.")
+                self.problem(where, f"no such folder: {shown_path(name)}", "Correct the path.")
                 return None
             if is_file(path / MANIFEST):
                 manifest = read_manifest(path)

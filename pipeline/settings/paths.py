@@ -15,7 +15,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PathError, Problem, shown
+from pipeline.errors import PathError, Problem, shown, shown_path
 
 SENTENCES = {
     errno.ENAMETOOLONG: ("is longer than a path can be", "Shorten it."),
@@ -43,7 +43,7 @@ KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a dev
 def unusable(path: Path | str, error: OSError) -> PathError:
     """The error of the system as a sentence."""
     what, hint = SENTENCES.get(error.errno or 0, (f"cannot be used: {error.strerror or error}", "Check the path."))
-    return PathError(Problem(shown(str(path), quoted=False), what, hint))
+    return PathError(Problem(shown_path(path), what, hint))
 
 
 def expanded(name: Path | str) -> Path:
@@ -60,7 +60,7 @@ def expanded(name: Path | str) -> Path:
     except RuntimeError:
         user = Path(text).parts[0]
         what = f"nobody's home folder is known as {shown(user, quoted=False)}"
-        raise PathError(Problem(shown(text, quoted=False), what, "Write the path in full.")) from None
+        raise PathError(Problem(shown_path(text), what, "Write the path in full.")) from None
 
 
 def status(path: Path | str) -> os.stat_result | None:
@@ -106,7 +106,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
         return descriptor
     os.close(descriptor)
     what = f"is {kind_of_file(found) or 'a folder'}, and a file is needed"
-    raise PathError(Problem(shown(str(path), quoted=False), what, "Name a file."))
+    raise PathError(Problem(shown_path(path), what, "Name a file."))
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -119,14 +119,14 @@ def read_file(path: Path, most_bytes: int) -> bytes:
         raise unusable(path, error) from None
     if max(size, len(content)) > most_bytes:
         what = f"has {max(size, len(content)):,} bytes, and {most_bytes:,} are the most that is read"
-        raise PathError(Problem(shown(str(path), quoted=False), what, "Name a smaller file."))
+        raise PathError(Problem(shown_path(path), what, "Name a smaller file."))
     return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `PathError` where it cannot be read, or is no JSON object."""
     content = read_file(path, READABLE_JSON_BYTES)
-    where, hint = shown(str(path), quoted=False), "Write it again with what made it."
+    where, hint = shown_path(path), "Write it again with what made it."
     try:
         block = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -196,6 +196,6 @@ def named(folder: str, pattern: str, left: list[int]) -> list[str]:
     left[0] -= len(names)
     if left[0] < 0:
         what = f"a pattern that looks at more than {MOST_ENTRIES:,} files and folders stops here"
-        raise PathError(Problem(shown(folder, quoted=False), what, "Write a narrower pattern."))
+        raise PathError(Problem(shown_path(folder), what, "Write a narrower pattern."))
     visible = names if pattern.startswith(".") else [name for name in names if not name.startswith(".")]
     return [os.path.join(folder, name) for name in fnmatch.filter(visible, pattern)]

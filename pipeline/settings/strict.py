@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticSerializationError
 
-from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, did_you_mean, shown
+from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, did_you_mean, shown, shown_path
 from pipeline.settings.paths import expanded, kind_of_file, matching, status
 from pipeline.settings.yaml_loader import load_yaml
 
@@ -86,7 +86,7 @@ class Reading:
         return PydanticCustomError(
             "missing_file",
             "no such file or folder: {name}{looked}",
-            {"name": shown(name, quoted=False), "looked": looked},
+            {"name": shown_path(name), "looked": looked},
         )
 
 
