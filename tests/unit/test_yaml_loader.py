@@ -213,7 +213,7 @@ class Documents:
         self.anchors = 0
 
     def text(self) -> str:
-        blocks = [f"k{i}: {self.anchor()}{self.value(0)}" for i in range(self.random.randint(1, 12))]
+        blocks = [f"k{i}: {self.node(0)}" for i in range(self.random.randint(1, 12))]
         text = self.random.choice(["", "", "", "--- ", "%YAML 1.2\n---\n", "!!map\n"]) + "\n".join(blocks)
         if self.random.random() < 0.3:
             cut = self.random.randrange(len(text))
@@ -224,24 +224,28 @@ class Documents:
             )
         return text
 
-    def anchor(self) -> str:
-        if self.random.random() < 0.5:
-            return ""
+    def node(self, level: int) -> str:
+        """A value, half of them with an anchor, which only what stands after it refers to."""
+        value = self.value(level)
+        if value.startswith(("*", "&")) or self.random.random() < 0.5:
+            return value
         self.anchors += 1
-        return f"&n{self.anchors} "
+        return f"&n{self.anchors} {value}"
 
     def value(self, level: int) -> str:
         kind = self.random.random()
         if level > 6 or kind < 0.25:
-            return self.random.choice(self.SCALARS)
+            ordinary = self.random.random() < 0.95
+            return self.random.choice(("a", "1", "2e-5", "true", "~", "'x'", "b c") if ordinary else self.SCALARS)
         if kind < 0.5 and self.anchors:
-            count = self.random.choice([1, 1, 9, 200])
+            count = self.random.choice([1, 1, 1, 9, 200])
             names = [f"*n{self.random.randint(1, self.anchors)}" for _ in range(count)]
             return names[0] if count == 1 else f"[{', '.join(names)}]"
-        inner = [self.anchor() + self.value(level + 1) for _ in range(self.random.randint(0, 4))]
+        inner = [self.node(level + 1) for _ in range(self.random.randint(0, 4))]
         if kind < 0.7:
             return f"[{', '.join(inner)}]"
-        keys = [self.random.choice(["a", "b", "<<", "<<", "1", "? [x]", "*n1 ", "&k q"]) for _ in inner]
+        odd = ["<<", "<<", "1", "? [x]", "*n1 ", "&k q"]
+        keys = [f"a{i}" if self.random.random() < 0.95 else self.random.choice(odd) for i in range(len(inner))]
         return "{" + ", ".join(f"{key}: {value}" for key, value in zip(keys, inner, strict=True)) + "}"
 
 
