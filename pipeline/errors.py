@@ -2,6 +2,7 @@
 
     SlipwayError
     +-- RecipeError   (ValueError)    the recipe: every problem of it at once
+    +-- PathError     (ValueError)    a path that names nothing a command can read
     +-- DataError     (ValueError)    rows, files or formats that a stage cannot use
     +-- ArtifactError (ValueError)    an artifact that is damaged, missing or of the wrong kind
     +-- GateError     (ValueError)    a result that misses the bar the recipe set for it
@@ -17,6 +18,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+MOST_PROBLEMS = 100
+"""After so many, a reader stops looking for more: who mends these sees the others next time."""
+
+
+SHOWN_CHARACTERS = 80
+"""Of what was given, as a message repeats it."""
+
+
+SHOWN_PATH_CHARACTERS = 400
+
 
 EXIT_DONE = 0
 EXIT_CRASH = 1
@@ -50,6 +62,10 @@ class RecipeError(SlipwayError, ValueError):
     """The recipe cannot be planned."""
 
 
+class PathError(SlipwayError, ValueError):
+    """A path that no file can have, that leads nowhere, or whose file is not one to read."""
+
+
 class DataError(SlipwayError, ValueError):
     """Data from outside, or rows of an artifact, that the stage cannot use."""
 
@@ -78,10 +94,26 @@ class Preempted(Exception):
     """A stage was asked to stop, saved a complete checkpoint, and stopped."""
 
 
+def shown(value: object, *, quoted: bool = True, characters: int = SHOWN_CHARACTERS) -> str:
+    """What was given, as a message repeats it: cut in the middle where it is long. With `quoted` as Python writes it."""
+    text = repr(value) if quoted else str(value)
+    if len(text) <= characters:
+        return text
+    head = characters * 2 // 3
+    return f"{text[:head]}...{text[head - characters :]} ({len(text):,} characters)"
+
+
+def shown_path(path: object) -> str:
+    """A path as a message names it, which is to be copied from there: only one that can be none is cut."""
+    return shown(str(path), quoted=False, characters=SHOWN_PATH_CHARACTERS)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`Did you mean 'x'?` for the nearest known word, else the list of known words."""
-    known = list(known)
-    nearest = difflib.get_close_matches(word, known, n=1)
+    """`Did you mean 'x'?` for the nearest known word, else the list of known words, or of the first of very many."""
+    # Comparing takes long for long words, and for many.
+    known = [name for name in known if len(name) <= SHOWN_CHARACTERS]
+    nearest = difflib.get_close_matches(word[:SHOWN_CHARACTERS], known[:MOST_PROBLEMS], n=1)
     if nearest:
         return f"Did you mean '{nearest[0]}'?"
-    return f"Known: {', '.join(known)}." if known else ""
+    more = f" and {len(known) - MOST_PROBLEMS:,} more" if len(known) > MOST_PROBLEMS else ""
+    return f"Known: {', '.join(known[:MOST_PROBLEMS])}{more}." if known else ""

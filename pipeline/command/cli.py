@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
 
 from launch import LAUNCHERS
 from pipeline.command import reports
-from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, Problem, RecipeError, SlipwayError, did_you_mean
+from pipeline.errors import (
+    EXIT_CRASH,
+    EXIT_USER_ERROR,
+    Problem,
+    RecipeError,
+    SlipwayError,
+    StoreError,
+    did_you_mean,
+    shown_path,
+)
+from pipeline.recipe.outside import kind_of_folder
 from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
 from pipeline.running.plan import Action, Plan, make_plan
 from pipeline.running.unfinished import take_over
-from pipeline.store.disk import refusal
+from pipeline.settings.paths import holds_file, nearest_there, unusable
+from pipeline.store.artifact import MANIFEST
+from pipeline.store.digests import outside_files
+from pipeline.store.disk import NO_ROOM, refusal
 from pipeline.store.store import Store
 from stages import STAGES
+
+LONGEST_STORE_BYTES = 3500
+"""The longest path that Linux takes has 4,095; what lies in a store takes some hundred of them."""
+
+
+LONGEST_LINE_CHARACTERS = 2000
+"""Of an error's line. What a recipe gives may be megabytes long, and a message repeats it."""
+
 
 app = typer.Typer(
     name="slipway",
@@ -60,7 +82,16 @@ NameArgument = Annotated[
 
 
 def open_store(path: Path | None) -> Store:
-    return Store(path or Path(os.environ.get("SLIPWAY_STORE") or "runs"))
+    """The store, which need not be there yet. Raises `StoreError` or `PathError` where none can be."""
+    store = Store(path or Path(os.environ.get("SLIPWAY_STORE") or "runs"))
+    hint = "Choose another place with --store or SLIPWAY_STORE."
+    where = shown_path(store.folder)
+    if len(os.fsencode(store.folder)) > LONGEST_STORE_BYTES:
+        raise StoreError(Problem(where, "is too long for a store: paths below it could not be used", hint))
+    there = nearest_there(store.folder)
+    if not there.is_dir():
+        raise StoreError(Problem(where, f"cannot be a store: {shown_path(there)} is no folder", hint))
+    return store
 
 
 def planned(
@@ -257,7 +288,11 @@ def chat(
 ) -> None:
     """Talk to a causal model with its own chat template and stop ids. /reset starts anew, /exit ends."""
     path = Path(model)
-    if not (path / "config.json").exists():
+    if holds_file(path, "config.json"):
+        if not holds_file(path, MANIFEST):
+            kind_of_folder(path)
+        outside_files(path)
+    else:
         _, path = open_store(store).resolve(model)
     os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "1"})
     from stages.lib.generating.chat import chat as talk
@@ -275,33 +310,60 @@ def chat(
     talk(path, read_line, write, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
-def main() -> Any:
+def main() -> None:
     """The console script: user errors, and disks that refuse, end with exit code 2 and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets its escape.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except SlipwayError as error:
-        problems = [str(problem) for problem in error.problems]
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if len(problems) > 1:
-            print(f"{len(problems)} problems; nothing was run.", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        refuse([str(problem) for problem in error.problems])
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(EXIT_CRASH)
     except OSError as error:
-        refused = refusal(error, Path.cwd())
-        if refused is None:
-            raise
-        print(f"error: {refused}", file=sys.stderr)
         # What could not be written must not be tried once more at the end.
+        if error.filename is None and error.errno in NO_ROOM:
+            drop_output()
+            refuse([str(problem) for problem in unusable("the output", error).problems])
+        if refused := refusal(error, Path.cwd()):
+            drop_output()
+            refuse([str(refused)])
+        if error.filename is None:
+            raise
+        refuse([str(problem) for problem in unusable(error.filename, error).problems])
+
+
+def refuse(problems: list[str]) -> NoReturn:
+    """Says what is wrong, and ends the process."""
+    for problem in problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    if len(problems) > 1:
+        print(f"{len(problems)} problems; nothing was run.", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what would command a terminal, and cut in the middle where it is very long."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    if len(text) <= LONGEST_LINE_CHARACTERS:
+        return text
+    half = LONGEST_LINE_CHARACTERS // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def drop_output() -> None:
+    """Has the interpreter's last flush succeed, whose failure would be printed otherwise."""
+    if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":

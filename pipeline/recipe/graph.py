@@ -10,15 +10,15 @@ def in_order(names: Sequence[str], upstream: Mapping[str, Sequence[str]]) -> tup
 
     `upstream` maps a stage to stages among `names`. Where some wait for each other, they stand at the end, as written.
     """
-    done: list[str] = []
+    done: dict[str, None] = {}
     waiting = list(names)
     while waiting:
         ready = next((name for name in waiting if all(step in done for step in upstream.get(name, ()))), None)
         if ready is None:
-            return done + waiting, cycle_among(waiting, upstream)
-        done.append(ready)
+            return [*done, *waiting], cycle_among(waiting, upstream)
+        done[ready] = None
         waiting.remove(ready)
-    return done, []
+    return list(done), []
 
 
 def cycle_among(waiting: Sequence[str], upstream: Mapping[str, Sequence[str]]) -> list[str]:

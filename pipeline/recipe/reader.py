@@ -10,15 +10,41 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.errors import Problem, RecipeError, SlipwayError, did_you_mean
+from pipeline.errors import (
+    MOST_PROBLEMS,
+    PathError,
+    Problem,
+    RecipeError,
+    SlipwayError,
+    did_you_mean,
+    shown,
+    shown_path,
+)
 from pipeline.recipe.graph import in_order, needed_for
 from pipeline.recipe.outside import kind_of_folder
-from pipeline.recipe.recipe import HUB, Hub, Outside, Recipe, RecipeStep, Source, Upstream, upstream_of
+from pipeline.recipe.overrides import apply_overrides
+from pipeline.recipe.recipe import (
+    HUB,
+    NAME,
+    NAME_RULE,
+    REPOSITORY,
+    Hub,
+    Outside,
+    Recipe,
+    RecipeStep,
+    Source,
+    Upstream,
+    upstream_of,
+)
+from pipeline.settings.paths import is_file
 from pipeline.settings.resources import LAYOUTS, Resources, find_layout
 from pipeline.settings.strict import CHECKOUT, Reading, Strict, validate
-from pipeline.settings.yaml_loader import load_yaml, parse_yaml
+from pipeline.settings.yaml_loader import load_yaml
 from pipeline.stage import Input, Stage
 from pipeline.store.artifact import MANIFEST, Kind, read_manifest
+
+MOST_STAGES = 1000
+"""Of a recipe. Looking up what each of many thousands stands on takes long, and no one reads such a plan."""
 
 
 class StageSpec(Strict):
@@ -39,8 +65,8 @@ class StageSpec(Strict):
 class RecipeFile(Strict):
     """The top level of a recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    """Lower-case letters, digits, `-` and `_`."""
+    name: str = Field(pattern=NAME)
+    """Lower-case letters, digits, `-` and `_`, at most 64 of them."""
     description: str = ""
     """A sentence for readers."""
     seed: int = Field(default=42, ge=0)
@@ -57,7 +83,7 @@ def load_recipe(
     path: Path, stages: Mapping[str, Stage], launchers: Collection[str], overrides: Iterable[str] = ()
 ) -> Recipe:
     """The recipe in `path`, checked. Raises one `RecipeError` with everything that is wrong with it."""
-    found = Reading([Path.cwd()]).find(str(path))
+    found = Reading([Path.cwd()]).find_file(str(path))
     if found is None:
         known = sorted(str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "pipeline" / "recipes").glob("*.yaml"))
         raise RecipeError(Problem(str(path), "no such recipe", f"Recipes that come along: {', '.join(known)}."))
@@ -65,49 +91,9 @@ def load_recipe(
     document, problems = load_yaml(found)
     if not isinstance(document, dict):
         raise RecipeError(Problem(str(path), "is not a recipe: a mapping of fields is expected at its top"))
-    problems += apply_overrides(document, overrides)
+    problems += apply_overrides(document, overrides, list(RecipeFile.model_fields), list(StageSpec.model_fields))
     reader = Reader(where=f"{path}: ", folders=[found.parent], stages=stages, launchers=launchers, problems=problems)
     return reader.read(document, found, overrides)
-
-
-def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> list[Problem]:
-    """Applies `--set a.b=c` to the document. A path that starts with a stage's name means below that stage:
-    `align.beta=0.2` is `stages.align.params.beta=0.2`."""
-    problems = []
-    blocks = document.get("stages")
-    stages = blocks if isinstance(blocks, dict) else {}
-    for override in overrides:
-        target, separator, text = override.partition("=")
-        keys = target.strip().split(".")
-        if not separator or not all(keys):
-            problems.append(
-                Problem(f"--set {override}", "is not of the form path=value", "Write --set align.beta=0.2.")
-            )
-            continue
-        if keys[0] not in RecipeFile.model_fields:
-            if keys[0] not in stages:
-                hint = did_you_mean(keys[0], [*stages, *RecipeFile.model_fields])
-                problems.append(Problem(f"--set {override}", f"the recipe has no stage '{keys[0]}'", hint))
-                continue
-            below = keys[1:] if keys[1:2] and keys[1] in StageSpec.model_fields else ["params", *keys[1:]]
-            keys = ["stages", keys[0], *below]
-        try:
-            value, duplicates = parse_yaml(text, f"--set {override}")
-        except RecipeError as error:
-            problems += [problem for problem in error.problems if isinstance(problem, Problem)]
-            continue
-        problems += duplicates
-        place: Any = document
-        for key in keys[:-1]:
-            if place.get(key) is None:
-                place[key] = {}
-            place = place[key]
-            if not isinstance(place, dict):
-                problems.append(Problem(f"--set {override}", f"'{key}' is not a mapping", "Check the path."))
-                break
-        else:
-            place[keys[-1]] = value
-    return problems
 
 
 @dataclass
@@ -124,6 +110,10 @@ class Reader:
         return Reading(list(self.folders))
 
     def problem(self, where: str, what: str, hint: str = "") -> None:
+        if len(self.problems) >= MOST_PROBLEMS:
+            raise RecipeError(
+                *unique(self.problems), Problem(self.where + where, what, f"{hint} More was not looked for.")
+            )
         self.problems.append(Problem(self.where + where, what, hint))
 
     def check(self, model: type[Any], value: Any, where: str) -> Any:
@@ -136,6 +126,7 @@ class Reader:
         self.problems += [Problem(self.where + p.where, p.what, p.hint) for p in problems]
         blocks = document.get("stages")
         blocks = blocks if isinstance(blocks, dict) else {}
+        self.check_names(blocks)
         specs = {
             name: spec for name, block in blocks.items() if (spec := self.check(StageSpec, block, f"stages.{name}"))
         }
@@ -155,6 +146,15 @@ class Reader:
         assert top is not None
         return Recipe(path=path, name=top.name, overrides=overrides, outputs=tuple(top.outputs), steps=tuple(steps))
 
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises `RecipeError` at once for more stages than a recipe may have."""
+        if len(names) > MOST_STAGES:
+            what = f"has {len(names):,} stages, and {MOST_STAGES:,} are the most"
+            raise RecipeError(*self.problems, Problem(f"{self.where}stages", what, "Divide it into several recipes."))
+        for name in names:
+            if not re.fullmatch(NAME, name):
+                self.problem(f"stages.{shown(name, quoted=False)}", "is no name for a stage", f"Allowed: {NAME_RULE}.")
+
     def read_inputs(self, name: str, spec: StageSpec, known: set[str]) -> dict[str, Source]:
         """Role -> source, roles that take several flattened to `role.name`."""
         stage = self.stages.get(spec.kind)
@@ -169,7 +169,10 @@ class Reader:
                 continue
             if isinstance(value, Mapping) and (declared is None or declared.many):
                 for key, item in value.items():
-                    if source := self.read_source(item, f"{where}.{key}", known):
+                    if not re.fullmatch(NAME, str(key)):
+                        place = f"{where}.{shown(key, quoted=False)}"
+                        self.problem(place, "is no name for an input", f"Allowed: {NAME_RULE}.")
+                    elif source := self.read_source(item, f"{where}.{key}", known):
                         sources[f"{role}.{key}"] = source
             elif declared and declared.many:
                 self.problem(where, "takes several: name each", f"Write `{role}: {{some_name: {value}}}`.")
@@ -179,29 +182,33 @@ class Reader:
 
     def read_source(self, value: Any, where: str, known: set[str]) -> Source | None:
         if not isinstance(value, str):
-            self.problem(where, f"must be a stage's name, a path or {HUB}owner/name@revision, not {value!r}")
+            self.problem(where, f"must be a stage's name, a path or {HUB}owner/name@revision, not {shown(value)}")
         elif value in known:
             return Upstream(value)
         elif value.startswith(HUB):
             repository, _, revision = value.removeprefix(HUB).partition("@")
-            if re.fullmatch(r"[0-9a-f]{40}", revision):
+            given = shown(value)
+            if not re.fullmatch(REPOSITORY, repository) or ".." in repository or "--" in repository:
+                self.problem(where, f"{given} names no repository of the hub", f"Write {HUB}owner/name@revision.")
+            elif re.fullmatch(r"[0-9a-f]{40}", revision):
                 return Hub(repository, revision)
-            hint = f"Write {HUB}{repository}@<40 hex digits>: the commit shown on the repository's page."
-            self.problem(where, f"'{value}' names no exact revision", hint)
+            else:
+                hint = f"Write {HUB}{repository}@<40 hex digits>: the commit shown on the repository's page."
+                self.problem(where, f"{given} names no exact revision", hint)
         elif "/" in value or value.startswith((".", "~")):
-            path = self.context().find(value)
-            if path is None:
-                self.problem(where, f"no such folder: {value}", "Correct the path.")
-                return None
-            return self.read_outside(path, where)
+            return self.read_outside(value, where)
         else:
             hint = did_you_mean(value, sorted(known)) + " A path needs a '/'."
-            self.problem(where, f"there is no stage '{value}'", hint)
+            self.problem(where, f"there is no stage '{shown(value, quoted=False)}'", hint)
         return None
 
-    def read_outside(self, path: Path, where: str) -> Outside | None:
+    def read_outside(self, name: str, where: str) -> Outside | None:
         try:
-            if (path / MANIFEST).exists():
+            path = self.context().find(name)
+            if path is None:
+                self.problem(where, f"no such folder: {shown_path(name)}", "Correct the path.")
+                return None
+            if is_file(path / MANIFEST):
                 manifest = read_manifest(path)
                 return Outside(path, manifest.artifact_kind, manifest.artifact_id)
             return Outside(path, kind_of_folder(path))
@@ -223,7 +230,8 @@ class Reader:
     def check_outputs(self, outputs: list[Any], names: list[str], upstream: Mapping[str, list[str]]) -> None:
         for index, output in enumerate(outputs):
             if output not in names:
-                self.problem(f"outputs.{index}", f"there is no stage '{output}'", did_you_mean(str(output), names))
+                what = f"there is no stage '{shown(output, quoted=False)}'"
+                self.problem(f"outputs.{index}", what, did_you_mean(str(output), names))
         used = needed_for([output for output in outputs if output in names], upstream)
         for name in names:
             if name not in used and outputs:
@@ -290,7 +298,11 @@ class Reader:
             )
         elif own.launcher == "local" and own.world_size > 1:
             self.problem(f"{where}.launcher", "'local' starts one process", "Use torchrun or deepspeed.")
-        layout = find_layout(own.deepspeed, self.context()) if own.deepspeed else None
+        try:
+            layout = find_layout(own.deepspeed, self.context()) if own.deepspeed else None
+        except PathError as error:
+            self.problem(f"{where}.deepspeed", str(error))
+            return None
         if own.deepspeed and layout is None:
             known = sorted(path.stem for path in LAYOUTS.glob("*.json"))
             self.problem(

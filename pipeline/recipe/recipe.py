@@ -20,6 +20,17 @@ __all__ = ["HUB", "Hub", "Outside", "Recipe", "RecipeStep", "Resources", "Source
 HUB = "hub:"
 
 
+NAME = "^[a-z0-9][a-z0-9_-]{0,63}$"
+"""What recipes, stages and the names in roles that take several are called. Folders and files carry these names."""
+
+
+NAME_RULE = "lower-case letters, digits, - and _, at most 64, the first a letter or a digit"
+
+
+REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?"
+"""What a repository of the hub can be called."""
+
+
 @dataclass(frozen=True)
 class Upstream:
     """An input that another step of the recipe makes."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Problem, RecipeError
+from pipeline.errors import PathError, Problem, RecipeError
 from pipeline.recipe.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
 from pipeline.running.reasons import Action, Reason, difference
 from pipeline.running.unfinished import Unfinished, find_unfinished
+from pipeline.settings.paths import read_json
+from pipeline.settings.strict import content_of
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Manifest, canonical_json, digest_bytes, intruders, read_manifest
 from pipeline.store.digests import Digests, cache_file
@@ -174,7 +175,7 @@ class StepPlanner:
         identity = {
             "kind": self.step.stage.kind,
             "version": self.step.stage.version,
-            "params": self.step.params.model_dump(mode="json", context=self.known.digest),
+            "params": content_of(self.step.params, self.known.digest),
             "seed": self.step.seed,
             "inputs": input_ids,
         }
@@ -352,7 +353,6 @@ def merge(first: Estimate, second: Estimate) -> Estimate:
 
 def architecture_of(folder: Path) -> dict[str, Any] | None:
     try:
-        block = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / "config.json")
+    except PathError:
         return None
-    return block if isinstance(block, dict) else None

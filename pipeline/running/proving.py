@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import ArtifactError, Preempted, Problem, SlipwayError
+from pipeline.errors import ArtifactError, PathError, Preempted, Problem, SlipwayError
 from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
 from pipeline.store.artifact import MANIFEST, intruders, read_manifest
@@ -44,8 +44,8 @@ def prove_inputs(job: Job, journal: Journal, stop_requested: Callable[[], bool])
 def outside_problems(where: str, path: Path, expected: str, digests: Digests) -> list[Problem]:
     try:
         found = digests.of(path)
-    except OSError as error:
-        found = f"it cannot be read: {error.strerror}"
+    except PathError as error:
+        found = f"it cannot be read: {error}"
     if found == expected:
         return []
     what = f"{path} has changed since the step was planned"

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.settings.strict import CHECKOUT, OutsidePath, Reading, Strict
+from pipeline.settings.strict import CHECKOUT, OutsideFile, Reading, Strict
 
 LAYOUTS = CHECKOUT / "ds_configs"
 
@@ -21,7 +21,7 @@ class Resources(Strict):
     """Processes per node: one per GPU, or on a CPU as many as share the work."""
     nodes: int = Field(default=1, ge=1)
     """Number of machines."""
-    hostfile: OutsidePath | None = None
+    hostfile: OutsideFile | None = None
     """DeepSpeed's hostfile (`host slots=8` lines), needed for more than one node with the deepspeed launcher."""
     rendezvous: str | None = None
     """`host:port` of the first node, needed for more than one node with torchrun."""
@@ -54,6 +54,9 @@ class Resources(Strict):
 
 
 def find_layout(name: str, context: Reading) -> Path | None:
-    """The DeepSpeed config that `name` means: one of ds_configs/ by its name, or a path."""
-    packaged = LAYOUTS / f"{name}.json"
-    return packaged if packaged.is_file() else context.find(name) if name.endswith(".json") else None
+    """The DeepSpeed config that `name` means: one of ds_configs/ by its name, or a path. None if there is none.
+
+    Raises `PathError` if the path leads to something else than a file.
+    """
+    packaged = {path.stem: path for path in LAYOUTS.glob("*.json")}
+    return packaged.get(name) or (context.find_file(name) if name.endswith(".json") else None)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ast
 import functools
-import glob
 import inspect
 import itertools
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -30,9 +30,10 @@ from pydantic import (
     ValidationInfo,
     WrapValidator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticSerializationError
 
-from pipeline.errors import Problem, RecipeError, did_you_mean
+from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, did_you_mean, shown, shown_path
+from pipeline.settings.paths import expanded, kind_of_file, matching, status
 from pipeline.settings.yaml_loader import load_yaml
 
 # Else pydantic looks for plugins in the metadata of every installed package before it builds the first model, which `plan`
@@ -60,19 +61,32 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
 
     def find(self, name: str) -> Path | None:
-        """The existing file or folder that `name` means, or None."""
-        path = Path(name).expanduser()
-        for folder in [Path(), *self.folders, CHECKOUT] if path.is_absolute() else [*self.folders, CHECKOUT]:
-            candidate = folder / path
-            if candidate.exists():
-                return candidate.resolve()
+        """The existing file or folder that `name` means, or None. Raises `PathError` if it means something else."""
+        path = expanded(name)
+        for folder in [*self.folders, CHECKOUT]:
+            found = status(folder / path)
+            if found is None:
+                continue
+            if other := kind_of_file(found):
+                raise PathError(Problem(name, f"is {other}, and a file or folder is needed", "Name another."))
+            # The name that links lead to is written down too, so it must be text as well.
+            return expanded((folder / path).resolve())
         return None
+
+    def find_file(self, name: str) -> Path | None:
+        """As `find`, and raises `PathError` for a folder too."""
+        found = self.find(name)
+        if found is not None and found.is_dir():
+            raise PathError(Problem(name, "is a folder, and a file is needed", "Name the file in it."))
+        return found
 
     def missing(self, name: str) -> PydanticCustomError:
         places = " and ".join(str(folder) for folder in dict.fromkeys([*self.folders, CHECKOUT]))
-        looked = "" if Path(name).is_absolute() else f" (looked below {places})"
+        looked = "" if expanded(name).is_absolute() else f" (looked below {places})"
         return PydanticCustomError(
-            "missing_file", "no such file or folder: {name}{looked}", {"name": name, "looked": looked}
+            "missing_file",
+            "no such file or folder: {name}{looked}",
+            {"name": shown_path(name), "looked": looked},
         )
 
 
@@ -93,10 +107,39 @@ def name_by_content(path: Path, info: SerializationInfo) -> str:
     return info.context(path) if callable(info.context) else str(path)
 
 
+def content_of(params: Strict, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """The params as plain values, with `digest(path)` where they name files: what decides the result.
+
+    Raises what `digest` raises.
+    """
+    try:
+        return params.model_dump(mode="json", context=digest)
+    except PydanticSerializationError as error:
+        if isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
+
+
 OutsidePath = Annotated[
     Path, Field(strict=False), AfterValidator(resolve_outside_path), PlainSerializer(name_by_content, return_type=str)
 ]
 """A file or folder that is no artifact. It must exist; in identities its content's digest stands for it."""
+
+
+def require_file(path: Path) -> Path:
+    if not path.is_file():
+        raise PathError(Problem(str(path), "is a folder, and a file is needed", "Name the file in it."))
+    return path
+
+
+def require_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise PathError(Problem(str(path), "is a file, and a folder is needed", "Name the folder that it stands in."))
+    return path
+
+
+OutsideFile = Annotated[OutsidePath, AfterValidator(require_file)]
+OutsideFolder = Annotated[OutsidePath, AfterValidator(require_folder)]
 
 
 def expand_globs(patterns: list[str], info: ValidationInfo) -> list[str]:
@@ -104,11 +147,11 @@ def expand_globs(patterns: list[str], info: ValidationInfo) -> list[str]:
     context = reading(info)
     paths = []
     for pattern in patterns:
-        if not glob.has_magic(pattern):
+        if not has_magic(pattern):
             paths.append(pattern)
             continue
         for folder in [*context.folders, CHECKOUT]:
-            if matches := sorted(glob.glob(str(folder / Path(pattern).expanduser()), recursive=True)):
+            if matches := matching(folder / expanded(pattern)):
                 paths += matches
                 break
         else:
@@ -121,16 +164,24 @@ def inline(value: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> A
     if not isinstance(value, str):
         return handler(value)
     context = reading(info)
-    path = context.find(value)
+    path = context.find_file(value)
     if path is None:
         raise context.missing(value)
-    block, problems = load_yaml(path)
+    try:
+        block, problems = load_yaml(path)
+    except RecipeError as error:
+        context.problems += [problem for problem in error.problems if isinstance(problem, Problem)]
+        raise PydanticCustomError(REPORTED, "the file's own problems say it") from None
     context.problems += problems
     context.folders.insert(0, path.parent)
     try:
         return handler(block)
     finally:
         context.folders.pop(0)
+
+
+REPORTED = "reported"
+"""The type of an error whose sentences stand in `Reading.problems`."""
 
 
 Block = TypeVar("Block", bound=BaseModel)
@@ -147,7 +198,7 @@ def validate(
     context = context or Reading([Path.cwd()])
     context.problems = []
     if not isinstance(value, Mapping):
-        return None, [Problem(where, f"must be a mapping of fields, not {value!r}", "Write `field: value` lines.")]
+        return None, [Problem(where, f"must be a mapping of fields, not {shown(value)}", "Write `field: value` lines.")]
     try:
         return model.model_validate(value, context=context), context.problems
     except ValidationError as error:
@@ -169,10 +220,12 @@ EXPECTED = {
 
 def problems_of(error: ValidationError, model: type[BaseModel], where: str) -> Iterator[Problem]:
     """Pydantic's errors in the words of a recipe's author."""
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MOST_PROBLEMS]:
         loc = [str(part) for part in item["loc"]]
         path = ".".join([where, *loc]) if where else ".".join(loc)
         kind, given = item["type"], item["input"]
+        if kind == REPORTED:
+            continue
         if kind == "extra_forbidden":
             yield Problem(path, "unknown field", did_you_mean(loc[-1], field_names(model, loc[:-1])))
         elif kind == "missing":
@@ -182,14 +235,14 @@ def problems_of(error: ValidationError, model: type[BaseModel], where: str) -> I
             hint = (
                 "Remove the quotes." if isinstance(given, str) and looks_like_a_number(given) else f"Write {expected}."
             )
-            yield Problem(path, f"must be {expected}, not the {type_name(given)} {given!r}", hint)
+            yield Problem(path, f"must be {expected}, not the {type_name(given)} {shown(given)}", hint)
         elif kind == "missing_file":
             yield Problem(path, item["msg"], "Correct the path.")
         elif kind == "value_error":
             yield Problem(path, str(item["ctx"]["error"]))
         else:
             yield Problem(
-                path, f"{item['msg'][:1].lower()}{item['msg'][1:]}, not {given!r}", description_of(model, loc)
+                path, f"{item['msg'][:1].lower()}{item['msg'][1:]}, not {shown(given)}", description_of(model, loc)
             )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ArtifactError, Problem
+from pipeline.errors import ArtifactError, PathError, Problem
+from pipeline.settings.paths import open_regular
 from pipeline.store.durable import read_file
 
 MANIFEST = "manifest.json"
@@ -153,6 +154,8 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         hint = "Mend or remove it; its recipe makes the artifact again."
         raise ArtifactError(Problem(str(path), f"cannot be read: {error.strerror or error}", hint)) from None
+    except PathError as error:
+        raise ArtifactError(*error.problems) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -175,7 +178,7 @@ def digest_bytes(data: bytes) -> str:
 def digest_file(path: Path | str) -> str:
     """SHA-256 of the file's content, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         while block := file.read(HASHED_AT_ONCE_BYTES):
             digest.update(block)
     return digest.hexdigest()

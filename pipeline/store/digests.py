@@ -13,6 +13,8 @@ import os
 import time
 from pathlib import Path
 
+from pipeline.errors import PathError, Problem
+from pipeline.settings.paths import expanded, kind_of_file, unusable
 from pipeline.store.artifact import canonical_json, digest_bytes, digest_file
 from pipeline.store.durable import write_json
 
@@ -25,8 +27,13 @@ SETTLING_SECONDS = 2.0
 
 def cache_file() -> Path:
     own, common = os.environ.get("SLIPWAY_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(own) if own else Path(common or "~/.cache") / "slipway"
-    return folder.expanduser().absolute() / "digests.json"
+    if own:
+        return expanded(own).absolute() / "digests.json"
+    try:
+        return expanded(Path(common or "~/.cache") / "slipway").absolute() / "digests.json"
+    except PathError:
+        # A user without a home folder, as in some containers, remembers nothing: below a file nothing can be.
+        return Path(os.devnull) / "digests.json"
 
 
 class Digests:
@@ -40,7 +47,16 @@ class Digests:
         self.new: dict[str, list[str]] = {}
 
     def of(self, path: Path) -> str:
-        """`sha256:...` of the content: of a file its bytes, of a folder the names and bytes of the files below it."""
+        """`sha256:...` of the content: of a file its bytes, of a folder the names and bytes of the files below it.
+
+        Raises `PathError` where it cannot be read.
+        """
+        try:
+            return self.found(path)
+        except OSError as error:
+            raise unusable(error.filename or path, error) from None
+
+    def found(self, path: Path) -> str:
         is_folder = path.is_dir()
         stats = outside_files(path) if is_folder else {"": path.stat()}
         seen = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats.items()]
@@ -81,7 +97,10 @@ def read_digests(file: Path) -> dict[str, list[str]]:
 
 def outside_files(folder: Path) -> dict[str, os.stat_result]:
     """Relative path -> status of the files below an outside folder that count as its content, sorted by path: no caches,
-    no installed packages, nothing hidden. Strings, not paths: a folder may hold thousands, and `plan` looks at them all."""
+    no installed packages, nothing hidden. Strings, not paths: a folder may hold thousands, and `plan` looks at them all.
+
+    Raises `PathError` for what cannot be read to its end, such as a pipe, and for names that are no text.
+    """
     found = {}
     ahead = [(str(folder), "")]
     while ahead:
@@ -93,5 +112,26 @@ def outside_files(folder: Path) -> dict[str, os.stat_result]:
                 if entry.is_dir(follow_symlinks=False):
                     ahead.append((entry.path, f"{prefix}{entry.name}/"))
                 elif entry.is_file():
-                    found[prefix + entry.name] = entry.stat()
+                    found[prefix + require_text(entry)] = entry.stat()
+                else:
+                    refuse_endless(entry)
     return dict(sorted(found.items()))
+
+
+def require_text(entry: os.DirEntry[str]) -> str:
+    """The name of the entry. Raises `PathError` if it is not UTF-8: it is written down as text in many places."""
+    try:
+        entry.name.encode()
+    except UnicodeError:
+        raise PathError(Problem(ascii(entry.path), "has a name that is not UTF-8", "Rename it.")) from None
+    return entry.name
+
+
+def refuse_endless(entry: os.DirEntry[str]) -> None:
+    """Raises `PathError` for a pipe, a socket or a device. Links to folders, or to nothing, are no content."""
+    try:
+        other = kind_of_file(entry.stat())
+    except OSError:
+        return
+    if other:
+        raise PathError(Problem(entry.path, f"is {other}, and no part of a data set or model", "Remove it."))

@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArtifactError, Problem, StoreError
+from pipeline.errors import ArtifactError, PathError, Problem, StoreError, shown_path
+from pipeline.settings.paths import expanded, holds_file, status
 from pipeline.store.artifact import MANIFEST, Facts, Manifest, list_files, read_manifest, sealed
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import CHANGE_RIGHTS, MOVE, writing
@@ -90,9 +91,8 @@ class Store:
 
         A step's name, or `recipe/step`, means the artifact it made in the plan that its recipe ran last.
         """
-        path = Path(name)
-        if is_there(path / MANIFEST):
-            return read_manifest(path).artifact_id, path
+        if holds_file(Path(name), MANIFEST):
+            return read_manifest(Path(name)).artifact_id, Path(name)
         meanings = self.meanings(name)
         if not meanings:
             raise ArtifactError(
@@ -246,15 +246,16 @@ class Store:
 def usable(folder: Path) -> Path:
     """The absolute path of a store. Raises `StoreError` if no folder can be there."""
     try:
-        folder = folder.expanduser().absolute()
+        # Also the working folder's name, where it is part of the path, must be text: it is written down.
+        folder = expanded(expanded(folder).absolute())
+        status(folder)
         nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        folder.exists()
-    except (RuntimeError, ValueError, OSError) as error:
-        said = error.strerror if isinstance(error, OSError) else str(error)
-        raise StoreError(Problem(str(folder), f"cannot be a store: {said}", MOVE)) from None
+        status(nearest)
+    except PathError as error:
+        said = "; ".join(str(problem.what if isinstance(problem, Problem) else problem) for problem in error.problems)
+        raise StoreError(Problem(shown_path(str(folder)), f"cannot be a store: it {said}", MOVE)) from None
     if not nearest.is_dir():
-        what = "is no folder" if nearest == folder else f"lies below {nearest}, which is no folder"
-        raise StoreError(Problem(str(folder), f"cannot be a store: it {what}", MOVE))
+        raise StoreError(Problem(str(folder), f"cannot be a store: {nearest} is no folder", MOVE))
     return folder
 
 

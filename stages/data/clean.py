@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +13,14 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import DataError, Problem
 from pipeline.settings.strict import Inlined, Strict
-from pipeline.stage import Context, Result, Stage
+from pipeline.stage import Context, Forecast, Result, Stage
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.curation.filters import Filters, build_judge
 from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_duplicates
 from stages.lib.curation.normalization import Normalization, normalize_row
 from stages.lib.rows.canonical import FORMATS, Row, content_digest, encode_row, judged_text
 from stages.lib.rows.ledger import Ledger
-from stages.lib.sources.params import Source
+from stages.lib.sources.params import FilesSource, Source
 
 
 class CleanParams(Strict):
@@ -52,6 +53,18 @@ class CleanParams(Strict):
 
 def output_kind(params: CleanParams, inputs: Mapping[str, Kind]) -> Kind:
     return FORMATS[params.format].rows_kind
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    """Files whose type cannot be told, and options that none of the files uses."""
+    source = forecast.params.source
+    try:
+        if isinstance(source, FilesSource):
+            source.files()
+    except DataError as error:
+        found = [problem for problem in error.problems if isinstance(problem, Problem)]
+        return [replace(problem, where=f"params.source: {problem.where}") for problem in found]
+    return []
 
 
 def run(ctx: Context, params: CleanParams) -> Result:
@@ -88,6 +101,7 @@ STAGE = Stage(
     inputs={},
     output=output_kind,
     run=run,
+    check=check,
 )
 
 

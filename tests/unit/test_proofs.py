@@ -115,9 +115,7 @@ def test_outside_files_and_folders_that_changed_after_the_plan_are_refused(world
     said = refused(plan.step("first").job("demo", store))
     assert said == f"params.file: {world}/words.txt has changed since the step was planned. {hint}"
     (world / "words.txt").unlink()
-    assert "planned (it cannot be read: No such file or directory). Run" in refused(
-        plan.step("first").job("demo", store)
-    )
+    assert "is not there. Correct the path." in refused(plan.step("first").job("demo", store))
     plan, store = planned(world, text=by_path(copy))
     (copy / "text.txt").write_text("another")
     said = refused(plan.step("o").job("demo", store))

@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DataError
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import Reading, validate
+from pipeline.stage import Forecast
+from stages.data.clean import STAGE, CleanParams
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, PythonDocsSource
 from stages.lib.sources.read import read_source
@@ -456,11 +460,20 @@ def test_folders_are_read_whole_and_in_order(tmp_path: Path) -> None:
     rows, _ = read_files(tmp_path, paths=["data"], layout="text")
     assert texts(rows) == ["data/a.jsonl.gz", "data/b.jsonl", "data/deep/c.jsonl"]
     (tmp_path / "data" / "README.md").write_text("read me", encoding="utf-8")
-    block = {"kind": "files", "paths": ["data"], "layout": "text"}
-    assert "holds files of several types: jsonl, text" in problems_of(FilesSource, block, tmp_path)
+    assert "holds files of several types: jsonl, text" in told({"paths": ["data"]}, tmp_path)
     assert len(read_files(tmp_path, paths=["data"], layout="text", file_type="jsonl")[0]) == 3
     rows, _ = read_files(tmp_path, paths=["data/*.jsonl*"], layout="text")
     assert texts(rows) == ["data/a.jsonl.gz", "data/b.jsonl"]
+
+
+def told(block: dict[str, Any], folder: Path) -> str:
+    """What a plan says of this source of files, which must be wrong."""
+    block = {"kind": "files", "paths": ["a.jsonl"], "layout": "text", **block}
+    params, problems = validate(CleanParams, {"format": "text", "source": block}, "params", Reading([folder]))
+    if params is not None:
+        problems = STAGE.check(Forecast(params, Resources(), {}))
+    assert problems
+    return "\n".join(map(str, problems))
 
 
 @pytest.mark.parametrize(
@@ -482,8 +495,22 @@ def test_folders_are_read_whole_and_in_order(tmp_path: Path) -> None:
 def test_mistakes_are_told_before_anything_runs(block: dict[str, Any], problem: str, tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.dat"):
         (tmp_path / name).write_bytes(b'{"text": "a"}\n')
-    block = {"kind": "files", "paths": ["a.jsonl"], "layout": "text", **block}
-    assert problem in problems_of(FilesSource, block, tmp_path)
+    assert problem in told(block, tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").symlink_to("gone.jsonl")
+    assert "a.jsonl: is a link that leads nowhere. Mend the link" in told({"paths": ["data"]}, tmp_path)
+
+
+def test_reading_params_looks_into_no_folder(tmp_path: Path) -> None:
+    """The worker reads them again in each process; what is in the folder is told from the plan, and when it is read."""
+    (tmp_path / "data").mkdir()
+    params_of(FilesSource, {"kind": "files", "paths": ["data"], "layout": "text"}, tmp_path)
+    assert "holds no data file" in told({"paths": ["data"]}, tmp_path)
+    with pytest.raises(DataError, match="holds no data file"):
+        read_files(tmp_path, paths=["data"], layout="text")
 
 
 def test_python_docs_read_the_running_python_by_default(tmp_path: Path) -> None:

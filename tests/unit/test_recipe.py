@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe.reader import load_recipe
 from pipeline.recipe.recipe import Recipe, Upstream
 from pipeline.store.artifact import Kind
+from pipeline.store.store import Store
 from tests.unit.fake_stages import LAUNCHERS, STAGES
 
 GOOD = """
@@ -155,3 +159,175 @@ def test_a_model_folder_from_outside_is_known_by_its_config(tmp_path: Path) -> N
 def test_no_such_recipe_names_those_that_come_along() -> None:
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(Path("nowhere.yaml"), STAGES, LAUNCHERS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../../escaped", "/absolute", "a/b", "a" * 65, "a" * 300, "A", ".hidden", "-x", "a\\0", "a\\n", "", "a b", "ä"],
+)
+def test_a_stage_name_that_no_folder_of_the_store_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    found = problems(tmp_path, GOOD.replace("second", f'"{name}"'))
+    assert any("is no name for a stage. Allowed: lower-case letters" in line for line in found), found
+    assert list(tmp_path.iterdir()) == [tmp_path / "recipe.yaml"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a.b", "a" * 65, "A", ""])
+def test_the_names_in_roles_that_take_several_follow_the_same_rule(tmp_path: Path, name: str) -> None:
+    found = problems(tmp_path, GOOD.replace("{second: second}", f'{{"{name}": second}}'))
+    assert any("stages.joined.inputs.more." in line and "is no name for an input" in line for line in found), found
+
+
+def test_the_longest_names_make_folders(tmp_path: Path) -> None:
+    name = "a" * 64
+    recipe = load(tmp_path, GOOD.replace("second", name).replace("name: demo", f"name: {name}"))
+    assert recipe.step(name).name == recipe.name == name
+    Store(tmp_path / "runs").work_folder(name, "0" * 64).mkdir(parents=True)
+    assert any("should match pattern" in line for line in problems(tmp_path, GOOD.replace("demo", "a" * 65)))
+
+
+def test_more_stages_than_anyone_reads_are_refused_and_many_are_read_fast(tmp_path: Path) -> None:
+    """Each stands on the next, which is the slowest order to find."""
+
+    def chain(count: int) -> str:
+        steps = [f"  s{i}: {{kind: join, inputs: {{data: t, more: {{x: s{i + 1}}}}}}}" for i in range(count - 2)]
+        lines = [*steps, f"  s{count - 2}: {{kind: write}}", "  t: {kind: write}"]
+        return "\n".join(["name: chain", "outputs: [s0]", "stages:", *lines])
+
+    started = time.process_time()
+    assert len(load(tmp_path, chain(1000)).steps) == 1000
+    assert problems(tmp_path, chain(1001)) == [
+        "stages: has 1,001 stages, and 1,000 are the most. Divide it into several recipes."
+    ]
+    assert time.process_time() - started < 5
+
+
+def test_after_a_hundred_problems_no_more_are_looked_for(tmp_path: Path) -> None:
+    outputs = ", ".join(f"gone{i}" for i in range(20_000))
+    started = time.process_time()
+    found = problems(tmp_path, GOOD.replace("[joined]", f"[{outputs}]"))
+    assert len(found) == 101
+    assert found[-1].endswith("More was not looked for.")
+    fields = ", ".join(f"cuont{i}: 1" for i in range(10_000))
+    assert 100 <= len(problems(tmp_path, GOOD.replace("count: 3", fields))) <= 110
+    assert time.process_time() - started < 5
+
+
+def test_what_was_given_is_not_repeated_at_length(tmp_path: Path) -> None:
+    for change in (("seed: 7", f"seed: {'x' * 500_000}"), ("params: {count: 3}", f"params: [{'1, ' * 40_000}]")):
+        assert all(len(line) < 400 for line in problems(tmp_path, GOOD.replace(*change)))
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("hub:@" + "0" * 40, "names no repository of the hub"),
+        ("hub:../../x@" + "0" * 40, "names no repository of the hub"),
+        ("hub:a/b/c@" + "0" * 40, "names no repository of the hub"),
+        ("hub:a/b@" + "0" * 39, "names no exact revision"),
+        ("./pipe", "./pipe: is a pipe, and a file or folder is needed"),
+        ("./loop", "is a symbolic link that leads back to itself"),
+        ("./" + "x" * 300, "is longer than a path can be"),
+        ("~nobody-of-this-name/m", "nobody's home folder is known as ~nobody-of-this-name"),
+        ("./a\\0b", "holds a NUL character"),
+        ("./recipe.yaml", "is no artifact, model or tokenizer folder"),
+        ("/dev/zero", "is a device"),
+    ],
+)
+def test_an_input_from_outside_says_what_is_wrong_with_its_place(tmp_path: Path, place: str, what: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    found = problems(tmp_path, GOOD.replace("data: first", f'data: "{place}"'))
+    assert any("stages.joined.inputs.data: " in line and what in line for line in found), found
+
+
+@pytest.mark.parametrize("place", ["../recipe", "zero2/../zero2", "x" * 300, "a\\0b"])
+def test_the_name_of_a_memory_layout_leads_nowhere_else(tmp_path: Path, place: str) -> None:
+    change = ("params: {beta: 2e-1}", f'resources: {{deepspeed: "{place}"}}')
+    assert any("there is no memory layout" in line for line in problems(tmp_path, GOOD.replace(*change)))
+
+
+def test_a_memory_layout_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    change = ("params: {beta: 2e-1}", "resources: {deepspeed: pipe.json}")
+    assert any(
+        "resources.deepspeed: pipe.json: is a pipe" in line for line in problems(tmp_path, GOOD.replace(*change))
+    )
+
+
+# --set
+
+
+def test_an_override_reaches_items_of_lists_and_whole_mappings(tmp_path: Path) -> None:
+    text = GOOD.replace("{count: 3}", "{count: 3, block: {words: [x, y]}}")
+    recipe = load(tmp_path, text, "first.block.words.1=z")
+    assert recipe.step("first").params.model_dump()["block"] == {"words": ["x", "z"]}
+    recipe = load(tmp_path, text, "first={count: 9}", "stages.second.params={rate: 2.0}")
+    assert recipe.step("first").params.model_dump()["count"] == 9
+    assert recipe.step("first").params.model_dump()["block"] == {"words": ["a"]}
+    assert recipe.step("second").params.model_dump()["rate"] == 2.0
+    assert load(tmp_path, text, "outputs.0=joined").outputs == ("joined",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("first.block.words.2=z", "'stages.first.params.block.words' is a list of 2, and has no item '2'. Items count from 0."),
+        ("first.block.words.-1=z", "'stages.first.params.block.words' is a list of 2, and has no item '-1'."),
+        ("first.block.words.x.y=z", "'stages.first.params.block.words' is a list of 2, and has no item 'x'."),
+        ("first.count.x=1", "'stages.first.params.count' is 3, and neither a mapping nor a list."),
+        ("second.block.words=[]", "'stages.second.params.block' is 'b.yaml', and neither a mapping nor a list. If it is a file, change it there"),
+        ("first.block=&a [*a]", "*a stands within what it means"),
+        ("first.block=" + "[" * 300_000, "more than 64 lists and mappings within each other"),
+        ("first.count=!!bool x", "'x' is no !!bool"),
+        ("first.count=\udcff", "is not text in UTF-8"),
+        ("first.count=1\n---\n2", "begins a second document"),
+        ("x" * 300_000 + "=1", "the recipe has no stage 'xxx"),
+        ("first..count=1", "is not of the form path=value"),
+        ("stages=3", "stages: must be a mapping"),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)  # fmt: skip
+def test_an_override_that_cannot_be_applied_says_why(tmp_path: Path, override: str, message: str) -> None:
+    text = GOOD.replace("{count: 3}", "{count: 3, block: {words: [x, y]}}")
+    text = text.replace("kind: write, seed: 7", "kind: write, seed: 7, params: {block: b.yaml}")
+    (tmp_path / "b.yaml").write_text("words: [x]\n")
+    started = time.process_time()
+    found = problems(tmp_path, text, override)
+    assert any(message in line for line in found), found
+    assert all(len(line) < 500 for line in found)
+    assert time.process_time() - started < 1
+
+
+def test_every_override_that_cannot_be_applied_is_told(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD, "first.count.x=1", "gone.x=1", "first.rate=[", "first.count=x")
+    assert [line.split(":")[0] for line in found] == [
+        "--set first.count.x=1", "--set gone.x=1", "--set first.rate=[", "stages.first.params.count",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recipes_and_overrides_at_random_are_read_or_refused_and_nothing_else(tmp_path: Path, seed: int) -> None:
+    """Values that no field expects, put into every place of a recipe, by an override or in the file."""
+    values = (
+        "[]", "{}", "x", "null", "-1", "true", "1.5", "{a: {b: [1]}}", '"a\\0b"', "~nobody-of-this-name/x", "/dev/zero", "..",
+        "[" * 20 + "]" * 20, "1" + "0" * 90, "1e308", "hub:x", "'" + "y" * 400 + "'", "&a [*a]", "!!set {a}", "<<", "second", "a/b",
+    )  # fmt: skip
+    paths = [
+        "name", "seed", "outputs", "outputs.0", "resources", "resources.processes", "resources.deepspeed", "stages", "stages.joined",
+        "stages.joined.kind", "joined.inputs", "joined.inputs.data", "joined.inputs.more", "joined.inputs.more.second",
+        "joined.beta", "first.count", "first.file", "first.block", "first.block.words", "first.seed", "first.resources", "first.new",
+    ]  # fmt: skip
+    choose = random.Random(seed)
+    ends = set()
+    for _ in range(150):
+        overrides = [f"{choose.choice(paths)}={choose.choice(values)}" for _ in range(choose.randint(1, 3))]
+        text = GOOD.replace(choose.choice(GOOD.split()).strip("{}[],"), choose.choice(values), 1)
+        for given in ((GOOD, *overrides), (text,)):
+            started = time.process_time()
+            try:
+                load(tmp_path, *given)
+                ends.add("read")
+            except RecipeError:
+                ends.add("refused")
+            assert time.process_time() - started < 1, given
+    assert ends == {"read", "refused"}

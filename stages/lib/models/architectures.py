@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem, RecipeError, did_you_mean
+from pipeline.errors import Problem, RecipeError, did_you_mean, shown
 from pipeline.stage import Estimate
-from stages.lib.models.arithmetic import FAMILIES, SAME_FIELDS, completed, field_of
+from stages.lib.models.arithmetic import FAMILIES, SAME_FIELDS, completed, field_of, odd_fields
 from stages.lib.models.lengths import longest_text
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def architecture_problems(
                 f"Choose one of {', '.join(name for name, each in FAMILIES.items() if each.causal == causal)}.",
             )
         )
+    odd = odd_fields(block)
+    if odd:
+        wrong = [Problem(f"{WHERE}.{name}", f"must be {what}, not {shown(config[name])}") for name, what in odd.items()]
+        return [*problems, *wrong]
     hidden, heads = field_of(block, "hidden_size"), field_of(block, "num_attention_heads")
     sizes_known = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
     if sizes_known and hidden % heads and not config.get("head_dim"):

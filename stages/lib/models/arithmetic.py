@@ -252,10 +252,25 @@ def completed(architecture: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**family.defaults, **own}
 
 
+def odd_fields(architecture: Mapping[str, Any]) -> dict[str, str]:
+    """Field -> what it must be, of the fields whose values no model of a family known here can have."""
+    config = completed(architecture) or {}
+    family = FAMILIES.get(str(architecture.get("model_type")))
+    odd = {}
+    for name, default in family.defaults.items() if family else ():
+        value = config[name]
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                odd[name] = "true or false"
+        elif not ((value is None and default is None) or (type(value) is int and value > 0)):
+            odd[name] = "a whole number above 0"
+    return odd
+
+
 def parameter_count(architecture: Mapping[str, Any]) -> int | None:
     """The parameters of the model with its language-model head; None for families whose arithmetic is not written here."""
     config = completed(architecture)
-    if config is None or config.get("add_cross_attention") or config.get("is_decoder"):
+    if config is None or config.get("add_cross_attention") or config.get("is_decoder") or odd_fields(architecture):
         return None
     return FAMILIES[config["model_type"]].count(config)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArtifactError, Problem
+from pipeline.errors import ArtifactError, PathError
+from pipeline.settings.paths import read_json
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's `config.json`."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(Problem(str(folder / "config.json"), f"cannot be read: {error}")) from None
-    return dict(config)
+        return read_json(folder / "config.json")
+    except PathError as error:
+        raise ArtifactError(*error.problems) from None
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

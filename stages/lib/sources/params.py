@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from pipeline.errors import did_you_mean
-from pipeline.settings.strict import OutsidePath, Strict, expand_globs
+from pipeline.errors import DataError, Problem, did_you_mean
+from pipeline.settings.paths import is_file
+from pipeline.settings.strict import OutsideFolder, OutsidePath, Strict, expand_globs
 from pipeline.store.artifact import files_below
 from stages.lib.sources.layouts import LAYOUTS, Layout
 
@@ -53,7 +55,7 @@ class PythonDocsSource(Strict):
 
     kind: Literal["python_docs"]
     """The sources of a Python tree, read with `ast`: nothing is imported or executed."""
-    root: OutsidePath = Field(default_factory=default_root)
+    root: OutsideFolder = Field(default_factory=default_root)
     """Folder of the sources. Default: the standard library of the running Python."""
     packages: list[str] | None = None
     """Top-level packages and modules to read. null: all of them."""
@@ -129,17 +131,23 @@ class FilesSource(LaidOutSource):
     """Column of the tag in a CoNLL file, from 0; negative ones count from the end."""
 
     def files(self) -> list[tuple[Path, str, FileType]]:
-        """(path, name in messages, file type) of every file, in order. Raises `ValueError` where a type cannot be told."""
-        return [
+        """(path, name in messages, file type) of every file, in order.
+
+        Raises `DataError` where a type cannot be told, a file cannot be read, or an option is for files of other types.
+        """
+        found = [
             file
             for path in self.paths
             for file in (self.files_in(path) if path.is_dir() else [self.file(path, path.name)])
         ]
+        if problems := list(self.unused_options({file_type for _, _, file_type in found})):
+            raise DataError(*problems)
+        return found
 
     def file(self, path: Path, name: str) -> tuple[Path, str, FileType]:
         found = self.file_type or type_of(path)
         if found is None:
-            raise ValueError(f"{path} has no suffix that says what it is. Set file_type, or rename it.")
+            raise DataError(Problem(str(path), "has no suffix that says what it is", "Set file_type, or rename it."))
         return path, name, found
 
     def files_in(self, folder: Path) -> list[tuple[Path, str, FileType]]:
@@ -150,19 +158,20 @@ class FilesSource(LaidOutSource):
         if wanted is None:
             types = sorted({found or f"*{path.suffix}" for path, _, found in typed})
             if len(types) > 1:
-                raise ValueError(
-                    f"{folder} holds files of several types: {', '.join(types)}. Name a pattern such as "
-                    f"{folder.name}/*.jsonl, or set file_type to read only those of one type."
-                )
+                hint = f"Name a pattern such as {folder.name}/*.jsonl, or set file_type to read only those of one type."
+                raise DataError(Problem(str(folder), f"holds files of several types: {', '.join(types)}", hint))
             wanted = next((found for _, _, found in typed), None)
         chosen = [(path, name, wanted) for path, name, found in typed if wanted and found == wanted]
         if not chosen:
-            raise ValueError(f"{folder} holds no {wanted or 'data'} file. Known suffixes: {', '.join(SUFFIXES)}.")
+            what = f"holds no {wanted or 'data'} file"
+            raise DataError(Problem(str(folder), what, f"Known suffixes: {', '.join(SUFFIXES)}."))
+        for path, _, _ in chosen:
+            if not is_file(path):
+                raise DataError(Problem(str(path), "is a link that leads nowhere", "Mend the link, or remove it."))
         return chosen
 
-    @model_validator(mode="after")
-    def check_files(self) -> FilesSource:
-        types = {file_type for _, _, file_type in self.files()}
+    def unused_options(self, types: set[FileType]) -> Iterator[Problem]:
+        """The options that are for files of other types than the source has."""
         for option, is_set, users in (
             ("split_text", self.split_text is not None, {"text"}),
             ("records", self.records is not None, {"json"}),
@@ -171,8 +180,8 @@ class FilesSource(LaidOutSource):
             ("tag_column", self.tag_column != -1, {"conll"}),
         ):
             if is_set and not users & types:
-                raise ValueError(f"{option}: is for {' and '.join(sorted(users))} files, and none of the files is one.")
-        return self
+                what = f"is for {' and '.join(sorted(users))} files, and none of the files is one"
+                yield Problem(option, what, "Remove it.")
 
 
 class DatasetSource(LaidOutSource):
@@ -180,7 +189,7 @@ class DatasetSource(LaidOutSource):
 
     kind: Literal["dataset"]
     """A folder that `save_to_disk` of the `datasets` library wrote."""
-    path: OutsidePath
+    path: OutsideFolder
     """The folder."""
     split: str | None = None
     """Its split, such as train. null: the folder holds one data set without splits."""
@@ -191,7 +200,7 @@ class HubSource(LaidOutSource):
 
     kind: Literal["hub"]
     """A data set of the Hugging Face hub, at one fixed revision."""
-    dataset: str = Field(min_length=1)
+    dataset: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
     """Its id, such as HuggingFaceH4/ultrachat_200k."""
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
     """The commit, 40 hexadecimal digits: what a branch means today is not what it means tomorrow."""

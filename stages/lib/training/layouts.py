@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Problem, RecipeError, did_you_mean
+from pipeline.errors import PathError, Problem, RecipeError, did_you_mean, shown
+from pipeline.settings.paths import holds_file, read_json
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
 from stages.lib.training.params import Batch, OptimizerParams
@@ -29,10 +30,10 @@ DECIDED_BLOCKS = {
 
 def layout_path(name: str) -> Path:
     """The file of a memory layout: a name in ds_configs/ or the path of a file. Raises `RecipeError` if there is none."""
-    for path in (LAYOUTS / f"{name}.json", Path(name)):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in LAYOUTS.glob("*.json"))
+    packaged = {path.stem: path for path in LAYOUTS.glob("*.json")}
+    if path := packaged.get(name) or (Path(name) if holds_file(Path(), name) else None):
+        return path
+    known = sorted(packaged)
     raise RecipeError(
         Problem("resources.deepspeed", f"there is no memory layout {name!r} in ds_configs/", did_you_mean(name, known))
     )
@@ -40,13 +41,18 @@ def layout_path(name: str) -> Path:
 
 def read_layout(name: str) -> dict[str, Any]:
     """The DeepSpeed config of a memory layout. Raises `RecipeError` if it cannot be read."""
-    path = layout_path(name)
+    path, hint = layout_path(name), "Compare with ds_configs/zero2.json."
     try:
-        layout = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(Problem(str(path), f"is not JSON: {error}", "Compare with ds_configs/zero2.json.")) from None
-    if not isinstance(layout, dict):
-        raise RecipeError(Problem(str(path), "must hold one JSON object", "Compare with ds_configs/zero2.json."))
+        layout = read_json(path)
+    except PathError as error:
+        raise RecipeError(*error.problems) from None
+    zero = layout.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise RecipeError(Problem(str(path), f"its zero_optimization is {shown(zero)}, and not a mapping", hint))
+    for name in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(name, {}), dict):
+            what = f"its zero_optimization.{name} is {shown(zero[name])}, and not a mapping with a `device`"
+            raise RecipeError(Problem(str(path), what, "Compare with ds_configs/zero3_offload.json."))
     return layout
 
 

@@ -1,0 +1,227 @@
+"""The command line: what a user can do wrong ends with exit code 2 and a sentence, whatever the class of the error was."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.command import cli
+from pipeline.settings.strict import CHECKOUT
+
+LONG = "x" * 300
+RECIPE = """
+name: small
+outputs: [rows]
+stages:
+  rows: {kind: clean, params: {format: text, source: {kind: files, layout: text, paths: [rows.jsonl]}}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a recipe that can be planned."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    Path("loop").symlink_to("loop")
+    os.mkfifo("pipe")
+    return tmp_path
+
+
+def slipway(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
+    """(exit code, what was printed as errors) of the command."""
+    monkeypatch.setattr(sys, "argv", ["slipway", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    code = ended.value.code
+    return code if isinstance(code, int) else 1, capsys.readouterr().err
+
+
+def process(folder: Path, shell: str, **environment: str) -> tuple[int, bytes]:
+    """(exit code, all output) of a shell's line in which `$slipway` is the command."""
+    command = f"{sys.executable} -m pipeline"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shell}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "slipway": command, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_recipe_that_can_be_planned_is_planned(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert slipway(capsys, monkeypatch, "plan", "recipe.yaml") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (f"{LONG}.yaml", "is longer than a path can be"),
+        ("x/" * 3000, "is longer than a path can be"),
+        ("~nobody-of-this-name/x.yaml", "nobody's home folder is known as ~nobody-of-this-name"),
+        ("loop", "is a symbolic link that leads back to itself"),
+        ("pipe", "is a pipe, and a file or folder is needed"),
+        ("/dev/zero", "is a device, and a file or folder is needed"),
+        (".", "is a folder, and a file is needed"),
+        ("recipe.yaml/x", "no such recipe"),
+        ("caf\udce9.yaml", "is not text in UTF-8"),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+@pytest.mark.parametrize("command", ["plan", "run", "status"])
+def test_a_recipe_that_is_no_file(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    name: str,
+    what: str,
+) -> None:
+    code, said = slipway(capsys, monkeypatch, command, name)
+    assert (code, what in said, said.count("\n")) == (2, True, 1), said
+
+
+@pytest.mark.parametrize(
+    "name", [LONG, "x/" * 3000, "~nobody-of-this-name", "loop", "pipe", "/dev/zero", "", "recipe.yaml", "a\nb"]
+)
+@pytest.mark.parametrize("command", ["show", "lineage", "verify", "chat"])
+def test_a_name_that_is_no_artifact(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    code, said = slipway(capsys, monkeypatch, command, name)
+    assert (code, "no artifact or step of this name" in said) == (2, True), said
+
+
+def test_a_chat_with_a_folder_that_holds_no_model_loads_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{")
+    code, said = slipway(capsys, monkeypatch, "chat", "model")
+    assert (code, "config.json: is not JSON" in said) == (2, True), said
+    Path("model/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    os.mkfifo("model/model.safetensors")
+    code, said = slipway(capsys, monkeypatch, "chat", "model")
+    assert (code, "model.safetensors: is a pipe" in said) == (2, True), said
+
+
+@pytest.mark.parametrize(
+    ("store", "what"),
+    [
+        ("recipe.yaml", "recipe.yaml is no folder. Choose another place with --store"),
+        ("recipe.yaml/below", "recipe.yaml is no folder. Choose another place with --store"),
+        ("/dev/null", "/dev/null is no folder"),
+        ("loop", "is a symbolic link that leads back to itself"),
+        (LONG, "is longer than a path can be"),
+        ("x/" * 1800, "is too long for a store"),
+        ("~nobody-of-this-name", "nobody's home folder is known as ~nobody-of-this-name"),
+        ("caf\udce9", "is not text in UTF-8"),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+@pytest.mark.parametrize("arguments", [("plan", "recipe.yaml"), ("run", "recipe.yaml"), ("status",)])
+def test_a_place_where_no_store_can_be(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    store: str,
+    what: str,
+) -> None:
+    for given in ([*arguments, "--store", store], [*arguments]):
+        if len(given) == len(arguments):
+            monkeypatch.setenv("SLIPWAY_STORE", store)
+        code, said = slipway(capsys, monkeypatch, *given)
+        assert (code, what in said) == (2, True), said
+
+
+def test_an_error_of_the_system_that_names_a_file_is_a_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be made below /proc, though it is a folder."""
+    code, said = slipway(capsys, monkeypatch, "run", "recipe.yaml", "--store", "/proc/slipway")
+    assert (code, "/proc/slipway" in said, "Traceback" in said) == (2, True, False), said
+
+
+def test_an_error_of_ours_stays_a_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EINVAL, "a bug")
+
+    monkeypatch.setattr(cli, "make_plan", broken)
+    monkeypatch.setattr(sys, "argv", ["slipway", "plan", "recipe.yaml"])
+    with pytest.raises(OSError, match="a bug"):
+        cli.main()
+
+
+def test_the_override_of_a_user_does_not_command_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = slipway(capsys, monkeypatch, "plan", "recipe.yaml", "--set", "\x1b[2Jrows\udcff=1")
+    assert (code, said.isprintable() or said.rstrip("\n").isprintable()) == (2, True)
+    assert r"--set \x1b[2Jrows\udcff=1: the recipe has no stage" in said
+
+
+def test_a_long_line_is_cut_in_its_middle() -> None:
+    """A thousand characters of each end stay, so that the way out, which stands last, is read."""
+    line = cli.printable(f"where: {'x' * 100_000}. Mend it.")
+    assert len(line) == 2005
+    assert line.startswith("where: x") and line.endswith("x. Mend it.")
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "$slipway stages --help | head -c 1 >/dev/null",
+        "$slipway status --json | true",
+        "$slipway stages | head -n 1 >/dev/null",
+    ],
+)
+def test_a_reader_who_leaves_early_gets_no_traceback(folder: Path, shell: str) -> None:
+    code, said = process(folder, shell)
+    assert said == b""
+    assert code in (0, 1)
+
+
+def test_a_full_disk_at_the_output_is_a_sentence(folder: Path) -> None:
+    code, said = process(folder, "$slipway stages > /dev/full")
+    assert (code, said) == (2, b"error: the output: cannot be used: No space left on device. Check the path.\n")
+
+
+def test_a_terminal_that_shows_ascii_only_gets_escapes(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(RECIPE.replace("name: small", "name: \u00e4\u4e2d"), encoding="utf-8")
+    code, said = process(folder, "$slipway plan recipe.yaml", LANG="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (code, rb"not '\xe4\u4e2d'" in said, b"Traceback" in said) == (2, True, False), said
+    (folder / "rows_\u00e4").mkdir()
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    shell = "$slipway plan recipe.yaml --store rows_$'\\xc3\\xa4'"
+    code, said = process(folder, shell, LANG="C", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert (code, rb"free in" in said, rb"rows_\xe4" in said) == (0, True, True), said
+
+
+def test_an_argument_that_is_not_utf8_is_a_sentence(folder: Path) -> None:
+    for shell in (
+        "$slipway plan $'caf\\xe9.yaml'",
+        "$slipway plan recipe.yaml --set $'rows.max_rows=\\xff'",
+        "$slipway show $'caf\\xe9'",
+        "$slipway status --store $'caf\\xe9'",
+    ):
+        code, said = process(folder, shell)
+        assert (code, b"error: " in said, b"Traceback" in said) == (2, True, False), said
+
+
+def test_a_working_folder_that_is_not_utf8_is_a_sentence(folder: Path) -> None:
+    code, said = process(
+        folder,
+        "mkdir $'caf\\xe9' && cp recipe.yaml rows.jsonl $'caf\\xe9' && cd $'caf\\xe9' && $slipway plan recipe.yaml",
+    )
+    assert (code, b"is not text in UTF-8" in said, b"Traceback" in said) == (2, True, False), said
