@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ import typer
 
 from launch import LAUNCHERS
 from pipeline.command import reports
-from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, Problem, RecipeError, SlipwayError, did_you_mean
+from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, LaunchError, Problem, RecipeError, SlipwayError, did_you_mean
 from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
 from pipeline.running.plan import Action, Plan, make_plan
@@ -118,9 +119,13 @@ def job(
     the_store.record(the_plan.recipe.name, the_plan.record())
     print(f"{the_job.work}/job.json")
     print("run one of these in the checkout:")
-    names = ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ("local",)
-    for name in names:
-        print(f"  {shlex.join(LAUNCHERS[name].command(the_job))}")
+    own = the_job.resources.launcher_name
+    if own != "local" or not step.recipe_step.stage.distributed:
+        print(f"  {shlex.join(LAUNCHERS[own].command(the_job))}")
+    for name in ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ():
+        with contextlib.suppress(LaunchError):  # the recipe tells its own launcher what it needs, and no other
+            if name != own:
+                print(f"  {shlex.join(LAUNCHERS[name].command(the_job))}")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import time
@@ -15,8 +16,11 @@ from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
 from pipeline.figures import headline, seconds, table
+from pipeline.running.environment import environment_for
+from pipeline.running.marks import clear_marks, names
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
+from pipeline.running.supervision import Supervision
 from pipeline.store.artifact import Manifest, read_manifest
 from pipeline.store.job import Job
 from pipeline.store.store import Store
@@ -29,12 +33,12 @@ class Launcher(Protocol):
 
     def command(self, job: Job) -> list[str]: ...
 
-    def run(self, job: Job, watch: Any) -> int: ...
+    def run(self, job: Job, environment: Mapping[str, str], watch: Any) -> int: ...
 
 
 @dataclass
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second kills it."""
+    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it."""
 
     progress: Progress
     count: int = 0
@@ -62,10 +66,11 @@ class Watcher:
     job: Job
     progress: Progress
     interrupts: Interrupts
-    killable: bool
-    """Whether the step has no state worth saving: the first interrupt ends it."""
+    supervision: Supervision
     position: int = 0
     asked: bool = False
+    ended_because: str = ""
+    """Why the step's processes were ended before they ended by themselves."""
     started: float = field(default_factory=time.time)
 
     def __call__(self) -> bool:
@@ -73,9 +78,13 @@ class Watcher:
         if self.interrupts.count and not self.asked:
             self.asked = True
             (self.job.work_folder / "stop-requested").touch()
-            if not self.killable:
+            if not self.supervision.stateless:
                 self.progress.line("  stopping: the step saves its state at the next boundary (once more: kill it)")
-        return self.interrupts.count > (0 if self.killable else 1)
+        if self.interrupts.count > 1:
+            self.ended_because = "killed on request, without a save"
+        elif not self.ended_because:
+            self.ended_because = self.supervision.look(self.position, asked=self.asked) or ""
+        return bool(self.ended_because)
 
     def read_journal(self) -> None:
         path = self.job.work_folder / "journal.jsonl"
@@ -136,12 +145,16 @@ def run_step(
 ) -> int:
     """Runs one step to its end; returns 0, 1, 2 or 75, having said why."""
     job = step.job(recipe, store)
-    launcher = launchers[job.resources.launcher]
+    launcher = launchers[job.resources.launcher_name]
     command = launcher.command(job)
     store.begin(job)
+    clear_marks(job.work_folder)
     progress.line(f"  $ {shlex.join(command)}")
-    watcher = Watcher(job, progress, interrupts, killable=not step.recipe_step.stage.distributed)
-    exit_code = launcher.run(job, watcher)
+    distributed = step.recipe_step.stage.distributed
+    supervision = Supervision(job, stateless=not distributed, say=lambda text: progress.line(f"  {text}"))
+    watcher = Watcher(job, progress, interrupts, supervision)
+    environment = {**os.environ, **environment_for(job, distributed=distributed)}
+    exit_code = launcher.run(job, environment, watcher)
     folder = store.artifact_folder(job.artifact_id)
     outcome = read_outcome(job.work_folder)
     if outcome.get("status") == "done" and store.find(job.artifact_id):
@@ -150,13 +163,16 @@ def run_step(
             f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"
         )
         return EXIT_DONE
-    if interrupts.count and outcome.get("status") in (None, "preempted"):
-        progress.line("  stopped; the same command goes on from here")
-        return EXIT_PREEMPTED
     log = job.work_folder / "log.txt"
-    if outcome.get("status") == "preempted":
-        progress.line(f"  stopped after a clean save: {outcome.get('message', '')}")
+    unsaved = supervision.not_saved()
+    if outcome.get("status") == "preempted" and not unsaved:
+        progress.line(f"  stopped after a clean save: {outcome.get('message', '')}; the same command goes on from here")
         return EXIT_PREEMPTED
+    if watcher.ended_because or outcome.get("status") == "preempted":
+        because = watcher.ended_because or f"{names(unsaved, supervision.size)} ended without a save"
+        progress.line(f"  {because}. Log: {log}")
+        progress.line("  The same command tries again, from the newest complete checkpoint if there is one.")
+        return EXIT_CRASH
     if outcome.get("status") == "user_error":
         for line in str(outcome.get("message", "")).splitlines():
             progress.line(f"  error: {line}")

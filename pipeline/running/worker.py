@@ -29,8 +29,9 @@ from pipeline.errors import (
     SlipwayError,
 )
 from pipeline.recipe.recipe import HUB
+from pipeline.running.environment import environment_for, start_again_with_fixed_hashes, uses_cpu
+from pipeline.running.lifeline import Lifeline, StopAtOnce
 from pipeline.running.rendezvous import meet
-from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Reading, validate
 from pipeline.stage import Context, Stage, World
 from pipeline.store.artifact import write_json
@@ -58,39 +59,6 @@ def world_of(environment: Mapping[str, str]) -> World:
         size=int(environment.get("WORLD_SIZE", "1")),
         local_rank=int(environment.get("LOCAL_RANK", "0")),
     )
-
-
-def prepare_environment(job: Job) -> None:
-    """Settings that libraries read when they are imported: quiet, offline, no telemetry, the right device."""
-    resources = job.resources
-    settings = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "PYTHONHASHSEED": "0",
-        "DS_ACCELERATOR": "cpu" if uses_cpu(resources) else "cuda",
-    }
-    if not uses_hub(job):
-        settings |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if resources.device == "cpu":
-        settings["CUDA_VISIBLE_DEVICES"] = ""
-    threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.processes)
-    settings |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    os.environ.update(settings)
-
-
-def uses_cpu(resources: Resources) -> bool:
-    return resources.device == "cpu" or (resources.device == "auto" and not Path("/dev/nvidiactl").exists())
-
-
-def uses_hub(job: Job) -> bool:
-    """Whether the recipe names a hub source: only then is the network used."""
-    source = job.params.get("source")
-    is_hub_source = isinstance(source, dict) and source.get("kind") == "hub"
-    return is_hub_source or any(place.startswith(HUB) for place in job.inputs.values())
 
 
 @dataclass
@@ -132,7 +100,7 @@ def fetch(place: str) -> Path:
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
-def run_job(job: Job, stages: Mapping[str, Stage], world: World) -> None:
+def run_job(job: Job, stages: Mapping[str, Stage], world: World, lifeline: Lifeline) -> None:
     """Runs the job in this rank; rank 0 commits the artifact. Raises what went wrong."""
     stage = stages[job.kind]
     if world.size != job.resources.world_size:
@@ -146,16 +114,23 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World) -> None:
         return
     lock = store.locked(job.work_folder) if world.is_main else contextlib.nullcontext()
     with lock:
-        run_locked(job, stage, world, store)
+        run_locked(job, stage, world, store, lifeline)
 
 
-def run_locked(job: Job, stage: Stage, world: World, store: Store) -> None:
+def run_locked(job: Job, stage: Stage, world: World, store: Store, lifeline: Lifeline) -> None:
     work = job.work_folder
     params, problems = validate(stage.params, job.params, f"{work}/job.json: params", Reading([work]))
     if params is None:
         raise LaunchError(*problems)
     stop = StopSignals(work, world.is_main, at_once=not stage.distributed)
     stop.install()
+    if stop.at_once:
+        lifeline.every_poll = StopAtOnce(work / STOP_REQUEST, lambda: report(work, world, "preempted", lifeline))
+
+    def stop_requested() -> bool:
+        lifeline.boundary()
+        return stop()
+
     checkpoints = store.checkpoints(job.step, job.artifact_id, job.resources.keep_checkpoints)
     journal = Journal(work / "journal.jsonl", writes=world.is_main)
     out = work / "out"
@@ -185,7 +160,7 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store) -> None:
         resources=job.resources,
         journal=journal,
         world=world,
-        stop_requested=stop,
+        stop_requested=stop_requested,
     )
     started = time.monotonic()
     result = stage.run(context, params)
@@ -216,8 +191,9 @@ def time_kept(work: Path, world: World) -> Iterator[None]:
         raise
 
 
-def report(work: Path, world: World, status: str, **fields: Any) -> None:
-    """Writes how the job ended; the first rank to say so is heard, but an error outranks `done`."""
+def report(work: Path, world: World, status: str, lifeline: Lifeline, **fields: Any) -> None:
+    """Writes how this rank ended, and how the job did: the first rank to say so is heard, but an error outranks `done`."""
+    lifeline.end(status)
     path = work / OUTCOME
     if status != "done" and path.exists() and json.loads(path.read_bytes()).get("status") not in ("done", None):
         return
@@ -236,29 +212,33 @@ def main(arguments: list[str], stages: Mapping[str, Stage]) -> int:
         return EXIT_USER_ERROR
     work = Path(folders[0]).absolute()
     world = world_of(os.environ)
+    lifeline = Lifeline(work, world.rank)
     try:
         job = read_job(work)
-        prepare_environment(job)
+        lifeline.start(arguments)
+        os.environ.update(environment_for(job, distributed=stages[job.kind].distributed))
         with time_kept(work, world):
-            run_job(job, stages, world)
+            run_job(job, stages, world, lifeline)
     except Preempted as stop:
         print(f"rank {world.rank}: stopped after a clean save: {stop}", file=sys.stderr)
-        report(work, world, "preempted", message=str(stop))
+        report(work, world, "preempted", lifeline, message=str(stop))
         return EXIT_PREEMPTED
     except SlipwayError as error:
         print(f"rank {world.rank}: {error}", file=sys.stderr)
-        report(work, world, "user_error", error=type(error).__name__, message=str(error))
+        report(work, world, "user_error", lifeline, error=type(error).__name__, message=str(error))
         return EXIT_USER_ERROR
     except Exception as error:
         traceback.print_exc()
-        report(work, world, "crash", error=type(error).__name__, message=str(error).strip()[:2000])
+        report(work, world, "crash", lifeline, error=type(error).__name__, message=str(error).strip()[:2000])
         return EXIT_CRASH
     if world.is_main:
-        report(work, world, "done")
+        report(work, world, "done", lifeline)
+    lifeline.end("done")
     return EXIT_DONE
 
 
 if __name__ == "__main__":
+    start_again_with_fixed_hashes()
     from stages import STAGES
 
     sys.exit(main(sys.argv[1:], STAGES))

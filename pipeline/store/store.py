@@ -226,7 +226,7 @@ class Store:
 
     def finish(self, job: Job) -> None:
         """Removes the checkpoints and scratch files of a step whose artifact is committed; its log and journal stay."""
-        kept = {"job.json", "log.txt", "journal.jsonl", "lock", "outcome.json", "running.json"}
+        kept = {"job.json", "log.txt", "journal.jsonl", "lock", "outcome.json", "running.json", "ranks"}
         for path in job.work_folder.iterdir():
             if path.name not in kept:
                 remove(path)
