@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.settings.strict import Strict
+from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +44,7 @@ def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
         target_modules=lora.target_modules or "all-linear",
         task_type=task,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(bounded_seed(seed, TORCH_BITS))
     return get_peft_model(model, config)
 
 
