@@ -17,9 +17,9 @@ GONE_GRACE_SECONDS = 4.0
 """How long the others may live once a rank was killed. They cannot go on, and a launcher would wait half a minute for them."""
 FAILED_GRACE_SECONDS = 10.0
 """How long the others may live once a rank ended with an error: they find out for themselves, or never."""
-STOPPED_GRACE_SECONDS = 10.0
+STOPPED_GRACE_SECONDS = 6.0
 """How long a group that was asked to stop waits for a rank whose process is stopped."""
-STATELESS_GRACE_SECONDS = 10.0
+STATELESS_GRACE_SECONDS = 6.0
 """How long a stage without state may take to stop: it has nothing to save."""
 LONGEST_TICK_SECONDS = 5.0
 """A longer time between two looks is one in which we were suspended ourselves: it says nothing of the ranks."""

@@ -1,6 +1,7 @@
 """Kills runs of the tiny recipe at random moments, and starts the same command again, until it has ended.
 
     python -m tests.e2e.chaos --kills 60 --seed 1
+    python -m tests.e2e.chaos --kills 20 --only base --reference STORE
 
 prints a line per kill: what was done to whom in which step, how `slipway run` ended, and after how many seconds none of its
 processes was left. Fails if that takes more than ten seconds, if a run must be mended by hand, or if an artifact differs
@@ -27,7 +28,7 @@ from pathlib import Path
 from pipeline.processes import Process, carrying, descendants
 from pipeline.running.marks import read_marks
 from pipeline.store.artifact import read_manifest
-from tests.e2e.driving import ROOT, TINY, command
+from tests.e2e.driving import ROOT, TINY, command, store_without
 
 GONE_SECONDS = 10.0
 LONGEST_RUN_SECONDS = 1800.0
@@ -48,9 +49,10 @@ class Chaos:
     """A store that is made by runs which are killed, over and over."""
 
     folder: Path
-    recipe: Path
-    reference: dict[str, dict[str, str]]
-    until: tuple[str, ...]
+    reference: Path
+    """A store in which the recipe has run undisturbed."""
+    only: str | None
+    """The step to attack; None: all of the recipe."""
     random: random.Random
     longest_seconds: float
     passes: int = 0
@@ -61,13 +63,20 @@ class Chaos:
     def store(self) -> Path:
         return self.folder / f"store-{self.passes}"
 
+    def prepare(self) -> None:
+        """Begins a pass: with an empty store, or with one in which only the attacked step is missing."""
+        if self.only and not self.store.exists():
+            store_without(self.reference, self.only, self.store)
+
     def start(self, *more: str) -> subprocess.Popen[str]:
         launcher = ("torchrun", "deepspeed")[self.passes % 2]
         choices = [f"{step}.resources.launcher={launcher}" for step in TWO_PROCESSES]
         sets = [word for choice in (*choices, *more) for word in ("--set", choice)]
+        self.prepare()
+        only = ("--only", self.only) if self.only else ()
         with (self.folder / "output.txt").open("w") as output:
             return subprocess.Popen(
-                command("run", self.recipe, *self.until, "--store", self.store, *sets),
+                command("run", TINY, *only, "--store", self.store, *sets),
                 cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True,
                 env={**os.environ, MARK: str(self.store)}, start_new_session=True,
             )  # fmt: skip
@@ -174,8 +183,9 @@ class Chaos:
         """Compares what an undisturbed end has made with the reference, and begins anew."""
         if process.returncode != 0:
             raise Failed(f"exit code {process.returncode} without a kill:\n{self.output()[-4000:]}")
+        reference = digests(self.reference)
         for artifact_id, files in digests(self.store).items():
-            if (expected := self.reference.get(artifact_id)) != files:
+            if (expected := reference.get(artifact_id)) != files:
                 differing = sorted(name for name in files if (expected or {}).get(name) != files[name])
                 raise Failed(f"artifact {artifact_id[:12]} differs from that of the undisturbed run in {differing}")
         self.passes += 1
@@ -206,12 +216,12 @@ def digests(store: Path) -> dict[str, dict[str, str]]:
     return {each.artifact_id: {name: entry.sha256 for name, entry in each.files.items()} for each in manifests}
 
 
-def undisturbed(recipe: Path, store: Path, until: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """What a run without kills makes."""
-    ended = subprocess.run(command("run", recipe, *until, "--store", store), cwd=ROOT, capture_output=True, text=True)
+def undisturbed(store: Path) -> Path:
+    """The store, after the recipe has run in it without kills."""
+    ended = subprocess.run(command("run", TINY, "--store", store), cwd=ROOT, capture_output=True, text=True)
     if ended.returncode != 0:
         raise Failed(f"the run without kills failed:\n{ended.stdout[-4000:]}{ended.stderr[-2000:]}")
-    return digests(store)
+    return store
 
 
 def rounds(chaos: Chaos, kills: int) -> Iterator[str]:
@@ -228,17 +238,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--until", help="attack only this step of the recipe and what it stands on")
+    parser.add_argument("--only", help="attack this step alone, such as base")
     parser.add_argument("--longest", type=float, default=25.0, help="seconds from a start to its kill, at most")
     parser.add_argument("--reference", type=Path, help="a store in which the recipe has run undisturbed")
     arguments = parser.parse_args()
     print(f"{arguments.kills} kills, seed {arguments.seed}", flush=True)
-    until = ("--until", arguments.until) if arguments.until else ()
     with tempfile.TemporaryDirectory(prefix="slipway-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         try:
-            reference = undisturbed(TINY, arguments.reference or folder / "reference", until)
-            chaos = Chaos(folder, TINY, reference, until, random.Random(arguments.seed), arguments.longest)
+            reference = (arguments.reference or undisturbed(folder / "reference")).absolute()
+            chaos = Chaos(folder, reference, arguments.only, random.Random(arguments.seed), arguments.longest)
             for line in rounds(chaos, arguments.kills):
                 print(line, flush=True)
         except Failed as failure:

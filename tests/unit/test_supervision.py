@@ -179,11 +179,11 @@ def test_a_group_with_a_stopped_rank_is_not_waited_for_when_asked_to_stop(world:
     assert "is stopped" in (world.wait(world.supervision(stop_timeout_seconds=None), 12, asked=True) or "")
 
 
-def test_a_stage_without_state_has_ten_seconds_to_stop(world: World) -> None:
+def test_a_stage_without_state_has_six_seconds_to_stop(world: World) -> None:
     world.leave_one()
     world.mark(0)
     supervision = world.supervision(stateless=True)
-    assert world.wait(supervision, 10, asked=True) is None
+    assert world.wait(supervision, 6, asked=True) is None
     assert world.wait(supervision, 1, asked=True) is not None
 
 
