@@ -92,7 +92,9 @@ def behind(marks: dict[int, Mark], size: int) -> list[int]:
 
 
 def names(ranks: Sequence[int], size: int) -> str:
-    """`rank 1`, `ranks 1 and 3`, `ranks 0, 1, 2 and 9 more`, or `any rank`."""
+    """`rank 1`, `ranks 1 and 3`, `ranks 0, 1, 2 and 9 more`, or `any rank`; `the launcher` where no rank is meant."""
+    if not ranks:
+        return "the launcher"
     if len(ranks) == size and size > 1:
         return "any rank"
     if len(ranks) == 1:

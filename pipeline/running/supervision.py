@@ -98,7 +98,7 @@ class Supervision:
         if stopped:
             limit = STOPPED_GRACE_SECONDS if limit is None else min(limit, STOPPED_GRACE_SECONDS)
         elif self.silent >= max(SAY_AFTER_STOP_SECONDS, 2 * self.said):
-            self.report(f"waiting for {self.who()} to save: no news for {self.silent:.0f} s", limit)
+            self.report(f"waiting for {self.who()} to stop: no news for {self.silent:.0f} s", limit)
         return self.overdue("the step was asked to stop", limit, self.silent)
 
     def hanging(self) -> str | None:

@@ -167,8 +167,17 @@ def test_a_group_that_does_not_save_when_asked_is_ended_after_the_stated_time(wo
     reason = world.wait(supervision, 100, asked=True)
     pid = world.ranks[1].pid
     assert reason == f"the step was asked to stop; no news from rank 1 (process {pid}) for 40 s: the step is ended"
-    expected = f"waiting for rank 1 (process {pid}) to save: no news for 10 s; the step is ended after 40 s"
+    expected = f"waiting for rank 1 (process {pid}) to stop: no news for 10 s; the step is ended after 40 s"
     assert world.said[0] == expected
+
+
+def test_a_launcher_that_takes_its_time_after_all_ranks_have_saved_is_waited_for_by_name(world: World) -> None:
+    world.mark(0, ended="preempted")
+    world.mark(1, ended="preempted")
+    supervision = world.supervision(stop_timeout_seconds=40)
+    assert world.wait(supervision, 30, asked=True) is None
+    assert world.said[0] == "waiting for the launcher to stop: no news for 10 s; the step is ended after 40 s"
+    assert supervision.not_saved() == []
 
 
 def test_a_group_with_a_stopped_rank_is_not_waited_for_when_asked_to_stop(world: World) -> None:
