@@ -168,9 +168,12 @@ def run_step(
     if outcome.get("status") == "preempted" and not unsaved:
         progress.line(f"  stopped after a clean save: {outcome.get('message', '')}; the same command goes on from here")
         return EXIT_PREEMPTED
-    if watcher.ended_because or outcome.get("status") == "preempted":
-        because = watcher.ended_because or f"{names(unsaved, supervision.size)} ended without a save"
-        progress.line(f"  {because}. Log: {log}")
+    if watcher.ended_because:
+        progress.line(f"  {watcher.ended_because}")
+    if outcome.get("status") not in ("user_error", "crash") and (watcher.ended_because or outcome):
+        if not watcher.ended_because:
+            progress.line(f"  {names(unsaved, supervision.size)} ended without a save")
+        progress.line(f"  log: {log}")
         progress.line("  The same command tries again, from the newest complete checkpoint if there is one.")
         return EXIT_CRASH
     if outcome.get("status") == "user_error":

@@ -37,10 +37,13 @@ class Run:
             text=True,
             start_new_session=True,
         )
-        wait_until(lambda: len(list(folder.glob("runs/work/*/waiting-*"))) == processes)
-        (self.work,) = folder.glob("runs/work/*")
+        self.processes = processes
 
-    def ended(self, seconds: float = 30.0) -> tuple[int, str]:
+    def wait_until_ranks_wait(self) -> None:
+        wait_until(lambda: len(list(self.folder.glob("runs/work/*/waiting-*"))) == self.processes)
+        (self.work,) = self.folder.glob("runs/work/*")
+
+    def ended(self, seconds: float = 60.0) -> tuple[int, str]:
         """Exit code and output; fails if a process is left or the lock is held."""
         output, _ = self.process.communicate(timeout=seconds)
         assert carrying(self.mark) == []
@@ -51,7 +54,7 @@ class Run:
         return read_marks(self.work, number + 1)[number].pid
 
 
-def wait_until(condition: Callable[[], object], timeout_seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_seconds: float = 90.0) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -64,6 +67,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def started(*words: object) -> Run:
         runs.append(Run(tmp_path, *words))  # type: ignore[arg-type]
+        runs[-1].wait_until_ranks_wait()
         return runs[-1]
 
     yield started
@@ -90,7 +94,7 @@ def test_a_second_signal_ends_all_ranks_at_once_and_is_no_clean_save(start: Star
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     run.process.send_signal(signal.SIGINT)
-    code, output = run.ended(5)
+    code, output = run.ended(15)
     assert code == 1
     assert "killed on request, without a save" in output
 
@@ -118,21 +122,29 @@ def test_a_killed_rank_ends_the_others_within_seconds(start: Start) -> None:
     run = start("deaf", 2)
     pid = run.rank(1)
     os.kill(pid, signal.SIGKILL)
-    code, output = run.ended(10)
+    code, output = run.ended(20)
     assert code == 1
     assert f"rank 1 was killed or broke down (process {pid}): the others are ended" in output
     assert "The same command tries again" in output
 
 
+def test_a_mistake_that_one_rank_finds_is_told_with_exit_code_2(start: Start) -> None:
+    """The other rank waits for ever and is ended after ten seconds; the mistake is what the user must know."""
+    code, output = start("mistaken", 2).ended()
+    assert code == 2
+    assert "rank 1 failed: the others are ended" in output
+    assert "error: rows.jsonl:3: has no field 'text'. Add it." in output
+
+
 def test_a_stopped_rank_is_said_and_ended_after_the_stated_time(start: Start) -> None:
     """Silence is said after a third of it."""
-    run = start("deaf", 2, "hang_timeout_seconds: 3")
+    run = start("deaf", 2, "hang_timeout_seconds: 12")
     os.kill(run.rank(1), signal.SIGSTOP)
-    code, output = run.ended(15)
+    code, output = run.ended()
     assert code == 1
     said = [line for line in output.splitlines() if "no news from rank 1" in line]
     assert len(said) >= 2
-    assert "for 3 s: the step is ended" in said[-1] and "kill -CONT" in said[-1]
+    assert "for 12 s: the step is ended" in said[-1] and "kill -CONT" in said[-1]
 
 
 def test_nothing_is_left_when_slipway_run_is_killed_with_a_rank_stopped(start: Start) -> None:
@@ -146,6 +158,6 @@ def test_nothing_is_left_when_slipway_run_is_killed_with_a_rank_stopped(start: S
 def test_a_stage_without_state_stops_at_the_first_signal(start: Start) -> None:
     run = start("stateless", 1)
     run.process.send_signal(signal.SIGINT)
-    code, output = run.ended(10)
+    code, output = run.ended(20)
     assert code == 75
     assert "stopped after a clean save: received SIGTERM" in output

@@ -1,7 +1,8 @@
 """`python -m tests.unit.waiting_run FOLDER STAGE PROCESSES [FIELD=VALUE...]`: runs a step that waits until it is asked to stop.
 
 A stage, a launcher and a recipe of a few lines stand for what takes torch a minute; all else is the program's own. The
-stages: `saves` stops at its next boundary, `deaf` asks at none, `half` asks in rank 0 only, `stateless` has no state.
+stages: `saves` stops at its next boundary, `deaf` asks at none, `half` asks in rank 0 only, `mistaken` finds
+a mistake in rank 1 only, `stateless` has no state.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 from launch.base import LocalProcess
-from pipeline.errors import Preempted
+from pipeline.errors import DataError, Preempted, Problem
 from pipeline.recipe.reader import load_recipe
 from pipeline.running.execute import execute
 from pipeline.running.plan import make_plan
@@ -51,9 +52,16 @@ def half(ctx: Context, params: NoParams) -> Result:
     return wait(ctx, params, ctx.world.is_main)
 
 
+def mistaken(ctx: Context, params: NoParams) -> Result:
+    if not ctx.world.is_main:
+        (ctx.work / "waiting-1").touch()
+        raise DataError(Problem("rows.jsonl:3", "has no field 'text'", "Add it."))
+    return wait(ctx, params, False)
+
+
 STAGES = {
     name: Stage(name, 1, "waits", NoParams, {}, Kind.TEXT, run, distributed=name != "stateless")
-    for name, run in (("saves", saves), ("deaf", deaf), ("half", half), ("stateless", deaf))
+    for name, run in (("saves", saves), ("deaf", deaf), ("half", half), ("mistaken", mistaken), ("stateless", deaf))
 }
 
 
