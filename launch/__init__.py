@@ -7,6 +7,7 @@ from launch.deepspeed import DeepSpeed
 from launch.local import Local
 from launch.torchrun import Torchrun
 
-LAUNCHERS: dict[str, Launcher] = {"local": Local(), "torchrun": Torchrun(), "deepspeed": DeepSpeed()}
+ALL: tuple[Launcher, ...] = (Local(), Torchrun(), DeepSpeed())
+LAUNCHERS = {launcher.name: launcher for launcher in ALL}
 
 __all__ = ["LAUNCHERS", "Launcher"]

@@ -9,5 +9,7 @@ from pipeline.store.job import Job
 
 
 class Local(LocalProcess):
+    name = "local"
+
     def command(self, job: Job) -> list[str]:
         return [sys.executable, "-m", WORKER, job.work]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pipeline.command import reports
 from pipeline.errors import (
     EXIT_CRASH,
     EXIT_USER_ERROR,
+    LaunchError,
     Problem,
     RecipeError,
     SlipwayError,
@@ -180,9 +182,13 @@ def job(
     print_lines([f"note: {sentence}" for sentence in notes])
     print(the_job.files.job_file)
     print("run one of these in the checkout:")
-    names = ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ("local",)
-    for name in names:
-        print(f"  {shlex.join(LAUNCHERS[name].command(the_job))}")
+    own = the_job.resources.launcher_name
+    if own != "local" or not step.recipe_step.stage.distributed:
+        print(f"  {shlex.join(LAUNCHERS[own].command(the_job))}")
+    for name in ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ():
+        with contextlib.suppress(LaunchError):  # the recipe tells its own launcher what it needs, and no other
+            if name != own:
+                print(f"  {shlex.join(LAUNCHERS[name].command(the_job))}")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from typing import Any, Literal, TextIO
 from packaging.requirements import Requirement
 
 from pipeline.errors import EXIT_DONE, EXIT_USER_ERROR
+from pipeline.settings.resources import usable_cores
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.store import Store
 
@@ -119,7 +120,7 @@ def findings(folder: Path, ask: Ask) -> Iterator[Finding]:
     yield python_finding(sys.version_info[:3])
     yield from library_findings(required_libraries(), installed_version)
     probed = ask([sys.executable, "-m", PROBE, "devices"], PROBE_TIMEOUT_SECONDS)
-    yield from device_findings(probed, os.cpu_count() or 1, memory_bytes())
+    yield from device_findings(probed, usable_cores(), memory_bytes())
     num_devices = len(probed.value["devices"]) if probed.value else 0
     if probed.value:
         yield ranks_finding(num_devices, ask)

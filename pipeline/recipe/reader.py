@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field
 
@@ -79,8 +79,16 @@ class RecipeFile(Strict):
     """Name -> stage."""
 
 
+class HasOptions(Protocol):
+    """What a recipe's reader needs of a launcher; `launch/` has them."""
+
+    @property
+    def options(self) -> type[Strict]:
+        """The fields that a recipe may write beside `kind` in `launcher: {kind: ...}`."""
+
+
 def load_recipe(
-    path: Path, stages: Mapping[str, Stage], launchers: Collection[str], overrides: Iterable[str] = ()
+    path: Path, stages: Mapping[str, Stage], launchers: Mapping[str, HasOptions], overrides: Iterable[str] = ()
 ) -> Recipe:
     """The recipe in `path`, checked. Raises one `RecipeError` with everything that is wrong with it."""
     found = Reading([Path.cwd()]).find_file(str(path))
@@ -103,7 +111,7 @@ class Reader:
     where: str
     folders: list[Path]
     stages: Mapping[str, Stage]
-    launchers: Collection[str]
+    launchers: Mapping[str, HasOptions]
     problems: list[Problem] = field(default_factory=list)
 
     def context(self) -> Reading:
@@ -133,7 +141,7 @@ class Reader:
         resources, named = document.get("resources"), document.get("outputs")
         common = resources if isinstance(resources, dict) else {}
         if common:
-            self.check(Resources, common, "resources")
+            self.problems += self.check_resources(common, "resources")[1]
         seed = top.seed if top else 42
         sources = {name: self.read_inputs(name, spec, set(blocks)) for name, spec in specs.items()}
         outputs = named if isinstance(named, list) else []
@@ -282,7 +290,7 @@ class Reader:
     def read_resources(self, name: str, stage: Stage, spec: StageSpec, common: Mapping[str, Any]) -> Resources | None:
         where = f"stages.{name}.resources"
         merged = {**common, **spec.resources} if stage.distributed else dict(spec.resources)
-        own, problems = validate(Resources, merged, self.where + where, self.context())
+        own, problems = self.check_resources(merged, where)
         self.problems += [
             p for p in problems if p.where.removeprefix(f"{self.where}{where}.").split(".")[0] in spec.resources
         ]
@@ -290,13 +298,9 @@ class Reader:
             return None
         if not stage.distributed and own.world_size > 1:
             self.problem(where, f"the stage '{stage.kind}' runs in one process", "Remove `processes` and `nodes`.")
-        if own.launcher not in self.launchers:
-            self.problem(
-                f"{where}.launcher",
-                f"there is no launcher '{own.launcher}'",
-                did_you_mean(own.launcher, self.launchers),
-            )
-        elif own.launcher == "local" and own.world_size > 1:
+        inherited = stage.distributed and "launcher" in common and "launcher" not in spec.resources
+        launcher = self.read_launcher(own, "resources.launcher" if inherited else f"{where}.launcher")
+        if own.launcher_name == "local" and own.world_size > 1:
             self.problem(f"{where}.launcher", "'local' starts one process", "Use torchrun or deepspeed.")
         try:
             layout = find_layout(own.deepspeed, self.context()) if own.deepspeed else None
@@ -308,7 +312,32 @@ class Reader:
             self.problem(
                 f"{where}.deepspeed", f"there is no memory layout '{own.deepspeed}'", did_you_mean(own.deepspeed, known)
             )
-        return own.model_copy(update={"deepspeed": str(layout)}) if layout else own
+        update = {"launcher": launcher, **({"deepspeed": str(layout)} if layout else {})}
+        return own.model_copy(update=update)
+
+    def check_resources(self, value: Mapping[str, Any], where: str) -> tuple[Resources | None, list[Problem]]:
+        """The resources, or None, and what is wrong; an option of a launcher that stands beside it is shown its place."""
+        own, problems = validate(Resources, value, self.where + where, self.context())
+        options = {name: kind for kind, each in self.launchers.items() for name in each.options.model_fields}
+        for index, problem in enumerate(problems):
+            field_name = problem.where.removeprefix(f"{self.where}{where}.")
+            if kind := options.get(field_name):
+                hint = f"Write `launcher: {{kind: {kind}, {field_name}: {value[field_name]}}}`."
+                problems[index] = Problem(problem.where, f"is an option of the launcher '{kind}'", hint)
+        return own, problems
+
+    def read_launcher(self, resources: Resources, where: str) -> str | dict[str, Any]:
+        """The launcher as it goes into the job: its name, or `kind` and the options given, their paths absolute."""
+        name = resources.launcher_name
+        if not name:
+            hint = f"Write `kind: {' or '.join(self.launchers)}`."
+            self.problem(f"{where}.kind", "is required: the launcher's name", hint)
+        elif name not in self.launchers:
+            self.problem(where, f"there is no launcher '{name}'", did_you_mean(name, self.launchers))
+        elif given := resources.launcher_options:
+            options = self.check(self.launchers[name].options, given, where)
+            return {"kind": name, **options.model_dump(mode="json", exclude_unset=True)} if options else name
+        return name
 
     def check_kinds(
         self, name: str, stage: Stage, sources: Mapping[str, Source], kinds: Mapping[str, Kind], spec: StageSpec

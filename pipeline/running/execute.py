@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, seconds, table
+from pipeline.running.environment import environment_for
+from pipeline.running.marks import clear_marks, names
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
+from pipeline.running.supervision import Supervision
 from pipeline.running.unfinished import take_over
 from pipeline.store.artifact import Manifest, read_manifest
 from pipeline.store.disk import MAKE_ROOM, free_words, is_full
@@ -32,12 +36,12 @@ class Launcher(Protocol):
 
     def command(self, job: Job) -> list[str]: ...
 
-    def run(self, job: Job, watch: Any) -> int: ...
+    def run(self, job: Job, environment: Mapping[str, str], watch: Any) -> int: ...
 
 
 @dataclass
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second kills it."""
+    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it."""
 
     progress: Progress
     count: int = 0
@@ -68,10 +72,11 @@ class Watcher:
     job: Job
     progress: Progress
     interrupts: Interrupts
-    killable: bool
-    """Whether the step has no state worth saving: the first interrupt ends it."""
+    supervision: Supervision
     position: int = 0
     asked: bool = False
+    ended_because: str = ""
+    """Why the step's processes were ended before they ended by themselves."""
     started: float = field(default_factory=time.time)
 
     def __call__(self) -> bool:
@@ -79,9 +84,13 @@ class Watcher:
         if self.interrupts.count and not self.asked:
             self.asked = True
             self.job.files.request_stop()
-            if not self.killable:
+            if not self.supervision.stateless:
                 self.progress.line("  stopping: the step saves its state at the next boundary (once more: kill it)")
-        return self.interrupts.count > (0 if self.killable else 1)
+        if self.interrupts.count > 1:
+            self.ended_because = "killed on request, without a save"
+        elif not self.ended_because:
+            self.ended_because = self.supervision.look(self.position, asked=self.asked) or ""
+        return bool(self.ended_because)
 
     def read_journal(self) -> None:
         path = self.job.files.journal
@@ -149,13 +158,17 @@ def run_step(
 ) -> int:
     """Runs one step to its end; returns 0, 1, 2 or 75, having said why."""
     job = step.job(recipe, store)
-    launcher = launchers[job.resources.launcher]
+    launcher = launchers[job.resources.launcher_name]
     command = launcher.command(job)
     take_over(step.adopts, step.work, store)
     store.begin(job)
+    clear_marks(job.work_folder)
     progress.line(f"  $ {shlex.join(command)}")
-    watcher = Watcher(job, progress, interrupts, killable=not step.recipe_step.stage.distributed)
-    exit_code = launcher.run(job, watcher)
+    distributed = step.recipe_step.stage.distributed
+    supervision = Supervision(job, stateless=not distributed, say=lambda text: progress.line(f"  {text}"))
+    watcher = Watcher(job, progress, interrupts, supervision)
+    environment = {**os.environ, **environment_for(job, distributed=distributed)}
+    exit_code = launcher.run(job, environment, watcher)
     folder = store.artifact_folder(job.artifact_id)
     outcome = job.files.outcome()
     # A full disk may have taken the artifact, and not the word that it is done.
@@ -166,16 +179,17 @@ def run_step(
             f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"
         )
         return EXIT_DONE
-    if outcome.get("status") == "preempted":
-        progress.line(f"  stopped after a clean save: {outcome.get('message', '')}")
+    unsaved = supervision.not_saved()
+    if outcome.get("status") == "preempted" and not unsaved:
+        progress.line(f"  stopped after a clean save: {outcome.get('message', '')}; the same command goes on from here")
         return EXIT_PREEMPTED
-    if interrupts.count and outcome.get("status") in (None, "stopped"):
-        progress.line("  stopped without saving; the same command goes on from what was saved before")
-        return interrupts.exit_code
-    if outcome.get("status") == "stopped":
-        progress.line(f"  stopped: {outcome.get('message', '')}; the same command goes on from here")
-        return int(outcome.get("exit_code", EXIT_CRASH))
+    if watcher.ended_because:
+        progress.line(f"  {watcher.ended_because}")
     log = job.files.log
+    if outcome.get("status") not in ("user_error", "crash") and (
+        watcher.ended_because or interrupts.count or outcome.get("status") in ("preempted", "stopped")
+    ):
+        return say_unsaved(job, outcome, watcher, unsaved, interrupts, progress)
     refused = outcome.get("message") if outcome.get("status") == "user_error" else unsaid(job, outcome)
     if refused:
         if not job.resources.keep_failed_output and job.files.running() is None:
@@ -193,6 +207,26 @@ def run_step(
         progress.line(f"  {outcome.get('error')}: {outcome['message'].splitlines()[0]}")
     progress.line("  The same command tries again, from the newest complete checkpoint if there is one.")
     return EXIT_CRASH
+
+
+def say_unsaved(
+    job: Job,
+    outcome: Mapping[str, Any],
+    watcher: Watcher,
+    unsaved: Sequence[int],
+    interrupts: Interrupts,
+    progress: Progress,
+) -> int:
+    """Says that a step ended without a save; returns 128 + the signal where the user asked for it, else 1."""
+    if outcome.get("status") == "stopped":
+        progress.line(f"  stopped: {outcome.get('message', '')}")
+    elif not watcher.ended_because and unsaved:
+        progress.line(f"  {names(unsaved, watcher.supervision.size)} ended without a save")
+    progress.line(f"  log: {job.files.log}")
+    progress.line("  The same command tries again, from the newest complete checkpoint if there is one.")
+    if interrupts.count:
+        return interrupts.exit_code
+    return int(outcome.get("exit_code", EXIT_CRASH)) if outcome.get("status") == "stopped" else EXIT_CRASH
 
 
 def unsaid(job: Job, outcome: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from pipeline.errors import (
     EXIT_CRASH,
@@ -37,9 +37,10 @@ from pipeline.errors import (
 )
 from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
+from pipeline.running.environment import environment_for, start_again_with_fixed_hashes, uses_cpu
+from pipeline.running.lifeline import Lifeline, StopAtOnce
 from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
-from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Reading, validate
 from pipeline.stage import Context, Stage, World
 from pipeline.store.checkpoints import Checkpoints
@@ -66,39 +67,6 @@ def world_of(environment: Mapping[str, str]) -> World:
         size=int(environment.get("WORLD_SIZE", "1")),
         local_rank=int(environment.get("LOCAL_RANK", "0")),
     )
-
-
-def prepare_environment(job: Job) -> None:
-    """Settings that libraries read when they are imported: quiet, offline, no telemetry, the right device."""
-    resources = job.resources
-    settings = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "PYTHONHASHSEED": "0",
-        "DS_ACCELERATOR": "cpu" if uses_cpu(resources) else "cuda",
-    }
-    if not uses_hub(job):
-        settings |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if resources.device == "cpu":
-        settings["CUDA_VISIBLE_DEVICES"] = ""
-    threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.processes)
-    settings |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    os.environ.update(settings)
-
-
-def uses_cpu(resources: Resources) -> bool:
-    return resources.device == "cpu" or (resources.device == "auto" and not Path("/dev/nvidiactl").exists())
-
-
-def uses_hub(job: Job) -> bool:
-    """Whether the recipe names a hub source: only then is the network used."""
-    source = job.params.get("source")
-    is_hub_source = isinstance(source, dict) and source.get("kind") == "hub"
-    return is_hub_source or any(place.startswith(HUB) for place in job.inputs.values())
 
 
 class Stopped(BaseException):
@@ -152,7 +120,7 @@ def fetch(place: str) -> Path:
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
-def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSignals) -> None:
+def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSignals, lifeline: Lifeline) -> None:
     """Runs the job in this rank; rank 0 commits the artifact. Raises what went wrong."""
     stage = stages[job.kind]
     if world.size != job.resources.world_size:
@@ -168,14 +136,21 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSigna
         if world.is_main:
             stack.enter_context(job.files.locked())
             stack.enter_context(job.files.time_kept())
-        run_locked(job, stage, world, store, stop)
+        run_locked(job, stage, world, store, stop, lifeline)
 
 
-def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSignals) -> None:
+def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSignals, lifeline: Lifeline) -> None:
     work, files = job.work_folder, job.files
     params, problems = validate(stage.params, job.params, f"{files.job_file}: params", Reading([work]))
     if params is None:
         raise LaunchError(*problems)
+    if not stage.distributed:
+        lifeline.every_poll = StopAtOnce(files, lambda number: report(files, lifeline, Stopped(number)))
+
+    def stop_requested() -> bool:
+        lifeline.boundary()
+        return stop()
+
     device = "cpu" if uses_cpu(job.resources) else "cuda"
     environment = machine(device)
     checkpoints = store.checkpoints(
@@ -197,7 +172,7 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSig
         resources=job.resources,
         journal=journal,
         world=world,
-        stop_requested=stop,
+        stop_requested=stop_requested,
     )
     started = time.monotonic()
     with failed_output_removed(job, world):
@@ -278,43 +253,63 @@ def main(arguments: list[str], stages: Mapping[str, Stage]) -> int:
     files = WorkFolder(work)
     world = world_of(os.environ)
     stop = StopSignals(files, world.is_main)
+    lifeline = Lifeline(work, world.rank)
     try:
         stop.install()
         job = read_job(work)
-        prepare_environment(job)
-        run_job(job, stages, world, stop)
+        lifeline.start(arguments)
+        os.environ.update(environment_for(job, distributed=stages[job.kind].distributed))
+        run_job(job, stages, world, stop, lifeline)
     except Preempted as saved:
         say(f"rank {world.rank}: stopped after a clean save: {saved}", sys.stderr)
-        files.report(world.rank, "preempted", message=str(saved))
+        report(files, lifeline, saved)
         return EXIT_PREEMPTED
     except Stopped as stopped:
         say(f"rank {world.rank}: {stopped}", sys.stderr)
-        files.report(world.rank, "stopped", message=str(stopped), exit_code=stopped.exit_code)
+        report(files, lifeline, stopped)
         return stopped.exit_code
     except InUseError as error:
         # The folder is another run's: how this one ends is not written there.
         say(f"rank {world.rank}: {error}", sys.stderr)
         return EXIT_USER_ERROR
     except Exception as error:
-        return failed(error, files, world)
+        return failed(error, files, lifeline)
+    lifeline.end("done")
     if world.is_main:
         files.report(world.rank, "done")
     return EXIT_DONE
 
 
-def failed(error: Exception, files: WorkFolder, world: World) -> int:
+def failed(error: Exception, files: WorkFolder, lifeline: Lifeline) -> int:
     """Says why the job failed; returns its exit code."""
     refused = error if isinstance(error, SlipwayError) else refusal(error, files.path)
     if refused is not None:
-        say(f"rank {world.rank}: {refused}", sys.stderr)
-        files.report(world.rank, "user_error", error=type(refused).__name__, message=str(refused))
+        say(f"rank {lifeline.rank}: {refused}", sys.stderr)
+        report(files, lifeline, refused)
         return EXIT_USER_ERROR
     say("".join(traceback.format_exception(error)), sys.stderr)
-    files.report(world.rank, "crash", error=type(error).__name__, message=str(error).strip()[:2000])
+    report(files, lifeline, error)
     return EXIT_CRASH
 
 
+def report(files: WorkFolder, lifeline: Lifeline, end: BaseException) -> None:
+    """Writes how this rank ended, and with it the job, unless another rank has ended first."""
+    fields: dict[str, Any] = {"message": str(end).strip()[:2000]}
+    match end:
+        case Preempted():
+            status = "preempted"
+        case Stopped():
+            status, fields["exit_code"] = "stopped", end.exit_code
+        case SlipwayError():
+            status, fields = "user_error", {"error": type(end).__name__, "message": str(end)}
+        case _:
+            status, fields["error"] = "crash", type(end).__name__
+    lifeline.end(status)
+    files.report(lifeline.rank, status, **fields)
+
+
 if __name__ == "__main__":
+    start_again_with_fixed_hashes()
     from stages import STAGES
 
     sys.exit(main(sys.argv[1:], STAGES))

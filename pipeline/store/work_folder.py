@@ -124,6 +124,14 @@ class WorkFolder:
 
     # The wish to stop
 
+    @property
+    def marks(self) -> Path:
+        """What each rank says of itself."""
+        return self.path / "ranks"
+
+    def mark(self, rank: int) -> Path:
+        return self.marks / f"{rank}.json"
+
     def request_stop(self) -> None:
         """Asks the step to save and stop at its next boundary."""
         with writing(self.path):
@@ -203,7 +211,7 @@ class WorkFolder:
 
     def finish(self) -> None:
         """Removes the checkpoints and scratch files of a step whose artifact is committed; its log and journal stay."""
-        kept = {JOB, self.log.name, self.journal.name, self.outcome_file.name, self.running_file.name}
+        kept = {JOB, self.log.name, self.journal.name, self.outcome_file.name, self.running_file.name, self.marks.name}
         for path in self.path.iterdir():
             if path.name not in kept and not path.name.startswith("lock"):
                 remove(path)

@@ -32,14 +32,15 @@ ROOMS: dict[str, str] = {
     # The core.
     "pipeline.errors": "",
     "pipeline.figures": "",
+    "pipeline.processes": "",
     "pipeline.settings": "pipeline.errors",
     "pipeline.store": f"{SETTINGS} pipeline.figures",
     "pipeline.stage": f"{SETTINGS} pipeline.store",
     "pipeline.recipe": CORE,
-    "pipeline.running": f"{CORE} pipeline.recipe",
+    "pipeline.running": f"{CORE} pipeline.processes pipeline.recipe",
     "pipeline.command": f"{CORE} pipeline.recipe pipeline.running",
     # How a job becomes processes.
-    "launch": f"{SETTINGS} pipeline.store.job",
+    "launch": f"{SETTINGS} pipeline.processes pipeline.store.job",
     # What stages share, floor by floor.
     "stages.lib.processes": GIVEN,
     "stages.lib.formulas": GIVEN,

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from launch import LAUNCHERS
 from launch.base import LocalProcess
 from pipeline.errors import GateError, Preempted, Problem, SlipwayError
 from pipeline.recipe.reader import load_recipe
@@ -95,7 +96,7 @@ def planned(folder: Path, kind: str, *overrides: str) -> tuple[Plan, Store]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(f"name: demo\noutputs: [one]\nstages:\n  one: {{kind: {kind}}}\n")
     store = Store(folder / "runs")
-    return make_plan(load_recipe(recipe, STAGES, ("local", "torchrun"), overrides), store), store
+    return make_plan(load_recipe(recipe, STAGES, LAUNCHERS, overrides), store), store
 
 
 def run(folder: Path, kind: str, *overrides: str) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -75,4 +76,22 @@ STAGES = {
         Kind.CHATS, join, distributed=True, estimate=estimate, check=check, headline=("heldout_loss",),
     ),
 }  # fmt: skip
-LAUNCHERS = ("local", "torchrun")
+
+
+class MeetingOptions(Strict):
+    rendezvous: str | None = None
+    """Where the nodes meet."""
+    hosts: OutsidePath | None = None
+    """A file."""
+
+
+@dataclass(frozen=True)
+class FakeLauncher:
+    options: type[Strict]
+
+
+class NoOptions(Strict):
+    pass
+
+
+LAUNCHERS = {"local": FakeLauncher(NoOptions), "torchrun": FakeLauncher(MeetingOptions)}

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.deepspeed import DeepSpeedOptions
 from pipeline.errors import ArtifactError, PathError, RecipeError
 from pipeline.recipe.outside import kind_of_folder
 from pipeline.settings import paths as module
 from pipeline.settings.paths import expanded, holds_file, matching, read_file, read_json, status
-from pipeline.settings.resources import Resources, find_layout
+from pipeline.settings.resources import find_layout
 from pipeline.settings.strict import OutsideFolder, Reading, Strict, validate
 from pipeline.settings.yaml_loader import load_yaml
 from pipeline.store.artifact import Kind, digest_file, read_manifest
@@ -78,11 +79,13 @@ def test_a_folder_where_a_file_is_needed_and_the_reverse(odd: Path) -> None:
         root: OutsideFolder
         """A folder."""
 
-    assert "is a folder, and a file is needed" in str(validate(Resources, {"hostfile": "folder"}, "r", Reading([odd])))
+    assert "is a folder, and a file is needed" in str(
+        validate(DeepSpeedOptions, {"hostfile": "folder"}, "r", Reading([odd]))
+    )
     assert "is a folder, and a file is needed" in str(validate(WriteParams, {"block": "folder"}, "r", Reading([odd])))
     assert "is a file, and a folder is needed" in str(validate(Rows, {"root": "file"}, "r", Reading([odd])))
     assert validate(Rows, {"root": "folder"}, "r", Reading([odd]))[1] == []
-    assert validate(Resources, {"hostfile": "file"}, "r", Reading([odd]))[1] == []
+    assert validate(DeepSpeedOptions, {"hostfile": "file"}, "r", Reading([odd]))[1] == []
 
 
 def test_the_problems_of_a_file_with_a_block_are_told_once_and_with_its_name(odd: Path) -> None:

@@ -103,6 +103,15 @@ stages:
         (("seed: 7", "seed: 7, extra: 1"), "stages.second.extra: unknown field"),
         (("seed: 7", "resources: {processes: 2}"), "stages.second.resources: the stage 'write' runs in one process"),
         (("params: {beta: 2e-1}", "resources: {launcher: torchrnu}"), "there is no launcher 'torchrnu'. Did you mean 'torchrun'?"),
+        (("params: {beta: 2e-1}", "resources: {launcher: 5}"), "stages.joined.resources.launcher: must be a launcher's name, or a mapping with its `kind`, not 5"),
+        (("params: {beta: 2e-1}", "resources: {launcher: {rendezvous: a}}"), "stages.joined.resources.launcher.kind: is required: the launcher's name. Write `kind: local or torchrun`."),
+        (("params: {beta: 2e-1}", "resources: {launcher: {kind: torchrnu}}"), "there is no launcher 'torchrnu'. Did you mean 'torchrun'?"),
+        (("params: {beta: 2e-1}", "resources: {launcher: {kind: torchrun, rendezvos: a}}"), "stages.joined.resources.launcher.rendezvos: unknown field. Did you mean 'rendezvous'?"),
+        (("params: {beta: 2e-1}", "resources: {launcher: {kind: local, rendezvous: a}}"), "stages.joined.resources.launcher.rendezvous: unknown field"),
+        (("params: {beta: 2e-1}", "resources: {launcher: {kind: torchrun, hosts: nowhere}}"), "stages.joined.resources.launcher.hosts: no such file or folder: nowhere"),
+        (("params: {beta: 2e-1}", "resources: {launcher: torchrun, rendezvous: a:1}"), "stages.joined.resources.rendezvous: is an option of the launcher 'torchrun'. Write `launcher: {kind: torchrun, rendezvous: a:1}`."),
+        (("name: demo", "name: demo\nresources: {hosts: x}"), "resources.hosts: is an option of the launcher 'torchrun'. Write `launcher: {kind: torchrun, hosts: x}`."),
+        (("name: demo", "name: demo\nresources: {launcher: {kind: torchrun, rendezvos: a}}"), "resources.launcher.rendezvos: unknown field. Did you mean 'rendezvous'?"),
         (("params: {beta: 2e-1}", "resources: {processes: 2}"), "stages.joined.resources.launcher: 'local' starts one process"),
         (("params: {beta: 2e-1}", "resources: {deepspeed: zero9}"), "there is no memory layout 'zero9'"),
         (("name: demo", "name: demo\nresources: {procesess: 2}"), "resources.procesess: unknown field. Did you mean 'processes'?"),
@@ -115,6 +124,23 @@ def test_each_mistake_says_where_and_what_to_do(tmp_path: Path, change: tuple[st
     assert change[0] in GOOD
     found = problems(tmp_path, GOOD.replace(*change))
     assert any(line.startswith(message) or message in line for line in found), found
+
+
+def test_a_launcher_is_told_its_options_with_paths_that_start_at_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=8")
+    step = "params: {beta: 2e-1}, resources: {processes: 2, launcher: {kind: torchrun, hosts: hosts}}"
+    resources = load(tmp_path, GOOD.replace("params: {beta: 2e-1}", step)).step("joined").resources
+    assert (resources.launcher_name, resources.launcher_options) == ("torchrun", {"hosts": str(tmp_path / "hosts")})
+    plain = load(tmp_path, GOOD.replace("params: {beta: 2e-1}", "resources: {launcher: torchrun}")).step("joined")
+    assert (plain.resources.launcher, plain.resources.launcher_options) == ("torchrun", {})
+
+
+def test_a_stage_with_another_launcher_does_not_inherit_the_options(tmp_path: Path) -> None:
+    common = "name: demo\nresources: {launcher: {kind: torchrun, rendezvous: a:1}}"
+    text = GOOD.replace("name: demo", common)
+    assert load(tmp_path, text).step("joined").resources.launcher_options == {"rendezvous": "a:1"}
+    own = load(tmp_path, text.replace("params: {beta: 2e-1}", "resources: {launcher: local}")).step("joined")
+    assert own.resources.launcher == "local"
 
 
 def test_overrides_reach_params_by_the_stage_name_and_any_field_by_its_path(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from pipeline.errors import DataError, Problem
+from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
 from stages.lib.generating.sampling import DrawByUniforms, continuations, uniforms_for
 from stages.lib.text.chat_rendering import Messages
 from stages.lib.text.chat_spans import encode_prompt
@@ -212,7 +213,7 @@ def stream_tokens(
             )
         )
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(bounded_seed(seed, TORCH_BITS))
     cache = None
     ids = list(prompt)
     for _ in range(room):

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.settings.strict import Strict
+from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def with_adapter(model: Any, adapter: LoraParams, seed: int, task: str) -> Any:
     import torch
     from peft import get_peft_model
 
-    torch.manual_seed(seed)
+    torch.manual_seed(bounded_seed(seed, TORCH_BITS))
     return get_peft_model(model, ADAPTERS[type(adapter)](adapter, task))
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
 from pipeline.store.durable import replacing_folder
+from stages.lib.formulas.seeds import NUMPY_BITS, bounded_seed
 from stages.lib.models.config import read_config
 from stages.lib.processes.joining import quiet
 
@@ -39,7 +40,7 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
     folder = ctx.work / "initial"
     if ctx.world.is_main and not folder.exists():
         quiet()
-        set_seed(ctx.seed)
+        set_seed(bounded_seed(ctx.seed, NUMPY_BITS))
         # A ZeRO-3 run before in this process would have the model split while it is built, which needs all processes.
         unset_hf_deepspeed_config()
         model = build().to(torch.float32)

@@ -17,7 +17,9 @@ from pipeline.settings.resources import Resources
 from pipeline.stage import Context
 from stages.lib.processes.collectives import barrier
 
-COLLECTIVE_TIMEOUT_SECONDS = 1800
+COLLECTIVE_MARGIN_SECONDS = 30
+"""How much longer a process waits in a collective than `slipway run`, which can say who it waits for."""
+NEVER = timedelta(days=3650)
 
 
 def device_type(resources: Resources) -> str:
@@ -43,8 +45,7 @@ def quiet() -> None:
 
 def use_threads(resources: Resources) -> None:
     """Fixes the number of CPU threads, which results depend on, and turns denormal numbers, which are slow, into zeros."""
-    threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.processes)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(resources.threads_per_process)
     torch.set_flush_denormal(True)
 
 
@@ -89,8 +90,14 @@ def start_process_group(ctx: Context, backend: str) -> None:
         backend,
         rank=ctx.world.rank,
         world_size=ctx.world.size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
+        timeout=collective_timeout(ctx.resources),
     )
+
+
+def collective_timeout(resources: Resources) -> timedelta:
+    """How long a process waits for the others before it gives up."""
+    limit = resources.hang_timeout_seconds
+    return NEVER if limit is None else timedelta(seconds=limit + COLLECTIVE_MARGIN_SECONDS)
 
 
 def free_port() -> int:

@@ -1,0 +1,131 @@
+"""What Linux tells of processes: whose child each is, whether it has ended or is stopped; and how many of them are ended.
+
+Only the standard library, and no other module of ours: `launch/keeper.py` must start at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+ENDING_SECONDS = 10.0
+"""How long `end_all` goes on: a process that waits for a disk or a driver ends when that answers."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as it is now. `started`, in clock ticks since boot, tells it from a later one of the same number."""
+
+    pid: int
+    parent: int
+    state: str
+    started: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it runs no more; one that nobody has waited for yet has ended as well."""
+        return self.state in "ZX"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal such as SIGSTOP holds it."""
+        return self.state == "T"
+
+    def lives(self) -> bool:
+        """Whether this very process still runs."""
+        now = look_up(self.pid)
+        return now is not None and now.started == self.started and not now.has_ended
+
+    def command_line(self) -> list[str]:
+        """The arguments it was started with; empty where it is gone."""
+        return read_list(self.pid, "cmdline")
+
+    def environment(self) -> list[str]:
+        """The `NAME=value`s it was started with; empty where it is gone or another user's."""
+        return read_list(self.pid, "environ")
+
+    def runs_python(self) -> bool:
+        try:
+            return Path(os.readlink(PROC / str(self.pid) / "exe")).name.startswith("python")
+        except OSError:
+            return False
+
+
+def look_up(pid: int) -> Process | None:
+    """The process of this number, or None."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The name stands in brackets and may hold anything, brackets and spaces too.
+    fields = text.rpartition(")")[2].split()
+    return Process(pid, parent=int(fields[1]), state=fields[0], started=int(fields[19]))
+
+
+def read_list(pid: int, name: str) -> list[str]:
+    try:
+        data = (PROC / str(pid) / name).read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(part) for part in data.split(b"\0") if part]
+
+
+def all_processes() -> Iterator[Process]:
+    """Every process that has not ended."""
+    for name in os.listdir(PROC):
+        if name.isdigit() and (process := look_up(int(name))) and not process.has_ended:
+            yield process
+
+
+def descendants(pid: int) -> list[Process]:
+    """The children of a process, their children and so on, in whatever session they are."""
+    children: dict[int, list[Process]] = {}
+    for process in all_processes():
+        children.setdefault(process.parent, []).append(process)
+    found, waiting = [], [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += [process.pid for process in below]
+    return found
+
+
+def carrying(mark: str) -> list[Process]:
+    """The other processes that were started with `mark`, a `NAME=value`, in their environment."""
+    return [process for process in all_processes() if process.pid != os.getpid() and mark in process.environment()]
+
+
+def end_all(find: Callable[[], list[Process]]) -> list[Process]:
+    """Sends SIGKILL, which a stopped process cannot escape either, to all that `find` finds until it finds none.
+
+    Returns those that are left after `ENDING_SECONDS`.
+    """
+    deadline = time.monotonic() + ENDING_SECONDS
+    while (found := find()) and time.monotonic() < deadline:
+        for process in found:
+            if process.lives():
+                with contextlib.suppress(OSError):
+                    os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return found
+
+
+def adopt_orphans() -> None:
+    """Makes this process, instead of that of number 1, the parent of every descendant whose own parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_with_parent(parent: int) -> None:
+    """Has Linux send this process SIGKILL as soon as `parent`, its parent, ends; at once if it ended before."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

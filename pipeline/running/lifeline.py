@@ -1,0 +1,141 @@
+"""What ties a rank to the launcher that started it, and lets others see that it goes on.
+
+A rank must not outlive its launcher: it would wait for its group, and hold the step's lock, for as long as a collective
+lasts. Linux ends it with its parent; a thread ends it when a launcher further up is gone (the deepspeed launcher starts a
+second one, which starts the ranks). Launchers are known by their command line, which names the worker and the work folder:
+so a shell or a script that started one in the background may end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.processes import Process, descendants, end_all, end_with_parent, look_up
+from pipeline.running.marks import Mark, own_mark, write_mark
+from pipeline.store.work_folder import WorkFolder
+
+WORKER = "pipeline.running.worker"
+POLL_SECONDS = 0.5
+INNER_DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
+
+
+def launchers_above(work: str, first: int) -> list[Process]:
+    """The processes that started this rank to run `work`, nearest first, beginning with process `first`."""
+    found = []
+    process = look_up(first)
+    while process is not None and is_launcher(process, work):
+        found.append(process)
+        process = look_up(process.parent)
+    return found
+
+
+def is_launcher(process: Process, work: str) -> bool:
+    """Whether the process is a Python program that was told to start the worker on this work folder."""
+    arguments = process.command_line()
+    return WORKER in arguments and work in arguments and process.runs_python()
+
+
+def is_abandoned(
+    launchers: Sequence[Process], parent: Process | None, environment: Mapping[str, str], arguments: Sequence[str]
+) -> bool:
+    """Whether a launcher that must have started this rank is gone already, before it could be watched.
+
+    torchrun and the inner deepspeed launcher show in what they hand to a rank. The inner one itself was started by the
+    outer one, except on other machines, where it is told its `--node_rank`.
+    """
+    started_by_launcher = "TORCHELASTIC_RUN_ID" in environment or any(a.startswith("--local_rank") for a in arguments)
+    if not launchers:
+        return started_by_launcher and (parent is None or not parent.runs_python())
+    outermost = launchers[-1].command_line()
+    return INNER_DEEPSPEED_LAUNCHER in outermost and not any(a.startswith("--node_rank") for a in outermost)
+
+
+@dataclass
+class Lifeline:
+    """Runs beside a rank: ends it with its launcher, writes its mark, and calls `every_poll` twice a second."""
+
+    work: Path
+    rank: int
+    every_poll: Callable[[], None] = lambda: None
+    boundaries: int = 0
+    """How many boundaries the rank has come to; whoever asks whether to stop counts one."""
+    mark: Mark = field(init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.mark = own_mark(self.rank)
+
+    def start(self, arguments: Sequence[str]) -> None:
+        """Ties this process to its launchers. `arguments` are those of the worker, its work folder the last."""
+        parent = os.getppid()
+        launchers = launchers_above(arguments[-1], parent)
+        if launchers:
+            end_with_parent(parent)
+        if is_abandoned(launchers, look_up(parent), os.environ, arguments):
+            end_itself()
+        WorkFolder(self.work).marks.mkdir(exist_ok=True)
+        write_mark(self.work, self.mark)
+        threading.Thread(target=self.watch, args=(launchers,), name="lifeline", daemon=True).start()
+
+    def watch(self, launchers: Sequence[Process]) -> None:
+        while all(launcher.lives() for launcher in launchers):
+            self.show()
+            self.every_poll()
+            time.sleep(POLL_SECONDS)
+        end_itself()
+
+    def boundary(self) -> None:
+        """The rank came to a boundary."""
+        self.boundaries += 1
+
+    def show(self) -> None:
+        """Writes the mark if there is news."""
+        with self.lock:
+            if self.mark.ended is None and self.mark.boundaries != self.boundaries:
+                self.mark = replace(self.mark, boundaries=self.boundaries)
+                write_mark(self.work, self.mark)
+
+    def end(self, status: str) -> None:
+        """Says how the rank ended; the first word counts."""
+        with self.lock:
+            if self.mark.ended is None:
+                self.mark = replace(self.mark, boundaries=self.boundaries, ended=status)
+                write_mark(self.work, self.mark)
+
+
+def end_itself() -> None:
+    """Ends this process and what it started, at once: nobody is left to tell."""
+    end_all(lambda: descendants(os.getpid()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+INTERRUPTION_SECONDS = 3.0
+
+
+@dataclass
+class StopAtOnce:
+    """Called beside a stage without state: interrupts it once its work folder holds a request to stop.
+
+    What does not look up from its work (C code) within `INTERRUPTION_SECONDS` is ended: there is nothing to save.
+    """
+
+    files: WorkFolder
+    say_stopped: Callable[[int], None]
+    """Says that the rank was stopped by the signal of this number."""
+    since: float | None = None
+
+    def __call__(self) -> None:
+        if self.since is None:
+            if self.files.stop_is_requested():
+                self.since = time.monotonic()
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif time.monotonic() - self.since > INTERRUPTION_SECONDS:
+            self.say_stopped(signal.SIGTERM)
+            end_all(lambda: descendants(os.getpid()))
+            os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,102 @@
+"""Marks: what each rank of a job leaves in the work folder about itself, and what can be read from them.
+
+`ranks/<rank>.json` says which process the rank is, how many boundaries (steps, batches, rounds) it has come to, and in
+the end how it ended. All ranks come to the same boundaries, so the one that is behind is the one the others wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.errors import StoreError
+from pipeline.processes import Process, look_up
+from pipeline.store.durable import read_json, write_json
+from pipeline.store.work_folder import WorkFolder
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a rank last said of itself. `ended` is the status it ended with, or None while it runs."""
+
+    rank: int
+    host: str
+    pid: int
+    started: int
+    boundaries: int = 0
+    ended: str | None = None
+
+    def process(self) -> Process | None:
+        """The rank's process, if it lives, or None; None as well if it is on another machine."""
+        process = look_up(self.pid) if self.is_here() else None
+        return process if process and process.started == self.started and not process.has_ended else None
+
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def is_gone(self) -> bool:
+        """Whether its process ended without a word: it was killed, or broke down."""
+        return self.ended is None and self.is_here() and self.process() is None
+
+    def is_stopped(self) -> bool:
+        """Whether its process is held by SIGSTOP or the like."""
+        process = self.process()
+        return process is not None and process.is_stopped
+
+
+def own_mark(rank: int) -> Mark:
+    """The mark of this process at its start."""
+    itself = look_up(os.getpid())
+    assert itself is not None
+    return Mark(rank, socket.gethostname(), itself.pid, itself.started)
+
+
+def write_mark(work: Path, mark: Mark) -> None:
+    """Replaces the rank's mark. A full or vanished disk is passed over: the mark is news, not state."""
+    with contextlib.suppress(OSError, StoreError):
+        write_json(WorkFolder(work).mark(mark.rank), asdict(mark), survives_power_loss=False)
+
+
+def read_marks(work: Path, size: int) -> dict[int, Mark]:
+    """Rank -> mark, of the ranks that have left one."""
+    found = {}
+    for rank in range(size):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found[rank] = Mark(**read_json(WorkFolder(work).mark(rank)))
+    return found
+
+
+def clear_marks(work: Path) -> None:
+    """Makes an empty folder for the marks of a new run."""
+    folder = WorkFolder(work).marks
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+
+
+def behind(marks: dict[int, Mark], size: int) -> list[int]:
+    """The ranks that the others wait for: those that are stopped, else have left no mark, else came least far."""
+    running = {rank: mark for rank, mark in marks.items() if mark.ended is None}
+    if stopped := [rank for rank, mark in running.items() if mark.is_stopped()]:
+        return stopped
+    if missing := [rank for rank in range(size) if rank not in marks]:
+        return missing
+    least = min((mark.boundaries for mark in running.values()), default=0)
+    return [rank for rank, mark in running.items() if mark.boundaries == least]
+
+
+def names(ranks: Sequence[int], size: int) -> str:
+    """`rank 1`, `ranks 1 and 3`, `ranks 0, 1, 2 and 9 more`, or `any rank`; `the launcher` where no rank is meant."""
+    if not ranks:
+        return "the launcher"
+    if len(ranks) == size and size > 1:
+        return "any rank"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 4:
+        return f"ranks {', '.join(map(str, ranks[:3]))} and {len(ranks) - 3} more"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
