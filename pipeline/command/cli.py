@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -17,6 +16,7 @@ from pipeline.errors import EXIT_CRASH, EXIT_USER_ERROR, Problem, RecipeError, S
 from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
 from pipeline.running.plan import Action, Plan, make_plan
+from pipeline.store.numbers import json_text
 from pipeline.store.store import Store
 from stages import STAGES
 
@@ -77,7 +77,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, store: StoreOption = No
     the_store = open_store(store)
     the_plan = planned(recipe, set_, the_store)
     if json_:
-        print(json.dumps(reports.plan_data(the_plan), indent=2))
+        print(json_text(reports.plan_data(the_plan), "plan", indent=2))
     else:
         print_lines(reports.plan_lines(the_plan, the_store))
 
@@ -138,7 +138,7 @@ def status(
         entries = reports.plan_status(planned(recipe, set_, the_store), the_store)
     else:
         entries = reports.store_status(the_store)
-    print(json.dumps(entries, indent=2)) if json_ else print_lines(reports.status_lines(entries, the_store))
+    print(json_text(entries, "status", indent=2)) if json_ else print_lines(reports.status_lines(entries, the_store))
 
 
 @app.command()

@@ -101,7 +101,7 @@ def step_status(store: Store, recipe: str, name: str, kind: str, artifact_id: st
         }
         last = [event for event in read_journal(work / "journal.jsonl") if event["event"] == "step"]
         if last:
-            entry |= {"at_step": last[-1]["step"], "total_steps": last[-1].get("total_steps")}
+            entry |= {"at_step": last[-1].get("step"), "total_steps": last[-1].get("total_steps")}
     else:
         entry["state"] = state
         if (work / "log.txt").exists():

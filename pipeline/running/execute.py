@@ -14,11 +14,12 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
-from pipeline.figures import headline, seconds, table
+from pipeline.figures import headline, real, seconds, table
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 from pipeline.store.artifact import Manifest, read_manifest
 from pipeline.store.job import Job
+from pipeline.store.journal import read_event
 from pipeline.store.store import Store
 
 LOG_TAIL_LINES = 25
@@ -90,11 +91,8 @@ class Watcher:
         whole = data.rfind(b"\n") + 1
         self.position += whole
         for line in data[:whole].splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if event.get("time", 0) >= self.started - 1:
+            event = read_event(line)
+            if event and (real(event.get("time")) or 0.0) >= self.started - 1:
                 self.progress.event(self.job.step, event)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.errors import LaunchError, Problem
 from pipeline.stage import World
+from pipeline.store.numbers import json_text
 
 POLL_SECONDS = 0.02
 
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, str]:
 
 def write_json(path: Path, value: dict[str, str], token: str) -> None:
     temporary = path.with_name(f"{path.name}.{token}")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
+    temporary.write_text(json_text(value, path.name), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ArtifactError, Problem
+from pipeline.store.numbers import json_text
 
 MANIFEST = "manifest.json"
 
@@ -153,7 +154,7 @@ def digest_bytes(data: bytes) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes the file as a whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json_text(value, path.name, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import Problem, StoreError
 from pipeline.store.artifact import FileEntry, differences, files_below, list_files
+from pipeline.store.numbers import json_text
 
 COMPLETE = "complete.json"
 
@@ -56,7 +57,7 @@ class Checkpoints:
         entries = {
             name: entry.model_dump() for name, entry in list_files(folder).items() if not name.startswith(COMPLETE)
         }
-        temporary.write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
+        temporary.write_text(json_text({"step": step, "files": entries}, COMPLETE, indent=1), encoding="utf-8")
         sync(temporary)
         temporary.replace(folder / COMPLETE)
         sync(folder)

@@ -33,6 +33,7 @@ from pipeline.settings.strict import CHECKOUT
 from pipeline.store.artifact import MANIFEST, Facts, Manifest, differences, list_files, read_manifest, write_json
 from pipeline.store.checkpoints import Checkpoints, sync
 from pipeline.store.job import Job
+from pipeline.store.numbers import require_finite
 
 RECORDED_LIBRARIES = (
     "torch", "transformers", "deepspeed", "accelerate", "datasets", "datatrove", "tokenizers", "sentencepiece",
@@ -184,7 +185,11 @@ class Store:
     def commit(
         self, job: Job, metrics: Mapping[str, float], facts: Facts, *, wall_seconds: float, device: str, world_size: int
     ) -> Manifest:
-        """Turns the work folder's `out/` into the artifact: hash, fsync, manifest last, one rename."""
+        """Turns the work folder's `out/` into the artifact: hash, fsync, manifest last, one rename.
+
+        Raises `DataError` if a metric is not one finite number.
+        """
+        require_finite(metrics, job.step)
         out = job.work_folder / "out"
         files = list_files(out)
         commit, dirty = git_state()

@@ -19,6 +19,7 @@ from pipeline.errors import ArtifactError, DataError, GateError, Problem, did_yo
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from pipeline.store.numbers import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -427,8 +428,12 @@ def weight_bytes(folder: Path) -> int:
 
 
 def require_quality(original: float, quantized: float, params: QuantizeParams) -> None:
-    """Raises `GateError` if perplexity rose by more than the recipe allows, or is no number any more."""
+    """Raises `GateError` if perplexity rose by more than the recipe allows, or is no number any more.
+
+    Raises `DataError` if it was none before.
+    """
     allowed = params.max_perplexity_increase
+    require_finite({"held-out perplexity": original}, "inputs.model", "Look at this model's weights.")
     if not math.isfinite(quantized):
         raise GateError(
             Problem("params", f"the quantized model's held-out perplexity is {quantized}", "Nothing was published.")

@@ -16,6 +16,7 @@ from pipeline.errors import DataError, Problem, RecipeError, did_you_mean
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from pipeline.store.numbers import json_text
 from stages.lib.curation.mixing import (
     SourceRow,
     SourceRows,
@@ -140,7 +141,7 @@ def run(ctx: Context, params: MixParams) -> Result:
     write_side(ctx.out / "heldout.jsonl", heldout_order(sources))
     ledger.write(ctx.out)
     mixture = describe(sources, params, has_tokens=tokenizer is not None)
-    (ctx.out / "mixture.json").write_text(json.dumps(mixture, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (ctx.out / "mixture.json").write_text(json_text(mixture, "mixture.json", indent=1) + "\n", encoding="utf-8")
     report(mixture, ledger, ctx)
     return result(mixture, ledger)
 
@@ -187,7 +188,7 @@ def measure(row: Row, format: str, offset: int, characters: int, name: str, para
     key = f"{by}:{FORMATS[format].split_key(row, by)}"
     if "group" not in row and params.split_by == "group":
         hint = "Name the field that holds it as `columns: {group: ...}` of the source, or split by something else."
-        raise DataError(Problem(f"sources.{name}", f"a row has no group: {json.dumps(row)[:200]}", hint))
+        raise DataError(Problem(f"sources.{name}", f"a row has no group: {json_text(row, 'row')[:200]}", hint))
     side = f"group:{row['group']}" if "group" in row else key
     digest = hashlib.sha256(f"{params.heldout_salt}\0{side}".encode()).digest()
     return SourceRow(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.errors import ArtifactError, Problem, did_you_mean
+from pipeline.errors import Problem, did_you_mean
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
+from pipeline.store.numbers import json_text, require_finite
 from stages.lib.text.chat_fitting import split_last_answer
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from stages.lib.measuring.compared_models import Rows, Subject
     from stages.lib.measuring.perplexity import ScoredRow
     from stages.lib.measuring.scored_replies import ScoredReplies
+
+
+BAD_WEIGHTS = "Look at this model's weights."
 
 
 class GenerationParams(Strict):
@@ -138,10 +141,8 @@ def run(ctx: Context, params: EvaluateParams) -> Result:
     metrics = flatten([*subjects, *judges])
     summary = summarize(params.scored_replies, scored, judges)
     metrics |= metrics_of(summary) if summary else {}
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise ArtifactError(Problem(f"models: {bad[0]}", f"is {metrics[bad[0]]}", "Look at this model's weights."))
     metrics |= rows.baselines
+    require_finite(metrics, "models", BAD_WEIGHTS)
     write_report(ctx, subjects, judges, rows, prompts, scored, summary)
     return Result(metrics)
 
@@ -179,7 +180,8 @@ def made_once(ctx: Context, name: str, make: Callable[[], dict[str, Any]]) -> di
     path = ctx.work / name
     if not path.exists():
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(make(), ensure_ascii=False), encoding="utf-8")
+        text = json_text(make(), name.removesuffix(".json"), hint=BAD_WEIGHTS)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     made: dict[str, Any] = json.loads(path.read_bytes())
     return made
@@ -377,7 +379,7 @@ def write_report(
         report["scored_replies"] = summary
         replies = scored.rows({each.name: each.results["scores"] for each in judges})
         write_rows(ctx.out / "scored_replies.jsonl", replies)
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json_text(report, "report.json", indent=2)
     (ctx.out / "report.json").write_text(text + "\n", encoding="utf-8")
     (ctx.out / "report.md").write_text(report_markdown(report, generations, replies), encoding="utf-8")
     write_rows(ctx.out / "generations.jsonl", generations)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import canonical_json, digest_bytes
+from pipeline.store.numbers import json_text
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.processes.collectives import any_process, barrier, from_main
 from stages.lib.processes.joining import join_processes
@@ -112,7 +113,7 @@ class Part:
         if self.with_margins:
             np.save(temporary / MARGINS, np.asarray(self.margins, dtype=np.float64))
         rest = {name: getattr(self, name) for name in ("categories", "dropped", "read", "shortened")}
-        (temporary / "rest.json").write_text(json.dumps(rest), encoding="utf-8")
+        (temporary / "rest.json").write_text(json_text(rest, "rest.json"), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
 
