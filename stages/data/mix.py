@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,7 +48,7 @@ TOKENIZED_AT_ONCE = 256
 class MixParams(Strict):
     """Which rows are held out, and how much of each source is trained on."""
 
-    heldout_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
+    heldout_fraction: float = Field(default=0.05, ge=1e-6, lt=1.0)
     """Share of groups (or of prompts, contexts, texts) that is held out, from 0 to 1. It is taken before mixing."""
     heldout_salt: str = "slipway"
     """Rows are held out by the hash of this and of what they share: with the same salt and fraction the same groups and prompts are held out in every data set of a recipe."""
@@ -56,8 +56,8 @@ class MixParams(Strict):
     """Most held-out rows: those with the smallest hash. The others are not trained on either. null: all."""
     split_by: Literal["prompt", "context", "content", "group"] | None = None
     """What rows share that must stay on one side: the first user message (of questions: the question), the context, or the whole text or chat. Rows with a `group` go by that instead; `group` asks for one in every row. null: prompt for chats and preferences, context for questions, content for the rest."""
-    weights: dict[str, float] | None = None
-    """Source -> its share of the training data, counted in `unit`; only the proportions count. null (and no budgets): every row once."""
+    weights: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] | None = None
+    """Source -> its share of the training data, counted in `unit`, each from 0.000001 to 1,000,000; only the proportions count. null (and no budgets): every row once."""
     budgets: dict[str, int] | None = None
     """Source -> how much of it is trained on, counted in `unit`."""
     unit: Unit = "rows"

@@ -15,6 +15,7 @@ from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from pipeline.store.numbers import json_text, require_finite
+from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy
 from stages.lib.text.chat_fitting import split_last_answer
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class GenerationParams(Strict):
     """User messages to which each model replies as well."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest reply, in tokens. One that is cut off there is marked as truncated."""
-    temperature: float = Field(default=0.0, ge=0)
-    """0 always takes the likeliest token; above, tokens are drawn with the seed of the step, the higher the freer."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: TemperatureOrGreedy = 0.0
+    """0 always takes the likeliest token; above, from 0.001 to 100, tokens are drawn with the seed of the step, the higher the freer."""
+    top_p: Nucleus = 1.0
     """Tokens are drawn from the smallest set that holds this much of the probability."""
 
 
@@ -46,9 +47,9 @@ class ScoredRepliesParams(Strict):
     """Held-out chats of which each model writes the last assistant turn: the first so many, without those that a model or a reward model cannot read whole."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest reply, in tokens. One that is cut off there is scored as it is, and counted as truncated."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: TemperatureOrGreedy = 1.0
     """1 draws replies as the model finds them probable, with the seed of the step, so that their mean reward estimates what it earns; lower is less free, and 0 always takes the likeliest token."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: Nucleus = 1.0
     """Tokens are drawn from the smallest set that holds this much of the probability."""
     win_rate_against: str | None = None
     """The model against whose replies those of the others win or lose, by its name in inputs.models. null: against the replies that were held out."""

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.settings.strict import Strict
+from stages.lib.formulas.bounds import Scale
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,7 @@ class LoraParams(Strict):
 
     rank: int = Field(default=16, ge=1)
     """Rank of the matrices that are added."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: Scale = 32.0
     """What they add is multiplied by alpha / rank."""
     target_modules: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
     """Names of the backbone's linear layers that get one. null: all of them."""
