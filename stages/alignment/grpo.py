@@ -70,7 +70,7 @@ def run(ctx: Context, params: GRPOParams) -> Result:
 
 STAGE = Stage(
     kind="grpo",
-    version=1,
+    version=2,
     summary="group relative policy optimization of a causal model: no critic, completions of a prompt compared",
     params=GRPOParams,
     inputs=INPUTS,

@@ -152,7 +152,7 @@ def check(forecast: Forecast) -> list[Problem]:
 
 STAGE = Stage(
     kind="ppo",
-    version=1,
+    version=2,
     summary="proximal policy optimization of a causal model, from a reward model or programmatic rewards",
     params=PPOParams,
     inputs={**INPUTS, "value": accepts(Kind.REWARD_MODEL, optional=True)},
