@@ -65,7 +65,7 @@ class Params(Strict):
     heldout_rows: int = Field(default=1000, ge=1)
     """Held-out rows drawn at random for the metrics and for the comparison with sentencepiece."""
     chat_template: Annotated[str, AfterValidator(read_template)] = "slipway"
-    """How a chat becomes text: slipway (one special token per role), chatml, or the path of a Jinja file."""
+    """How a chat becomes text: slipway (one special token per role), chatml, or the path of a Jinja file, of 200,000 characters at most."""
     special_tokens: list[str] = []
     """Further special tokens, for instance those of a chat template of your own. Text never produces them."""
 
