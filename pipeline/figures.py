@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
@@ -15,8 +17,24 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def number(value: float) -> str:
-    """A number as people read it: thousands with commas, small ones with four digits."""
+def real(value: Any) -> float | None:
+    """The value if it is one finite number, and not too large to be calculated with; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def number(value: Any) -> str:
+    """A number as people read it: thousands with commas, small ones with four digits. `?` for what is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, int) and real(value) is None:
+        return "?" if isinstance(value, bool) else f"{'-' if value < 0 else ''}1e+{math.log10(abs(value)):.0f}"
+    if real(value) is None:
+        return "?"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -24,6 +42,8 @@ def number(value: float) -> str:
 
 def seconds(value: float) -> str:
     """A duration: `4.2 s`, `3 min 20 s`, `2 h 5 min`."""
+    if real(value) is None:
+        return f"{number(value)} s"
     if value < 60:
         return f"{value:.1f} s"
     if value < 3600:
@@ -33,6 +53,8 @@ def seconds(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes in units of 1000."""
+    if real(value) is None:
+        return f"{number(value)} B"
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -13,6 +13,7 @@ from pipeline.settings.strict import Strict
 from pipeline.store.artifact import Facts, Kind
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
+from pipeline.store.numbers import require_finite
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,17 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage hands to the commit: `metrics` (flat name -> number) and `facts` for its consumers."""
+    """What a stage hands to the commit: `metrics` (flat name -> number) and `facts` for its consumers.
+
+    Raises `DataError` if a number in them is not finite.
+    """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
+
+    def __post_init__(self) -> None:
+        require_finite(self.metrics, "metrics")
+        require_finite(self.facts.fixed_prompt_scores or {}, "fixed_prompt_scores")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shlex
 import signal
@@ -36,6 +35,7 @@ from pipeline.settings.paths import holds_file, nearest_there, unusable
 from pipeline.store.artifact import MANIFEST
 from pipeline.store.digests import outside_files
 from pipeline.store.disk import NO_ROOM, refusal
+from pipeline.store.numbers import json_text
 from pipeline.store.store import Store
 from stages import STAGES
 
@@ -135,7 +135,7 @@ def plan(
     the_plan = planned(recipe, set_, the_store, verify=verify)
     print_notes(the_store.odd_records())
     if json_:
-        print(json.dumps(reports.plan_data(the_plan), indent=2))
+        print(json_text(reports.plan_data(the_plan), "plan", indent=2))
     else:
         print_lines(reports.plan_lines(the_plan, the_store))
 
@@ -207,7 +207,7 @@ def status(
     else:
         entries = reports.store_status(the_store)
     print_notes(the_store.oddities())
-    print(json.dumps(entries, indent=2)) if json_ else print_lines(reports.status_lines(entries, the_store))
+    print(json_text(entries, "status", indent=2)) if json_ else print_lines(reports.status_lines(entries, the_store))
 
 
 @app.command()

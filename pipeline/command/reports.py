@@ -6,7 +6,7 @@ import shutil
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -108,7 +108,7 @@ def step_status(
         }
         last = [event for event in read_journal(WorkFolder(work).journal) if is_step(event)]
         if last:
-            entry |= {"at_step": last[-1]["step"], "total_steps": last[-1].get("total_steps")}
+            entry |= {"at_step": last[-1].get("step"), "total_steps": last[-1].get("total_steps")}
     else:
         entry["state"] = state
         log = WorkFolder(work).log
@@ -282,7 +282,7 @@ def field_lines(model: type[BaseModel], indent: str, seen: set[type[BaseModel]])
     lines = []
     for name, info in model.model_fields.items():
         default = "required" if info.is_required() else f"default {default_text(info)}"
-        lines.append(f"{indent}{name}: {type_text(info.annotation)}, {default}")
+        lines.append(f"{indent}{name}: {type_text(info.annotation)}{range_text(info.metadata)}, {default}")
         width = WIDTH - len(indent) - 4
         lines += [f"{indent}    {line}" for line in textwrap.wrap(documentation(model).get(name, ""), width)]
         for inner in models_in(info.annotation):
@@ -297,11 +297,29 @@ def default_text(info: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def range_text(metadata: Sequence[Any]) -> str:
+    """` (0 or from 0.001 to 100)`: between which numbers a value must lie, as far as it is said."""
+    found: dict[str, Any] = {}
+    for each in metadata:
+        for constraint in getattr(each, "metadata", [each]):
+            names = ("ge", "gt", "le", "lt")
+            found |= {name: getattr(constraint, name) for name in names if hasattr(constraint, name)}
+            if least := getattr(getattr(constraint, "func", None), "least", None):
+                found["least"] = least
+    least = f"0 or from {found['least']:g}" if "least" in found else ""
+    if found.get("ge", 0) < 0:
+        least = f"from {found['ge']:g}"
+    words = {"ge": "from {:g}", "gt": "above {:g}", "le": "to {:g}", "lt": "below {:g}"}
+    said = [words[name].format(found[name]) for name in words if name in found and not (least and name in ("ge", "gt"))]
+    text = " ".join(filter(None, [least, *said]))
+    return f" ({text})" if text else ""
+
+
 def type_text(annotation: Any) -> str:
     """The type as one writes it, without what it is validated by."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return type_text(arguments[0])
+        return type_text(arguments[0]) + range_text(arguments[1:])
     if origin in (Union, UnionType):
         return " | ".join(dict.fromkeys(type_text(argument) for argument in arguments))
     if origin is Literal:

@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
-from pipeline.figures import headline, seconds, table
+from pipeline.figures import headline, real, seconds, table
 from pipeline.running.environment import environment_for
 from pipeline.running.marks import clear_marks, names
 from pipeline.running.plan import Action, Plan, Step
@@ -25,7 +25,7 @@ from pipeline.running.unfinished import take_over
 from pipeline.store.artifact import Manifest, read_manifest
 from pipeline.store.disk import MAKE_ROOM, free_words, is_full
 from pipeline.store.job import Job
-from pipeline.store.journal import event_in
+from pipeline.store.journal import read_event
 from pipeline.store.store import Store
 
 LOG_TAIL_LINES = 25
@@ -105,8 +105,8 @@ class Watcher:
         whole = data.rfind(b"\n") + 1
         self.position += whole
         for line in data[:whole].splitlines():
-            event = event_in(line)
-            if event and event.get("time", 0) >= self.started - 1:
+            event = read_event(line)
+            if event and (real(event.get("time")) or 0.0) >= self.started - 1:
                 self.progress.event(self.job.step, event)
 
 

@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
+from unicodedata import category
 
-from pipeline.figures import number, seconds
+from pipeline.figures import number, real, seconds
 
 
 class Progress:
@@ -20,25 +21,26 @@ class Progress:
         self.started = time.monotonic()
 
     def event(self, step_name: str, event: Mapping[str, Any]) -> None:
+        """Shows what a journal says, whatever stands in it."""
         kind = event.get("event")
         if kind == "note":
-            self.line(f"  {event['text']}")
+            self.line(f"  {words(event.get('text'))}")
         elif kind == "step":
             text = describe_step(event)
             self.rewrite(f"  {bar(event)} {text}") if self.live else self.line(f"  {text}")
         elif kind == "rollout":
             self.line(f"  {describe_rollout(event)}")
         elif kind == "heldout":
-            numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k not in ("time", "step")}
-            values = ", ".join(f"{name} {number(value)}" for name, value in list(numbers.items())[:4])
-            self.line(f"  held-out at step {event.get('step', 0)}: {values}")
+            names = [name for name, value in event.items() if is_number(value) and name not in ("time", "step")]
+            values = ", ".join(f"{name} {number(event[name])}" for name in names[:4])
+            self.line(f"  held-out at step {plain(event.get('step', 0))}: {values}")
         elif kind == "progress":
-            text = f"  {event.get('what', step_name)}: {number(event['done'])}"
+            text = f"  {words(event.get('what', step_name))}: {number(event.get('done'))}"
             text += f" of {number(event['total'])}" if event.get("total") else ""
             self.rewrite(text) if self.live else self.line(text)
 
     def rewrite(self, text: str) -> None:
-        self.stream.write(f"\r\x1b[2K{text}")
+        self.stream.write(f"\r\x1b[2K{printable(text, self.stream)}")
         self.stream.flush()
         self.has_line = True
 
@@ -46,25 +48,50 @@ class Progress:
         if self.has_line:
             self.stream.write("\r\x1b[2K")
             self.has_line = False
-        self.stream.write(text + "\n")
+        self.stream.write(printable(text, self.stream) + "\n")
         self.stream.flush()
 
 
+def words(value: Any) -> str:
+    return value if isinstance(value, str) else number(value)
+
+
+def plain(value: Any) -> str:
+    """A number that counts steps, without commas."""
+    return number(value).replace(",", "")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+MAX_LINE_CHARACTERS = 10_000
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """The text as the stream can write it: what a terminal would obey, or the encoding lacks, is spelled out."""
+    cut = text if len(text) <= MAX_LINE_CHARACTERS else f"{text[:MAX_LINE_CHARACTERS]} ..."
+    seen = "".join(each if category(each)[0] != "C" or each in "\n\t" else ascii(each)[1:-1] for each in cut)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return seen.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def describe_step(event: Mapping[str, Any]) -> str:
-    total = event.get("total_steps")
-    parts = [f"step {event['step']}" + (f"/{total}" if total else "")]
+    step, total = real(event.get("step")), real(event.get("total_steps"))
+    parts = [f"step {plain(event.get('step'))}" + (f"/{total:.0f}" if total else "")]
     for name, label in (("loss", "loss"), ("learning_rate", "lr"), ("gradient_norm", "gradient norm")):
-        if isinstance(event.get(name), int | float):
-            parts.append(f"{label} {event[name]:.4g}")
-    if speed := event.get("tokens_per_second"):
+        if (value := real(event.get(name))) is not None:
+            parts.append(f"{label} {value:.4g}")
+    parts += odd_numbers(event)
+    if speed := real(event.get("tokens_per_second")):
         parts.append(f"{speed:,.0f} tokens/s")
-    if total and event.get("seconds_per_step"):
-        parts.append(f"{seconds((total - event['step']) * event['seconds_per_step'])} left")
+    if step is not None and total and (each := real(event.get("seconds_per_step"))):
+        parts.append(f"{seconds((total - step) * each)} left")
     return "  ".join(parts)
 
 
 def describe_rollout(event: Mapping[str, Any]) -> str:
-    parts = [f"rollout {event['rollout']}/{event['total_rollouts']}"]
+    parts = [f"rollout {plain(event.get('rollout'))}/{plain(event.get('total_rollouts'))}"]
     for name, label in (
         ("reward", "reward"),
         ("kl", "kl"),
@@ -73,12 +100,19 @@ def describe_rollout(event: Mapping[str, Any]) -> str:
         ("length_tokens", "length"),
         ("ended", "ended"),
     ):
-        if isinstance(event.get(name), int | float):
-            parts.append(f"{label} {event[name]:.4g}")
-    return "  ".join(parts)
+        if (value := real(event.get(name))) is not None:
+            parts.append(f"{label} {value:.4g}")
+    return "  ".join(parts + odd_numbers(event))
+
+
+def odd_numbers(event: Mapping[str, Any]) -> list[str]:
+    """The numbers of an event that were not finite, as its journal names them."""
+    odd = event.get("not_finite")
+    return [f"{name} {words(value)}" for name, value in odd.items()] if isinstance(odd, Mapping) else []
 
 
 def bar(event: Mapping[str, Any], width: int = 20) -> str:
-    total = event.get("total_steps") or event["step"]
-    filled = round(width * event["step"] / total) if total else 0
+    step = real(event.get("step")) or 0.0
+    total = real(event.get("total_steps")) or step
+    filled = round(width * min(max(step / total, 0.0), 1.0)) if total else 0
     return f"[{'#' * filled}{'.' * (width - filled)}]"

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import Problem, StoreError
 from pipeline.figures import size
+from pipeline.store.numbers import json_text
 
 TEMPORARY = ".tmp"
 
@@ -105,7 +106,7 @@ def write_text(path: Path, text: str, *, survives_power_loss: bool = True) -> No
 
 def write_json(path: Path, value: Any, *, survives_power_loss: bool = True) -> None:
     """Writes the file as a whole or not at all."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json_text(value, path.name, indent=1)
     write_text(path, text + "\n", survives_power_loss=survives_power_loss)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.store.durable import write_text
+from pipeline.store.numbers import json_text, not_finite, without
 
 
 class Journal:
@@ -17,6 +18,8 @@ class Journal:
     The events of a stage: `step` (training), `rollout` (completions of a policy and what was learned from them),
     `heldout` (held-out metrics at a step), `progress` (anything else that counts up: `done` of `total`), `note` (a
     sentence), `resume` (what was restored).
+
+    A number that is not finite stands in an event as null, and `not_finite` says what it was: `{"loss": "nan"}`.
     """
 
     def __init__(self, path: Path, *, writes: bool) -> None:
@@ -27,10 +30,13 @@ class Journal:
     def write(self, event: str, **fields: Any) -> None:
         if not self.writes:
             return
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
+        line: dict[str, Any] = {"event": event, "time": round(time.time(), 3), **fields}
+        if odd := dict(not_finite(line)):
+            line = {**without(line), "not_finite": odd}
+        text = json_text(line, self.path.name)
         begun, self.is_torn = self.is_torn, True
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{line}\n" if begun else f"{line}\n")
+            file.write(f"\n{text}\n" if begun else f"{text}\n")
         self.is_torn = False
 
     def note(self, sentence: str) -> None:
@@ -45,13 +51,13 @@ class Journal:
         """Drops what was written after training step `step`, so that a resumed run does not count it twice."""
         if not self.writes or not self.path.exists():
             return
-        kept = [line for line in read_journal(self.path) if line.get("step", 0) <= step]
-        write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        kept = [line for line in read_journal(self.path) if not is_after(line, step)]
+        write_text(self.path, "".join(json_text(line, self.path.name) + "\n" for line in kept))
         self.is_torn = False
 
 
 def ends_within_a_line(path: Path) -> bool:
-    """Whether a process died, or a disk was full, within the last line."""
+    """Whether a process died, or a disk was full, within the last line: the next would be lost with it."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
@@ -59,13 +65,9 @@ def ends_within_a_line(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def event_in(line: bytes | str) -> dict[str, Any] | None:
-    """The event that a line of a journal holds; None if it is torn or damaged."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+def is_after(event: dict[str, Any], step: int) -> bool:
+    at = event.get("step", 0)
+    return isinstance(at, int | float) and at > step
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
@@ -74,5 +76,14 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open("rb") as file:
         for line in file:
-            if event := event_in(line):
+            if event := read_event(line):
                 yield event
+
+
+def read_event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None if there is none in it, as in a torn or damaged one."""
+    try:
+        event = without(json.loads(line))  # 1e999 and NaN are read as numbers, and are none
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None

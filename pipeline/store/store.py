@@ -24,6 +24,7 @@ from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import CHANGE_RIGHTS, MOVE, writing
 from pipeline.store.durable import make_folder, sync, sync_below, write_text
 from pipeline.store.job import Job
+from pipeline.store.numbers import require_finite
 from pipeline.store.proofs import known_damage
 from pipeline.store.provenance import git_state, library_versions
 from pipeline.store.records import Records, end_plan, read_records, record_plan
@@ -158,7 +159,11 @@ class Store:
         world_size: int,
         environment: Mapping[str, str] | None = None,
     ) -> Manifest:
-        """Turns the work folder's `out/` into the artifact: hash, flush, manifest last, one rename."""
+        """Turns the work folder's `out/` into the artifact: hash, flush, manifest last, one rename.
+
+        Raises `DataError` if a metric is not one finite number.
+        """
+        require_finite(metrics, job.step)
         out = job.files.out
         files = list_files(out)
         commit, dirty = git_state()

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.formulas.bounds import Scale, Weight
 from stages.lib.formulas.preference_losses import PREFERENCE_LOSSES
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import require_positions
@@ -35,9 +36,9 @@ class DPOParams(PreferenceParams):
 
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """What is minimized. sigmoid: DPO; hinge: max(0, 1 - margin); ipo: squared distance to a fixed margin, on log-probabilities averaged over tokens, which does not run away on pairs that are always preferred."""
-    beta: float = Field(default=0.1, gt=0)
+    beta: Scale = 0.1
     """How dear it is to move away from the reference: the higher, the nearer the policy stays."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    label_smoothing: Weight = Field(default=0.0, lt=0.5)
     """The share of pairs that are taken to be labelled the wrong way round. Only for the loss sigmoid."""
 
     @model_validator(mode="after")

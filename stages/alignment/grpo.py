@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
 from pipeline.stage import Context, Result, Stage
 from pipeline.store.artifact import Kind
+from stages.lib.formulas.bounds import Weight
 from stages.lib.on_policy.params import INPUTS, GroupParams, check_on_policy, estimate_on_policy
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 class GRPOParams(GroupParams):
     """How the policy is trained."""
 
-    kl_coefficient: float = Field(default=0.04, ge=0)
+    kl_coefficient: Weight = 0.04
     """Beta: weight of the divergence from the reference in the loss, per nat and token. 0: no reference is loaded."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """How the divergence of a token is estimated: k2 = (log pi - log ref)^2 / 2, k3 = ref / pi - 1 - log(ref / pi). As a loss, k1 would have a gradient that is 0 on average."""
@@ -51,12 +50,12 @@ class GRPO:
         self, experience: Experience, scores_N: Tensor, kl_coefficient: float
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """A of every token, N x K; and in how many groups all scores are equal, so that they teach nothing."""
-        from stages.lib.formulas.policy_gradient import group_advantages
+        from stages.lib.formulas.policy_gradient import all_equal, group_advantages
 
         mask_NK = experience.mask
         groups_GS = scores_N.view(-1, self.params.group_size)
         advantages_N = group_advantages(scores_N, self.params.group_size, scale=self.params.scale_by_deviation)
-        equal = (groups_GS.max(dim=1).values == groups_GS.min(dim=1).values).double().mean()
+        equal = all_equal(groups_GS).double().mean()
         return advantages_N.unsqueeze(1) * mask_NK, mask_NK * 0, {"groups_without_signal": float(equal)}
 
     def value_loss(self, values_BK: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -71,7 +70,7 @@ def run(ctx: Context, params: GRPOParams) -> Result:
 
 STAGE = Stage(
     kind="grpo",
-    version=1,
+    version=2,
     summary="group relative policy optimization of a causal model: no critic, completions of a prompt compared",
     params=GRPOParams,
     inputs=INPUTS,

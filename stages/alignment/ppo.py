@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from pipeline.errors import Problem
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
+from stages.lib.formulas.bounds import LearningRate, Scale
 from stages.lib.on_policy.params import INPUTS, OnPolicyParams, check_on_policy, estimate_on_policy
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class PPOParams(OnPolicyParams):
 
     epochs_per_rollout: int = Field(default=4, ge=1)
     """Passes over each rollout's completions, in minibatches of global_batch_size, in a new order each time."""
-    gamma: float = Field(default=1.0, gt=0, le=1)
+    gamma: float = Field(default=1.0, ge=1e-3, le=1)
     """Discount per token."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Lambda of generalized advantage estimation: 0 trusts the critic, 1 the rewards."""
@@ -46,16 +47,16 @@ class PPOParams(OnPolicyParams):
     """Whether the rewards of tokens are divided by their deviation, over the whole rollout."""
     whiten_advantages: bool = True
     """Whether advantages are shifted to mean 0 and scaled to deviation 1, over the whole rollout."""
-    value_coefficient: float = Field(default=0.1, gt=0)
+    value_coefficient: Scale = 0.1
     """Weight of the critic's loss."""
-    value_clip: float | None = Field(default=0.2, gt=0)
+    value_clip: Scale | None = 0.2
     """How far the critic's value of a token may move in a rollout before its loss counts the farther one. null: freely."""
-    value_learning_rate: float | None = Field(default=None, gt=0)
+    value_learning_rate: LearningRate | None = None
     """Learning rate of the critic at its highest. null: that of the policy."""
-    kl_target: float | None = Field(default=None, gt=0)
+    kl_target: Scale | None = None
     """Nats per completion to which kl_coefficient is led, from its value at the beginning. null: it stays as it is."""
-    kl_horizon: float = Field(default=10_000.0, gt=0)
-    """Completions over which it may change by a fifth at most."""
+    kl_horizon: float = Field(default=10_000.0, ge=1, le=1e12)
+    """Completions over which it may change by a fifth at most. Above rollout_batch_size / 5, or one rollout could change all of it."""
     publish_critic: bool = True
     """Whether the critic is kept too, in the artifact's folder value/: another run may start from it."""
 
@@ -69,6 +70,12 @@ class PPOParams(OnPolicyParams):
             raise ValueError("kl_target cannot be reached from a kl_coefficient of 0")
         if self.kl_target is None and self.kl_horizon != PPOParams.model_fields["kl_horizon"].default:
             raise ValueError("kl_horizon has no effect without a kl_target")
+        if self.kl_target is not None and self.kl_horizon <= self.rollout_batch_size / 5:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon:g} must be above rollout_batch_size / 5, which is {self.rollout_batch_size / 5:g}: "
+                f"a rollout of {self.rollout_batch_size} completions would take kl_coefficient to 0 or below. "
+                f"Take {self.rollout_batch_size} or more, or smaller rollouts"
+            )
         return self
 
 
@@ -89,7 +96,10 @@ class PPO:
     def advantages(
         self, experience: Experience, scores_N: Tensor, kl_coefficient: float
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """A_t and R_t of every token, N x K, and how well the critic foresaw them."""
+        """A_t and R_t of every token, N x K, and how well the critic foresaw them.
+
+        Where all scores are equal, A_t is that of the KL penalty alone, as large as it is; the critic learns as ever.
+        """
         from stages.lib.formulas import policy_gradient as pg
 
         mask_NK, values_NK = experience.mask, experience.padded("values")
@@ -107,7 +117,13 @@ class PPO:
             "return_mean": float(pg.masked_mean(returns_NK, mask_NK)),
             "return_deviation": float(pg.masked_variance(returns_NK, mask_NK).sqrt()),
         }
-        if self.params.whiten_advantages:
+        if bool(pg.all_equal(scores_N.view(1, -1))):
+            # What is left of them says nothing about the completions: whitened, it would move the policy all the same.
+            penalties_NK = pg.token_rewards(0 * scores_N, kl_NK, mask_NK, kl_coefficient=kl_coefficient)
+            advantages_NK, _ = pg.generalized_advantages(
+                penalties_NK, 0 * values_NK, mask_NK, gamma=self.params.gamma, lam=self.params.gae_lambda
+            )
+        elif self.params.whiten_advantages:
             advantages_NK = pg.whiten(advantages_NK, mask_NK)
         return advantages_NK, returns_NK, logged
 
@@ -136,7 +152,7 @@ def check(forecast: Forecast) -> list[Problem]:
 
 STAGE = Stage(
     kind="ppo",
-    version=1,
+    version=2,
     summary="proximal policy optimization of a causal model, from a reward model or programmatic rewards",
     params=PPOParams,
     inputs={**INPUTS, "value": accepts(Kind.REWARD_MODEL, optional=True)},

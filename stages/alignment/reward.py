@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.formulas.bounds import Weight
 from stages.lib.models.arithmetic import completed, field_of
 from stages.lib.models.lengths import require_positions
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 class RewardParams(PreferenceParams):
     """How the reward model is trained."""
 
-    margin: float = Field(default=0.0, ge=0)
+    margin: Weight = 0.0
     """By how much the chosen answer's score should exceed the rejected one's before the loss counts the pair as even. Only with margin_from: constant."""
     margin_from: Literal["constant", "column"] = "constant"
     """Where margins come from. constant: every pair has `margin`; column: each row of the preferences says its own as `margin`, a number of at least 0, and one that says none is an error."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    label_smoothing: Weight = Field(default=0.0, lt=0.5)
     """The share of pairs that are taken to be labelled the wrong way round: it keeps scores from drifting apart on pairs that are always told apart."""
-    center_rewards_coefficient: float = Field(default=0.0, ge=0)
+    center_rewards_coefficient: Weight = 0.0
     """Weight of the squared sum of a pair's two scores in the loss, which holds scores around 0 (0.01 is usual). Without it only differences of scores mean something."""
 
     @model_validator(mode="after")

@@ -68,7 +68,7 @@ def run(ctx: Context, params: RLOOParams) -> Result:
 
 STAGE = Stage(
     kind="rloo",
-    version=1,
+    version=2,
     summary="REINFORCE with a leave-one-out baseline: no critic, completions of a prompt compared",
     params=RLOOParams,
     inputs=INPUTS,

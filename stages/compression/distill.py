@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.formulas.bounds import Temperature
 from stages.lib.models.architectures import architecture_problems, planned_architecture
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.training.forecast import check_training, estimate_training
@@ -30,8 +31,8 @@ class DistillParams(TrainingParams):
     architecture: dict[str, Any] | None = None
     """The student to begin with: `model_type` (llama, qwen3, gpt2, ...) and fields of its transformers config. Needed
     unless there is an input `student`. The vocabulary's size and special tokens are the tokenizer's."""
-    temperature: float = Field(default=1.0, gt=0)
-    """What logits of teacher and student are divided by before they are compared: above 1, tokens that the teacher holds unlikely count for more."""
+    temperature: Temperature = 1.0
+    """What logits of teacher and student are divided by before they are compared, from 0.001 to 100: above 1, tokens that the teacher holds unlikely count for more."""
     alpha: float = Field(default=0.9, ge=0, le=1)
     """Weight of the teacher's predictions in the loss; the rest is that of the tokens themselves. 0: plain training, without the teacher."""
     isolate_documents: bool = True

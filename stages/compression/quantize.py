@@ -19,6 +19,8 @@ from pipeline.errors import ArtifactError, DataError, GateError, Problem, did_yo
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from pipeline.store.numbers import require_finite
+from stages.lib.formulas.bounds import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,14 +50,14 @@ class QuantizeParams(Strict):
     step."""
     calibration_length_tokens: int | None = Field(default=None, ge=2)
     """Tokens of each of those rows that are used, at most. null: all that the model reads."""
-    dampening: float = Field(default=0.01, gt=0, le=1)
+    dampening: float = Field(default=0.01, ge=1e-6, le=1)
     """What gptq adds to the diagonal of its statistics, as a fraction of the diagonal's mean."""
     activation_order: bool = True
     """Whether gptq rounds the columns with the largest inputs first. It costs nothing when the model runs."""
     heldout_rows: int | None = Field(default=None, ge=1)
     """Held-out rows (blocks of tokens, or chats) on which perplexity is measured before and after: the first so many.
     null: all."""
-    max_perplexity_increase: float | None = Field(default=None, ge=0)
+    max_perplexity_increase: Weight | None = None
     """The most that held-out perplexity may rise, as a fraction (0.01 is one percent). Above it the stage fails and
     publishes nothing. null: no limit."""
 
@@ -427,8 +429,12 @@ def weight_bytes(folder: Path) -> int:
 
 
 def require_quality(original: float, quantized: float, params: QuantizeParams) -> None:
-    """Raises `GateError` if perplexity rose by more than the recipe allows, or is no number any more."""
+    """Raises `GateError` if perplexity rose by more than the recipe allows, or is no number any more.
+
+    Raises `DataError` if it was none before.
+    """
     allowed = params.max_perplexity_increase
+    require_finite({"held-out perplexity": original}, "inputs.model", "Look at this model's weights.")
     if not math.isfinite(quantized):
         raise GateError(
             Problem("params", f"the quantized model's held-out perplexity is {quantized}", "Nothing was published.")

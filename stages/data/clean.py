@@ -125,7 +125,7 @@ def write_candidates(path: Path, ctx: Context, params: CleanParams, ledger: Ledg
                     ledger.drop("exact_duplicate", f"{where}: {text}")
                     continue
                 seen.add(digest)
-            file.write(json.dumps([where, row], ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps([where, row], ensure_ascii=False, allow_nan=False).encode() + b"\n")
             count += 1
             if count % 10_000 == 0:
                 ctx.journal.write("progress", done=count, what="rows that pass the filters")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from pipeline.errors import DataError, Problem, RecipeError, did_you_mean
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from pipeline.store.numbers import json_text
 from stages.lib.curation.mixing import (
     SourceRow,
     SourceRows,
@@ -47,7 +48,7 @@ TOKENIZED_AT_ONCE = 256
 class MixParams(Strict):
     """Which rows are held out, and how much of each source is trained on."""
 
-    heldout_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
+    heldout_fraction: float = Field(default=0.05, ge=1e-6, lt=1.0)
     """Share of groups (or of prompts, contexts, texts) that is held out, from 0 to 1. It is taken before mixing."""
     heldout_salt: str = "slipway"
     """Rows are held out by the hash of this and of what they share: with the same salt and fraction the same groups and prompts are held out in every data set of a recipe."""
@@ -55,8 +56,8 @@ class MixParams(Strict):
     """Most held-out rows: those with the smallest hash. The others are not trained on either. null: all."""
     split_by: Literal["prompt", "context", "content", "group"] | None = None
     """What rows share that must stay on one side: the first user message (of questions: the question), the context, or the whole text or chat. Rows with a `group` go by that instead; `group` asks for one in every row. null: prompt for chats and preferences, context for questions, content for the rest."""
-    weights: dict[str, float] | None = None
-    """Source -> its share of the training data, counted in `unit`; only the proportions count. null (and no budgets): every row once."""
+    weights: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] | None = None
+    """Source -> its share of the training data, counted in `unit`, each from 0.000001 to 1,000,000; only the proportions count. null (and no budgets): every row once."""
     budgets: dict[str, int] | None = None
     """Source -> how much of it is trained on, counted in `unit`."""
     unit: Unit = "rows"
@@ -140,7 +141,7 @@ def run(ctx: Context, params: MixParams) -> Result:
     write_side(ctx.out / "heldout.jsonl", heldout_order(sources))
     ledger.write(ctx.out)
     mixture = describe(sources, params, has_tokens=tokenizer is not None)
-    (ctx.out / "mixture.json").write_text(json.dumps(mixture, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (ctx.out / "mixture.json").write_text(json_text(mixture, "mixture.json", indent=1) + "\n", encoding="utf-8")
     report(mixture, ledger, ctx)
     return result(mixture, ledger)
 
@@ -187,7 +188,7 @@ def measure(row: Row, format: str, offset: int, characters: int, name: str, para
     key = f"{by}:{FORMATS[format].split_key(row, by)}"
     if "group" not in row and params.split_by == "group":
         hint = "Name the field that holds it as `columns: {group: ...}` of the source, or split by something else."
-        raise DataError(Problem(f"sources.{name}", f"a row has no group: {json.dumps(row)[:200]}", hint))
+        raise DataError(Problem(f"sources.{name}", f"a row has no group: {json_text(row, 'row')[:200]}", hint))
     side = f"group:{row['group']}" if "group" in row else key
     digest = hashlib.sha256(f"{params.heldout_salt}\0{side}".encode()).digest()
     return SourceRow(

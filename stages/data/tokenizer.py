@@ -1,8 +1,8 @@
 """`tokenizer`: a sentencepiece model trained on the text, as a fast tokenizer with special tokens and chat template.
 
-The tokenizer is lossless: what it decodes is what it encoded, character for character, in any script. That, and that
-the fast tokenizer gives the ids of sentencepiece, is checked on held-out rows and a built-in set of texts before it is
-published. It adds nothing by itself: `pack` puts bos and eos around documents, the chat template around chats.
+The tokenizer is lossless: what it decodes is what it encoded, character for character, in any script, also when it was
+trained on text without spaces. That, and that the fast tokenizer gives the ids of sentencepiece, is checked on held-out
+rows and a built-in set of texts before it is published. It adds nothing by itself: `pack` puts bos and eos around documents, the chat template around chats.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Params(Strict):
     heldout_rows: int = Field(default=1000, ge=1)
     """Held-out rows drawn at random for the metrics and for the comparison with sentencepiece."""
     chat_template: Annotated[str, AfterValidator(read_template)] = "slipway"
-    """How a chat becomes text: slipway (one special token per role), chatml, or the path of a Jinja file."""
+    """How a chat becomes text: slipway (one special token per role), chatml, or the path of a Jinja file, of 200,000 characters at most."""
     special_tokens: list[str] = []
     """Further special tokens, for instance those of a chat template of your own. Text never produces them."""
 
@@ -165,6 +165,7 @@ class Corpus:
     characters: int = 0
 
     def sentences(self, escape: Escape) -> Iterator[str]:
+        self.rows = self.characters = 0
         for text in sample_texts(self.path, self.sample_rows, self.seed):
             self.rows += 1
             self.characters += len(text)
@@ -191,7 +192,21 @@ def split_lines(text: str) -> Iterator[str]:
 
 
 def train_sentencepiece(corpus: Corpus, params: Params) -> bytes:
-    """The serialized sentencepiece model. Raises `DataError` if the text does not give that many pieces."""
+    """The serialized sentencepiece model, in which the space has a piece.
+
+    Raises `DataError` if the text does not give that many pieces.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    model = train_once(corpus, params)
+    processor = SentencePieceProcessor(model_proto=model)
+    if processor.piece_to_id(SPACE_SIGN) != processor.unk_id():
+        return model
+    # Text with no or hardly any spaces, as Chinese is. In bytes, the space would be decoded to the sign that stands for it.
+    return train_once(corpus, params, required_chars=SPACE_SIGN)
+
+
+def train_once(corpus: Corpus, params: Params, **options: str) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     names = special_token_names(params)
@@ -226,6 +241,7 @@ def train_sentencepiece(corpus: Corpus, params: Params) -> bytes:
             pad_piece=PAD,
             control_symbols=names[names.index(MASK) :],
             minloglevel=2,
+            **options,
         )
     except RuntimeError as error:
         raise training_error(str(error), corpus, params) from None

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.errors import ArtifactError, Problem, did_you_mean
+from pipeline.errors import Problem, did_you_mean
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from pipeline.store.durable import write_text
+from pipeline.store.numbers import json_text, require_finite
+from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy
 from stages.lib.text.chat_fitting import split_last_answer
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from stages.lib.measuring.scored_replies import ScoredReplies
 
 
+BAD_WEIGHTS = "Look at this model's weights."
+
+
 class GenerationParams(Strict):
     heldout_prompts: int = Field(default=4, ge=0)
     """Held-out chats of which each model writes the last assistant turn: the first so many that fit all models."""
@@ -32,9 +36,9 @@ class GenerationParams(Strict):
     """User messages to which each model replies as well."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest reply, in tokens. One that is cut off there is marked as truncated."""
-    temperature: float = Field(default=0.0, ge=0)
-    """0 always takes the likeliest token; above, tokens are drawn with the seed of the step, the higher the freer."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: TemperatureOrGreedy = 0.0
+    """0 always takes the likeliest token; above, from 0.001 to 100, tokens are drawn with the seed of the step, the higher the freer."""
+    top_p: Nucleus = 1.0
     """Tokens are drawn from the smallest set that holds this much of the probability."""
 
 
@@ -43,9 +47,9 @@ class ScoredRepliesParams(Strict):
     """Held-out chats of which each model writes the last assistant turn: the first so many, without those that a model or a reward model cannot read whole."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest reply, in tokens. One that is cut off there is scored as it is, and counted as truncated."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: TemperatureOrGreedy = 1.0
     """1 draws replies as the model finds them probable, with the seed of the step, so that their mean reward estimates what it earns; lower is less free, and 0 always takes the likeliest token."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: Nucleus = 1.0
     """Tokens are drawn from the smallest set that holds this much of the probability."""
     win_rate_against: str | None = None
     """The model against whose replies those of the others win or lose, by its name in inputs.models. null: against the replies that were held out."""
@@ -138,10 +142,8 @@ def run(ctx: Context, params: EvaluateParams) -> Result:
     metrics = flatten([*subjects, *judges])
     summary = summarize(params.scored_replies, scored, judges)
     metrics |= metrics_of(summary) if summary else {}
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise ArtifactError(Problem(f"models: {bad[0]}", f"is {metrics[bad[0]]}", "Look at this model's weights."))
     metrics |= rows.baselines
+    require_finite(metrics, "models", BAD_WEIGHTS)
     write_report(ctx, subjects, judges, rows, prompts, scored, summary)
     return Result(metrics)
 
@@ -178,7 +180,7 @@ def made_once(ctx: Context, name: str, make: Callable[[], dict[str, Any]]) -> di
     """What `make` returns, kept in the work folder under `name`: after a restart it is read from there."""
     path = ctx.work / name
     if not path.exists():
-        write_text(path, json.dumps(make(), ensure_ascii=False))
+        write_text(path, json_text(make(), name.removesuffix(".json"), hint=BAD_WEIGHTS))
     made: dict[str, Any] = json.loads(path.read_bytes())
     return made
 
@@ -375,7 +377,7 @@ def write_report(
         report["scored_replies"] = summary
         replies = scored.rows({each.name: each.results["scores"] for each in judges})
         write_rows(ctx.out / "scored_replies.jsonl", replies)
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json_text(report, "report.json", indent=2)
     (ctx.out / "report.json").write_text(text + "\n", encoding="utf-8")
     (ctx.out / "report.md").write_text(report_markdown(report, generations, replies), encoding="utf-8")
     write_rows(ctx.out / "generations.jsonl", generations)

@@ -35,7 +35,7 @@ class PretrainParams(TrainingParams):
     unless there is an input `model`. The vocabulary's size and special tokens are the tokenizer's."""
     vocabulary_multiple: int = Field(default=1, ge=1)
     """The number of embeddings is rounded up to a multiple of this; the ids beyond the vocabulary are never used."""
-    masking_probability: float | None = Field(default=None, gt=0, lt=1)
+    masking_probability: float | None = Field(default=None, ge=1e-3, lt=1)
     """Share of tokens that the masked objective asks for: 80% of them become the mask token, 10% a random one, 10% stay.
     None: 0.15 with the masked objective."""
     isolate_documents: bool = True

@@ -23,7 +23,9 @@ COMPOSITION_ROOTS = frozenset({"pipeline.command.cli", "pipeline.running.worker"
 
 SETTINGS = "pipeline.errors pipeline.settings"
 CORE = f"{SETTINGS} pipeline.figures pipeline.store pipeline.stage"
-GIVEN = f"{SETTINGS} pipeline.stage pipeline.store.artifact pipeline.store.checkpoints pipeline.store.durable pipeline.store.journal pipeline.store.resumable"
+GIVEN = f"{SETTINGS} pipeline.stage " + " ".join(
+    f"pipeline.store.{name}" for name in "artifact checkpoints durable journal numbers resumable".split()
+)
 """What a stage sees of the core: what it is given, not what runs it."""
 LOW = "stages.lib.formulas stages.lib.processes stages.lib.rows"
 MIDDLE = f"{LOW} stages.lib.text stages.lib.models stages.lib.training"

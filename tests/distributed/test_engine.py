@@ -93,20 +93,20 @@ def test_a_gradient_that_is_no_number_changes_nothing(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_clipped_in_every_layout(tmp_path: Path, layout: str | None) -> None:
-    """SGD-like, by Adam's first step with a huge epsilon: the update is rate x g / epsilon, of norm rate x limit / epsilon.
+    """Adam's first step is rate x m / (sqrt(v) + epsilon), with m = g and v = g^2 after bias correction.
 
-    Adam's first step is rate x m / (sqrt(v) + epsilon) with m = g and v = g^2 after bias correction: with epsilon 1e6 far
-    above |g| that is rate x g / 1e6. Rate 1e3, clipped to norm 1e-2: the weights move by 1e3 x 1e-2 / 1e6 = 1e-5 in all.
+    With epsilon 1e-2 far above |g|, which clipping keeps at 1e-5 in all, that is rate x g / 1e-2. At a rate of 1 the weights
+    move by 1e-5 / 1e-2 = 1e-3 in all.
     """
     ctx = context_under(tmp_path, layout)
-    options = {"learning_rate": 1e3, "adam_epsilon": 1e6, "max_gradient_norm": 1e-2, "schedule": "constant"}
+    options = {"learning_rate": 1.0, "adam_epsilon": 1e-2, "max_gradient_norm": 1e-5, "schedule": "constant"}
     run(ctx, max_steps=1, **options)
     from safetensors.torch import load_file
 
     before, after = load_file(tmp_path / "initial" / "model.safetensors"), load_file(ctx.out / "model.safetensors")
     moved = sum(float((after[name].double() - tensor.double()).square().sum()) for name, tensor in before.items())
-    assert moved**0.5 == pytest.approx(1e-5, rel=0.05)
-    assert next(iter(ctx.journal.events("step")))["gradient_norm"] > 1e-2, "or nothing was clipped"
+    assert moved**0.5 == pytest.approx(1e-3, rel=0.05)
+    assert next(iter(ctx.journal.events("step")))["gradient_norm"] > 1e-5, "or nothing was clipped"
 
 
 # Files that are data and nothing else.

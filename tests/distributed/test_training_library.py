@@ -18,7 +18,7 @@ from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
 from stages.lib.formulas.token_losses import TARGETS, TokenObjective, measure_tokens, next_tokens, token_metrics
 from stages.lib.models.loading import initial_weights, load_model
-from stages.lib.models.publishing import check_weights
+from stages.lib.models.publishing import check_weights, zeros_of
 from stages.lib.training import state
 from stages.lib.training.evaluating import Evaluator
 from stages.lib.training.loop import Trained, train
@@ -309,6 +309,24 @@ def test_unsound_weights_are_not_published(
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ArtifactError, match=message):
         check_weights(tmp_path, shapes)
+
+
+def test_only_what_began_as_zeros_may_end_as_zeros(tmp_path: Path) -> None:
+    """A critic's head where no reward came, or a matrix that was zero in the model that training began with."""
+    from safetensors.torch import save_file
+
+    shapes = {"layer.weight": (2, 3), "score.weight": (1, 3)}
+    (tmp_path / "start").mkdir()
+    save_file(
+        {"layer.weight": torch.ones(2, 3), "score.weight": torch.zeros(1, 3)}, tmp_path / "start" / "model.safetensors"
+    )
+    save_file({"layer.weight": torch.ones(2, 3), "score.weight": torch.zeros(1, 3)}, tmp_path / "model.safetensors")
+    check_weights(tmp_path, shapes, zeros_of(tmp_path / "start"))
+    with pytest.raises(ArtifactError, match=r"score\.weight is all zero"):
+        check_weights(tmp_path, shapes)
+    save_file({"layer.weight": torch.zeros(2, 3), "score.weight": torch.zeros(1, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"publish: layer\.weight is all zero\."):
+        check_weights(tmp_path, shapes, zeros_of(tmp_path / "start"))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:

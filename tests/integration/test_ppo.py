@@ -315,3 +315,32 @@ def test_the_critic_starts_from_the_policy_otherwise(trained: Seen, world: OnPol
     assert not start.pop("score.weight").any()
     assert all(torch.equal(tensor, policy[name]) for name, tensor in start.items())
     assert "the critic starts from the policy" in json.dumps(trained.lines("note"))
+
+
+# Where there is nothing to learn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pattern", "reward"), [("zzzzqqqq", 0.0), (".*", 1.0)])
+def test_equal_rewards_leave_the_policy_where_it_is(
+    world: OnPolicyWorld, tmp_path: Path, pattern: str, reward: float
+) -> None:
+    """No completion is better than another, and the policy is its reference: no gradient. What it began with is published.
+
+    The critic learns the reward if there is one, and its head stays as it began, all zero, if there is none.
+    """
+    changes = {
+        "rewards": [{"kind": "regular_expression", "pattern": pattern}],
+        "rollouts": 2,
+        "epochs_per_rollout": 1,
+        "learning_rate": 1e-2,
+        "missing_end_penalty": 0.0,
+    }
+    seen = align("ppo", world.inputs, tmp_path, changes)
+    assert [line["reward"] for line in seen.lines("rollout")] == [reward, reward]
+    assert [line["kl"] for line in seen.lines("rollout")] == [0.0, 0.0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (world.model, seen.context.out))
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    head = load_file(seen.context.out / "value" / "model.safetensors")["score.weight"]
+    assert bool(head.any()) == bool(reward)

@@ -213,6 +213,8 @@ def test_the_gate_in_numbers() -> None:
     for bad in (math.inf, math.nan):
         with pytest.raises(GateError):
             require_quality(100.0, bad, QuantizeParams())
+        with pytest.raises(DataError, match=r"inputs\.model: held-out perplexity is"):
+            require_quality(bad, 100.0, QuantizeParams())
 
 
 def test_chats_calibrate_and_measure_too(world: TinyWorld, tmp_path: Path) -> None:

@@ -25,7 +25,16 @@ from pipeline.stage import Context, Result, World
 from pipeline.store.artifact import list_files
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
-from stages.data.tokenizer import Params, find_merges, run, sample_texts, split_lines
+from stages.data.tokenizer import (
+    Corpus,
+    Params,
+    find_merges,
+    run,
+    sample_texts,
+    split_lines,
+    train_once,
+    train_sentencepiece,
+)
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_presets import SLIPWAY
 from stages.lib.text.chat_rendering import special_ids
@@ -465,3 +474,52 @@ def quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """sentencepiece writes pages to the console unless told otherwise."""
     yield
     assert "trainer_interface" not in capfd.readouterr().err
+
+
+# Text without spaces.
+
+
+def han_texts(change: Callable[[int, str], str]) -> list[str]:
+    """A hundred lines of 91 Chinese characters, as `change` leaves each; the same in every run."""
+    rng = random.Random(3)
+    characters = [chr(0x4E00 + place) for place in range(150)]
+    return [change(index, "".join(rng.choices(characters, k=90)) + "\u3002") for index in range(100)]
+
+
+def thai_texts() -> list[str]:
+    rng = random.Random(4)
+    return ["".join(chr(0x0E01 + rng.randint(0, 45)) for _ in range(120)) for _ in range(100)]
+
+
+SPACELESS = {
+    "none": han_texts(lambda index, text: text),
+    "five": han_texts(lambda index, text: text[:20] + " " * (1 <= index <= 5) + text[20:]),
+    "a run": han_texts(lambda index, text: text[:20] + "    " * (index == 1) + text[20:]),
+    "held out only": han_texts(lambda index, text: text[:20] + "  " * (index % 10 == 0) + text[20:]),
+    "ideographic": han_texts(lambda index, text: text[:20] + "\u3000" + text[20:]),
+    "tabs and lines": han_texts(lambda index, text: text[:20] + "\t" + text[20:] + "\n\n\t"),
+    "thai": thai_texts(),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+@pytest.mark.parametrize("kind", SPACELESS)
+def test_the_space_has_a_token_whatever_the_text(kind: str, algorithm: str, tmp_path: Path) -> None:
+    """`run` itself compares with sentencepiece and decodes its built-in texts, in which there are spaces of all kinds."""
+    text = write_text(tmp_path / "text", SPACELESS[kind])
+    result = make(text, tmp_path / "out", vocabulary_size=330 if kind == "thai" else 424, algorithm=algorithm)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    (space,) = encode_texts(tokenizer, [" "])
+    assert tokenizer.convert_ids_to_tokens(space) == ["\u2581"]
+    for said in ("   leading", "\u4e00 \u4e01  ", "\u3000 \t \n"):
+        (ids,) = encode_texts(tokenizer, [said])
+        assert decode_ids(tokenizer, ids) == said
+    assert result.metrics["train_characters"] == sum(map(len, (SPACELESS[kind][i] for i in range(100) if i % 10)))
+
+
+def test_where_the_space_has_a_token_nothing_else_is_asked_for(own: Path, tmp_path: Path) -> None:
+    """Of ordinary text the model is, byte for byte, the one that is trained without asking for the space."""
+    spaceless = write_text(tmp_path / "text", SPACELESS["none"])
+    for text, size, same in ((own, 480, True), (spaceless, 424, False)):
+        params, corpus = Params(vocabulary_size=size), Corpus(text / "train.jsonl", None, 7)
+        assert (train_sentencepiece(corpus, params) == train_once(corpus, params)) == same

@@ -427,15 +427,30 @@ def test_the_advantages_of_ppo(tmp_path: Path) -> None:
 
 
 def test_the_advantages_of_ppo_with_whitened_rewards() -> None:
-    """Scores 2 and 2: rewards (-1/2, 5/2) and 1, of mean 1 and variance 3/2: their distances become sqrt(3/2) =: s.
+    """Scores 2 and 1: rewards (-1/2, 5/2) and 0, of mean 2/3 and variance (49 + 121 + 16) / 36 / 3 = 31/18.
 
-    With the mean again: (1 - s, 1 + s) and 1. Returns (2, 1 + s) and 1, less the values (1, 1/2) and 0.
+    Their distances -7/6, 11/6 and -2/3 are multiplied by s := sqrt(18/31); with the mean again: (2/3 - 7s/6, 2/3 + 11s/6)
+    and 2/3 - 2s/3. Returns (4/3 + 2s/3, 2/3 + 11s/6) and 2/3 - 2s/3, less the values (1, 1/2) and 0.
     """
     params = PPOParams(**COMMON, gamma=1.0, gae_lambda=1.0, whiten_rewards=True, whiten_advantages=False)
-    found, returns, _ = advantages(PPO(params), of_two_tokens_and_one(), [2, 2], 0.5)
-    s = math.sqrt(1.5)
-    assert returns == near([[2, 1 + s], [1, 0]])
-    assert found == near([[1, 0.5 + s], [1, 0]])
+    found, returns, _ = advantages(PPO(params), of_two_tokens_and_one(), [2, 1], 0.5)
+    s = math.sqrt(18 / 31)
+    assert returns == near([[4 / 3 + 2 * s / 3, 2 / 3 + 11 * s / 6], [2 / 3 - 2 * s / 3, 0]])
+    assert found == near([[1 / 3 + 2 * s / 3, 1 / 6 + 11 * s / 6], [2 / 3 - 2 * s / 3, 0]])
+
+
+@pytest.mark.parametrize("whiten_advantages", [True, False])
+def test_equal_scores_leave_ppo_the_penalty_alone(whiten_advantages: bool) -> None:
+    """Scores 7 and 7, beta 1/2, gamma = lambda = 1: penalties (-1/2, 1/2) and -1, of which A is what follows: (0, 1/2), -1.
+
+    Neither the scores nor the values (1, 1/2) and 0 have a part in it. The returns are (7, 15/2) and 6 as ever.
+    """
+    params = PPOParams(**COMMON, gamma=1.0, gae_lambda=1.0, whiten_advantages=whiten_advantages)
+    found, returns, _ = advantages(PPO(params), of_two_tokens_and_one(), [7, 7], 0.5)
+    assert found == near([[0, 0.5], [-1, 0]])
+    assert returns == near([[7, 7.5], [6, 0]])
+    nothing, _, _ = advantages(PPO(params), of_two_tokens_and_one(), [7, 7], 0.0)
+    assert nothing == [[0, 0], [0, 0]]
 
 
 def test_ppo_discounts_and_trusts_its_critic_as_it_is_told() -> None:

@@ -407,6 +407,71 @@ def test_the_adaptive_controller_against_a_slow_loop() -> None:
         assert controller.coefficient == pytest.approx(beta, abs=1e-6)
 
 
+@pytest.mark.parametrize("horizon", [1.0, 1.7, 8.0, 1e-3, 1e-300])
+@pytest.mark.parametrize("kl", [0.0, -1e9, 1e9, math.nan, math.inf, -math.inf])
+def test_the_coefficient_never_changes_its_sign(kl: float, horizon: float) -> None:
+    """Of 1 - 8/5 / horizon, which is below 0 for horizons below 8/5, nothing is left; nor does it run to 0 or infinity."""
+    controller = pg.KLController(0.05, target=6.0, horizon=horizon)
+    for _ in range(5000):
+        controller.update(kl, 8)
+        assert 0 < controller.coefficient < 1e13
+
+
+def test_the_floor_of_the_controller_by_hand() -> None:
+    """16 completions in a horizon of 8 with the KL at 0: twice a fifth less, 0.64, and not 1 - 0.4 = 0.6."""
+    controller = pg.KLController(1.0, target=6.0, horizon=8)
+    controller.update(0.0, 16)
+    assert controller.coefficient == pytest.approx(0.64, rel=1e-12)
+
+
+@pytest.mark.parametrize("completions", [1, 7, 64, 512, 9999, 10_000])
+def test_within_a_horizon_the_floor_changes_no_bit(completions: int) -> None:
+    for kl in np.random.default_rng(5).uniform(-5, 20, 200):
+        controller = pg.KLController(0.05, target=6.0, horizon=10_000.0)
+        controller.update(float(kl), completions)
+        error = min(max(float(kl) / 6.0 - 1, -0.2), 0.2)
+        assert controller.coefficient == 0.05 * (1 + error * completions / 10_000.0)
+
+
+# Equal numbers: what is left of them is how they were added up.
+
+ALIKE = [0.1, 0.7, -1 / 3, 1e6 + 0.1, 1e-9, 0.0]
+
+
+@pytest.mark.parametrize("value", ALIKE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [2, 3, 7, 10])
+def test_a_group_of_equal_scores_has_no_advantage(value: float, dtype: torch.dtype, size: int) -> None:
+    """The mean of ten times 0.1 is not 0.1: neither that nor its division by a deviation of 1e-17 is left."""
+    scores_N = torch.full((3 * size,), value, dtype=dtype)
+    for scale in (True, False):
+        assert not pg.group_advantages(scores_N, size, scale=scale).any()
+    assert not pg.leave_one_out_advantages(scores_N, size).any()
+    mask = torch.ones(3 * size, dtype=dtype)
+    assert not pg.whiten(scores_N, mask).any()
+    assert pg.whiten(scores_N, mask, shift_mean=False).tolist() == pytest.approx(scores_N.tolist(), rel=1e-6)
+    moments = pg.RunningMoments()
+    for _ in range(3):
+        moments.update(scores_N)
+    assert moments.deviation == 1
+    assert pg.all_equal(moments.normalize(scores_N).view(1, -1)).all()
+
+
+def test_scores_that_are_equal_but_for_rounding_have_none() -> None:
+    """0.1 + 0.2 is 0.30000000000000004, another reward of 0.3 is not."""
+    scores_N = tensor(0.1 + 0.2, 0.3, 0.3)
+    assert scores_N[0] != scores_N[1]
+    assert not pg.group_advantages(scores_N, 3, scale=True).any()
+    assert not pg.leave_one_out_advantages(scores_N, 3).any()
+    assert not pg.whiten(scores_N, torch.ones(3)).any()
+
+
+def test_a_small_difference_is_one() -> None:
+    """A thousandth of the scores, or one in a hundred thousand, is seen; and groups are judged one by one."""
+    found = pg.group_advantages(tensor(1, 1.001, 5, 5, 1e5, 1e5 + 1), 2, scale=False)
+    assert found.tolist() == pytest.approx([-0.0005, 0.0005, 0, 0, -0.5, 0.5], abs=1e-9)
+
+
 def test_the_fixed_controller() -> None:
     controller = pg.KLController(0.05)
     for kl in (0.0, 1e6):

@@ -329,7 +329,7 @@ def test_presets_pass_the_check() -> None:
          "begins with <s> twice"),
         (SLIPWAY.replace("== 'assistant'", "== 'nobody'"), "mark 0 stretches in a chat with 1 assistant turns"),
         (SLIPWAY.replace("['system', 'user', 'assistant']", "['user']"), "refuses it: unknown role 'assistant'"),
-        ("{{ nothing.at.all }}", "refuses it"),
+        ("{{ nothing.at.all }}", "cannot render chat 'Who\\?': UndefinedError: 'nothing' is undefined"),
         (None, "the tokenizer has none"),
     ],
 )  # fmt: skip

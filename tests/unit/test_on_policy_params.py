@@ -135,7 +135,7 @@ def test_a_critic_beside_lora_is_refused() -> None:
         ("ppo", {"rewards": [LEARNED, LEARNED]}, "reward_model stands there more than once"),
         ("ppo", {"rewards": [{"kind": "lenght_penalty"}]}, "Did you mean 'length_penalty'"),
         ("ppo", {"clip_ratio": 1.0}, "less than 1"),
-        ("ppo", {"temperature": 0}, "greater than 0"),
+        ("ppo", {"temperature": 0}, "greater than"),
         ("ppo", {"gae_lambda": 1.5}, "gae_lambda"),
         ("ppo", {"lora": {"ranks": 4}}, "ranks"),
         ("ppo", {"completions_per_prompt": 4}, "completions_per_prompt"),

@@ -303,7 +303,7 @@ def test_a_format_of_one_part_may_be_all_of_the_text() -> None:
         ({"kind": "format", "parts": ["a", ""]}, "params.rewards.0.format.parts.1: string should have at least 1"),
         (
             {"kind": "length_penalty", "target_tokens": -1, "per_token": 0.0, "max_penalty": 0.0},
-            "params.rewards.0.length_penalty.max_penalty: input should be greater than 0",
+            "params.rewards.0.length_penalty.max_penalty: input should be greater than or equal to 0.000001",
         ),
         ({"kind": "reward_model", "weight": 0}, "params.rewards.0.reward_model.weight: is 0, so the reward counts"),
         ({"kind": "reward_model", "weight": math.inf}, "reward_model.weight: input should be a finite number"),

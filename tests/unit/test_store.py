@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.command import reports
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, DataError
 from pipeline.settings.resources import Resources
 from pipeline.store.artifact import Facts, FileEntry, Kind
 from pipeline.store.job import Job, read_job
@@ -59,6 +59,15 @@ def test_a_commit_lists_every_file_with_size_and_digest(store: Store) -> None:
     assert manifest.files == {"text.txt": FileEntry(size=5, sha256=digest)}
     assert (manifest.world_size, manifest.wall_seconds, manifest.metrics) == (2, 1.5, {"loss": 0.5})
     assert not (store.work_folder("first", A) / "out").exists()
+
+
+def test_nothing_is_committed_with_a_metric_that_is_no_number(store: Store) -> None:
+    the_job = job(store, "fourth", "d" * 64)
+    store.begin(the_job)
+    (the_job.work_folder / "out").mkdir()
+    with pytest.raises(DataError, match=r"fourth: heldout_loss is nan\. Nothing was published"):
+        store.commit(the_job, {"heldout_loss": float("nan")}, Facts(), wall_seconds=1.0, device="cpu", world_size=1)
+    assert store.find("d" * 64) is None
 
 
 def test_a_job_reads_back_as_it_was_written(store: Store) -> None:

@@ -22,7 +22,7 @@ from pipeline.settings.strict import Strict
 class MinHash(Strict):
     """Which texts count as near-duplicates. The first of each cluster is kept."""
 
-    similarity: float = Field(default=0.7, gt=0.0, lt=1.0)
+    similarity: float = Field(default=0.7, ge=0.01, lt=1.0)
     """Jaccard similarity of word runs, from 0 to 1, at which about half of the pairs are found; of clearly more similar ones nearly all are."""
     shingle_words: int = Field(default=5, ge=1)
     """Words per run. Texts of fewer words are never near-duplicates."""

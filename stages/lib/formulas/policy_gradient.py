@@ -10,6 +10,7 @@ mean is given as a sum, and the caller divides by the number of tokens of all pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,13 +70,25 @@ def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((values - masked_mean(values, mask)).square(), mask)
 
 
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Numbers that differ by no more than this part of the largest are equal: the rest is how they were added up."""
+
+
+def all_equal(values_GS: Tensor) -> Tensor:
+    """G x 1: whether the numbers of each row are equal, but for rounding."""
+    spread_G1 = values_GS.amax(dim=1, keepdim=True) - values_GS.amin(dim=1, keepdim=True)
+    return spread_G1 <= ROUNDING * values_GS.abs().amax(dim=1, keepdim=True)
+
+
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over what the mask covers, 0 elsewhere.
 
     With `shift_mean` false the mean is added again: rewards are scaled, but keep their sign (Huang et al., 2024, 4).
+    Equal numbers have a distance of 0 from their mean, whatever rounding makes of it: nothing is divided by next to nothing.
     """
     mean = masked_mean(values, mask)
-    whitened = (values - mean) * (masked_variance(values, mask) + 1e-8).rsqrt()
+    differs = ~all_equal(values[mask.bool()].view(1, -1)).squeeze()
+    whitened = (values - mean) * differs * (masked_variance(values, mask) + 1e-8).rsqrt()
     return (whitened if shift_mean else whitened + mean) * mask
 
 
@@ -123,23 +136,23 @@ def group_advantages(scores_N: Tensor, group_size: int, *, scale: bool) -> Tenso
     """GRPO: (score - mean of its group), divided by the group's standard deviation with `scale`. Groups stand together.
 
     Shao et al. (2024, DeepSeekMath), section 4.1.2; without `scale`, Liu et al. (2025, Dr. GRPO), because the division
-    weighs prompts by how little their completions differ.
+    weighs prompts by how little their completions differ. 0 in a group of equal scores.
     """
     groups_GS = scores_N.view(-1, group_size)
-    centered_GS = groups_GS - groups_GS.mean(dim=1, keepdim=True)
+    centered_GS = (groups_GS - groups_GS.mean(dim=1, keepdim=True)) * ~all_equal(groups_GS)
     if scale:
         centered_GS = centered_GS / (groups_GS.std(dim=1, keepdim=True) + 1e-4)
     return centered_GS.flatten()
 
 
 def leave_one_out_advantages(scores_N: Tensor, group_size: int) -> Tensor:
-    """RLOO: each score minus the mean of the others in its group. Groups stand together.
+    """RLOO: each score minus the mean of the others in its group, 0 in a group of equal scores. Groups stand together.
 
     Ahmadian et al. (2024, "Back to basics"), equation 8; Kool et al. (2019).
     """
     groups_GS = scores_N.view(-1, group_size)
     others_GS = (groups_GS.sum(dim=1, keepdim=True) - groups_GS) / (group_size - 1)
-    return (groups_GS - others_GS).flatten()
+    return ((groups_GS - others_GS) * ~all_equal(groups_GS)).flatten()
 
 
 # Losses
@@ -187,12 +200,17 @@ def mismatch_weights(old_logp: Tensor, generator_logp: Tensor, *, cap: float | N
 # What changes from rollout to rollout
 
 
+LEAST_BETA, LARGEST_BETA = 1e-12, 1e12
+"""How far a penalty can be led: below it is none, above it the loss is nothing else."""
+
+
 @dataclass
 class KLController:
     """The coefficient beta of the KL penalty, fixed, or led so that the KL comes to a target.
 
     Adaptive (Ziegler et al., 2019, section 2.2): e = clip(KL / target - 1, -0.2, 0.2), beta <- beta (1 + e n / horizon)
-    with n the number of completions since the last update.
+    with n the number of completions since the last update. Where n is more than the horizon, beta falls by a fifth per
+    horizon at most, which leaves it above 0: a negative one would reward divergence.
     """
 
     coefficient: float
@@ -202,9 +220,10 @@ class KLController:
     """Completions over which beta can change by at most a fifth."""
 
     def update(self, kl: float, num_completions: int) -> None:
-        if self.target is not None:
+        if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.coefficient *= 1 + error * num_completions / self.horizon
+            factor = max(1 + error * num_completions / self.horizon, 0.8 ** (num_completions / self.horizon))
+            self.coefficient = min(max(self.coefficient * factor, LEAST_BETA), LARGEST_BETA)
 
 
 @dataclass
@@ -227,8 +246,9 @@ class RunningMoments:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation, divided by the number; 1 while it is not known."""
-        return (self.squares / self.count) ** 0.5 if self.count > 1 and self.squares > 0 else 1.0
+        """The standard deviation, divided by the number; 1 while it is not known, as with scores that are all equal."""
+        deviation = (self.squares / self.count) ** 0.5 if self.count > 1 else 0.0
+        return deviation if deviation > ROUNDING * abs(self.mean) else 1.0
 
     def normalize(self, scores_N: Tensor) -> Tensor:
         """(score - mean) / deviation of all scores so far."""

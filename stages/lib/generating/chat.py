@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import ArtifactError, DataError, Problem
+from stages.lib.formulas.bounds import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
 from stages.lib.generating.replies import stream_reply
 from stages.lib.models.loading import load_language_model
 from stages.lib.text.tokenizers import load_tokenizer
@@ -44,6 +45,10 @@ def chat(
     `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. A reply that is
     interrupted by Ctrl-C is kept as far as it came.
     """
+    if temperature and not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
+        raise DataError(
+            Problem("temperature", f"is {temperature!r}", f"0, or from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}.")
+        )
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_chat_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     write("/reset starts anew, /exit ends.\n")

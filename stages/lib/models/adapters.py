@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.settings.strict import Strict
+from stages.lib.formulas.bounds import Scale
 from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class LoraParams(Strict):
 
     rank: int = Field(default=16, ge=1)
     """Rank of the matrices that are added."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: Scale = 32.0
     """What they add is multiplied by alpha / rank."""
     target_modules: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
     """Names of the backbone's linear layers that get one. null: all of them."""

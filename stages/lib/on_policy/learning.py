@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
+from pipeline.store.numbers import require_finite
 from stages.lib.formulas import policy_gradient as pg
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.on_policy.actor_critic import Judged
@@ -22,6 +21,8 @@ from stages.lib.processes.collectives import all_reduce_sum
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.params import Batch, learning_rate_factor
 from stages.lib.training.scheduling import seed_of
+
+HINT = "Lower the learning rate, lengthen the warmup, or look at the rewards."
 
 
 @dataclass
@@ -65,10 +66,10 @@ class Learner:
         stats = {name: value if name == "ptx_loss" else value / tokens for name, value in sums.items()}
         deviation = max(0.0, stats.pop("ratio_squares") - stats["ratio"] ** 2) ** 0.5
         stats["ratio_deviation"] = deviation
-        self.require_finite(step, stats)
+        require_finite(stats, f"step {step + 1}", HINT)
         factor = learning_rate_factor(params, step, params.total_steps)
         stats["gradient_norm"] = engine.step([rate * factor for rate in self.parts.rates]).gradient_norm
-        self.require_finite(step, stats)
+        require_finite(stats, f"step {step + 1}", HINT)
         stats |= {"tokens": tokens, "seconds": time.monotonic() - started}
         return stats
 
@@ -114,14 +115,3 @@ class Learner:
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + float((value.detach().double() * mask).sum())
         return loss.sum() / tokens * self.ctx.world.size
-
-    def require_finite(self, step: int, stats: Metrics) -> None:
-        bad = [name for name, value in stats.items() if not math.isfinite(value)]
-        if bad:
-            raise DataError(
-                Problem(
-                    f"step {step + 1}",
-                    f"{bad[0]} is {stats[bad[0]]}",
-                    "Lower the learning rate, lengthen the warmup, or look at the rewards.",
-                )
-            )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.errors import Preempted
 from pipeline.stage import Context
+from pipeline.store.numbers import require_finite
 from stages.lib.formulas import policy_gradient as pg
 from stages.lib.on_policy.learning import Learner
 from stages.lib.on_policy.params import OnPolicyParams
@@ -29,7 +30,7 @@ from stages.lib.on_policy.rollout import Rollouts, require_going_on, require_lik
 from stages.lib.processes.collectives import barrier, from_main
 from stages.lib.processes.joining import join_processes, use_threads
 from stages.lib.text.prompts import Prompts
-from stages.lib.training.evaluating import Metrics, StopRequested, require_finite
+from stages.lib.training.evaluating import Metrics, StopRequested
 from stages.lib.training.params import Batch, derive_batch, learning_rate_factor
 from stages.lib.training.scheduling import ScheduledData, fingerprint, seed_of
 from stages.lib.training.state import Saved, find_measured, find_saved, save_checkpoint

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.store.artifact import Kind
+from stages.lib.formulas.bounds import Scale, Temperature, Weight
 from stages.lib.models.adapters import LoraParams
 from stages.lib.models.arithmetic import BYTES, field_of, state_bytes_per_rank
 from stages.lib.on_policy.rewards import Rewards, learned
@@ -50,37 +51,37 @@ class OnPolicyParams(OptimizerParams):
     """Longest completion, in tokens, the one that ends it included."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the prompts than this cannot be used."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Completions are drawn from softmax(logits / temperature), which is also the policy whose probabilities are trained."""
-    missing_end_penalty: float = Field(default=0.0, ge=0)
+    temperature: Temperature = 1.0
+    """Completions are drawn from softmax(logits / temperature), from 0.001 to 100, which is also the policy whose probabilities are trained."""
+    missing_end_penalty: Weight = 0.0
     """What a completion loses that was cut off at the limit instead of ended by the policy."""
     normalize_rewards: bool = False
     """Whether rewards are shifted and scaled by mean and deviation of all rewards so far."""
-    reward_clip: float | None = Field(default=None, gt=0)
+    reward_clip: Scale | None = None
     """Rewards are kept within +- this, after they were normalized. null: as they are."""
     generation: Literal["transformers", "vllm"] = "transformers"
     """What writes completions. vllm: on GPUs, in the same processes; it is an optional part, see the README of stages/alignment."""
-    kl_coefficient: float = Field(default=0.05, ge=0)
+    kl_coefficient: Weight = 0.05
     """Beta: how dear each nat of divergence from the reference is. 0: no reference is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """How the divergence of a token is estimated: k1 = log pi - log ref, k2 = k1^2 / 2, k3 = ref / pi - 1 + k1."""
-    clip_ratio: float = Field(default=0.2, gt=0, lt=1)
+    clip_ratio: float = Field(default=0.2, ge=1e-6, lt=1)
     """Epsilon: beyond 1 +- this ratio to the policy that wrote it, a token teaches nothing more."""
-    clip_ratio_high: float | None = Field(default=None, gt=0)
+    clip_ratio_high: Scale | None = None
     """Another epsilon for the upper side. null: the same."""
-    entropy_coefficient: float = Field(default=0.0, ge=0)
+    entropy_coefficient: Weight = 0.0
     """Weight of the entropy bonus, per nat and token."""
-    max_policy_kl: float | None = Field(default=None, gt=0)
+    max_policy_kl: Scale | None = None
     """Ends a rollout's passes early once a minibatch is further than this, in nats per token, from the policy that wrote it."""
-    ptx_coefficient: float = Field(default=0.0, ge=0)
+    ptx_coefficient: Weight = 0.0
     """Weight of the cross-entropy on the input `chats`, per token, mixed into every step (InstructGPT's PPO-ptx)."""
     ptx_batch_size: int | None = Field(default=None, ge=1)
     """Chats per optimizer step, over all processes. null: as many as completions."""
     ptx_max_length_tokens: int | None = Field(default=None, ge=8)
     """Tokens per chat; its oldest turns are dropped to fit. null: those of prompt and completion."""
-    max_logprob_mismatch: float | None = Field(default=None, gt=0)
+    max_logprob_mismatch: Scale | None = None
     """Stops the run if the log-probabilities of generation and training differ by more than this on average, in nats per token."""
-    mismatch_cap: float | None = Field(default=None, gt=0)
+    mismatch_cap: Scale | None = None
     """Corrects that difference by weighting each token with the ratio of both probabilities, at most this. null: no correction."""
     evaluate_every_rollouts: int | None = Field(default=None, ge=1)
     """Rollouts between measurements on held-out prompts. null: only before the first and after the last."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 from pipeline.stage import Context
 from stages.lib.models.adapters import ADAPTER_FOLDER, save_adapter
 from stages.lib.models.heads import load_policy
-from stages.lib.models.publishing import publish
+from stages.lib.models.publishing import publish, zeros_of
 from stages.lib.on_policy.actor_critic import SharedCritic
 from stages.lib.on_policy.params import OnPolicyParams
 from stages.lib.on_policy.parts import Parts
@@ -18,19 +20,22 @@ from stages.lib.processes.collectives import barrier, from_main
 VALUE_FOLDER = "value"
 """Where an artifact keeps the critic."""
 
+FRESH_HEAD = "score.weight"
+
 
 def publish_policy(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:
     """The policy as a whole model; under lora the adapter alone in `adapter/`, and merged into the weights it was trained on."""
     start, engine = ctx.inputs["model"], parts.engine
     state = engine.state_of(parts.module.policy)
+    options: dict[str, Any] = {"precision": params.precision, "may_be_zero": zeros_of(start)}
     if params.lora is None:
-        from_main(lambda: publish(parts.module.policy, state, start, ctx.out, precision=params.precision))
+        from_main(lambda: publish(parts.module.policy, state, start, ctx.out, **options))
         return
     if ctx.world.is_main:
         save_adapter(parts.module.policy, state, start, ctx.out / ADAPTER_FOLDER)
         base = load_policy(start)
         merged = PeftModel.from_pretrained(base, str(ctx.out / ADAPTER_FOLDER)).merge_and_unload()
-        publish(merged, merged.state_dict(), start, ctx.out, precision=params.precision)
+        publish(merged, merged.state_dict(), start, ctx.out, **options)
     barrier()
 
 
@@ -46,4 +51,7 @@ def publish_critic(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:
         barrier()
     elif isinstance(value, PreTrainedModel):
         state = engine.state_of(value)
-        from_main(lambda: publish(value, state, ctx.inputs["model"], folder, precision=params.precision))
+        # A critic of its own begins with a head of zeros, and keeps it where no reward ever came.
+        may_be_zero = zeros_of(ctx.inputs["value"]) if "value" in ctx.inputs else FRESH_HEAD.__eq__
+        options: dict[str, Any] = {"precision": params.precision, "may_be_zero": may_be_zero}
+        from_main(lambda: publish(value, state, ctx.inputs["model"], folder, **options))

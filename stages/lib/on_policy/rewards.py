@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from pipeline.errors import Problem, RewardError, did_you_mean
 from pipeline.settings.strict import Strict
+from stages.lib.formulas.bounds import Scale, SignedWeight
 from stages.lib.rows.canonical import Row
 from stages.lib.text.chat_rendering import Prompt
 
@@ -84,7 +85,7 @@ Pattern = Annotated[str, AfterValidator(compiles)]
 class WeightedReward(Strict):
     """What all rewards have in common."""
 
-    weight: float = 1.0
+    weight: SignedWeight = 1.0
     """What the reward is multiplied by before the rewards of a completion are added up; below 0, it is a penalty. Not 0."""
 
     @field_validator("weight")
@@ -133,9 +134,9 @@ class LengthPenaltyReward(WeightedReward):
     """0 up to a number of tokens, and from there less with every token."""
     target_tokens: int = Field(ge=0)
     """Longest completion without a penalty, in tokens, the one that ends it included."""
-    per_token: float = Field(gt=0.0)
+    per_token: Scale
     """What each token beyond target_tokens costs."""
-    max_penalty: float = Field(default=1.0, gt=0.0)
+    max_penalty: Scale = 1.0
     """Most that a completion loses, however long it is."""
 
 

@@ -23,6 +23,7 @@ from pipeline.errors import DataError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import canonical_json, digest_bytes
 from pipeline.store.durable import replacing_folder
+from pipeline.store.numbers import json_text
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.processes.collectives import any_process, barrier, from_main
 from stages.lib.processes.joining import join_processes
@@ -110,7 +111,7 @@ class Part:
             np.save(part / "table.npy", np.asarray(self.table, dtype=np.int64).reshape(-1, len(COLUMNS)))
             if self.with_margins:
                 np.save(part / MARGINS, np.asarray(self.margins, dtype=np.float64))
-            (part / "rest.json").write_text(json.dumps(rest), encoding="utf-8")
+            (part / "rest.json").write_text(json_text(rest, "rest.json"), encoding="utf-8")
 
 
 class Pairs(Sequence[dict[str, Any]]):

@@ -160,7 +160,7 @@ def content_digest(row: Row, format: str) -> bytes:
 
 def encode_row(row: Row) -> bytes:
     """One line of a `.jsonl` file."""
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:

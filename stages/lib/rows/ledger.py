@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pipeline.store.numbers import json_text
 
 MAX_EXAMPLES = 5
 
@@ -43,7 +44,7 @@ class Ledger:
         }
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(self.as_json(), indent=1, ensure_ascii=False)
+        text = json_text(self.as_json(), "ledger.json", indent=1)
         (folder / "ledger.json").write_text(text + "\n", encoding="utf-8")
 
     def metrics(self) -> dict[str, float]:

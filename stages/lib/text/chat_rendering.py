@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import DataError, Problem
+from pipeline.errors import DataError, Preempted, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,29 +51,50 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    """The rendered text and the character ranges of its generation blocks; None if the template has no such blocks."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+    """The rendered text and the character ranges of its generation blocks; None if the template has no such blocks.
 
-    if not tokenizer.chat_template:
-        raise DataError(
-            Problem("chat_template", "the tokenizer has none", "Use a tokenizer that was made or trained for chats.")
-        )
-    template = tokenizer.get_chat_template()
-    marked = GENERATION_BLOCK.search(template) is not None
+    Raises `DataError` where the template refuses the chat, fails on it, or takes more time or memory than it may.
+    """
+    from stages.lib.text.chat_probe import require_bounded
+    from stages.lib.text.chat_sandbox import Refusal, render_template
+
+    template = template_of(tokenizer)
+    variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    variables |= {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
-        variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        rendered: Any = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=marked,
-            **variables,
-        )
-    except TemplateError as error:
+        require_bounded(template, messages, variables)
+        text, spans = render_template(template, messages, variables)
+    except Preempted:
+        raise
+    except Refusal as error:
         raise DataError(Problem(about(messages), f"the chat template refuses it: {error}")) from None
-    texts, spans = rendered
-    return texts[0], spans[0] if marked else None
+    except Exception as error:  # a template is anybody's program
+        raise DataError(
+            Problem(
+                "chat_template",
+                f"cannot render {about(messages)}: {what_happened(error)}",
+                "Correct the template, or use a model or tokenizer with another one.",
+            )
+        ) from None
+    return text, spans if GENERATION_BLOCK.search(template) else None
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template, the default one where it has several. Raises `DataError` if there is none."""
+    hint = "Use a tokenizer that was made or trained for chats."
+    if not tokenizer.chat_template:
+        raise DataError(Problem("chat_template", "the tokenizer has none", hint))
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(Problem("chat_template", str(error).splitlines()[0], hint)) from None
+
+
+def what_happened(error: Exception) -> str:
+    from stages.lib.text.chat_budget import OverLimit
+
+    said = (str(error).splitlines() or [""])[0][:200]
+    return said if isinstance(error, OverLimit) else f"{type(error).__name__}: {said}"
 
 
 def guard_special(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[dict[str, str]], str]:

@@ -21,6 +21,7 @@ from pipeline.errors import DataError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import canonical_json, digest_bytes, digest_file
 from pipeline.store.durable import replacing_folder
+from pipeline.store.numbers import json_text
 from stages.lib.formulas.token_losses import TARGETS, Tensors, next_tokens
 from stages.lib.processes.collectives import any_process, barrier, from_main
 from stages.lib.processes.joining import join_processes
@@ -70,7 +71,7 @@ class Part:
             np.save(part / "ids.npy", np.asarray(self.ids, dtype=np.int32))
             np.save(part / "said.npy", np.asarray(self.said, dtype=np.uint8))
             np.save(part / "places.npy", np.asarray([*self.places, (-1, len(self.ids))], dtype=np.int64))
-            (part / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+            (part / "counts.json").write_text(json_text(counts, "counts.json"), encoding="utf-8")
 
 
 class Chats(Sequence[dict[str, Any]]):

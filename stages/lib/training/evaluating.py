@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +23,6 @@ Measure = Callable[[torch.nn.Module, Tensors], Mapping[str, torch.Tensor]]
 
 class StopRequested(Exception):
     """Ends an evaluation early, in all processes at once."""
-
-
-def require_finite(metrics: Mapping[str, float], where: str, hint: str) -> None:
-    """Raises `DataError` with all metrics that are not finite."""
-    bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise DataError(Problem(where, ", ".join(bad), hint))
 
 
 class Evaluator:

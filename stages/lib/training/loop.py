@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import DataError, Preempted, Problem, RecipeError
 from pipeline.stage import Context
+from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.models.loading import count_parameters
 from stages.lib.models.publishing import publish
@@ -32,7 +33,7 @@ from stages.lib.processes.collectives import all_reduce_sum, any_process, barrie
 from stages.lib.processes.joining import join_processes, use_threads
 from stages.lib.text.batches import Collate, num_tokens, with_positions
 from stages.lib.training.engine import Engine, Stepped
-from stages.lib.training.evaluating import Evaluator, Metrics, StopRequested, require_finite
+from stages.lib.training.evaluating import Evaluator, Metrics, StopRequested
 from stages.lib.training.layouts import complete_layout, fit_to_width, split_while_loading
 from stages.lib.training.optimizer import parameter_groups
 from stages.lib.training.params import Batch, TrainingParams, derive_batch, learning_rate_factor, optimizer_steps

@@ -11,12 +11,13 @@ from pydantic import Field, model_validator
 from pipeline.errors import Problem, RecipeError
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Strict
+from stages.lib.formulas.bounds import LearningRate, Scale, Weight
 
 
 class OptimizerParams(Strict):
     """How a stage that trains steps: learning rate, AdamW, precision."""
 
-    learning_rate: float = Field(gt=0)
+    learning_rate: LearningRate
     """Learning rate at its highest, after the warmup."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warmup, from its highest to `min_learning_rate_fraction` of it."""
@@ -24,15 +25,15 @@ class OptimizerParams(Strict):
     """Optimizer steps over which the learning rate rises to its highest."""
     min_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
     """Where the cosine and linear schedules end, as a fraction of `learning_rate`."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Weight = 0.0
     """AdamW's decoupled weight decay. Norms and biases are never decayed."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of Adam's running mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of Adam's running mean of squared gradients."""
-    adam_epsilon: float = Field(default=1e-8, gt=0)
+    adam_epsilon: float = Field(default=1e-8, ge=1e-12, le=1e-2)
     """Added to the denominator of Adam's update."""
-    max_gradient_norm: float = Field(default=1.0, gt=0)
+    max_gradient_norm: Scale = 1.0
     """Gradients are scaled down to this global L2 norm when they exceed it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward and backward pass, and of the weights that are published."""
@@ -45,7 +46,7 @@ class TrainingParams(OptimizerParams):
     """Rows (sequences, pairs, examples) per optimizer step, over all processes."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps in all. Give either this or `epochs`."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, ge=1e-6, le=1e6)
     """Passes over the training rows. Give either this or `max_steps`. Passes flow into each other: no batch is cut short."""
     evaluate_every_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations on held-out rows. None: only before the first and after the last step."""

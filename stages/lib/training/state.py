@@ -16,6 +16,7 @@ from pipeline.errors import ArtifactError, LaunchError, Problem
 from pipeline.stage import Context
 from pipeline.store import resumable
 from pipeline.store.journal import Journal
+from pipeline.store.numbers import json_text
 from pipeline.store.resumable import STATE
 from stages.lib.processes.collectives import from_main
 from stages.lib.training.engine import PLAIN_STATE, TAG, Engine
@@ -179,7 +180,7 @@ def save_checkpoint(
 def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
     """Adds our part to the checkpoint of `step`."""
     place = {"step": step, "world_size": ctx.world.size, "zero_stage": zero_stage(ctx.resources)}
-    text = json.dumps({**place, **content}, indent=1, allow_nan=False)
+    text = json_text({**place, **content}, STATE, indent=1)
     (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
 
 
