@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.stage import World
-from stages.lib.processes import collectives as distributed
+from stages.lib.processes import joining
 from tests.distributed import training_driver
 
 LOADED_LATER = ("setuptools", "torch._inductor.compile_fx", "deepspeed", "stages.lib.on_policy.setup")
@@ -35,7 +35,7 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
         os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
         training_driver.WORLD = world
         training_driver.run(job)
-        distributed.leave_processes()
+        joining.leave_processes()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -49,7 +49,7 @@ def run(job: dict[str, Any]) -> None:
 
     Raises `SystemExit` if it fails, or if it does not kill itself although it should.
     """
-    port = distributed.free_port()
+    port = joining.free_port()
     alive = {fork(job, rank, port) for rank in range(job["processes"])}
     codes: list[int] = []
     while alive and not any(codes):

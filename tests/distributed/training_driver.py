@@ -23,7 +23,8 @@ from pipeline.settings.resources import Resources
 from pipeline.stage import Context, World
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
-from stages.lib.processes import collectives as distributed
+from stages.lib.processes.collectives import barrier
+from stages.lib.processes.joining import leave_processes
 from stages.lib.training import loop as training
 
 WORLD = World(
@@ -96,7 +97,7 @@ def run(job: dict[str, Any]) -> None:
         checkpoints.discard_after(newest.step)
         if newest.path is None:
             Journal(work / "journal.jsonl", writes=True).rewind(-1)
-    distributed.barrier()  # the first job has nothing to discard
+    barrier()  # the first job has nothing to discard
     stage = importlib.import_module(job["kind"]).STAGE
     stop = job["stop"] or {}
 
@@ -139,4 +140,4 @@ def run(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_bytes()):
         run(job)
-    distributed.leave_processes()
+    leave_processes()
