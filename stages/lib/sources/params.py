@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -13,10 +13,7 @@ from pipeline.settings.strict import OutsidePath, Strict, expand_globs
 from pipeline.store.artifact import files_below
 from stages.lib.sources.layouts import LAYOUTS, Layout
 
-FileType = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "conll"]
-
-
-SUFFIXES: dict[str, FileType] = {
+SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -27,7 +24,13 @@ SUFFIXES: dict[str, FileType] = {
     ".md": "text",
     ".conll": "conll",
 }
-"""Suffix -> file type. Each may be followed by .gz or .zst."""
+"""Suffix -> file type, which is a key of `READERS` in files.py. Each may be followed by .gz or .zst."""
+
+
+if TYPE_CHECKING:
+    FileType = str
+else:
+    FileType = Literal[tuple(dict.fromkeys(SUFFIXES.values()))]
 
 
 COMPRESSIONS = (".gz", ".zst")
