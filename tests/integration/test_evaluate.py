@@ -262,8 +262,8 @@ def test_models_with_different_tokenizers_are_said_not_to_compare(
 
 
 def test_every_model_replies_to_the_same_prompts(world: TinyWorld, even: Path, tmp_path: Path) -> None:
-    """The first two held-out chats up to their last assistant turn, and one of our own; seed of the step + number."""
-    from stages.lib.generating.replies import stream_reply, whole_reply
+    """The first two held-out chats up to their last assistant turn, and one of our own; by the seed of the step and their number."""
+    from stages.lib.generating.replies import write_reply
 
     options = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9}
     generation = {"heldout_prompts": 2, "prompts": ["List files."], **options}
@@ -277,7 +277,7 @@ def test_every_model_replies_to_the_same_prompts(world: TinyWorld, even: Path, t
     for name, folder in models.items():
         model, tokenizer = load(folder), load_tokenizer(folder)
         replies = [
-            whole_reply(stream_reply(model, tokenizer, row["prompt"], seed=index, **options))  # type: ignore[arg-type]
+            write_reply(model, tokenizer, row["prompt"], position=index, **options)  # type: ignore[arg-type]
             for index, row in enumerate(rows)
         ]
         found = [row["replies"][name] for row in rows]
@@ -482,16 +482,16 @@ def test_a_restart_measures_no_model_twice(
     shutil.rmtree(out)
     (tmp_path / "measured-model-even.json").unlink()
     loaded = []
-    from stages.lib.generating import replies as generation
+    from stages.lib.models import loading
     from stages.lib.preferring import reward_models
 
-    original = generation.load_language_model
+    original = loading.load_language_model
 
     def load_and_tell(folder: Path, device: str) -> Any:
         loaded.append(folder)
         return original(folder, device)
 
-    monkeypatch.setattr(generation, "load_language_model", load_and_tell)
+    monkeypatch.setattr(loading, "load_language_model", load_and_tell)
     monkeypatch.setattr(reward_models, "load_reward_model", lambda *args: pytest.fail("its scores are there"))
     second, out = evaluate(models, tmp_path, params, **inputs)
     assert loaded == [even]

@@ -225,7 +225,7 @@ def with_end(tokenizer: Any) -> Any:
 
 
 def test_a_window_that_is_longer_than_the_models_positions(world: OnPolicyWorld, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="121 and max_new_tokens 8 are 129, and the model has 128 positions"):
+    with pytest.raises(DataError, match="121 and max_new_tokens 8 are 129, and the model takes 128 tokens"):
         align("grpo", world.inputs, tmp_path, {**CHANGES, "max_prompt_tokens": 121})
 
 
@@ -241,5 +241,5 @@ def test_too_many_prompts_that_are_too_long(world: OnPolicyWorld, tmp_path: Path
         tuple(encode_prompt(world.tokenizer, short["messages"]))
     }
     assert seen.result.facts.dropped_rows == {"prompt_too_long": 8}
-    with pytest.raises(DataError, match=r"has no training prompt that can be used: {'prompt_too_long': 12}"):
+    with pytest.raises(DataError, match=r"none of the 12 prompts can be used: {'prompt_too_long': 12}"):
         align("grpo", inputs, tmp_path / "all", {**CHANGES, "max_prompt_tokens": 3})

@@ -26,9 +26,8 @@ from pipeline.errors import DataError, Preempted, Problem
 from pipeline.stage import Context
 from stages.lib.formulas import policy_gradient as pg
 from stages.lib.formulas.token_losses import Tensors
-from stages.lib.generating.sampling import sample, uniforms_for
-from stages.lib.generating.transformers import Generator
-from stages.lib.generating.vllm import VllmGenerator
+from stages.lib.generating.generator import Generator
+from stages.lib.generating.sampling import uniforms_for
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged
 from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
 from stages.lib.on_policy.params import OnPolicyParams
@@ -131,7 +130,7 @@ class Parts:
     heldout: Prompts
     engine: Engine
     module: ActorCritic
-    generator: Generator | VllmGenerator
+    generator: Generator
     rates: list[float]
     """Highest learning rate of each of the optimizer's groups."""
     scorer: Scorer
@@ -235,17 +234,15 @@ class Aligner:
         episodes: list[Episode] = []
         size = self.parts.generator.chunk_size
         chunks = [mine[start : start + size] for start in range(0, share, size)]
-        with self.parts.generator.ready() as model:
+        with self.parts.generator.ready() as sampler:
             sampled = []
             for done, chunk in enumerate(chunks):
                 self.require_going_on()
                 numbers = [uniforms_for(seed, positions[index], self.params.max_new_tokens) for index in chunk]
-                sampled += sample(
-                    model,
+                sampled += sampler.sample(
                     [rows[index].ids for index in chunk],
                     np.stack(numbers),
                     stop_ids=self.parts.stop_ids,
-                    padding_id=self.padding_id,
                     temperature=self.params.temperature,
                 )
                 if len(chunks) > 1:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context, Result
 from pipeline.store.artifact import MANIFEST, Facts, read_manifest
-from stages.lib.generating.transformers import Generator
+from stages.lib.generating.generator import Generator
+from stages.lib.generating.transformers import TransformersGenerator
 from stages.lib.generating.vllm import VllmEngine, VllmGenerator, require_vllm
 from stages.lib.models.adapters import with_adapter
 from stages.lib.models.config import hidden_size, read_config, text_config
@@ -189,8 +190,10 @@ def build_parts(
         with torch.no_grad(), engine.rounding():
             return frozen_reference(**inputs)
 
-    generator: Generator | VllmGenerator = (
-        Generator(engine, module.policy, make_replica) if vllm is None else VllmGenerator(engine, module.policy, vllm)
+    generator: Generator = (
+        TransformersGenerator(engine, module.policy, make_replica)
+        if vllm is None
+        else VllmGenerator(engine, module.policy, vllm)
     )
     reference = None
     if params.kl_coefficient:
