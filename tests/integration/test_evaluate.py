@@ -301,7 +301,7 @@ def test_a_row_that_one_model_cannot_read_is_left_out_for_all(world: TinyWorld, 
     )
     both = report["models"]["base"]["measures"]["heldout_assistant_loss"]
     assert both == pytest.approx(alone.metrics["heldout_assistant_loss.base"])
-    with pytest.raises(DataError, match=r"reads 40 tokens, and the blocks of inputs\.tokens have 64"):
+    with pytest.raises(DataError, match=r"blocks of inputs\.tokens have 64 tokens, and the model takes 40"):
         evaluate({"small": small}, tmp_path / "blocks", tokens=world.tokens)
 
 

@@ -180,7 +180,9 @@ def test_a_reward_model_that_scores_otherwise_than_its_manifest_says(
 
 def test_a_reward_model_that_reads_no_chat_so_long(world: OnPolicyWorld, tmp_path: Path) -> None:
     reward = write_reward_model(tmp_path / "reward", make_other_tokenizer(), max_position_embeddings=60)
-    with pytest.raises(DataError, match=r"reads 60 tokens, and a prompt with its completion has \d+") as caught:
+    with pytest.raises(
+        DataError, match=r"a prompt with its completion has \d+ of its tokens, and the model takes 60"
+    ) as caught:
         align("grpo", {**world.inputs, "reward": reward}, tmp_path / "run", {**CHANGES, "rewards": [LEARNED]})
     assert the_problem(caught).where == "reward model reward"
 

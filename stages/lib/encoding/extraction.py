@@ -177,7 +177,7 @@ def found_spans(texts: Sequence[TaggedText], logits_WTK: torch.Tensor, labels: S
             left = window.first + start - window.start
             parts.append(log_probs_WTK[number, left : left + end - start])
             number += 1
-        whole.append(torch.cat(parts))
+        whole.append(torch.cat(parts).numpy())
     lengths_B = torch.tensor([len(log_probs_NK) for log_probs_NK in whole])
     log_probs_BNK = padded(whole, dtype=np.float32)
     mask_BN = torch.arange(log_probs_BNK.shape[1])[None] < lengths_B[:, None]
