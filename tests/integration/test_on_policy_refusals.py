@@ -159,7 +159,10 @@ def test_rows_that_a_reward_cannot_score_are_found_before_anything_is_written(
     rewards = [{"kind": "exact_match", "column": "answer"}]
     with pytest.raises(RewardError, match=r"rewards\.exact_match: cannot score .* rows: row 1: .*'answer'"):
         align("grpo", world.inputs, tmp_path, {**CHANGES, "rewards": rewards})
-    assert {line["event"] for line in read_journal(tmp_path / "journal.jsonl")} == {"note"}
+    lines = list(read_journal(tmp_path / "journal.jsonl"))
+    assert {line["event"] for line in lines} == {"note", "progress"}
+    told = [line["what"] for line in lines if line["event"] == "progress"]
+    assert told == ["train prompts tokenized", "heldout prompts tokenized"]
 
 
 # Models
@@ -243,5 +246,5 @@ def test_too_many_prompts_that_are_too_long(world: OnPolicyWorld, tmp_path: Path
         tuple(encode_prompt(world.tokenizer, short["messages"]))
     }
     assert seen.result.facts.dropped_rows == {"prompt_too_long": 8}
-    with pytest.raises(DataError, match=r"none of the 12 prompts can be used: {'prompt_too_long': 12}"):
+    with pytest.raises(DataError, match=r"none of the 8 prompts can be used: {'prompt_too_long': 8}"):
         align("grpo", inputs, tmp_path / "all", {**CHANGES, "max_prompt_tokens": 3})
