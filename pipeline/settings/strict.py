@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -236,6 +237,10 @@ def problems_of(error: ValidationError, model: type[BaseModel], where: str) -> I
                 "Remove the quotes." if isinstance(given, str) and looks_like_a_number(given) else f"Write {expected}."
             )
             yield Problem(path, f"must be {expected}, not the {type_name(given)} {shown(given)}", hint)
+        elif kind == "literal_error" and isinstance(given, str):
+            nearest = did_you_mean(given, re.findall("'([^']*)'", item["ctx"]["expected"]))
+            hint = nearest if nearest.startswith("Did") else description_of(model, loc)
+            yield Problem(path, f"input should be {item['ctx']['expected']}, not {shown(given)}", hint)
         elif kind == "missing_file":
             yield Problem(path, item["msg"], "Correct the path.")
         elif kind == "value_error":

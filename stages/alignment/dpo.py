@@ -6,18 +6,20 @@ The reference's log-probabilities come from its artifact, are computed once, bef
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from pipeline.store.artifact import Facts, Kind
+from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Weight
-from stages.lib.formulas.preference_losses import PREFERENCE_LOSSES
+from stages.lib.formulas.preference_losses import PREFERENCE_LOSSES, PreferenceLossName
+from stages.lib.models.architectures import vocabulary_problems
 from stages.lib.models.arithmetic import BYTES
-from stages.lib.models.lengths import require_positions
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 
 if TYPE_CHECKING:
@@ -26,15 +28,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stages.lib.formulas.token_losses import Tensors
-
-PUBLISHED_LOGPROBS_BYTES = 64_000_000
-"""The reference's log-probabilities are published with the model if they are no larger."""
+    from stages.lib.preferring.pairs import Pairs
+    from stages.lib.text.batches import Collate
+    from stages.lib.training.evaluating import Evaluator
 
 
 class DPOParams(PreferenceParams):
     """How the policy is trained."""
 
-    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    loss: PreferenceLossName = "sigmoid"
     """What is minimized. sigmoid: DPO; hinge: max(0, 1 - margin); ipo: squared distance to a fixed margin, on log-probabilities averaged over tokens, which does not run away on pairs that are always preferred."""
     beta: Scale = 0.1
     """How dear it is to move away from the reference: the higher, the nearer the policy stays."""
@@ -48,75 +50,47 @@ class DPOParams(PreferenceParams):
         return self
 
 
+def estimate(forecast: Forecast) -> Estimate:
+    """The training's; its memory is that of the reference's pass where this takes more, as it may under ZeRO-3."""
+    known = estimate_preference_training(forecast)
+    reference = forecast.inputs.get("reference", forecast.inputs.get("model", Estimate())).parameters
+    if known.memory_bytes_per_rank is None or reference is None:
+        return known
+    width = BYTES[forecast.params.precision] if forecast.resources.deepspeed else BYTES["fp32"]
+    return replace(known, memory_bytes_per_rank=max(known.memory_bytes_per_rank, reference * width))
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    """What is wrong before the step runs: also a reference that cannot be of the same tokenizer."""
+    hint = "Policy and reference must be of the same tokenizer."
+    return [*check_preference_training(forecast), *vocabulary_problems(forecast, "reference", "model", hint)]
+
+
 def run(ctx: Context, params: DPOParams) -> Result:
     from transformers import AutoModelForCausalLM
 
-    from stages.lib.formulas.calibration import wins
-    from stages.lib.models.config import read_config
     from stages.lib.models.loading import load_model, without_dropout
-    from stages.lib.preferring.answers import accuracy_by_category, wins_by_category
-    from stages.lib.preferring.pairs import collate_pairs, open_pairs, padding_of
+    from stages.lib.preferring.opening import Preferences
+    from stages.lib.preferring.pairs import collate_pairs, padding_of
     from stages.lib.preferring.reference import ReferencePass
-    from stages.lib.text.chat_check import check_chat_template
-    from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer, require_same_tokenizer
-    from stages.lib.training.evaluating import Evaluator
+    from stages.lib.text.tokenizers import require_same_tokenizer
     from stages.lib.training.loop import train
 
     start = ctx.inputs["model"]
     reference = ctx.inputs.get("reference", start)
     if reference != start:
         require_same_tokenizer(start, reference, "inputs.reference")
-    require_positions(read_config(start), params.max_length_tokens)
-    tokenizer = load_tokenizer(start)
-    check_chat_template(tokenizer, str(start))
-    train_pairs, heldout_pairs, ledger = open_pairs(
-        ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction
-    )
-    categories = heldout_pairs.categories
+    preferences = Preferences.open(ctx, params)
 
     # Before the training engine exists: from then on ZeRO-3 would split the reference too.
-    reference_pass = ReferencePass(ctx, reference, [train_pairs, heldout_pairs], params.precision)
-    train_logprobs_N2, heldout_logprobs_N2 = reference_pass.run(tokenizer)
-    train_pairs = train_pairs.with_reference(train_logprobs_N2)
-    heldout_pairs = heldout_pairs.with_reference(heldout_logprobs_N2)
+    reference_pass = ReferencePass(ctx, reference, [preferences.train, preferences.heldout], params.precision)
+    train_logprobs_N2, heldout_logprobs_N2 = reference_pass.run(preferences.tokenizer)
+    train_pairs = preferences.train.with_reference(train_logprobs_N2)
+    heldout_pairs = preferences.heldout.with_reference(heldout_logprobs_N2)
     publish_logprobs(ctx, train_logprobs_N2, heldout_logprobs_N2)
 
     objective = DPOObjective(params)
-    collate = collate_pairs(padding_of(tokenizer))
-
-    def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
-        from stages.lib.formulas.preference_losses import implicit_margin
-        from stages.lib.preferring.answers import answer_logprobs
-
-        logp_2N = answer_logprobs(model, batch)
-        vectors = objective.vectors(logp_2N, batch)
-        margin_N = implicit_margin(*vectors, beta=params.beta)
-        wins_N = wins(margin_N, margin_N.new_zeros(()))
-        moved_N2 = logp_2N.view(2, -1).T - batch["reference_N2"]
-        return {
-            "pairs": margin_N.new_tensor(len(margin_N)),
-            "wins": wins_N.sum(),
-            "margin": margin_N.sum(),
-            "loss": objective.losses(vectors).sum(),
-            "chosen": moved_N2[:, 0].sum(),
-            "rejected": moved_N2[:, 1].sum(),
-            "plain_wins": wins(*logp_2N.chunk(2)).sum(),
-            **wins_by_category(wins_N, batch, categories),
-        }
-
-    def evaluate(evaluator: Evaluator) -> dict[str, float]:
-        sums = evaluator.sums(heldout_pairs, collate, measure)
-        means = {name: total / sums["pairs"] for name, total in sums.items()}
-        return {
-            "heldout_accuracy": means["wins"],
-            "heldout_margin": means["margin"],
-            "heldout_loss": means["loss"],
-            "heldout_chosen_logprob_change": means["chosen"],
-            "heldout_rejected_logprob_change": means["rejected"],
-            "heldout_accuracy_plain": means["plain_wins"],
-            **accuracy_by_category(sums, categories),
-        }
-
+    collate = collate_pairs(padding_of(preferences.tokenizer))
     trained = train(
         ctx,
         params,
@@ -125,27 +99,35 @@ def run(ctx: Context, params: DPOParams) -> Result:
         data=train_pairs,
         collate=collate,
         objective=objective,
-        evaluate=evaluate,
+        evaluate=lambda evaluator: objective.heldout_metrics(evaluator, heldout_pairs, collate),
     )
     metrics = {
         **trained.after,
         **baselines(heldout_logprobs_N2, heldout_pairs.answer_lengths()),
         "heldout_loss_base": trained.before["heldout_loss"],
         "train_loss": trained.train_loss,
-        **ledger.metrics(),
+        **preferences.ledger.metrics(),
     }
-    facts = Facts(
-        **facts_of_tokenizer(tokenizer),
-        head_type="causal_lm",
-        dtype=params.precision,
-        max_length_tokens=params.max_length_tokens,
-        parameters=trained.parameters,
-        train_rows=len(train_pairs),
-        heldout_rows=len(heldout_pairs),
-        dropped_rows=dict(ledger.dropped),
-        optimizer_steps=trained.steps,
-    )
-    return Result(metrics, facts)
+    return Result(metrics, preferences.facts(params, trained, head_type="causal_lm"))
+
+
+STAGE = Stage(
+    kind="dpo",
+    version=2,
+    summary="direct preference optimization of a causal model on pairs of answers",
+    params=DPOParams,
+    inputs={
+        "model": accepts(Kind.CAUSAL_LM),
+        "preferences": accepts(Kind.PREFERENCES),
+        "reference": accepts(Kind.CAUSAL_LM, optional=True),
+    },
+    output=Kind.CAUSAL_LM,
+    run=run,
+    headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_margin", "heldout_loss"),
+    distributed=True,
+    estimate=estimate,
+    check=check,
+)
 
 
 class DPOObjective:
@@ -181,6 +163,48 @@ class DPOObjective:
         """One loss a pair."""
         return self.loss.function(*vectors, **self.options)
 
+    def measure(self, model: torch.nn.Module, batch: Tensors, categories: Sequence[str]) -> Tensors:
+        """Sums over pairs: who wins, by how much, and how far each answer moved away from the reference."""
+        from stages.lib.formulas.calibration import wins
+        from stages.lib.formulas.preference_losses import implicit_margin
+        from stages.lib.preferring.answers import answer_logprobs, wins_by_category
+
+        logp_2N = answer_logprobs(model, batch)
+        vectors = self.vectors(logp_2N, batch)
+        margin_N = implicit_margin(*vectors, beta=self.options["beta"])
+        wins_N = wins(margin_N, margin_N.new_zeros(()))
+        moved_N2 = logp_2N.view(2, -1).T - batch["reference_N2"]
+        return {
+            "pairs": margin_N.new_tensor(len(margin_N)),
+            "wins": wins_N.sum(),
+            "margin": margin_N.sum(),
+            "loss": self.losses(vectors).sum(),
+            "chosen": moved_N2[:, 0].sum(),
+            "rejected": moved_N2[:, 1].sum(),
+            "plain_wins": wins(*logp_2N.chunk(2)).sum(),
+            **wins_by_category(wins_N, batch, categories),
+        }
+
+    def heldout_metrics(self, evaluator: Evaluator, pairs: Pairs, collate: Collate) -> dict[str, float]:
+        """The means of what `measure` sums up, over all pairs."""
+        from stages.lib.preferring.answers import accuracy_by_category
+
+        sums = evaluator.sums(pairs, collate, partial(self.measure, categories=pairs.categories))
+        means = {name: total / sums["pairs"] for name, total in sums.items()}
+        return {
+            "heldout_accuracy": means["wins"],
+            "heldout_margin": means["margin"],
+            "heldout_loss": means["loss"],
+            "heldout_chosen_logprob_change": means["chosen"],
+            "heldout_rejected_logprob_change": means["rejected"],
+            "heldout_accuracy_plain": means["plain_wins"],
+            **accuracy_by_category(sums, pairs.categories),
+        }
+
+
+PUBLISHED_LOGPROBS_BYTES = 64_000_000
+"""The reference's log-probabilities are published with the model if they are no larger."""
+
 
 def publish_logprobs(ctx: Context, train_N2: NDArray[np.float64], heldout_N2: NDArray[np.float64]) -> None:
     """Puts the reference's log-probabilities beside the model: `train` and `heldout`, N x (chosen, rejected)."""
@@ -206,47 +230,3 @@ def baselines(reference_N2: NDArray[np.float64], answer_tokens_N2: NDArray[np.in
         "heldout_accuracy_base_per_token": float(wins(*torch.from_numpy(per_token_N2).unbind(1)).mean()),
         "heldout_accuracy_longer": accuracy_of_length(answer_tokens_N2),
     }
-
-
-def estimate(forecast: Forecast) -> Estimate:
-    """The training's; its memory is that of the reference's pass where this takes more, as it may under ZeRO-3."""
-    known = estimate_preference_training(forecast)
-    reference = forecast.inputs.get("reference", forecast.inputs.get("model", Estimate())).parameters
-    if known.memory_bytes_per_rank is None or reference is None:
-        return known
-    width = BYTES[forecast.params.precision] if forecast.resources.deepspeed else BYTES["fp32"]
-    return replace(known, memory_bytes_per_rank=max(known.memory_bytes_per_rank, reference * width))
-
-
-def check(forecast: Forecast) -> list[Problem]:
-    """What is wrong before the step runs: also a reference that cannot be of the same tokenizer."""
-    problems = check_preference_training(forecast)
-    sizes = [forecast.inputs.get(role, Estimate()).vocabulary_size for role in ("model", "reference")]
-    if None not in sizes and sizes[0] != sizes[1]:
-        problems.append(
-            Problem(
-                "inputs.reference",
-                f"has {sizes[1]:,} tokens, and the model {sizes[0]:,}",
-                "Policy and reference must be of the same tokenizer.",
-            )
-        )
-    return problems
-
-
-STAGE = Stage(
-    kind="dpo",
-    version=2,
-    summary="direct preference optimization of a causal model on pairs of answers",
-    params=DPOParams,
-    inputs={
-        "model": accepts(Kind.CAUSAL_LM),
-        "preferences": accepts(Kind.PREFERENCES),
-        "reference": accepts(Kind.CAUSAL_LM, optional=True),
-    },
-    output=Kind.CAUSAL_LM,
-    run=run,
-    headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_margin", "heldout_loss"),
-    distributed=True,
-    estimate=estimate,
-    check=check,
-)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.stage import Context, Result, Stage
-from pipeline.store.artifact import Kind
+from pipeline.stage import Context, Result
 from stages.lib.formulas.bounds import Weight
-from stages.lib.on_policy.params import INPUTS, GroupParams, check_on_policy, estimate_on_policy
+from stages.lib.on_policy.params import GroupParams
+from stages.lib.on_policy.stage import GroupAlgorithm, on_policy_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.lib.formulas.policy_gradient import KLController
     from stages.lib.on_policy.experience import Experience
 
 
@@ -32,19 +31,25 @@ class GRPOParams(GroupParams):
     """Whether advantages are divided by the deviation of their group. Without (Dr. GRPO), prompts on which all completions are nearly equal weigh less."""
 
 
-class GRPO:
+def run(ctx: Context, params: GRPOParams) -> Result:
+    from stages.lib.on_policy.setup import run_on_policy
+
+    return run_on_policy(ctx, params, GRPO(params))
+
+
+STAGE = on_policy_stage(
+    kind="grpo",
+    version=2,
+    summary="group relative policy optimization of a causal model: no critic, completions of a prompt compared",
+    params=GRPOParams,
+    run=run,
+)
+
+
+class GRPO(GroupAlgorithm[GRPOParams]):
     """Scores relative to those of the same prompt."""
 
     kl_in_loss = True
-    value_coefficient = 0.0
-
-    def __init__(self, params: GRPOParams) -> None:
-        self.params = params
-
-    def controller(self) -> KLController:
-        from stages.lib.formulas.policy_gradient import KLController
-
-        return KLController(self.params.kl_coefficient)
 
     def advantages(
         self, experience: Experience, scores_N: Tensor, kl_coefficient: float
@@ -57,27 +62,3 @@ class GRPO:
         advantages_N = group_advantages(scores_N, self.params.group_size, scale=self.params.scale_by_deviation)
         equal = all_equal(groups_GS).double().mean()
         return advantages_N.unsqueeze(1) * mask_NK, mask_NK * 0, {"groups_without_signal": float(equal)}
-
-    def value_loss(self, values_BK: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        raise AssertionError("there is no critic")
-
-
-def run(ctx: Context, params: GRPOParams) -> Result:
-    from stages.lib.on_policy.setup import run_on_policy
-
-    return run_on_policy(ctx, params, GRPO(params))
-
-
-STAGE = Stage(
-    kind="grpo",
-    version=2,
-    summary="group relative policy optimization of a causal model: no critic, completions of a prompt compared",
-    params=GRPOParams,
-    inputs=INPUTS,
-    output=Kind.CAUSAL_LM,
-    run=run,
-    headline=("heldout_reward", "heldout_reward_base", "heldout_reward_deviation_base", "heldout_kl", "heldout_ended"),
-    distributed=True,
-    estimate=estimate_on_policy,
-    check=check_on_policy,
-)

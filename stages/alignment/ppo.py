@@ -1,16 +1,16 @@
 """`ppo`: proximal policy optimization from a reward (Ziegler et al., 2019; Stiennon et al., 2020; Ouyang et al., 2022).
 
     for each rollout
-        complete the next prompts with the policy pi                              stages/lib/sampling.py
+        complete the next prompts with the policy pi                              stages/lib/generating/sampling.py
         score the completions, and judge their tokens by pi, reference and critic
         r_t = - beta log(pi / ref) + [t is the last] score                        `PPO.advantages`, below
         A_t, R_t = GAE(r, V)
         for each minibatch of each pass
-            L = max(-A rho, -A clip(rho)) + c max((V - R)^2, (clip(V) - R)^2) / 2   stages/lib/on_policy.py: `loss`
+            L = max(-A rho, -A clip(rho)) + c max((V - R)^2, (clip(V) - R)^2) / 2   stages/lib/on_policy/loop.py: `loss`
             one step of AdamW on policy and critic
         lead beta to the KL target
 
-The loop is stages/lib/on_policy.py, the formulas are stages/lib/policy_gradient.py; README.md beside this file explains what
+The loop is stages/lib/on_policy/loop.py, the formulas are stages/lib/formulas/policy_gradient.py; README.md beside this file explains what
 lies in memory and what the logged numbers should look like.
 """
 
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from pipeline.errors import Problem
-from pipeline.stage import Context, Forecast, Result, Stage, accepts
+from pipeline.stage import Context, Forecast, Result, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import LearningRate, Scale
-from stages.lib.on_policy.params import INPUTS, OnPolicyParams, check_on_policy, estimate_on_policy
+from stages.lib.on_policy.params import INPUTS, OnPolicyParams, check_on_policy
+from stages.lib.on_policy.stage import on_policy_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +80,34 @@ class PPOParams(OnPolicyParams):
         return self
 
 
+def check(forecast: Forecast) -> list[Problem]:
+    problems = check_on_policy(forecast)
+    if "value" in forecast.inputs and forecast.params.lora is not None:
+        problems.append(
+            Problem(
+                "inputs.value", "is not used under lora, where the critic shares the policy's backbone", "Remove it."
+            )
+        )
+    return problems
+
+
+def run(ctx: Context, params: PPOParams) -> Result:
+    from stages.lib.on_policy.setup import run_on_policy
+
+    return run_on_policy(ctx, params, PPO(params), params.value_learning_rate)
+
+
+STAGE = on_policy_stage(
+    kind="ppo",
+    version=2,
+    summary="proximal policy optimization of a causal model, from a reward model or programmatic rewards",
+    params=PPOParams,
+    inputs={**INPUTS, "value": accepts(Kind.REWARD_MODEL, optional=True)},
+    run=run,
+    check=check,
+)
+
+
 class PPO:
     """Rewards per token with the KL penalty in them, and generalized advantages of a critic."""
 
@@ -131,35 +160,3 @@ class PPO:
         from stages.lib.formulas.policy_gradient import clipped_value_loss
 
         return clipped_value_loss(values_BK, batch["values"], batch["returns"], clip=self.params.value_clip)
-
-
-def run(ctx: Context, params: PPOParams) -> Result:
-    from stages.lib.on_policy.setup import run_on_policy
-
-    return run_on_policy(ctx, params, PPO(params), params.value_learning_rate)
-
-
-def check(forecast: Forecast) -> list[Problem]:
-    problems = check_on_policy(forecast)
-    if "value" in forecast.inputs and forecast.params.lora is not None:
-        problems.append(
-            Problem(
-                "inputs.value", "is not used under lora, where the critic shares the policy's backbone", "Remove it."
-            )
-        )
-    return problems
-
-
-STAGE = Stage(
-    kind="ppo",
-    version=2,
-    summary="proximal policy optimization of a causal model, from a reward model or programmatic rewards",
-    params=PPOParams,
-    inputs={**INPUTS, "value": accepts(Kind.REWARD_MODEL, optional=True)},
-    output=Kind.CAUSAL_LM,
-    run=run,
-    headline=("heldout_reward", "heldout_reward_base", "heldout_reward_deviation_base", "heldout_kl", "heldout_ended"),
-    distributed=True,
-    estimate=estimate_on_policy,
-    check=check,
-)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
-from pipeline.store.artifact import Facts, Kind
+from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Weight
 from stages.lib.models.arithmetic import completed, field_of
-from stages.lib.models.lengths import require_positions
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 
 if TYPE_CHECKING:
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
     from stages.lib.formulas.token_losses import Tensors
     from stages.lib.preferring.pairs import Pairs
+    from stages.lib.text.batches import Collate
+    from stages.lib.training.evaluating import Evaluator
 
 
 class RewardParams(PreferenceParams):
@@ -46,54 +47,45 @@ class RewardParams(PreferenceParams):
         return self
 
 
+def estimate(forecast: Forecast) -> Estimate:
+    """The causal model's, with a head of one output in place of the one over the vocabulary."""
+    known = estimate_preference_training(forecast)
+    architecture = known.architecture or {}
+    hidden, vocabulary = field_of(architecture, "hidden_size"), field_of(architecture, "vocab_size")
+    if known.parameters is None or hidden is None or vocabulary is None:
+        return known
+    language_head = 0 if (completed(architecture) or architecture).get("tie_word_embeddings") else hidden * vocabulary
+    return replace(known, parameters=known.parameters - language_head + hidden)
+
+
 def run(ctx: Context, params: RewardParams) -> Result:
     from transformers import AutoModelForSequenceClassification
 
-    from stages.lib.models.config import read_config
     from stages.lib.models.heads import add_reward_head, choose_padding
     from stages.lib.models.loading import initial_weights, load_model
     from stages.lib.preferring.answers import accuracy_of_length
-    from stages.lib.preferring.pairs import collate_pairs, open_pairs
-    from stages.lib.preferring.reward_models import HEAD_TYPE, scores
-    from stages.lib.text.chat_check import check_chat_template
-    from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer
-    from stages.lib.training.evaluating import Evaluator
+    from stages.lib.preferring.opening import Preferences
+    from stages.lib.preferring.pairs import collate_pairs
+    from stages.lib.preferring.reward_models import HEAD_TYPE
     from stages.lib.training.loop import train
 
     causal = ctx.inputs["model"]
-    require_positions(read_config(causal), params.max_length_tokens)
-    tokenizer = load_tokenizer(causal)
-    check_chat_template(tokenizer, str(causal))
-    train_pairs, heldout_pairs, ledger = open_pairs(
-        ctx,
-        tokenizer,
-        params.max_length_tokens,
-        params.max_dropped_fraction,
-        with_margins=params.margin_from == "column",
-    )
+    preferences = Preferences.open(ctx, params, with_margins=params.margin_from == "column")
+    tokenizer, heldout_pairs = preferences.tokenizer, preferences.heldout
     own_padding_id = tokenizer.pad_token_id
-    padding_id = choose_padding(tokenizer, train_pairs.last_ids() | heldout_pairs.last_ids())
+    padding_id = choose_padding(tokenizer, preferences.train.last_ids() | heldout_pairs.last_ids())
     collate = collate_pairs(padding_id)
     objective = RewardObjective(params)
-
-    def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
-        chosen_N, rejected_N = scores(model, batch).chunk(2)
-        return {"chosen": chosen_N, "rejected": rejected_N}
-
-    def evaluate(evaluator: Evaluator) -> dict[str, float]:
-        found = evaluator.values(heldout_pairs, collate, measure)
-        return heldout_metrics(found["chosen"], found["rejected"], heldout_pairs, objective)
-
     initial = initial_weights(ctx, lambda: add_reward_head(causal, padding_id))
     trained = train(
         ctx,
         params,
         make_model=lambda: load_model(AutoModelForSequenceClassification, initial),
         tokenizer=causal if padding_id == own_padding_id else tokenizer,
-        data=train_pairs,
+        data=preferences.train,
         collate=collate,
         objective=objective,
-        evaluate=evaluate,
+        evaluate=lambda evaluator: evaluate(evaluator, heldout_pairs, collate, objective),
     )
     metrics = {
         **trained.after,
@@ -103,21 +95,25 @@ def run(ctx: Context, params: RewardParams) -> Result:
         "heldout_loss_base": trained.before["heldout_loss"],
         "heldout_calibration_error_base": trained.before["heldout_calibration_error"],
         "train_loss": trained.train_loss,
-        **ledger.metrics(),
+        **preferences.ledger.metrics(),
     }
-    facts = Facts(
-        **facts_of_tokenizer(tokenizer),
-        head_type=HEAD_TYPE,
-        dtype=params.precision,
-        max_length_tokens=params.max_length_tokens,
-        parameters=trained.parameters,
-        train_rows=len(train_pairs),
-        heldout_rows=len(heldout_pairs),
-        dropped_rows=dict(ledger.dropped),
-        optimizer_steps=trained.steps,
-        fixed_prompt_scores=published_scores(ctx.out),
-    )
-    return Result(metrics, facts)
+    scores = published_scores(ctx.out)
+    return Result(metrics, preferences.facts(params, trained, head_type=HEAD_TYPE, fixed_prompt_scores=scores))
+
+
+STAGE = Stage(
+    kind="reward",
+    version=2,
+    summary="a reward model: which of two answers is better, as a score for each",
+    params=RewardParams,
+    inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},
+    output=Kind.REWARD_MODEL,
+    run=run,
+    headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
+    distributed=True,
+    estimate=estimate,
+    check=check_preference_training,
+)
 
 
 class RewardObjective:
@@ -151,6 +147,18 @@ class RewardObjective:
         return self.losses(chosen_N, rejected_N, batch.get("margin_N")).sum()
 
 
+def evaluate(evaluator: Evaluator, pairs: Pairs, collate: Collate, objective: RewardObjective) -> dict[str, float]:
+    """The metrics on held-out pairs."""
+    from stages.lib.preferring.reward_models import scores
+
+    def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
+        chosen_N, rejected_N = scores(model, batch).chunk(2)
+        return {"chosen": chosen_N, "rejected": rejected_N}
+
+    found = evaluator.values(pairs, collate, measure)
+    return heldout_metrics(found["chosen"], found["rejected"], pairs, objective)
+
+
 def heldout_metrics(
     chosen_N: torch.Tensor, rejected_N: torch.Tensor, pairs: Pairs, objective: RewardObjective
 ) -> dict[str, float]:
@@ -182,29 +190,3 @@ def published_scores(folder: Path) -> dict[str, float]:
     from stages.lib.processes.collectives import from_main
 
     return from_main(lambda: fixed_prompt_scores(*load_reward_model(folder)))
-
-
-def estimate(forecast: Forecast) -> Estimate:
-    """The causal model's, with a head of one output in place of the one over the vocabulary."""
-    known = estimate_preference_training(forecast)
-    architecture = known.architecture or {}
-    hidden, vocabulary = field_of(architecture, "hidden_size"), field_of(architecture, "vocab_size")
-    if known.parameters is None or hidden is None or vocabulary is None:
-        return known
-    language_head = 0 if (completed(architecture) or architecture).get("tie_word_embeddings") else hidden * vocabulary
-    return replace(known, parameters=known.parameters - language_head + hidden)
-
-
-STAGE = Stage(
-    kind="reward",
-    version=2,
-    summary="a reward model: which of two answers is better, as a score for each",
-    params=RewardParams,
-    inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},
-    output=Kind.REWARD_MODEL,
-    run=run,
-    headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
-    distributed=True,
-    estimate=estimate,
-    check=check_preference_training,
-)

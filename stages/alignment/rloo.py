@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.stage import Context, Result, Stage
-from pipeline.store.artifact import Kind
-from stages.lib.on_policy.params import INPUTS, GroupParams, check_on_policy, estimate_on_policy
+from pipeline.stage import Context, Result
+from stages.lib.on_policy.params import GroupParams
+from stages.lib.on_policy.stage import GroupAlgorithm, on_policy_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.lib.formulas.policy_gradient import KLController
     from stages.lib.on_policy.experience import Experience
 
 
@@ -27,19 +26,25 @@ class RLOOParams(GroupParams):
     """Whether advantages are shifted to mean 0 and scaled to deviation 1, over the whole rollout."""
 
 
-class RLOO:
+def run(ctx: Context, params: RLOOParams) -> Result:
+    from stages.lib.on_policy.setup import run_on_policy
+
+    return run_on_policy(ctx, params, RLOO(params))
+
+
+STAGE = on_policy_stage(
+    kind="rloo",
+    version=2,
+    summary="REINFORCE with a leave-one-out baseline: no critic, completions of a prompt compared",
+    params=RLOOParams,
+    run=run,
+)
+
+
+class RLOO(GroupAlgorithm[RLOOParams]):
     """Scores with the KL penalty in them, less the mean of the others of the same prompt."""
 
     kl_in_loss = False
-    value_coefficient = 0.0
-
-    def __init__(self, params: RLOOParams) -> None:
-        self.params = params
-
-    def controller(self) -> KLController:
-        from stages.lib.formulas.policy_gradient import KLController
-
-        return KLController(self.params.kl_coefficient)
 
     def advantages(
         self, experience: Experience, scores_N: Tensor, kl_coefficient: float
@@ -55,27 +60,3 @@ class RLOO:
         if self.params.whiten_advantages:
             advantages_NK = pg.whiten(advantages_NK, mask_NK)
         return advantages_NK, mask_NK * 0, {}
-
-    def value_loss(self, values_BK: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        raise AssertionError("there is no critic")
-
-
-def run(ctx: Context, params: RLOOParams) -> Result:
-    from stages.lib.on_policy.setup import run_on_policy
-
-    return run_on_policy(ctx, params, RLOO(params))
-
-
-STAGE = Stage(
-    kind="rloo",
-    version=2,
-    summary="REINFORCE with a leave-one-out baseline: no critic, completions of a prompt compared",
-    params=RLOOParams,
-    inputs=INPUTS,
-    output=Kind.CAUSAL_LM,
-    run=run,
-    headline=("heldout_reward", "heldout_reward_base", "heldout_reward_deviation_base", "heldout_kl", "heldout_ended"),
-    distributed=True,
-    estimate=estimate_on_policy,
-    check=check_on_policy,
-)

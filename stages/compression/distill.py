@@ -13,13 +13,19 @@ from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.formulas.bounds import Temperature
-from stages.lib.models.architectures import architecture_problems, planned_architecture
+from stages.lib.models.architectures import (
+    planned_architecture,
+    starting_model,
+    starting_problems,
+    vocabulary_problems,
+)
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.lib.formulas.token_losses import Tensors
     from stages.lib.training.evaluating import Evaluator, Metrics
@@ -43,152 +49,6 @@ class DistillParams(TrainingParams):
         if self.alpha == 0 and self.temperature != 1:
             raise ValueError("temperature has no effect with alpha 0: remove it")
         return self
-
-
-def run(ctx: Context, params: DistillParams) -> Result:
-    from transformers import AutoModelForCausalLM
-
-    from stages.lib.formulas.distillation_losses import measure_distillation
-    from stages.lib.formulas.token_losses import TARGETS, logits_of
-    from stages.lib.models.architectures import build, new_config
-    from stages.lib.models.isolation import require_isolation
-    from stages.lib.models.loading import DTYPES, count_parameters, initial_weights, load_model, require_vocabulary
-    from stages.lib.processes.joining import join_processes
-    from stages.lib.text.blocks import Blocks, collate_causal
-    from stages.lib.text.chat_rendering import special_ids
-    from stages.lib.text.packed import PackedTokens
-    from stages.lib.text.tokenizers import (
-        copy_tokenizer,
-        load_tokenizer,
-        require_same_tokenizer,
-        tokenizer_facts,
-        tokenizer_folder,
-    )
-    from stages.lib.training.evaluating import Evaluator
-    from stages.lib.training.loop import train
-
-    folder = ctx.inputs["tokens"]
-    packed, heldout = PackedTokens(folder), PackedTokens(folder, "heldout")
-    length = packed.sequence_length
-    tokenizer = load_tokenizer(folder)
-    require_same_tokenizer(ctx.inputs["teacher"], folder, "inputs.teacher")
-    device = join_processes(ctx)
-
-    source = ctx.inputs.get("student")
-    if source is None:
-        config = new_config(params.architecture or {}, tokenizer, length)
-        source = initial_weights(ctx, lambda: build(AutoModelForCausalLM, config))
-        if ctx.world.is_main:
-            # Fails now, and not after training, if transformers opens another tokenizer beside this model's config.
-            copy_tokenizer(folder, source)
-    else:
-        require_same_tokenizer(source, folder, "inputs.student")
-
-    # Whole in every process, and before the training engine exists: from then on ZeRO-3 would split it too.
-    teacher = load_model(AutoModelForCausalLM, ctx.inputs["teacher"])
-    require_vocabulary(teacher, tokenizer)
-    teacher.to(device, DTYPES[params.precision]).eval().requires_grad_(False)
-    # With a cache transformers would not look for the documents' borders in the positions.
-    teacher.config.use_cache = False
-    teacher_parameters = count_parameters(teacher)
-
-    collate = collate_causal(isolate=params.isolate_documents)
-    plain_ids = sorted(set(range(len(tokenizer))) - special_ids(tokenizer))[:3]
-    if params.isolate_documents:
-        require_isolation(Evaluator(teacher, ctx, device, batch_size=1), collate, plain_ids, length)
-
-    def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
-        return measure_distillation(logits_of(model, batch), logits_of(teacher, batch), batch[TARGETS])
-
-    def evaluate(evaluator: Evaluator) -> Metrics:
-        if params.isolate_documents:
-            require_isolation(evaluator, collate, plain_ids, length)
-        return distillation_metrics(evaluator.sums(Blocks(heldout), collate, measure))
-
-    trained = train(
-        ctx,
-        params,
-        make_model=lambda: load_model(AutoModelForCausalLM, source),
-        tokenizer=tokenizer_folder(folder),
-        data=Blocks(packed),
-        collate=collate,
-        objective=DistillationObjective(params, teacher),
-        evaluate=evaluate,
-    )
-    start = "base" if "student" in ctx.inputs else "untrained"
-    of_student = ("heldout_loss", "heldout_perplexity", "heldout_token_accuracy", "heldout_kl", "heldout_agreement")
-    metrics = {
-        **trained.after,
-        **{f"{name}_{start}": trained.before[name] for name in of_student},
-        "parameters_fraction": trained.parameters / teacher_parameters,
-        "parameters_teacher": float(teacher_parameters),
-        "train_loss": trained.train_loss,
-        "trained_tokens": float(trained.steps * params.global_batch_size * length),
-    }
-    facts = Facts(
-        **tokenizer_facts(ctx.out if ctx.world.is_main else folder),
-        max_length_tokens=length,
-        head_type="causal_lm",
-        dtype=params.precision,
-        parameters=trained.parameters,
-        train_tokens=packed.num_tokens,
-        heldout_tokens=heldout.num_tokens,
-        train_rows=len(packed),
-        heldout_rows=len(heldout),
-        optimizer_steps=trained.steps,
-    )
-    return Result(metrics, facts)
-
-
-class DistillationObjective:
-    """`distillation_losses.distillation_losses`, the mean per token that is asked for."""
-
-    def __init__(self, params: DistillParams, teacher: torch.nn.Module) -> None:
-        self.params = params
-        self.teacher = teacher
-
-    def count(self, batch: Tensors) -> torch.Tensor:
-        from stages.lib.formulas.token_losses import num_asked
-
-        return num_asked(batch)
-
-    def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-        import torch
-
-        from stages.lib.formulas.distillation_losses import distillation_loss_sum
-        from stages.lib.formulas.token_losses import TARGETS, logits_of
-
-        teacher_BTV = None
-        if self.params.alpha > 0:
-            with torch.no_grad():
-                teacher_BTV = logits_of(self.teacher, batch)
-        return distillation_loss_sum(
-            logits_of(model, batch),
-            teacher_BTV,
-            batch[TARGETS],
-            temperature=self.params.temperature,
-            alpha=self.params.alpha,
-        )
-
-
-def distillation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Of the student, and `..._teacher` of the teacher: nats per token, perplexity, accuracy; and how near they are.
-
-    A loss beyond 700, whose exponential is no number, counts as 700.
-    """
-    means = {name: total / sums["tokens"] for name, total in sums.items()}
-    perplexity, teachers = (math.exp(min(means[name], 700.0)) for name in ("nats", "nats_teacher"))
-    return {
-        "heldout_loss": means["nats"],
-        "heldout_perplexity": perplexity,
-        "heldout_token_accuracy": means["correct"],
-        "heldout_loss_teacher": means["nats_teacher"],
-        "heldout_perplexity_teacher": teachers,
-        "heldout_token_accuracy_teacher": means["correct_teacher"],
-        "heldout_perplexity_ratio": perplexity / teachers,
-        "heldout_kl": means["kl"],
-        "heldout_agreement": means["agreed"],
-    }
 
 
 def estimate(forecast: Forecast) -> Estimate:
@@ -223,33 +83,73 @@ def estimate(forecast: Forecast) -> Estimate:
 
 
 def check(forecast: Forecast) -> list[Problem]:
-    params: DistillParams = forecast.params
-    tokens = forecast.inputs.get("tokens", Estimate())
-    problems = check_training(forecast)
-    if (params.architecture is None) == ("student" not in forecast.inputs):
-        both = params.architecture is not None
-        problems.append(
-            Problem(
-                "params.architecture",
-                "has no effect where the stage has an input student"
-                if both
-                else "is required where the stage has no input student",
-                "Remove one of them." if both else "Give model_type and the sizes of the student.",
-            )
-        )
-    if params.architecture is not None:
-        problems += architecture_problems(params.architecture, tokens)
+    problems = check_training(forecast) + starting_problems(forecast.params.architecture, "student", forecast)
+    hint = "Teacher, student and tokens must be of the same tokenizer: pack with the teacher's."
     for role in ("teacher", "student"):
-        size = forecast.inputs.get(role, Estimate()).vocabulary_size
-        if size and tokens.vocabulary_size and size != tokens.vocabulary_size:
-            problems.append(
-                Problem(
-                    f"inputs.{role}",
-                    f"has a vocabulary of {size}, and the tokens one of {tokens.vocabulary_size}",
-                    "Teacher, student and tokens must be of the same tokenizer: pack with the teacher's.",
-                )
-            )
+        problems += vocabulary_problems(forecast, role, "tokens", hint)
     return problems
+
+
+def run(ctx: Context, params: DistillParams) -> Result:
+    from transformers import AutoModelForCausalLM
+
+    from stages.lib.models.isolation import plain_ids, require_isolation
+    from stages.lib.models.loading import count_parameters, load_model
+    from stages.lib.processes.joining import join_processes
+    from stages.lib.text.blocks import Blocks, collate_causal
+    from stages.lib.text.packed import PackedTokens, facts_of_tokens
+    from stages.lib.text.tokenizers import load_tokenizer, require_same_tokenizer, tokenizer_facts, tokenizer_folder
+    from stages.lib.training.evaluating import Evaluator
+    from stages.lib.training.loop import train
+
+    folder = ctx.inputs["tokens"]
+    packed, heldout = PackedTokens(folder), PackedTokens(folder, "heldout")
+    length = packed.sequence_length
+    tokenizer = load_tokenizer(folder)
+    require_same_tokenizer(ctx.inputs["teacher"], folder, "inputs.teacher")
+    device = join_processes(ctx)
+    source, _ = starting_model(ctx, "student", params.architecture, AutoModelForCausalLM, length)
+    teacher = load_teacher(ctx, params, tokenizer, device)
+    teacher_parameters = count_parameters(teacher)
+
+    collate = collate_causal(isolate=params.isolate_documents)
+    objective = DistillationObjective(params, teacher)
+    if params.isolate_documents:
+        require_isolation(Evaluator(teacher, ctx, device, batch_size=1), collate, plain_ids(tokenizer), length)
+
+    def evaluate(evaluator: Evaluator) -> Metrics:
+        if params.isolate_documents:
+            require_isolation(evaluator, collate, plain_ids(tokenizer), length)
+        return distillation_metrics(evaluator.sums(Blocks(heldout), collate, objective.measure))
+
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: load_model(AutoModelForCausalLM, source),
+        tokenizer=tokenizer_folder(folder),
+        data=Blocks(packed),
+        collate=collate,
+        objective=objective,
+        evaluate=evaluate,
+    )
+    start = "base" if "student" in ctx.inputs else "untrained"
+    metrics = {
+        **trained.after,
+        **{f"{name}_{start}": trained.before[name] for name in OF_STUDENT},
+        "parameters_fraction": trained.parameters / teacher_parameters,
+        "parameters_teacher": float(teacher_parameters),
+        "train_loss": trained.train_loss,
+        "trained_tokens": float(trained.steps * params.global_batch_size * length),
+    }
+    facts = Facts(
+        **tokenizer_facts(ctx.out if ctx.world.is_main else folder),
+        **facts_of_tokens(packed, heldout),
+        head_type="causal_lm",
+        dtype=params.precision,
+        parameters=trained.parameters,
+        optimizer_steps=trained.steps,
+    )
+    return Result(metrics, facts)
 
 
 STAGE = Stage(
@@ -275,3 +175,84 @@ STAGE = Stage(
     estimate=estimate,
     check=check,
 )
+
+
+OF_STUDENT = ("heldout_loss", "heldout_perplexity", "heldout_token_accuracy", "heldout_kl", "heldout_agreement")
+"""The metrics that training changes; the others are the teacher's."""
+
+
+def load_teacher(
+    ctx: Context, params: DistillParams, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel:
+    """The teacher, whole in every process.
+
+    It must come before the training engine exists: from then on ZeRO-3 would split it too.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
+
+    teacher = load_model(AutoModelForCausalLM, ctx.inputs["teacher"])
+    require_vocabulary(teacher, tokenizer)
+    teacher.to(device, DTYPES[params.precision]).eval().requires_grad_(False)
+    # With a cache transformers would not look for the documents' borders in the positions.
+    teacher.config.use_cache = False
+    return teacher
+
+
+class DistillationObjective:
+    """`distillation_losses.distillation_losses`, the mean per token that is asked for."""
+
+    def __init__(self, params: DistillParams, teacher: torch.nn.Module) -> None:
+        self.params = params
+        self.teacher = teacher
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        from stages.lib.formulas.token_losses import num_asked
+
+        return num_asked(batch)
+
+    def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
+        import torch
+
+        from stages.lib.formulas.distillation_losses import distillation_loss_sum
+        from stages.lib.formulas.token_losses import TARGETS, logits_of
+
+        teacher_BTV = None
+        if self.params.alpha > 0:
+            with torch.no_grad():
+                teacher_BTV = logits_of(self.teacher, batch)
+        return distillation_loss_sum(
+            logits_of(model, batch),
+            teacher_BTV,
+            batch[TARGETS],
+            temperature=self.params.temperature,
+            alpha=self.params.alpha,
+        )
+
+    def measure(self, model: torch.nn.Module, batch: Tensors) -> Tensors:
+        """Sums over tokens: what student and teacher make of them, and how near they are."""
+        from stages.lib.formulas.distillation_losses import measure_distillation
+        from stages.lib.formulas.token_losses import TARGETS, logits_of
+
+        return measure_distillation(logits_of(model, batch), logits_of(self.teacher, batch), batch[TARGETS])
+
+
+def distillation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Of the student, and `..._teacher` of the teacher: nats per token, perplexity, accuracy; and how near they are.
+
+    A loss beyond 700, whose exponential is no number, counts as 700.
+    """
+    means = {name: total / sums["tokens"] for name, total in sums.items()}
+    perplexity, teachers = (math.exp(min(means[name], 700.0)) for name in ("nats", "nats_teacher"))
+    return {
+        "heldout_loss": means["nats"],
+        "heldout_perplexity": perplexity,
+        "heldout_token_accuracy": means["correct"],
+        "heldout_loss_teacher": means["nats_teacher"],
+        "heldout_perplexity_teacher": teachers,
+        "heldout_token_accuracy_teacher": means["correct_teacher"],
+        "heldout_perplexity_ratio": perplexity / teachers,
+        "heldout_kl": means["kl"],
+        "heldout_agreement": means["agreed"],
+    }

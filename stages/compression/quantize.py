@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import re
 import shutil
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,12 +16,14 @@ from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.bounds import Weight
+from stages.lib.models.columns import group_problems, is_ignored, planned_columns
+from stages.lib.models.lengths import longest_text, require_length
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from stages.lib.measuring.perplexity import ScoredRow
-    from stages.lib.text.packed import PackedTokens
+    from stages.lib.text.packed import PackedTokens, Split
 
 
 class QuantizeParams(Strict):
@@ -101,6 +98,7 @@ def check(forecast: Forecast) -> list[Problem]:
 
 def run(ctx: Context, params: QuantizeParams) -> Result:
     from stages.lib.measuring.perplexity import score
+    from stages.lib.models.compressing import compress
     from stages.lib.models.config import read_config
     from stages.lib.models.loading import count_parameters, load_language_model
     from stages.lib.processes.joining import device_type, use_threads
@@ -113,7 +111,7 @@ def run(ctx: Context, params: QuantizeParams) -> Result:
     if "quantization_config" in config:
         raise ArtifactError(Problem(str(source), "is quantized already", "Name the model that it was made from."))
     tokenizer = load_tokenizer(source)
-    length = config.get("max_position_embeddings")
+    length = longest_text(config)
     rows = heldout_rows(ctx, params, tokenizer, length)
 
     model = load_language_model(source)
@@ -126,7 +124,8 @@ def run(ctx: Context, params: QuantizeParams) -> Result:
 
     batches = calibration_batches(ctx, params, tokenizer, length) if params.method == "gptq" else None
     ctx.journal.note(f"quantizing to {params.bits} bits with {params.method}")
-    compress(ctx, params, model, tokenizer, batches)
+    log = ctx.work / "llm-compressor.log"
+    compress(model, tokenizer, lambda: modifier_of(params), batches, ctx.out, log)
     del model
     facts = copy_tokenizer(source, ctx.out)
     copy_generation_config(source, ctx.out)
@@ -168,53 +167,6 @@ STAGE = Stage(
 )
 
 
-def planned_columns(architecture: Mapping[str, Any], ignore: list[str]) -> dict[str, int]:
-    """What decides the columns of a decoder's linear layers -> that number, for those layers that `ignore` leaves in.
-
-    Of architectures with other names in their config nothing is known before the model is loaded.
-    """
-    hidden, heads = architecture.get("hidden_size"), architecture.get("num_attention_heads")
-    found: dict[str, tuple[int, tuple[str, ...]]] = {}
-    if hidden:
-        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-        found["hidden_size"] = (hidden, names)
-    if hidden and heads:
-        head_dim = architecture.get("head_dim") or hidden // heads
-        found["num_attention_heads x head_dim"] = (heads * head_dim, ("self_attn.o_proj",))
-    if intermediate := architecture.get("intermediate_size"):
-        found["intermediate_size"] = (intermediate, ("mlp.down_proj",))
-    layers = range(architecture.get("num_hidden_layers") or 1)
-    return {
-        dimension: columns
-        for dimension, (columns, names) in found.items()
-        if not all(is_ignored(f"model.layers.{layer}.{name}", ignore) for layer in layers for name in names)
-    }
-
-
-def is_ignored(name: str, ignore: list[str]) -> bool:
-    """Whether a layer of this full name stays as it is: the rule that llm-compressor follows."""
-    return any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in ignore)
-
-
-def group_problems(columns: Mapping[str, int], group_size: int) -> list[Problem]:
-    """One problem for all dimensions or layers whose columns the group size does not divide."""
-    wrong = {name: number for name, number in columns.items() if number % group_size}
-    if not wrong:
-        return []
-    common = math.gcd(*columns.values())
-    sizes = [size for size in range(8, common + 1) if common % size == 0]
-    fitting = (
-        f"Take one of {', '.join(map(str, sizes))}, or null." if sizes else "Take null: no size of 8 or more fits."
-    )
-    listed = [f"{name} ({number})" for name, number in wrong.items()]
-    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
-    return [
-        Problem(
-            "params.group_size", f"{group_size} does not divide the columns of {', '.join(listed[:6])}{more}", fitting
-        )
-    ]
-
-
 def check_layers(model: PreTrainedModel, params: QuantizeParams) -> None:
     """Raises `DataError` if a layer does not fit the group size, none is left to quantize, or `ignore` names none."""
     import torch
@@ -245,7 +197,7 @@ def heldout_rows(ctx: Context, params: QuantizeParams, tokenizer: Any, length: i
 
     folder = ctx.inputs["calibration"]
     if holds_tokens(folder):
-        packed = packed_tokens(ctx, "heldout", length)
+        packed = packed_tokens(ctx, "heldout")
         blocks = len(packed) if params.heldout_rows is None else min(params.heldout_rows, len(packed))
         rows = document_pieces(packed, blocks)
     else:
@@ -273,7 +225,7 @@ def calibration_batches(ctx: Context, params: QuantizeParams, tokenizer: Any, le
     from stages.lib.text.chat_spans import encode_chat
 
     folder = ctx.inputs["calibration"]
-    packed = packed_tokens(ctx, "train", length) if holds_tokens(folder) else None
+    packed = packed_tokens(ctx, "train") if holds_tokens(folder) else None
     chats = None if packed is not None else list(read_rows(folder / "train.jsonl"))
     num_rows = len(packed) if packed is not None else len(chats)
     if num_rows < params.calibration_rows:
@@ -314,108 +266,42 @@ def holds_tokens(folder: Path) -> bool:
     return (folder / "tokens.json").exists()
 
 
-def packed_tokens(ctx: Context, split: Literal["train", "heldout"], length: int | None) -> PackedTokens:
+def packed_tokens(ctx: Context, split: Split) -> PackedTokens:
     """Packed tokens that fit the model: of its own tokenizer, in blocks no longer than it reads."""
+    from stages.lib.models.config import read_config
     from stages.lib.text.packed import PackedTokens
     from stages.lib.text.tokenizers import require_same_tokenizer
 
     folder, model = ctx.inputs["calibration"], ctx.inputs["model"]
     require_same_tokenizer(folder, model, "inputs.calibration")
     packed = PackedTokens(folder, split)
-    if length is not None and packed.sequence_length > length:
-        raise DataError(
-            Problem(
-                "inputs.calibration",
-                f"has blocks of {packed.sequence_length} tokens, and the model reads {length}",
-                "Pack with a sequence_length that the model reads.",
-            )
-        )
+    require_length(
+        read_config(model),
+        packed.sequence_length,
+        where="inputs.calibration",
+        what="its blocks have {tokens} tokens",
+        hint="Pack with a sequence_length that the model takes.",
+    )
     return packed
 
 
-def compress(
-    ctx: Context, params: QuantizeParams, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Any
-) -> None:
-    """Quantizes `model` with llm-compressor and writes it to `ctx.out` in the compressed-tensors format.
+def modifier_of(params: QuantizeParams) -> Any:
+    """How llm-compressor quantizes the linear layers. Must be called where its log goes to a file."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    Raises `DataError` where gptq could not be carried out, whether llm-compressor rounded to nearest instead or gave up.
-    """
-    import torch
-
-    with quiet_compressor(ctx.work / "llm-compressor.log") as warned:
-        from llmcompressor import oneshot, reset_session
-        from llmcompressor.modifiers.gptq import GPTQModifier
-        from llmcompressor.modifiers.quantization import QuantizationModifier
-
-        weights = {
-            "num_bits": params.bits,
-            "type": "int",
-            "symmetric": params.symmetric,
-            "strategy": "channel" if params.group_size is None else "group",
-            "group_size": params.group_size,
-        }
-        groups = {"linear": {"targets": ["Linear"], "weights": weights}}
-        if params.method == "gptq":
-            order = "static" if params.activation_order else None
-            modifier: Any = GPTQModifier(
-                config_groups=groups, ignore=params.ignore, dampening_frac=params.dampening, actorder=order
-            )
-        else:
-            modifier = QuantizationModifier(config_groups=groups, ignore=params.ignore)
-        try:
-            oneshot(
-                model=model,
-                tokenizer=tokenizer,
-                recipe=modifier,
-                dataset=batches,
-                pipeline="datafree" if batches is None else "sequential",
-            )
-        except torch.linalg.LinAlgError as error:
-            # A Hessian that has an inverse by a hair, whose inverse then has no factors.
-            warned.append(f"Hessian inversion failed: {error}")
-        else:
-            model.save_pretrained(ctx.out, save_compressed=True)
-        finally:
-            reset_session()
-    failed = [sentence for sentence in warned if sentence.startswith("Hessian inversion failed")]
-    if failed:
-        raise DataError(
-            Problem(
-                "params.dampening",
-                failed[0].split(". ")[0],
-                "Raise dampening or calibration_rows, or round to nearest.",
-            )
-        )
-    # Says nothing that config.json does not say.
-    (ctx.out / "recipe.yaml").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def quiet_compressor(path: Path) -> Iterator[list[str]]:
-    """Sends what llm-compressor and the libraries below it say to the file at `path`; yields the warnings among it.
-
-    Must be entered before llm-compressor is imported, which sets up a log on the console.
-    """
-    tracing = logging.getLogger("torch.fx._symbolic_trace")
-    level = tracing.level
-    warned: list[str] = []
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("w", encoding="utf-8"))
-        stack.enter_context(contextlib.redirect_stdout(file))
-        stack.enter_context(contextlib.redirect_stderr(file))
-        stack.enter_context(warnings.catch_warnings())
-        # A model that llm-compressor moved about is saved as if it were offloaded to another device.
-        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        tracing.setLevel(logging.ERROR)
-        stack.callback(tracing.setLevel, level)
-        import llmcompressor  # noqa: F401 (for its log's handlers, which are replaced here)
-        from loguru import logger
-
-        logger.remove()
-        stack.callback(logger.remove)
-        logger.add(file, level="INFO")
-        logger.add(lambda message: warned.append(message.record["message"]), level="WARNING")
-        yield warned
+    weights = {
+        "num_bits": params.bits,
+        "type": "int",
+        "symmetric": params.symmetric,
+        "strategy": "channel" if params.group_size is None else "group",
+        "group_size": params.group_size,
+    }
+    groups = {"linear": {"targets": ["Linear"], "weights": weights}}
+    if params.method == "round_to_nearest":
+        return QuantizationModifier(config_groups=groups, ignore=params.ignore)
+    order = "static" if params.activation_order else None
+    return GPTQModifier(config_groups=groups, ignore=params.ignore, dampening_frac=params.dampening, actorder=order)
 
 
 def copy_generation_config(source: Path, out: Path) -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +17,7 @@ from pipeline.store.artifact import Facts, Kind
 from stages.lib.curation.filters import Filters, build_judge
 from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_duplicates
 from stages.lib.curation.normalization import Normalization, normalize_row
-from stages.lib.rows.canonical import FORMATS, Row, content_digest, encode_row, judged_text
+from stages.lib.rows.canonical import FORMATS, FormatName, Row, content_digest, encode_row, judged_text
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.params import FilesSource, Source
 
@@ -26,7 +25,7 @@ from stages.lib.sources.params import FilesSource, Source
 class CleanParams(Strict):
     """One source of rows, and what becomes of them before they are mixed."""
 
-    format: Literal["text", "chats", "preferences", "labels", "spans", "questions"]
+    format: FormatName
     """What the rows are. The source's layout must give this format."""
     source: Inlined[Source]
     """Where the rows come from: a block, or the path of a YAML file in data_recipes/ that holds it."""

@@ -1,7 +1,7 @@
 """`pack`: documents as one flat array of token ids on disk, which training maps and reads block by block.
 
 Tokenizing is done here, once, on one CPU process, so that nobody waits for it in a training job. Documents keep their
-order and their borders; see `stages/lib/tokens.py` for the files.
+order and their borders; see `stages/lib/text/packed.py` for the files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipeline.errors import DataError, Preempted, Problem
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.lengths import length_problems
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.tokenizers import copy_tokenizer, encode_texts, load_tokenizer
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from stages.lib.text.packed import PackedTokens, Split, TokensWriter
 
 
-class Params(Strict):
+class PackParams(Strict):
+    """How documents become blocks of tokens."""
+
     sequence_length: int = Field(ge=2)
     """Length of a training block, in tokens."""
     add_bos: bool = True
@@ -47,20 +50,10 @@ def estimate(forecast: Forecast) -> Estimate:
 
 def check(forecast: Forecast) -> list[Problem]:
     architecture = forecast.inputs.get("tokenizer", Estimate()).architecture or {}
-    positions = architecture.get("max_position_embeddings")
-    length = forecast.params.sequence_length
-    if positions is not None and length > positions:
-        return [
-            Problem(
-                "params.sequence_length",
-                f"is {length}, and the model has {positions} positions",
-                f"Lower it to {positions}.",
-            )
-        ]
-    return []
+    return length_problems(architecture, forecast.params.sequence_length, where="params.sequence_length")
 
 
-def run(ctx: Context, params: Params) -> Result:
+def run(ctx: Context, params: PackParams) -> Result:
     from stages.lib.text.packed import INFO, PackedTokens, TokensInfo, TokensWriter, dtype_for
 
     known = copy_tokenizer(ctx.inputs["tokenizer"], ctx.out / "tokenizer")
@@ -116,7 +109,7 @@ STAGE = Stage(
     kind="pack",
     version=1,
     summary="Tokenizes documents into a flat array on disk, read in blocks, with document borders kept.",
-    params=Params,
+    params=PackParams,
     inputs={
         "text": accepts(Kind.TEXT),
         "tokenizer": accepts(Kind.TOKENIZER, Kind.CAUSAL_LM, Kind.ENCODER),
@@ -143,7 +136,7 @@ class Counts:
     characters: int = 0
 
 
-def frame(tokenizer: PreTrainedTokenizerBase, params: Params) -> tuple[list[int], list[int]]:
+def frame(tokenizer: PreTrainedTokenizerBase, params: PackParams) -> tuple[list[int], list[int]]:
     """The ids to put before and after each document. Raises `DataError` if the tokenizer lacks one of them."""
     wanted = {"add_bos": (params.add_bos, tokenizer.bos_token_id), "add_eos": (params.add_eos, tokenizer.eos_token_id)}
     problems = [

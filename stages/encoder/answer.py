@@ -14,7 +14,11 @@ from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from stages.lib.encoding.answering import Question
+    from stages.lib.rows.canonical import Row
+    from stages.lib.text.frames import Frame
 
 SPECIAL_TOKENS = 4
 """The most that a tokenizer puts around and between question and context."""
@@ -48,68 +52,37 @@ class AnswerParams(TrainingParams):
 def run(ctx: Context, params: AnswerParams) -> Result:
     from transformers import AutoModelForQuestionAnswering
 
-    from stages.lib.encoding.answering import Reading, ReadingObjective, read_question, training_windows
-    from stages.lib.encoding.encoders import facts_of
-    from stages.lib.models.heads import add_head
-    from stages.lib.models.lengths import require_length
-    from stages.lib.models.loading import initial_weights, load_model
-    from stages.lib.rows.canonical import read_rows
-    from stages.lib.text.frames import open_tokenizer, require_frame
-    from stages.lib.training.loop import train
+    from stages.lib.encoding.answering import Reading, ReadingObjective, reading_windows
+    from stages.lib.encoding.task import Head, in_words, open_encoder, read_sides, train_task
 
-    encoder = ctx.inputs["encoder"]
-    require_length(encoder, params.max_length_tokens)
-    tokenizer = open_tokenizer(encoder, params.max_length_tokens)
-    frame = require_frame(tokenizer, pair=True)
+    tokenizer, frame = open_encoder(ctx, params.max_length_tokens, pair=True)
     train_questions, heldout_questions = (
-        [
-            read_question(
-                row,
-                tokenizer,
-                frame,
-                max_length=params.max_length_tokens,
-                stride=params.stride_tokens,
-                max_question=params.max_question_tokens,
-            )
-            for row in read_rows(ctx.inputs["questions"] / name)
-        ]
-        for name in ("train.jsonl", "heldout.jsonl")
+        read_questions(rows, tokenizer, frame, params) for rows in read_sides(ctx, "questions")
     )
     if not any(question.references for question in train_questions):
         raise DataError(
             Problem("training rows", "hold no question with an answer", "There is nothing to learn to find.")
         )
-    windows = [window for question in train_questions for window in training_windows(question)]
+    windows = [window for question in train_questions for window in reading_windows(question)]
     counts = {**count_questions(train_questions, "train"), **count_questions(heldout_questions, "heldout")}
-    said = ", ".join(f"{name.replace('_', ' ')} {count:,.0f}" for name, count in counts.items())
-    ctx.journal.note(f"{len(train_questions):,} training questions in {len(windows):,} windows; {said}")
+    ctx.journal.note(f"{len(train_questions):,} training questions in {len(windows):,} windows; {in_words(counts)}")
     null_threshold = params.null_threshold
     if null_threshold is None and counts["train_questions_without_answer"]:
         null_threshold = 0.0
     task = Reading(tokenizer, heldout_questions, params.max_answer_tokens, null_threshold)
-
-    initial = initial_weights(ctx, lambda: add_head(AutoModelForQuestionAnswering, encoder))
-    trained = train(
+    return train_task(
         ctx,
         params,
-        make_model=lambda: load_model(AutoModelForQuestionAnswering, initial),
         tokenizer=tokenizer,
-        data=windows,
-        collate=task.collate,
+        head=Head(AutoModelForQuestionAnswering, "question_answering"),
+        task=task,
         objective=ReadingObjective(),
-        evaluate=task.evaluate,
-    )
-    facts = facts_of(
-        tokenizer,
-        head_type="question_answering",
+        data=windows,
         max_length_tokens=params.max_length_tokens,
-        precision=params.precision,
-        parameters=trained.parameters,
-        train_rows=len(train_questions),
-        heldout_rows=len(heldout_questions),
-        optimizer_steps=trained.steps,
+        num_rows=(len(train_questions), len(heldout_questions)),
+        baselines=lambda: task.baselines(train_questions, ctx.seed),
+        counts=counts,
     )
-    return Result({**trained.after, **task.baselines(train_questions, ctx.seed), **counts}, facts)
 
 
 STAGE = Stage(
@@ -125,6 +98,20 @@ STAGE = Stage(
     estimate=lambda forecast: estimate_encoder_task(forecast, None),
     check=check_encoder_task,
 )
+
+
+def read_questions(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, frame: Frame, params: AnswerParams
+) -> list[Question]:
+    """The rows cut into windows."""
+    from stages.lib.encoding.answering import read_question
+
+    shape = {
+        "max_length": params.max_length_tokens,
+        "stride": params.stride_tokens,
+        "max_question": params.max_question_tokens,
+    }
+    return [read_question(row, tokenizer, frame, **shape) for row in rows]
 
 
 def count_questions(questions: Sequence[Question], side: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ learns much faster with the mean.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -32,75 +33,38 @@ def run(ctx: Context, params: ClassifyParams) -> Result:
     from transformers import AutoModelForSequenceClassification
 
     from stages.lib.encoding.classification import Classification, ClassificationObjective, baselines
-    from stages.lib.encoding.encoders import facts_of
-    from stages.lib.models.heads import add_head
-    from stages.lib.models.lengths import require_length
-    from stages.lib.models.loading import initial_weights, load_model
-    from stages.lib.rows.canonical import read_rows
-    from stages.lib.text.frames import open_tokenizer, require_frame
-    from stages.lib.training.loop import train
+    from stages.lib.encoding.task import Head, in_words, open_encoder, read_sides, train_task
 
-    encoder = ctx.inputs["encoder"]
-    require_length(encoder, params.max_length_tokens)
-    tokenizer = open_tokenizer(encoder, params.max_length_tokens)
-    frame = require_frame(tokenizer, pair=False)
-    train_rows = list(read_rows(ctx.inputs["labels"] / "train.jsonl"))
-    heldout_rows = list(read_rows(ctx.inputs["labels"] / "heldout.jsonl"))
-
+    tokenizer, frame = open_encoder(ctx, params.max_length_tokens, pair=False)
+    train_rows, heldout_rows = read_sides(ctx, "labels")
     train_labels, heldout_labels = ([row["label"] for row in rows] for rows in (train_rows, heldout_rows))
-    labels = sorted(set(train_labels))
-    if len(labels) < 2:
-        found = f"have no label but {labels[0]!r}" if labels else "there are none"
-        raise DataError(Problem("training rows", found, "A classifier needs at least two labels."))
+    labels = require_labels(train_labels)
     # Labels that training never saw come after those it did: nothing is ever predicted to be one of them.
     unseen = sorted(set(heldout_labels) - set(labels))
     numbers = {label: number for number, label in enumerate([*labels, *unseen])}
     train_texts, train_cut = encode_rows(train_rows, tokenizer, frame, params.max_length_tokens, numbers)
     heldout_texts, heldout_cut = encode_rows(heldout_rows, tokenizer, frame, params.max_length_tokens, numbers)
-    task = Classification(tokenizer, len(labels), heldout_texts)
     counts = {
         "train_rows_truncated": float(train_cut),
         "heldout_rows_truncated": float(heldout_cut),
         "heldout_rows_with_unseen_label": float(sum(label in unseen for label in heldout_labels)),
     }
-    said = ", ".join(f"{name.replace('_', ' ')} {count:,.0f}" for name, count in counts.items())
-    ctx.journal.note(
-        f"{len(labels)} labels; {len(train_rows):,} training and {len(heldout_rows):,} held-out rows; {said}"
-    )
-
-    initial = initial_weights(
-        ctx,
-        lambda: add_head(
-            AutoModelForSequenceClassification,
-            encoder,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: number for number, label in enumerate(labels)},
-            problem_type="single_label_classification",
-        ),
-    )
-    trained = train(
+    sides = f"{len(train_rows):,} training and {len(heldout_rows):,} held-out rows"
+    ctx.journal.note(f"{len(labels)} labels; {sides}; {in_words(counts)}")
+    one_of_them = {"problem_type": "single_label_classification"}
+    return train_task(
         ctx,
         params,
-        make_model=lambda: load_model(AutoModelForSequenceClassification, initial),
         tokenizer=tokenizer,
-        data=train_texts,
-        collate=task.collate,
+        head=Head(AutoModelForSequenceClassification, "sequence_classification", labels, labels, one_of_them),
+        task=Classification(tokenizer, len(labels), heldout_texts),
         objective=ClassificationObjective(),
-        evaluate=task.evaluate,
-    )
-    facts = facts_of(
-        tokenizer,
-        head_type="sequence_classification",
+        data=train_texts,
         max_length_tokens=params.max_length_tokens,
-        precision=params.precision,
-        parameters=trained.parameters,
-        labels=labels,
-        train_rows=len(train_rows),
-        heldout_rows=len(heldout_rows),
-        optimizer_steps=trained.steps,
+        num_rows=(len(train_rows), len(heldout_rows)),
+        baselines=lambda: baselines(train_labels, heldout_labels),
+        counts=counts,
     )
-    return Result({**trained.after, **baselines(train_labels, heldout_labels), **counts}, facts)
 
 
 STAGE = Stage(
@@ -116,6 +80,15 @@ STAGE = Stage(
     estimate=lambda forecast: estimate_encoder_task(forecast, "labels"),
     check=check_encoder_task,
 )
+
+
+def require_labels(found: Iterable[str]) -> list[str]:
+    """The different labels, sorted. Raises `DataError` if there are not two of them."""
+    labels = sorted(set(found))
+    if len(labels) < 2:
+        what = f"have no label but {labels[0]!r}" if labels else "there are none"
+        raise DataError(Problem("training rows", what, "A classifier needs at least two labels."))
+    return labels
 
 
 def encode_rows(

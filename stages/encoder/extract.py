@@ -38,67 +38,40 @@ class ExtractParams(TrainingParams):
 def run(ctx: Context, params: ExtractParams) -> Result:
     from transformers import AutoModelForTokenClassification
 
-    from stages.lib.encoding.encoders import facts_of
-    from stages.lib.encoding.extraction import Extraction, TaggingObjective, read_text, training_windows
+    from stages.lib.encoding.extraction import Extraction, TaggingObjective, read_tagged_text, tagging_windows
     from stages.lib.encoding.tagging import tag_names
-    from stages.lib.models.heads import add_head
-    from stages.lib.models.lengths import require_length
-    from stages.lib.models.loading import initial_weights, load_model
-    from stages.lib.rows.canonical import read_rows
-    from stages.lib.text.frames import open_tokenizer, require_frame
-    from stages.lib.training.loop import train
+    from stages.lib.encoding.task import Head, in_words, open_encoder, read_sides, train_task
 
-    encoder = ctx.inputs["encoder"]
-    require_length(encoder, params.max_length_tokens)
-    tokenizer = open_tokenizer(encoder, params.max_length_tokens)
-    frame = require_frame(tokenizer, pair=False)
-    train_rows = list(read_rows(ctx.inputs["spans"] / "train.jsonl"))
-    heldout_rows = list(read_rows(ctx.inputs["spans"] / "heldout.jsonl"))
-
+    tokenizer, frame = open_encoder(ctx, params.max_length_tokens, pair=False)
+    train_rows, heldout_rows = read_sides(ctx, "spans")
     labels = sorted({span["label"] for row in train_rows for span in row["spans"]})
     if not labels:
         raise DataError(Problem("training rows", "hold no span", "There is nothing to learn to extract."))
-    shape = (params.max_length_tokens, params.stride_tokens)
-    train_texts = [read_text(row, tokenizer, frame, labels, *shape) for row in train_rows]
-    task = Extraction(tokenizer, labels, [read_text(row, tokenizer, frame, labels, *shape) for row in heldout_rows])
-    windows = [window for text in train_texts for window in training_windows(text)]
-    counts = {**count_spans(train_texts, "train"), **count_spans(task.heldout, "heldout")}
-    said = ", ".join(f"{name.replace('_', ' ')} {count:,.0f}" for name, count in counts.items())
-    ctx.journal.note(f"{len(labels)} labels; {len(train_texts):,} training texts in {len(windows):,} windows; {said}")
-
-    names = tag_names(labels)
-    initial = initial_weights(
-        ctx,
-        lambda: add_head(
-            AutoModelForTokenClassification,
-            encoder,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            label2id={name: number for number, name in enumerate(names)},
-        ),
+    train_texts, heldout_texts = (
+        [
+            read_tagged_text(row, tokenizer, frame, labels, params.max_length_tokens, params.stride_tokens)
+            for row in rows
+        ]
+        for rows in (train_rows, heldout_rows)
     )
-    trained = train(
+    windows = [window for text in train_texts for window in tagging_windows(text)]
+    counts = {**count_spans(train_texts, "train"), **count_spans(heldout_texts, "heldout")}
+    sides = f"{len(train_texts):,} training texts in {len(windows):,} windows"
+    ctx.journal.note(f"{len(labels)} labels; {sides}; {in_words(counts)}")
+    task = Extraction(tokenizer, labels, heldout_texts)
+    return train_task(
         ctx,
         params,
-        make_model=lambda: load_model(AutoModelForTokenClassification, initial),
         tokenizer=tokenizer,
-        data=windows,
-        collate=task.collate,
+        head=Head(AutoModelForTokenClassification, "token_classification", tag_names(labels), labels),
+        task=task,
         objective=TaggingObjective(),
-        evaluate=task.evaluate,
-    )
-    facts = facts_of(
-        tokenizer,
-        head_type="token_classification",
+        data=windows,
         max_length_tokens=params.max_length_tokens,
-        precision=params.precision,
-        parameters=trained.parameters,
-        labels=labels,
-        train_rows=len(train_rows),
-        heldout_rows=len(heldout_rows),
-        optimizer_steps=trained.steps,
+        num_rows=(len(train_rows), len(heldout_rows)),
+        baselines=lambda: task.baselines(train_texts, ctx.seed),
+        counts=counts,
     )
-    return Result({**trained.after, **task.baselines(train_texts, ctx.seed), **counts}, facts)
 
 
 STAGE = Stage(

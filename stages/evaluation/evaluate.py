@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.lib.measuring.compared_models import Rows, Subject
-    from stages.lib.measuring.perplexity import ScoredRow
     from stages.lib.measuring.scored_replies import ScoredReplies
 
 
@@ -93,22 +92,6 @@ def check(forecast: Forecast) -> list[Problem]:
     return problems
 
 
-def check_scored_replies(params: ScoredRepliesParams, forecast: Forecast, roles: set[str]) -> list[Problem]:
-    """Inputs that the block needs, and a model that it names."""
-    where = "params.scored_replies"
-    problems = [
-        Problem(where, f"{what} the input {role}", f"Add {role} to inputs, or remove scored_replies.")
-        for role, what in (("chats", "answer prompts of"), ("reward_models", "are scored by"))
-        if role not in roles
-    ]
-    models = [role.removeprefix("models.") for role in forecast.inputs if role.startswith("models.")]
-    named = params.win_rate_against
-    if named is not None and named not in models:
-        what = f"'{named}' is no model of inputs.models"
-        problems.append(Problem(f"{where}.win_rate_against", what, did_you_mean(named, models)))
-    return problems
-
-
 def run(ctx: Context, params: EvaluateParams) -> Result:
     from stages.lib.measuring.compared_models import Rows, Subject, add_chats, add_pairs, add_text
     from stages.lib.measuring.scored_replies import ScoredReplies, metrics_of
@@ -150,7 +133,7 @@ def run(ctx: Context, params: EvaluateParams) -> Result:
 
 STAGE = Stage(
     kind="evaluate",
-    version=2,
+    version=3,
     summary="models side by side: perplexity, loss on chats, preference accuracy, sample replies, rewards of replies",
     params=EvaluateParams,
     inputs={
@@ -165,6 +148,22 @@ STAGE = Stage(
     headline=("heldout_perplexity.", "heldout_reward.", "heldout_reward_reference."),
     check=check,
 )
+
+
+def check_scored_replies(params: ScoredRepliesParams, forecast: Forecast, roles: set[str]) -> list[Problem]:
+    """Inputs that the block needs, and a model that it names."""
+    where = "params.scored_replies"
+    problems = [
+        Problem(where, f"{what} the input {role}", f"Add {role} to inputs, or remove scored_replies.")
+        for role, what in (("chats", "answer prompts of"), ("reward_models", "are scored by"))
+        if role not in roles
+    ]
+    models = [role.removeprefix("models.") for role in forecast.inputs if role.startswith("models.")]
+    named = params.win_rate_against
+    if named is not None and named not in models:
+        what = f"'{named}' is no model of inputs.models"
+        problems.append(Problem(f"{where}.win_rate_against", what, did_you_mean(named, models)))
+    return problems
 
 
 def choose_prompts(params: GenerationParams | None, rows: Rows) -> list[dict[str, Any]]:
@@ -194,25 +193,14 @@ def measure(
     scored: ScoredReplies | None,
 ) -> dict[str, Any]:
     """The measures of one language model, and its replies."""
-    from stages.lib.measuring.perplexity import bits_per_byte, score
+    from stages.lib.measuring.measures import language_model_measures, num_weights
     from stages.lib.models.loading import load_language_model
     from stages.lib.processes.joining import device_type
 
     batch_size = ctx.resources.micro_batch_size or 8
     model = load_language_model(subject.folder, device_type(ctx.resources))
-    measures: dict[str, float] = {}
-    if subject.text:
-        text = score(model, subject.text, batch_size)
-        measures["heldout_perplexity"] = text.perplexity
-        measures["heldout_bits_per_byte"] = bits_per_byte(text, subject.text_tokens, rows.text_bytes)
-    if subject.chats:
-        chats = score(model, subject.chats, batch_size)
-        measures["heldout_assistant_loss"] = chats.loss
-        # Every token of what the assistant says is predicted, so nothing stands for anything else here.
-        measures["heldout_assistant_bits_per_byte"] = bits_per_byte(chats, chats.tokens, rows.chat_bytes)
-    if subject.pairs:
-        measures |= preference_measures(model, subject.pairs, batch_size)
-    replies = [write_reply(ctx, params, model, subject.tokenizer, index, each) for index, each in enumerate(prompts)]
+    measures = language_model_measures(model, subject, rows, batch_size)
+    replies = [reply_to(ctx, params, model, subject.tokenizer, index, each) for index, each in enumerate(prompts)]
     if replies:
         measures["truncated_replies"] = sum(each["truncated"] for each in replies) / len(replies)
     facts = {"parameters": num_weights(model), "vocabulary": len(subject.tokenizer)}
@@ -222,33 +210,7 @@ def measure(
     return results
 
 
-def num_weights(model: PreTrainedModel) -> int:
-    """The number of weights, tied ones once, without the scales (`weight_scale`, ...) that quantization adds beside them."""
-    named = ((name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters())
-    return sum(parameter.numel() for name, parameter in named if not name.startswith("weight_"))
-
-
-def preference_measures(
-    model: PreTrainedModel, pairs: Sequence[tuple[ScoredRow, ScoredRow]], batch_size: int
-) -> dict[str, float]:
-    """How often the model gives the chosen answer the higher log-probability, as a sum and per token; ties count half."""
-    import torch
-
-    from stages.lib.formulas.calibration import wins
-    from stages.lib.measuring.perplexity import score_rows
-
-    scores = score_rows(model, [row for pair in pairs for row in pair], batch_size)
-    sums_N2 = -torch.tensor([each.nats for each in scores], dtype=torch.float64).view(-1, 2)
-    tokens_N2 = torch.tensor([each.tokens for each in scores], dtype=torch.float64).view(-1, 2)
-    means_N2 = sums_N2 / tokens_N2
-    return {
-        "heldout_preference_accuracy": float(wins(*sums_N2.unbind(1)).mean()),
-        "heldout_preference_accuracy_per_token": float(wins(*means_N2.unbind(1)).mean()),
-        "heldout_preference_margin_per_token": float((means_N2[:, 0] - means_N2[:, 1]).mean()),
-    }
-
-
-def write_reply(
+def reply_to(
     ctx: Context,
     params: EvaluateParams,
     model: PreTrainedModel,
@@ -256,21 +218,22 @@ def write_reply(
     index: int,
     prompt: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The model's reply to prompt number `index`. All models draw with the same seed."""
-    from stages.lib.generating.replies import stream_reply, whole_reply
+    """The model's reply to prompt number `index`. All models draw with the same random numbers."""
+    from stages.lib.generating.replies import write_reply
     from stages.lib.measuring.scored_replies import reply_record
 
     assert params.generation is not None
-    stream = stream_reply(
+    reply = write_reply(
         model,
         tokenizer,
         prompt["prompt"],
+        position=index,
         max_new_tokens=params.generation.max_new_tokens,
         temperature=params.generation.temperature,
         top_p=params.generation.top_p,
-        seed=ctx.seed + index,
+        seed=ctx.seed,
     )
-    return reply_record(whole_reply(stream))
+    return reply_record(reply)
 
 
 def replies_to_score(
@@ -301,22 +264,13 @@ def replies_to_score(
 
 def judge(ctx: Context, subject: Subject, scored: ScoredReplies | None) -> dict[str, Any]:
     """The measures of one reward model, and its scores of all replies."""
-    import torch
-
-    from stages.lib.formulas.calibration import wins
-    from stages.lib.measuring.perplexity import reward_rows
+    from stages.lib.measuring.measures import num_weights, reward_model_measures
     from stages.lib.preferring.reward_models import load_reward_model
     from stages.lib.processes.joining import device_type
 
     model, tokenizer = load_reward_model(subject.folder, device_type(ctx.resources))
     batch_size = ctx.resources.micro_batch_size or 8
-    measures: dict[str, float] = {}
-    if subject.pairs:
-        rows = [row for pair in subject.pairs for row in pair]
-        values = reward_rows(model, rows, batch_size, tokenizer.pad_token_id)
-        scores_N2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
-        measures["heldout_reward_accuracy"] = float(wins(*scores_N2.unbind(1)).mean())
-        measures["heldout_reward_margin"] = float((scores_N2[:, 0] - scores_N2[:, 1]).mean())
+    measures = reward_model_measures(model, subject, batch_size, tokenizer.pad_token_id)
     facts = {"parameters": num_weights(model), "vocabulary": len(tokenizer)}
     scores = scored.score(model, tokenizer, batch_size) if scored is not None else None
     return {"measures": measures, "facts": facts, "scores": scores}

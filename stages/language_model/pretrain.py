@@ -10,14 +10,19 @@ from pydantic import Field, model_validator
 from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
-from stages.lib.models.architectures import architecture_problems, planned_architecture
-from stages.lib.models.lengths import longest_text
+from stages.lib.models.architectures import (
+    planned_architecture,
+    starting_model,
+    starting_problems,
+    vocabulary_problems,
+)
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.lib.text.batches import Collate
     from stages.lib.training.evaluating import Evaluator, Metrics
 
 
@@ -64,133 +69,6 @@ def output_kind(params: PretrainParams, inputs: Mapping[str, Kind]) -> Kind:
     return made
 
 
-def run(ctx: Context, params: PretrainParams) -> Result:
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from stages.lib.formulas.masking import Masking
-    from stages.lib.formulas.token_losses import TokenObjective, measure_tokens, token_metrics
-    from stages.lib.models.architectures import build, new_config
-    from stages.lib.models.config import read_config
-    from stages.lib.models.isolation import require_isolation
-    from stages.lib.models.loading import initial_weights, load_model
-    from stages.lib.text.blocks import Blocks, collate_causal, collate_masked
-    from stages.lib.text.chat_rendering import special_ids
-    from stages.lib.text.packed import PackedTokens
-    from stages.lib.text.tokenizers import (
-        copy_tokenizer,
-        load_tokenizer,
-        require_same_tokenizer,
-        tokenizer_facts,
-        tokenizer_folder,
-    )
-    from stages.lib.training.loop import train
-
-    folder = ctx.inputs["tokens"]
-    packed, heldout = PackedTokens(folder), PackedTokens(folder, "heldout")
-    length = packed.sequence_length
-    params = params.model_copy(
-        update={"global_batch_size": blocks_per_step(params, length), "global_batch_tokens": None}
-    )
-    tokenizer = load_tokenizer(folder)
-    causal = params.objective == "causal"
-    auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-
-    source = ctx.inputs.get("model")
-    if source is None:
-        new = new_config(
-            params.architecture or {}, tokenizer, length, causal=causal, vocabulary_multiple=params.vocabulary_multiple
-        )
-        config = new.to_dict()
-        source = initial_weights(ctx, lambda: build(auto_class, new))
-        if ctx.world.is_main:
-            # Fails now, and not after training, if transformers opens another tokenizer beside this model's config.
-            copy_tokenizer(folder, source)
-    else:
-        require_same_tokenizer(source, folder, "inputs.model")
-        config = read_config(source)
-    if causal:
-        collate = heldout_collate = collate_causal(isolate=params.isolate_documents)
-    else:
-        masking = Masking(
-            probability=params.masking_probability or MASKING_PROBABILITY,
-            mask_token_id=require_mask_token(tokenizer),
-            vocabulary_size=len(tokenizer),
-            special_ids=special_ids(tokenizer),
-        )
-        shift = None
-        if params.isolate_documents:
-            require_whole_view(config, length)
-            shift = first_position(config)
-        collate = collate_masked(masking, ctx.seed, first_position=shift)
-        # The same masks for every model and at every step, so that held-out numbers compare.
-        heldout_collate = collate_masked(masking, HELDOUT_SEED, first_position=shift)
-
-    def evaluate(evaluator: Evaluator) -> Metrics:
-        if params.isolate_documents:
-            plain = sorted(set(range(len(tokenizer))) - special_ids(tokenizer))
-            require_isolation(evaluator, heldout_collate, plain[:3], length)
-        return token_metrics(evaluator.sums(Blocks(heldout), heldout_collate, measure_tokens))
-
-    # A mask over pairs of tokens is read as such by this attention only; the causal one finds borders in positions.
-    attention = {} if causal or not params.isolate_documents else {"attn_implementation": "sdpa"}
-    trained = train(
-        ctx,
-        params,
-        make_model=lambda: load_model(auto_class, source, **attention),
-        tokenizer=tokenizer_folder(folder),
-        data=Blocks(packed),
-        collate=collate,
-        objective=TokenObjective(),
-        evaluate=evaluate,
-    )
-    start = "base" if "model" in ctx.inputs else "untrained"
-    metrics = {
-        **trained.after,
-        **{f"{name}_{start}": value for name, value in trained.before.items()},
-        "train_loss": trained.train_loss,
-        "trained_tokens": float(trained.steps * params.global_batch_size * length),
-    }
-    facts = Facts(
-        **tokenizer_facts(ctx.out if ctx.world.is_main else folder),
-        max_length_tokens=length,
-        head_type="causal_lm" if causal else "masked_lm",
-        dtype=params.precision,
-        attention_kernel=attention.get("attn_implementation"),
-        parameters=trained.parameters,
-        train_tokens=packed.num_tokens,
-        heldout_tokens=heldout.num_tokens,
-        train_rows=len(packed),
-        heldout_rows=len(heldout),
-        optimizer_steps=trained.steps,
-    )
-    return Result(metrics, facts)
-
-
-MASKING_PROBABILITY = 0.15
-HELDOUT_SEED = 0
-
-
-def blocks_per_step(params: PretrainParams, length: int) -> int:
-    """The global batch in blocks. Raises `RecipeError` if it is given in tokens and does not divide."""
-    if params.global_batch_size is not None:
-        return params.global_batch_size
-    assert params.global_batch_tokens is not None
-    if params.global_batch_tokens % length:
-        below = params.global_batch_tokens - params.global_batch_tokens % length
-        sizes = " or ".join(f"{size}" for size in (below, below + length) if size)
-        raise RecipeError(
-            Problem(
-                "params.global_batch_tokens",
-                f"{params.global_batch_tokens} is not a multiple of the blocks' length of {length} tokens",
-                f"Take {sizes}.",
-            )
-        )
-    return params.global_batch_tokens // length
-
-
-# What can be said before it runs.
-
-
 def estimate(forecast: Forecast) -> Estimate:
     params: PretrainParams = forecast.params
     tokens, model = forecast.inputs.get("tokens", Estimate()), forecast.inputs.get("model", Estimate())
@@ -222,34 +100,71 @@ def check(forecast: Forecast) -> list[Problem]:
             problems += check_training(forecast, blocks_per_step(params, tokens.sequence_length or 1))
         except RecipeError as error:
             problems += [problem for problem in error.problems if isinstance(problem, Problem)]
-    if (params.architecture is None) == ("model" not in forecast.inputs):
-        both = params.architecture is not None
-        problems.append(
-            Problem(
-                "params.architecture",
-                "has no effect where the stage has an input model"
-                if both
-                else "is required where the stage has no input model",
-                "Remove one of them." if both else "Give model_type and the sizes of the model.",
-            )
-        )
-    if params.architecture is not None:
-        problems += architecture_problems(
-            params.architecture,
-            tokens,
-            causal=params.objective == "causal",
-            vocabulary_multiple=params.vocabulary_multiple,
-        )
-    model = forecast.inputs.get("model", Estimate())
-    if model.vocabulary_size and tokens.vocabulary_size and model.vocabulary_size != tokens.vocabulary_size:
-        problems.append(
-            Problem(
-                "inputs.model",
-                f"has a vocabulary of {model.vocabulary_size}, and the tokens one of {tokens.vocabulary_size}",
-                "Pack with the tokenizer of the model.",
-            )
-        )
-    return problems
+    problems += starting_problems(
+        params.architecture,
+        "model",
+        forecast,
+        causal=params.objective == "causal",
+        vocabulary_multiple=params.vocabulary_multiple,
+    )
+    return problems + vocabulary_problems(forecast, "model", "tokens", "Pack with the tokenizer of the model.")
+
+
+def run(ctx: Context, params: PretrainParams) -> Result:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from stages.lib.formulas.token_losses import TokenObjective, measure_tokens, token_metrics
+    from stages.lib.models.isolation import plain_ids, require_isolation
+    from stages.lib.models.loading import load_model
+    from stages.lib.text.blocks import Blocks
+    from stages.lib.text.packed import PackedTokens, facts_of_tokens
+    from stages.lib.text.tokenizers import load_tokenizer, tokenizer_facts, tokenizer_folder
+    from stages.lib.training.loop import train
+
+    folder = ctx.inputs["tokens"]
+    packed, heldout = PackedTokens(folder), PackedTokens(folder, "heldout")
+    length = packed.sequence_length
+    size = blocks_per_step(params, length)
+    params = params.model_copy(update={"global_batch_size": size, "global_batch_tokens": None})
+    tokenizer = load_tokenizer(folder)
+    causal = params.objective == "causal"
+    auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    new = {"causal": causal, "vocabulary_multiple": params.vocabulary_multiple}
+    source, config = starting_model(ctx, "model", params.architecture, auto_class, length, **new)
+    collate, heldout_collate = collates(ctx, params, tokenizer, config, length)
+
+    def evaluate(evaluator: Evaluator) -> Metrics:
+        if params.isolate_documents:
+            require_isolation(evaluator, heldout_collate, plain_ids(tokenizer), length)
+        return token_metrics(evaluator.sums(Blocks(heldout), heldout_collate, measure_tokens))
+
+    trained = train(
+        ctx,
+        params,
+        make_model=lambda: load_model(auto_class, source, **attention_of(params)),
+        tokenizer=tokenizer_folder(folder),
+        data=Blocks(packed),
+        collate=collate,
+        objective=TokenObjective(),
+        evaluate=evaluate,
+    )
+    start = "base" if "model" in ctx.inputs else "untrained"
+    metrics = {
+        **trained.after,
+        **{f"{name}_{start}": value for name, value in trained.before.items()},
+        "train_loss": trained.train_loss,
+        "trained_tokens": float(trained.steps * size * length),
+    }
+    facts = Facts(
+        **tokenizer_facts(ctx.out if ctx.world.is_main else folder),
+        **facts_of_tokens(packed, heldout),
+        head_type="causal_lm" if causal else "masked_lm",
+        dtype=params.precision,
+        attention_kernel=attention_of(params).get("attn_implementation"),
+        parameters=trained.parameters,
+        optimizer_steps=trained.steps,
+    )
+    return Result(metrics, facts)
 
 
 STAGE = Stage(
@@ -273,11 +188,60 @@ STAGE = Stage(
     check=check,
 )
 
+MASKING_PROBABILITY = 0.15
+HELDOUT_SEED = 0
 
-def first_position(config: Mapping[str, Any]) -> int:
-    """The position id of a text's first token: some models count from behind the padding id."""
-    limit = longest_text(config)
-    return 0 if limit is None else int(config["max_position_embeddings"]) - limit
+
+def blocks_per_step(params: PretrainParams, length: int) -> int:
+    """The global batch in blocks. Raises `RecipeError` if it is given in tokens and does not divide."""
+    if params.global_batch_size is not None:
+        return params.global_batch_size
+    assert params.global_batch_tokens is not None
+    if params.global_batch_tokens % length:
+        below = params.global_batch_tokens - params.global_batch_tokens % length
+        sizes = " or ".join(f"{size}" for size in (below, below + length) if size)
+        raise RecipeError(
+            Problem(
+                "params.global_batch_tokens",
+                f"{params.global_batch_tokens} is not a multiple of the blocks' length of {length} tokens",
+                f"Take {sizes}.",
+            )
+        )
+    return params.global_batch_tokens // length
+
+
+def attention_of(params: PretrainParams) -> dict[str, str]:
+    """Options of loading: a mask over pairs of tokens is read as such by one attention only, causal borders by all."""
+    masks_of_pairs = params.objective == "masked" and params.isolate_documents
+    return {"attn_implementation": "sdpa"} if masks_of_pairs else {}
+
+
+def collates(
+    ctx: Context, params: PretrainParams, tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any], length: int
+) -> tuple[Collate, Collate]:
+    """How blocks become tensors in training, and how held-out ones do."""
+    from stages.lib.formulas.masking import Masking
+    from stages.lib.models.lengths import first_position
+    from stages.lib.text.blocks import collate_causal, collate_masked
+    from stages.lib.text.chat_rendering import special_ids
+
+    if params.objective == "causal":
+        collate = collate_causal(isolate=params.isolate_documents)
+        return collate, collate
+    masking = Masking(
+        probability=params.masking_probability or MASKING_PROBABILITY,
+        mask_token_id=require_mask_token(tokenizer),
+        vocabulary_size=len(tokenizer),
+        special_ids=special_ids(tokenizer),
+    )
+    shift = None
+    if params.isolate_documents:
+        require_whole_view(config, length)
+        shift = first_position(config)
+    # The same masks for every model and at every step, so that held-out numbers compare.
+    seeds = ctx.seed, HELDOUT_SEED
+    train, heldout = (collate_masked(masking, seed, first_position=shift) for seed in seeds)
+    return train, heldout
 
 
 def require_whole_view(config: Mapping[str, Any], length: int) -> None:

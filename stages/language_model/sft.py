@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
-from stages.lib.models.arithmetic import field_of
+from stages.lib.models.lengths import length_problems, require_length
+from stages.lib.text.chat_presets import PresetName
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.lib.rows.ledger import Ledger
     from stages.lib.text.chats import Chats
-    from stages.lib.training.evaluating import Evaluator, Metrics
 
 
 class SftParams(TrainingParams):
@@ -26,10 +25,27 @@ class SftParams(TrainingParams):
 
     max_length_tokens: int = Field(ge=8)
     """Tokens per chat. A longer one loses its oldest turns; one whose last exchange is too long is dropped and counted."""
-    chat_template: Literal["slipway", "chatml"] | None = None
+    chat_template: PresetName | None = None
     """The template to give a model whose tokenizer has none. Its special tokens must be in the vocabulary already."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    model, chats = forecast.inputs.get("model", Estimate()), forecast.inputs.get("chats", Estimate())
+    return estimate_training(
+        forecast,
+        architecture=model.architecture,
+        parameters=model.parameters,
+        num_rows=chats.train_rows,
+        sequence_length=forecast.params.max_length_tokens,
+        vocabulary_size=model.vocabulary_size,
+    )
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    architecture = forecast.inputs.get("model", Estimate()).architecture or {}
+    return [*check_training(forecast), *length_problems(architecture, forecast.params.max_length_tokens)]
 
 
 def run(ctx: Context, params: SftParams) -> Result:
@@ -38,32 +54,24 @@ def run(ctx: Context, params: SftParams) -> Result:
     from stages.lib.formulas.token_losses import TokenObjective, measure_tokens, token_metrics
     from stages.lib.models.config import read_config
     from stages.lib.models.loading import load_model
-    from stages.lib.rows.ledger import add_ledgers
     from stages.lib.text.chat_check import check_chat_template
-    from stages.lib.text.chats import collate_chats, tokenize_chats
+    from stages.lib.text.chats import Chats, collate_chats, tokenizing_chats
+    from stages.lib.text.tokenized_parts import tokenize_input
     from stages.lib.text.tokenizers import load_tokenizer, stop_token_ids, tokenizer_facts
     from stages.lib.training.loop import train
 
-    source, data = ctx.inputs["model"], ctx.inputs["chats"]
-    require_room(read_config(source), params.max_length_tokens)
+    source = ctx.inputs["model"]
+    require_length(read_config(source), params.max_length_tokens)
     tokenizer = load_tokenizer(source)
     had_template = bool(tokenizer.chat_template)
     give_template(tokenizer, params.chat_template)
     check_chat_template(tokenizer, str(source))
-    chats, dropped = tokenize_chats(ctx, data / "train.jsonl", tokenizer, params.max_length_tokens)
-    heldout, heldout_dropped = tokenize_chats(ctx, data / "heldout.jsonl", tokenizer, params.max_length_tokens)
-    ledger = add_ledgers(dropped, heldout_dropped)
-    require_enough(ledger, params.max_dropped_fraction)
+    how = tokenizing_chats(tokenizer, params.max_length_tokens)
+    train_rows, heldout_rows, ledger = tokenize_input(ctx, "chats", how, params.max_dropped_fraction)
+    chats, heldout = Chats(train_rows), Chats(heldout_rows)
     require_ends(chats, stop_token_ids(tokenizer))
-    said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items())) or "none"
-    ctx.journal.note(f"{len(chats):,} training and {len(heldout):,} held-out chats; dropped of {ledger.read:,}: {said}")
-
     # Any id does: padding is told by position.
     collate = collate_chats(padding_id=tokenizer.pad_token_id or 0)
-
-    def evaluate(evaluator: Evaluator) -> Metrics:
-        return token_metrics(evaluator.sums(heldout, collate, measure_tokens))
-
     trained = train(
         ctx,
         params,
@@ -72,10 +80,8 @@ def run(ctx: Context, params: SftParams) -> Result:
         data=chats,
         collate=collate,
         objective=TokenObjective(),
-        evaluate=evaluate,
+        evaluate=lambda evaluator: token_metrics(evaluator.sums(heldout, collate, measure_tokens)),
     )
-    if ctx.world.is_main:
-        ledger.write(ctx.out)
     metrics = {
         **trained.after,
         **{f"{name}_base": value for name, value in trained.before.items()},
@@ -98,24 +104,6 @@ def run(ctx: Context, params: SftParams) -> Result:
     return Result(metrics, facts)
 
 
-def estimate(forecast: Forecast) -> Estimate:
-    model, chats = forecast.inputs.get("model", Estimate()), forecast.inputs.get("chats", Estimate())
-    return estimate_training(
-        forecast,
-        architecture=model.architecture,
-        parameters=model.parameters,
-        num_rows=chats.train_rows,
-        sequence_length=forecast.params.max_length_tokens,
-        vocabulary_size=model.vocabulary_size,
-    )
-
-
-def check(forecast: Forecast) -> list[Problem]:
-    problems = check_training(forecast)
-    architecture = forecast.inputs.get("model", Estimate()).architecture
-    return problems + room_problems(architecture or {}, forecast.params.max_length_tokens)
-
-
 STAGE = Stage(
     kind="sft",
     version=1,
@@ -130,26 +118,9 @@ STAGE = Stage(
     check=check,
 )
 
+
 MIN_SHARE_OF_ENDS = 0.95
 """A model learns to stop from the chats whose last turn is asked for with its end."""
-
-
-def room_problems(architecture: dict, max_length_tokens: int) -> list[Problem]:
-    positions = field_of(architecture, "max_position_embeddings")
-    if positions is None or max_length_tokens <= positions:
-        return []
-    return [
-        Problem(
-            "params.max_length_tokens",
-            f"is {max_length_tokens}, and the model has {positions} positions",
-            f"Lower it to {positions}.",
-        )
-    ]
-
-
-def require_room(config: dict, max_length_tokens: int) -> None:
-    if problems := room_problems(config, max_length_tokens):
-        raise DataError(*problems)
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
@@ -184,19 +155,8 @@ def give_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
     tokenizer.chat_template = preset.template
 
 
-def require_enough(ledger: Ledger, max_dropped_fraction: float) -> None:
-    share = 1 - ledger.kept / ledger.read
-    if share > max_dropped_fraction:
-        raise DataError(
-            Problem(
-                "inputs.chats",
-                f"{share:.0%} of the chats cannot be used: {dict(ledger.dropped)}",
-                "Raise max_length_tokens, clean the chats, or allow it with max_dropped_fraction.",
-            )
-        )
-
-
 def require_ends(chats: Chats, stop_ids: list[int]) -> None:
+    """Raises `DataError` if too few chats end with a token that stops generation."""
     share = chats.share_ending_with(stop_ids)
     if share < MIN_SHARE_OF_ENDS:
         raise DataError(

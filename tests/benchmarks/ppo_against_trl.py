@@ -131,7 +131,7 @@ def oracle_python(folder: Path) -> Path:
 def write_world(folder: Path, hidden: int, layers: int) -> tuple[Path, Path, list[list[int]]]:
     """A model that ends some of its completions and never writes padding; chats that ask; the ids of their prompts."""
     from stages.lib.rows.canonical import read_rows
-    from stages.lib.text.prompts import encode, prompt_of
+    from stages.lib.text.prompts import encode_prompt_or_text, prompt_of
     from tests.distributed.training_world import make_tokenizer, write_chats, write_model
 
     tokenizer = make_tokenizer()
@@ -142,7 +142,7 @@ def write_world(folder: Path, hidden: int, layers: int) -> tuple[Path, Path, lis
     num_prompts = SETTINGS["rollout_batch_size"]  # each rollout has all of them, on both sides
     chats = write_chats(folder / "chats", num_chats=4 * num_prompts)
     rows = list(read_rows(chats / "train.jsonl"))
-    prompts = {index: encode(tokenizer, prompt_of(row, "chat")) for index, row in enumerate(rows)}
+    prompts = {index: encode_prompt_or_text(tokenizer, prompt_of(row, "chat")) for index, row in enumerate(rows)}
     kept = [index for index, ids in prompts.items() if len(ids) <= SLIPWAY_ONLY["max_prompt_tokens"]][:num_prompts]
     assert len(kept) == num_prompts
     lines = (chats / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

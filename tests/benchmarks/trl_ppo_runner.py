@@ -31,7 +31,8 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from stages.lib.on_policy.rewards import Completion, Rewards, Sample, combine, score_programmatic
+from stages.lib.on_policy.reward_params import Rewards
+from stages.lib.on_policy.rewards import Completion, Sample, combine, score_programmatic
 
 PADDING = -1.0
 

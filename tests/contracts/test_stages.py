@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,38 @@ def test_the_table_the_stage_and_its_file_have_one_name(kind: str) -> None:
 def test_every_stage_file_is_in_the_table() -> None:
     files = {path.stem for group in GROUPS for path in (CHECKOUT / "stages" / group).glob("*.py")} - {"__init__"}
     assert files == set(STAGES)
+
+
+@each_stage
+def test_stage_files_read_in_one_order(kind: str) -> None:
+    """Params; what `plan` asks; `run`; `STAGE`; helpers. Python wants each function that STAGE names to stand above it."""
+    if kind in OWN_ORDER:
+        return
+    places = [(place, name) for place, name in places_in(file_of(STAGES[kind])) if place is not None]
+    assert [name for _, name in places] == [name for _, name in sorted(places, key=lambda each: each[0])]
+    assert {place for place, _ in places} >= {0, 2, 3}
+
+
+OWN_ORDER = {"tokenizer"}
+"""Stages whose file is not brought into the order yet."""
+
+
+def places_in(path: Path) -> Iterator[tuple[int | None, str]]:
+    """(place in the order, name) of everything at the top of a stage file; None for constants and imports."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    (declared,) = [
+        node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "STAGE"
+    ]
+    assert isinstance(declared, ast.Call)
+    named = {word.arg: ast.unparse(word.value) for word in declared.keywords}
+    asked = {named.get(word) for word in ("output", "estimate", "check")}
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield (0 if node.name.endswith("Params") else 4), node.name
+        elif isinstance(node, ast.FunctionDef):
+            yield {**dict.fromkeys(asked, 1), named["run"]: 2}.get(node.name, 4), node.name
+        else:
+            yield (3 if isinstance(node, ast.Assign) and node.value is declared else None), ast.unparse(node)
 
 
 @each_stage

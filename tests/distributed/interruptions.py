@@ -23,15 +23,15 @@ import torch
 
 from pipeline.store.checkpoints import COMPLETE, Checkpoints
 from stages.lib.generating import sampling
+from stages.lib.generating.transformers import TransformersSampler
 from stages.lib.on_policy import loop as on_policy
-from stages.lib.on_policy import rollout
 from stages.lib.on_policy.experience import Experience
 from stages.lib.on_policy.learning import Learner
 from stages.lib.training import state as training_state
 from stages.lib.training.engine import Engine
 
 UNWATCHED = (
-    rollout.sample,
+    TransformersSampler.sample,
     sampling.DrawByUniforms.__call__,
     on_policy.Aligner.collect,
     Learner.optimize,
@@ -157,7 +157,7 @@ def watch(die: Mapping[str, Any], is_it: bool) -> None:
             halve(self.path(step) / f"{COMPLETE}.tmp")
         complete(self, step)
 
-    rollout.sample = watched_sample
+    TransformersSampler.sample = watched_sample  # type: ignore[method-assign]
     sampling.DrawByUniforms.__call__ = watched_draw  # type: ignore[method-assign]
     on_policy.Aligner.collect = watched_collect  # type: ignore[method-assign]
     Learner.optimize = watched_optimize  # type: ignore[method-assign]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from stages.language_model.sft import give_template, require_ends, require_enough
+from stages.language_model.sft import give_template, require_ends
 from stages.lib.formulas.token_losses import IGNORE, TARGETS
 from stages.lib.rows.ledger import Ledger, add_ledgers
 from stages.lib.text.chat_spans import encode_chat
-from stages.lib.text.chats import Chats, Part, collate_chats, read_ledger
+from stages.lib.text.chats import Chats, collate_chats, tokenizing_chats
+from stages.lib.text.tokenized_parts import TokenizedPart, TokenizedRows, require_enough
 from tests.distributed.training_world import make_tokenizer
 
 TOO_LONG = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 50}]}
@@ -39,33 +40,34 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
-def parts(folder: Path, tokenizer: Any, processes: int) -> list[Path]:
+def tokenized(folder: Path, tokenizer: Any, processes: int) -> TokenizedRows:
     """The rows tokenized as so many processes would."""
+    how = tokenizing_chats(tokenizer, 24)
     folders = [folder / f"{rank}-of-{processes}" for rank in range(processes)]
     for rank, place in enumerate(folders):
-        part = Part()
+        part = TokenizedPart()
         for index in range(rank, len(ROWS), processes):
-            part.add(index, ROWS[index], tokenizer, 24)
+            part.add(index, how.make(ROWS[index]))
         part.write(place)
-    return folders
+    return TokenizedRows(folders)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
 def test_any_number_of_processes_makes_the_same_rows(tmp_path: Path, tokenizer: Any, processes: int) -> None:
     """Seven processes for six rows: one part is empty."""
-    alone, together = Chats(parts(tmp_path, tokenizer, 1)), Chats(parts(tmp_path, tokenizer, processes))
+    alone, together = Chats(tokenized(tmp_path, tokenizer, 1)), Chats(tokenized(tmp_path, tokenizer, processes))
     assert len(alone) == len(together) == 4
     assert alone.num_tokens == together.num_tokens == sum(len(row["input_ids"]) for row in alone)
     for one, other in zip(alone, together, strict=True):
         assert all((one[name] == other[name]).all() for name in ("input_ids", "said"))
-    ledgers = [read_ledger(parts(tmp_path / "again", tokenizer, each)) for each in (1, processes)]
+    ledgers = [each.tokenized.ledger for each in (alone, together)]
     assert ledgers[0].as_json() == ledgers[1].as_json()
     assert dict(ledgers[0].dropped) == {"too_long": 2}
     assert dict(ledgers[0].repaired) == {"oldest_turns_dropped": 1}
 
 
 def test_the_assistants_words_and_their_end_are_asked(tmp_path: Path, tokenizer: Any) -> None:
-    rows = Chats(parts(tmp_path, tokenizer, 1))
+    rows = Chats(tokenized(tmp_path, tokenizer, 1))
     batch = collate_chats(padding_id=2)([rows[0], rows[2]])
     ids, said = encode_chat(tokenizer, ROWS[0]["messages"])
     asked = [token for token, mine in zip(ids, said, strict=True) if mine]
@@ -90,7 +92,7 @@ def test_padding_is_told_by_position(tokenizer: Any) -> None:
 
 
 def test_chats_that_do_not_end_are_refused(tmp_path: Path, tokenizer: Any) -> None:
-    rows = Chats(parts(tmp_path, tokenizer, 1))
+    rows = Chats(tokenized(tmp_path, tokenizer, 1))
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert rows.share_ending_with([1, end]) == 1.0
     require_ends(rows, [1, end])
@@ -101,9 +103,10 @@ def test_chats_that_do_not_end_are_refused(tmp_path: Path, tokenizer: Any) -> No
 def test_too_many_dropped_chats_stop_the_stage() -> None:
     ledger = Ledger(read=10, kept=4)
     ledger.drop("too_long", "a", 6)
-    require_enough(ledger, 0.6)
+    said = ("inputs.chats", "chats", "Raise max_length_tokens.")
+    require_enough(ledger, 0.6, *said)
     with pytest.raises(DataError, match=r"60% of the chats cannot be used: \{'too_long': 6\}"):
-        require_enough(ledger, 0.5)
+        require_enough(ledger, 0.5, *said)
 
 
 def test_ledgers_are_added() -> None:

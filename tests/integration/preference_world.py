@@ -57,15 +57,17 @@ def make_model(folder: Path, tokenizer: Any, *, hidden: int = 48, seed: int = 0,
     return folder
 
 
-def tokenized(pairs: Iterable[dict[str, Any]], tokenizer: Any, folder: Path, max_length_tokens: int = 512) -> Any:
-    """The pairs as `Pairs`, kept in `folder`."""
-    from stages.lib.preferring.pairs import Pairs, Part
+def tokenized(rows: Iterable[dict[str, Any]], tokenizer: Any, folder: Path, max_length_tokens: int = 512) -> Any:
+    """The rows as `Pairs`, kept in `folder`."""
+    from stages.lib.preferring.pairs import Pairs, tokenizing_pairs
+    from stages.lib.text.tokenized_parts import TokenizedPart, TokenizedRows
 
-    part = Part()
-    for index, row in enumerate(pairs):
-        part.add(index, row, tokenizer, max_length_tokens)
+    how = tokenizing_pairs(tokenizer, max_length_tokens)
+    part = TokenizedPart()
+    for index, row in enumerate(rows):
+        part.add(index, how.make(row))
     part.write(folder)
-    return Pairs([folder])
+    return Pairs(TokenizedRows([folder]))
 
 
 def run(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from stages.data import clean, mix
-from stages.lib.on_policy.rewards import Completion, ExactMatchReward, Sample, check_rows, score_programmatic
+from stages.lib.on_policy.reward_params import ExactMatchReward
+from stages.lib.on_policy.rewards import Completion, Sample, check_rows, score_programmatic
 from tests.rows import word_problems
 from tests.unit.running_stages import Ran, run_stage
 

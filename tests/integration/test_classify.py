@@ -74,7 +74,7 @@ def test_refuses_one_label_and_a_length_that_the_encoder_does_not_take(encoder: 
     data = write_data(tmp_path / "labels", rows, rows)
     with pytest.raises(DataError, match="training rows: have no label but 'x'"):
         run_task(STAGE, {"encoder": encoder, "labels": data}, PARAMS, tmp_path / "one")
-    with pytest.raises(DataError, match=r"params\.max_length_tokens: is 97, and the encoder takes 96 tokens"):
+    with pytest.raises(DataError, match=r"params\.max_length_tokens: is 97, and the model takes 96 tokens"):
         run_task(STAGE, {"encoder": encoder, "labels": data}, {**PARAMS, "max_length_tokens": 97}, tmp_path / "long")
 
 
@@ -107,6 +107,6 @@ def test_plan_knows_the_steps_and_that_texts_are_too_long() -> None:
     # RoBERTa's positions begin after the padding id: 130 - 2.
     assert problems[1] == Problem(
         "params.max_length_tokens",
-        "is 200, and the encoder takes 128 tokens",
-        "Lower it to 128, or train an encoder with more positions.",
+        "is 200, and the model takes 128 tokens",
+        "Lower it to 128.",
     )

@@ -158,7 +158,7 @@ def test_a_reference_that_is_not_finite_leaves_holes(world: PreferenceWorld, tmp
 
 
 def test_sequences_longer_than_the_model_are_refused(world: PreferenceWorld, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="512 positions"):
+    with pytest.raises(DataError, match="takes 512 tokens"):
         run(STAGE, inputs(world), {**TRAINING, "max_steps": 1, "max_length_tokens": 513}, tmp_path)
 
 

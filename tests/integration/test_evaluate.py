@@ -262,8 +262,8 @@ def test_models_with_different_tokenizers_are_said_not_to_compare(
 
 
 def test_every_model_replies_to_the_same_prompts(world: TinyWorld, even: Path, tmp_path: Path) -> None:
-    """The first two held-out chats up to their last assistant turn, and one of our own; seed of the step + number."""
-    from stages.lib.generating.replies import stream_reply, whole_reply
+    """The first two held-out chats up to their last assistant turn, and one of our own; by the seed of the step and their number."""
+    from stages.lib.generating.replies import write_reply
 
     options = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9}
     generation = {"heldout_prompts": 2, "prompts": ["List files."], **options}
@@ -277,7 +277,7 @@ def test_every_model_replies_to_the_same_prompts(world: TinyWorld, even: Path, t
     for name, folder in models.items():
         model, tokenizer = load(folder), load_tokenizer(folder)
         replies = [
-            whole_reply(stream_reply(model, tokenizer, row["prompt"], seed=index, **options))  # type: ignore[arg-type]
+            write_reply(model, tokenizer, row["prompt"], position=index, **options)  # type: ignore[arg-type]
             for index, row in enumerate(rows)
         ]
         found = [row["replies"][name] for row in rows]
@@ -301,7 +301,7 @@ def test_a_row_that_one_model_cannot_read_is_left_out_for_all(world: TinyWorld, 
     )
     both = report["models"]["base"]["measures"]["heldout_assistant_loss"]
     assert both == pytest.approx(alone.metrics["heldout_assistant_loss.base"])
-    with pytest.raises(DataError, match=r"reads 40 tokens, and the blocks of inputs\.tokens have 64"):
+    with pytest.raises(DataError, match=r"blocks of inputs\.tokens have 64 tokens, and the model takes 40"):
         evaluate({"small": small}, tmp_path / "blocks", tokens=world.tokens)
 
 

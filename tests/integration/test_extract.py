@@ -9,7 +9,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from pipeline.errors import DataError
 from pipeline.settings.strict import validate
 from stages.encoder.extract import STAGE, ExtractParams
-from stages.lib.encoding.extraction import IGNORED, found_spans, read_text, training_windows
+from stages.lib.encoding.extraction import IGNORED, found_spans, read_tagged_text, tagging_windows
 from stages.lib.formulas.metrics import tally
 from stages.lib.text.frames import open_tokenizer, require_frame
 from tests.integration.tiny_encoder import (
@@ -70,7 +70,7 @@ def test_learns_slots_in_windows_and_publishes_an_extractor_that_opens_as_one(en
     frame = require_frame(tokenizer, pair=False)
     right = found = wanted = several = 0
     for row in heldout:
-        text = read_text(row, tokenizer, frame, labels, 24, 8)
+        text = read_tagged_text(row, tokenizer, frame, labels, 24, 8)
         several += len(text.windows) > 1
         with torch.no_grad():
             rows_of_logits = [model.eval()(input_ids=torch.tensor([window.ids])).logits[0] for window in text.windows]
@@ -86,8 +86,8 @@ def test_every_token_is_learned_from_once(encoder: Path) -> None:
     tokenizer = open_tokenizer(encoder, 16)
     row = max(requests()[:200], key=lambda row: len(row["text"]))
     labels = sorted({span["label"] for span in row["spans"]})
-    text = read_text(row, tokenizer, require_frame(tokenizer, pair=False), labels, 16, 6)
-    windows = list(training_windows(text))
+    text = read_tagged_text(row, tokenizer, require_frame(tokenizer, pair=False), labels, 16, 6)
+    windows = list(tagging_windows(text))
     assert len(windows) > 1
     learned = [tag for window in windows for tag in window["tags"] if tag != IGNORED]
     assert learned == text.tags
@@ -98,7 +98,7 @@ def test_the_spans_of_perfect_scores_are_the_spans_themselves(encoder: Path) -> 
     tokenizer = open_tokenizer(encoder, 16)
     rows = requests()[:60]
     labels = sorted({span["label"] for row in rows for span in row["spans"]})
-    texts = [read_text(row, tokenizer, require_frame(tokenizer, pair=False), labels, 16, 6) for row in rows]
+    texts = [read_tagged_text(row, tokenizer, require_frame(tokenizer, pair=False), labels, 16, 6) for row in rows]
     width = max(len(window.ids) for text in texts for window in text.windows)
     logits = torch.zeros(sum(len(text.windows) for text in texts), width, 1 + 2 * len(labels))
     number = 0

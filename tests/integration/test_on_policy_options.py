@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import DataError
 from stages import STAGES
 from stages.lib.generating.sampling import Sampled
-from stages.lib.on_policy import rollout
+from stages.lib.generating.transformers import TransformersSampler
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_spans import EncodedChat, encode_chat
 from stages.lib.training.params import learning_rate_factor
@@ -107,7 +107,7 @@ def test_passes_end_early_and_the_schedule_goes_on(world: OnPolicyWorld, tmp_pat
 
 def off_by(nats: float) -> Any:
     """The sampler, with log-probabilities that are wrong by so much."""
-    sample = rollout.sample
+    sample = TransformersSampler.sample
 
     def wrong(*arguments: Any, **options: Any) -> list[Sampled]:
         return [
@@ -121,7 +121,7 @@ def test_a_generator_with_other_probabilities_stops_the_run(
     world: OnPolicyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     align("grpo", world.inputs, tmp_path / "same", {"rollouts": 1, "max_logprob_mismatch": 1e-4})
-    monkeypatch.setattr(rollout, "sample", off_by(0.25))
+    monkeypatch.setattr(TransformersSampler, "sample", off_by(0.25))
     with pytest.raises(DataError, match=r"max_logprob_mismatch: .* differ by 0.25 nats per token"):
         align("grpo", world.inputs, tmp_path / "other", {"rollouts": 1, "max_logprob_mismatch": 0.2})
     seen = align("grpo", world.inputs, tmp_path / "allowed", {"rollouts": 1, "max_logprob_mismatch": 0.3})
@@ -137,7 +137,7 @@ def test_the_mismatch_is_corrected_up_to_its_cap(
     first = {}
     for name, cap in (("without", None), ("whole", 3.0), ("capped", 1.5)):
         with monkeypatch.context() as patch:
-            patch.setattr(rollout, "sample", off_by(-float(np.log(2))))
+            patch.setattr(TransformersSampler, "sample", off_by(-float(np.log(2))))
             changes = {"rollouts": 1, "mismatch_cap": cap}
             first[name] = align("grpo", world.inputs, tmp_path / name, changes).lines("step")[0]["policy_loss"]
     assert abs(first["without"]) > 1e-3

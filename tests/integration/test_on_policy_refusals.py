@@ -159,7 +159,10 @@ def test_rows_that_a_reward_cannot_score_are_found_before_anything_is_written(
     rewards = [{"kind": "exact_match", "column": "answer"}]
     with pytest.raises(RewardError, match=r"rewards\.exact_match: cannot score .* rows: row 1: .*'answer'"):
         align("grpo", world.inputs, tmp_path, {**CHANGES, "rewards": rewards})
-    assert {line["event"] for line in read_journal(tmp_path / "journal.jsonl")} == {"note"}
+    lines = list(read_journal(tmp_path / "journal.jsonl"))
+    assert {line["event"] for line in lines} == {"note", "progress"}
+    told = [line["what"] for line in lines if line["event"] == "progress"]
+    assert told == ["train prompts tokenized", "heldout prompts tokenized"]
 
 
 # Models
@@ -180,7 +183,9 @@ def test_a_reward_model_that_scores_otherwise_than_its_manifest_says(
 
 def test_a_reward_model_that_reads_no_chat_so_long(world: OnPolicyWorld, tmp_path: Path) -> None:
     reward = write_reward_model(tmp_path / "reward", make_other_tokenizer(), max_position_embeddings=60)
-    with pytest.raises(DataError, match=r"reads 60 tokens, and a prompt with its completion has \d+") as caught:
+    with pytest.raises(
+        DataError, match=r"a prompt with its completion has \d+ of its tokens, and the model takes 60"
+    ) as caught:
         align("grpo", {**world.inputs, "reward": reward}, tmp_path / "run", {**CHANGES, "rewards": [LEARNED]})
     assert the_problem(caught).where == "reward model reward"
 
@@ -225,7 +230,7 @@ def with_end(tokenizer: Any) -> Any:
 
 
 def test_a_window_that_is_longer_than_the_models_positions(world: OnPolicyWorld, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="121 and max_new_tokens 8 are 129, and the model has 128 positions"):
+    with pytest.raises(DataError, match="121 and max_new_tokens 8 are 129, and the model takes 128 tokens"):
         align("grpo", world.inputs, tmp_path, {**CHANGES, "max_prompt_tokens": 121})
 
 
@@ -241,5 +246,5 @@ def test_too_many_prompts_that_are_too_long(world: OnPolicyWorld, tmp_path: Path
         tuple(encode_prompt(world.tokenizer, short["messages"]))
     }
     assert seen.result.facts.dropped_rows == {"prompt_too_long": 8}
-    with pytest.raises(DataError, match=r"has no training prompt that can be used: {'prompt_too_long': 12}"):
+    with pytest.raises(DataError, match=r"none of the 8 prompts can be used: {'prompt_too_long': 8}"):
         align("grpo", inputs, tmp_path / "all", {**CHANGES, "max_prompt_tokens": 3})

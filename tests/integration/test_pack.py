@@ -85,7 +85,7 @@ def processor(made: Path) -> SentencePieceProcessor:
 
 def run(text: Path, made: Path, out: Path, **params: Any) -> Result:
     return pack.run(
-        context({"text": text, "tokenizer": made}, out), pack.Params(**{"sequence_length": LENGTH, **params})
+        context({"text": text, "tokenizer": made}, out), pack.PackParams(**{"sequence_length": LENGTH, **params})
     )
 
 
@@ -263,20 +263,21 @@ def test_a_tokenizer_without_bos(text: Path, tmp_path: Path) -> None:
 def test_asked_to_stop_it_stops(text: Path, made: Path, tmp_path: Path) -> None:
     with pytest.raises(Preempted):
         pack.run(
-            context({"text": text, "tokenizer": made}, tmp_path / "out", stop=True), pack.Params(sequence_length=LENGTH)
+            context({"text": text, "tokenizer": made}, tmp_path / "out", stop=True),
+            pack.PackParams(sequence_length=LENGTH),
         )
 
 
 def test_blocks_longer_than_the_model_are_found_when_planning() -> None:
     def problems(length: int, architecture: dict[str, Any] | None) -> list[str]:
         inputs = {"text": Estimate(), "tokenizer": Estimate(vocabulary_size=7, architecture=architecture)}
-        forecast = Forecast(pack.Params(sequence_length=length), Resources(), inputs)
+        forecast = Forecast(pack.PackParams(sequence_length=length), Resources(), inputs)
         assert pack.estimate(forecast).vocabulary_size == 7
         assert pack.estimate(forecast).sequence_length == length
         return list(map(str, pack.check(forecast)))
 
     assert problems(513, {"max_position_embeddings": 512}) == [
-        "params.sequence_length: is 513, and the model has 512 positions. Lower it to 512."
+        "params.sequence_length: is 513, and the model takes 512 tokens. Lower it to 512."
     ]
     assert problems(512, {"max_position_embeddings": 512}) == problems(513, None) == []
 

@@ -21,7 +21,7 @@ from pipeline.stage import Context, Estimate, Forecast, Result
 from pipeline.store.artifact import MANIFEST, Facts, Kind, Manifest
 from stages.alignment.reward import STAGE, RewardObjective, RewardParams, heldout_metrics
 from stages.lib.models.heads import add_reward_head, choose_padding
-from stages.lib.preferring.pairs import Pairs, Part, collate_pairs
+from stages.lib.preferring.pairs import Pairs, collate_pairs, tokenizing_pairs
 from stages.lib.preferring.reward_models import (
     FIXED_PROMPTS,
     fixed_prompt_scores,
@@ -31,6 +31,7 @@ from stages.lib.preferring.reward_models import (
 )
 from stages.lib.rows.canonical import read_rows, write_rows
 from stages.lib.text.chat_spans import encode_chat
+from stages.lib.text.tokenized_parts import TokenizedPart, TokenizedRows
 from tests.integration.preference_world import (
     PreferenceWorld,
     make_model,
@@ -152,13 +153,14 @@ def test_pairs_of_several_parts_keep_their_categories_and_margins(world: Prefere
     """Two processes meet the categories in different orders, and each has every second row."""
     pair = next(read_rows(world.preferences / "heldout.jsonl"))
     said = [("b", "x"), ("a", None), (None, "x"), ("b", "y"), ("a", "z")]
-    parts = [Part(with_margins=True), Part(with_margins=True)]
+    how = tokenizing_pairs(world.tokenizer, 512, with_margins=True)
+    parts = [TokenizedPart(), TokenizedPart()]
     for index, (source, corruption) in enumerate(said):
         row = {**pair, "source": source, "corruption": corruption, "margin": index / 2}
-        parts[index % 2].add(index, row, world.tokenizer, 512)
+        parts[index % 2].add(index, how.make(row))
     for rank, part in enumerate(parts):
         part.write(tmp_path / str(rank))
-    pairs = Pairs([tmp_path / "0", tmp_path / "1"])
+    pairs = Pairs(TokenizedRows([tmp_path / "0", tmp_path / "1"]))
     names = [*pairs.categories, None]
     assert [tuple(names[number] for number in row["categories"]) for row in pairs] == said
     assert [row["margin"] for row in pairs] == [0.0, 0.5, 1.0, 1.5, 2.0]

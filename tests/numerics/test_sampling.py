@@ -127,7 +127,7 @@ def completed(
     """A completion of the prompts at these positions, together in one batch."""
     uniforms_BK = np.stack([uniforms_for(SEED, position, num_new) for position in positions])
     prompts = [PROMPTS[position] for position in positions]
-    return sample(model, prompts, uniforms_BK, stop_ids=stop_ids, padding_id=PADDING, temperature=temperature)
+    return sample(model, prompts, uniforms_BK, stop_ids=stop_ids, temperature=temperature)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -224,7 +224,7 @@ def test_the_models_own_generation_config_changes_nothing() -> None:
         assert each.logprobs.tolist() == plain.logprobs.tolist()
     assert model.generation_config is habits
     with pytest.raises(IndexError):
-        sample(model, [[VOCABULARY]], np.zeros((1, 2)), stop_ids=[1], padding_id=PADDING, temperature=1.0)
+        sample(model, [[VOCABULARY]], np.zeros((1, 2)), stop_ids=[1], temperature=1.0)
     assert model.generation_config is habits
     assert habits.to_diff_dict() == GenerationConfig(**HABITS).to_diff_dict()
 
@@ -242,3 +242,46 @@ def test_the_same_under_a_fresh_adapter() -> None:
         assert each.ids.tolist() == plain.ids.tolist()
     assert model.generation_config is habits
     assert model.get_base_model().generation_config is habits
+
+
+def test_what_pads_shorter_prompts_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.lib.generating import sampling
+
+    model = tiny_policy("llama")
+    expected = completed(model)
+    monkeypatch.setattr(sampling, "PADDING_ID", PADDING)
+    assert sampling.PADDING_ID != 0
+    for each, other in zip(completed(model), expected, strict=True):
+        assert each.ids.tolist() == other.ids.tolist()
+        assert each.logprobs.tolist() == other.logprobs.tolist()
+
+
+def test_the_nucleus_leaves_the_likeliest_tokens_with_their_shares() -> None:
+    """Of 1/2, 1/4, 1/8, 1/8 the first two hold 0.75: with top_p 0.7 token 0 is drawn below 2/3, and token 2 from there on."""
+    numbers = [0.0, 2 / 3 - 1e-6, 2 / 3 + 1e-6, 1 - 1e-6]
+    drawing = DrawByUniforms(np.array(numbers).reshape(-1, 1), prompt_length=2, temperature=1.0, top_p=0.7)
+    chosen_BV = drawing(torch.zeros(4, 2).long(), LOGITS_V.expand(4, -1))
+    assert chosen_BV.argmax(-1).tolist() == [0, 0, 2, 2]
+    assert drawing.logprobs[0].exp().tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 1 / 3])
+
+
+def test_tokens_are_told_as_they_come() -> None:
+    """Those of the completion, the one that ends it included, and none of the prompt."""
+    model = tiny_policy("llama")
+    for position, whole in enumerate(completed(model)):
+        told: list[int] = []
+        numbers_1K = uniforms_for(SEED, position, NUM_NEW)[None]
+        options: dict[str, Any] = {"stop_ids": STOP_IDS, "temperature": 1.0, "on_token": told.append}
+        sample(model, [PROMPTS[position]], numbers_1K, **options)
+        assert told == whole.ids.tolist()
+
+
+def test_all_that_write_completions_are_asked_in_one_way() -> None:
+    from inspect import signature
+
+    from stages.lib.generating.generator import Sampler
+    from stages.lib.generating.transformers import TransformersSampler
+    from stages.lib.generating.vllm import VllmEngine
+
+    asked = signature(Sampler.sample)
+    assert signature(TransformersSampler.sample) == signature(VllmEngine.sample) == asked

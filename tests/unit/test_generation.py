@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -13,13 +14,11 @@ from pipeline.errors import ArtifactError, DataError
 from stages.lib.generating.chat import chat, load_chat_model
 from stages.lib.generating.replies import (
     IncrementalDecoder,
-    stop_token_ids,
-    stream_reply,
-    stream_tokens,
-    whole_reply,
+    stop_ids_of,
     write_replies,
+    write_reply,
 )
-from stages.lib.generating.sampling import uniforms_for
+from stages.lib.generating.sampling import sample, uniforms_for
 from stages.lib.text.chat_spans import encode_prompt
 
 BOS, EOS, TURN_END = 1, 2, 3
@@ -120,16 +119,17 @@ def test_a_stray_byte_spoils_neither_what_came_before_nor_what_comes_after(token
 def test_greedy_tokens_are_what_generate_gives(model: Any, tokenizer: Any) -> None:
     prompt = encode_prompt(tokenizer, user("the cat"))
     generated = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, pad_token_id=EOS)
-    tokens = stream_tokens(model, prompt, frozenset([EOS]), max_new_tokens=24, temperature=0, top_p=1.0, seed=0)
-    assert list(tokens) == generated[0, len(prompt) :].tolist()
+    (written,) = sample(model, [prompt], np.zeros((1, 24)), stop_ids=[EOS], temperature=0)
+    assert written.ids.tolist() == generated[0, len(prompt) :].tolist()
     assert len(set(generated[0, len(prompt) :].tolist())) > 3
 
 
-def test_the_stream_joins_to_the_whole_reply(model: Any, tokenizer: Any) -> None:
+def test_the_pieces_join_to_the_whole_reply(model: Any, tokenizer: Any) -> None:
     options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}
-    pieces = list(stream_reply(model, tokenizer, user("hello"), **options))
+    pieces: list[str] = []
+    reply = write_reply(model, tokenizer, user("hello"), show=pieces.append, **options)
     assert len(pieces) > 1
-    assert "".join(pieces) == whole_reply(stream_reply(model, tokenizer, user("hello"), **options)).text
+    assert "".join(pieces) == reply.text
 
 
 def test_any_stop_id_of_the_generation_config_ends_the_turn(model: Any, tokenizer: Any) -> None:
@@ -137,13 +137,13 @@ def test_any_stop_id_of_the_generation_config_ends_the_turn(model: Any, tokenize
     prompt = torch.tensor([encode_prompt(tokenizer, user("hello"))])
     ids = model.generate(prompt, do_sample=False, max_new_tokens=6, pad_token_id=EOS)[0, prompt.shape[1] :].tolist()
     assert len(ids) == 6 and ids[2] not in ids[:2]
-    cut = whole_reply(stream_reply(model, tokenizer, user("hello"), max_new_tokens=6))
+    cut = write_reply(model, tokenizer, user("hello"), max_new_tokens=6)
     assert (cut.num_tokens, cut.truncated) == (6, True)
     before = model.generation_config.eos_token_id
     try:
         model.generation_config.eos_token_id = [EOS, ids[2]]
-        assert stop_token_ids(model, tokenizer) == {EOS, ids[2]}
-        stopped = whole_reply(stream_reply(model, tokenizer, user("hello"), max_new_tokens=6))
+        assert stop_ids_of(model, tokenizer) == {EOS, ids[2]}
+        stopped = write_reply(model, tokenizer, user("hello"), max_new_tokens=6)
     finally:
         model.generation_config.eos_token_id = before
     assert (stopped.num_tokens, stopped.truncated) == (2, False)
@@ -155,7 +155,7 @@ def test_sampling_is_a_function_of_the_seed_and_leaves_the_global_generator_alon
     untouched = torch.rand(1)
     torch.manual_seed(5)
     texts = [
-        whole_reply(stream_reply(model, tokenizer, user("a"), max_new_tokens=16, temperature=1.0, seed=seed)).text
+        write_reply(model, tokenizer, user("a"), max_new_tokens=16, temperature=1.0, seed=seed).text
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -164,8 +164,8 @@ def test_sampling_is_a_function_of_the_seed_and_leaves_the_global_generator_alon
 
 def test_the_narrowest_nucleus_is_greedy(model: Any, tokenizer: Any) -> None:
     """With top_p near 0 only the likeliest token is left, at any temperature."""
-    greedy = whole_reply(stream_reply(model, tokenizer, user("a"), max_new_tokens=12))
-    nucleus = whole_reply(stream_reply(model, tokenizer, user("a"), max_new_tokens=12, temperature=2.0, top_p=1e-6))
+    greedy = write_reply(model, tokenizer, user("a"), max_new_tokens=12)
+    nucleus = write_reply(model, tokenizer, user("a"), max_new_tokens=12, temperature=2.0, top_p=1e-6)
     assert nucleus == greedy
 
 
@@ -173,9 +173,9 @@ def test_the_context_limits_the_reply_and_refuses_a_conversation_that_fills_it(m
     """The model reads 160 tokens. A prompt of 160 - 4 leaves room for 4."""
     empty = len(encode_prompt(tokenizer, user("")))
     letters = "s" * (160 - 4 - empty)
-    assert whole_reply(stream_reply(model, tokenizer, user(letters), max_new_tokens=50)).num_tokens == 4
+    assert write_reply(model, tokenizer, user(letters), max_new_tokens=50).num_tokens == 4
     with pytest.raises(DataError, match="160 tokens long, and the model reads 160"):
-        list(stream_reply(model, tokenizer, user(letters + "ssss"), max_new_tokens=50))
+        write_reply(model, tokenizer, user(letters + "ssss"), max_new_tokens=50)
 
 
 CONVERSATIONS = [user(text) for text in ("a", "the cat sat on the hat", "hello", "\u4f60\u597d", "rain", "is it late?")]
@@ -190,19 +190,20 @@ def replies_in_batches(model: Any, tokenizer: Any, batch_size: int, **options: A
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_likeliest_replies_are_those_of_the_stream(model: Any, tokenizer: Any, batch_size: int) -> None:
+def test_likeliest_replies_are_those_that_are_written_alone(model: Any, tokenizer: Any, batch_size: int) -> None:
     """The tenth token of the first reply is declared a stop id: that reply ends there or before, others go on or end
     elsewhere, so that a batch holds replies of different lengths."""
     prompt = encode_prompt(tokenizer, CONVERSATIONS[0])
-    ids = list(stream_tokens(model, prompt, frozenset([EOS]), max_new_tokens=10, temperature=0, top_p=1.0, seed=0))
+    (first,) = sample(model, [prompt], np.zeros((1, 10)), stop_ids=[EOS], temperature=0)
+    ids = first.ids.tolist()
     before = model.generation_config.eos_token_id
     try:
         model.generation_config.eos_token_id = [EOS, ids[9]]
-        streamed = [whole_reply(stream_reply(model, tokenizer, each, max_new_tokens=24)) for each in CONVERSATIONS]
+        alone = [write_reply(model, tokenizer, each, max_new_tokens=24) for each in CONVERSATIONS]
         written = replies_in_batches(model, tokenizer, batch_size, temperature=0)
     finally:
         model.generation_config.eos_token_id = before
-    assert written == streamed
+    assert written == alone
     assert not written[0].truncated
     assert len({reply.num_tokens for reply in written}) > 2
 
@@ -212,6 +213,17 @@ def test_a_drawn_reply_depends_on_its_position_and_on_no_other_reply(model: Any,
     assert replies_in_batches(model, tokenizer, 1, top_p=0.9) == together
     assert replies_in_batches(model, tokenizer, 4, top_p=0.9, positions=[4, 1]) == [together[4], together[1]]
     assert replies_in_batches(model, tokenizer, 4, top_p=0.9, seed=4) != together
+
+
+def test_a_reply_that_is_shown_as_it_comes_is_the_one_that_is_written_in_a_batch(model: Any, tokenizer: Any) -> None:
+    """The same seed and position: `slipway chat` says what `write_replies` says, at any temperature."""
+    together = replies_in_batches(model, tokenizer, 4, temperature=0.8, top_p=0.9)
+    alone = [
+        write_reply(model, tokenizer, each, position=position, max_new_tokens=24, temperature=0.8, top_p=0.9, seed=3)
+        for position, each in enumerate(CONVERSATIONS)
+    ]
+    assert alone == together
+    assert len({reply.text for reply in alone}) > 3
 
 
 def test_drawn_tokens_are_those_at_the_place_of_their_random_number(model: Any, tokenizer: Any) -> None:
@@ -261,16 +273,16 @@ class Console:
 
 
 def test_chat_keeps_the_conversation_until_reset(folder: Path) -> None:
-    """Turn n draws with seed + n, from the whole conversation so far; after /reset from the last message alone."""
+    """Turn n draws at position n, from the whole conversation so far; after /reset from the last message alone."""
     model, tokenizer = load_chat_model(folder)
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.8, "top_p": 0.9}
     console = Console("hello", "the cat", "", "/reset", "the cat", None)
     chat(folder, console.read_line, console.write, seed=7, device="cpu", **options)
 
-    first = whole_reply(stream_reply(model, tokenizer, user("hello"), seed=7, **options)).text
+    first = write_reply(model, tokenizer, user("hello"), seed=7, position=0, **options).text
     history = [*user("hello"), {"role": "assistant", "content": first}, *user("the cat")]
-    second = whole_reply(stream_reply(model, tokenizer, history, seed=8, **options)).text
-    third = whole_reply(stream_reply(model, tokenizer, user("the cat"), seed=9, **options)).text
+    second = write_reply(model, tokenizer, history, seed=7, position=1, **options).text
+    third = write_reply(model, tokenizer, user("the cat"), seed=7, position=2, **options).text
     expected = [f"{first}\n", f"{second}\n", "", "The conversation is forgotten.\n", f"{third}\n"]
     assert console.written[1:-1] == expected
 
@@ -285,7 +297,7 @@ def test_chat_goes_on_after_a_message_that_is_too_long(folder: Path) -> None:
     console = Console("s" * 200, "hello", None)
     chat(folder, console.read_line, console.write, max_new_tokens=4, temperature=0, device="cpu")
     model, tokenizer = load_chat_model(folder)
-    expected = whole_reply(stream_reply(model, tokenizer, user("hello"), max_new_tokens=4)).text
+    expected = write_reply(model, tokenizer, user("hello"), max_new_tokens=4).text
     assert "was not sent" in console.written[1]
     assert console.written[2] == f"{expected}\n"
 

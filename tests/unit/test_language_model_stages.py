@@ -90,7 +90,7 @@ def test_all_that_is_wrong_with_an_architecture() -> None:
         "params.architecture.vocab_size: is 400, and the tokens need 500",
         "params.architecture.hiden_size: is no field of llama",
         "params.architecture.hidden_size: 66 is not a multiple of 4 attention heads",
-        "params.architecture.max_position_embeddings: has room for 100 tokens, and the blocks have 128",
+        "params.architecture.max_position_embeddings: the blocks have 128 tokens, and the model takes 100 tokens",
     ]
 
 

@@ -11,26 +11,28 @@ import pytest
 
 from pipeline.errors import RewardError, SlipwayError
 from pipeline.settings.strict import Strict, documentation
-from stages.lib.on_policy.rewards import (
+from stages.lib.on_policy.reward_params import (
     LEARNED,
-    REWARDS,
-    Completion,
     FormatReward,
     LearnedReward,
     ProgrammaticReward,
     Reward,
-    RewardFunction,
     Rewards,
+    WeightedReward,
+    learned,
+    programmatic,
+    reward_names,
+)
+from stages.lib.on_policy.rewards import (
+    REWARDS,
+    Completion,
+    RewardFunction,
     Sample,
     Unscorable,
-    WeightedReward,
     check_rows,
     check_scores,
     combine,
     count_in_order,
-    learned,
-    programmatic,
-    reward_names,
     score_programmatic,
 )
 from stages.lib.rows.canonical import Row

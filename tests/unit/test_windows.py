@@ -21,9 +21,9 @@ from stages.lib.encoding.answering import (
     read_question,
     span_of_units,
 )
-from stages.lib.formulas.metrics import answer_f1, exact_match, units
+from stages.lib.formulas.metrics import answer_exact_match, answer_f1, units
 from stages.lib.text.frames import Frame, encode, frame_of, open_tokenizer, require_frame
-from stages.lib.text.windows import cut, owned, windows_of
+from stages.lib.text.windows import cut_places, owned, windows_of
 from tests.rows import chinese_questions
 
 WORDS = "who is the king of spain ? felipe rules since 2014 and lives in madrid .".split()
@@ -113,15 +113,15 @@ def assert_cut_like_the_tokenizer(
 
 
 def test_cut_shares_the_stride_and_stops_at_the_end() -> None:
-    assert cut(10, 10, 3) == [(0, 10)]
-    assert cut(11, 10, 3) == [(0, 10), (7, 11)]
-    assert cut(24, 10, 3) == [(0, 10), (7, 17), (14, 24)]
-    assert cut(0, 10, 3) == [(0, 0)]
+    assert cut_places(10, 10, 3) == [(0, 10)]
+    assert cut_places(11, 10, 3) == [(0, 10), (7, 11)]
+    assert cut_places(24, 10, 3) == [(0, 10), (7, 17), (14, 24)]
+    assert cut_places(0, 10, 3) == [(0, 0)]
 
 
 def test_cut_refuses_a_stride_that_does_not_move_on() -> None:
     with pytest.raises(DataError, match=r"stride_tokens: 5 tokens are shared between windows that have room for 5"):
-        cut(10, 5, 5)
+        cut_places(10, 5, 5)
 
 
 def test_every_token_has_one_owner_that_sees_most_around_it() -> None:
@@ -249,9 +249,9 @@ def test_an_empty_context_has_no_answer() -> None:
 def test_scores_of_english_are_by_word() -> None:
     """`the King of Spain!` and `king` share one unit: 2 * 1 / (3 + 1)."""
     assert units("The King, of  Spain!") == ["king", "of", "spain"]
-    assert exact_match("the King of Spain!", ["king of spain"]) == 1
+    assert answer_exact_match("the King of Spain!", ["king of spain"]) == 1
     assert answer_f1("the King of Spain!", ["king"]) == pytest.approx(0.5)
-    assert exact_match("king", ["the king of spain"]) == 0
+    assert answer_exact_match("king", ["the king of spain"]) == 0
     assert answer_f1("felipe", ["madrid"]) == 0
 
 
@@ -259,20 +259,20 @@ def test_scores_of_chinese_are_by_character() -> None:
     """1963 + year and 1963 + year + month share 2 units: 2 * 2 / (2 + 3)."""
     assert units("1963\u5e74\u3002") == ["1963", "\u5e74"]
     assert answer_f1("1963\u5e74", ["1963\u5e74\u6708"]) == pytest.approx(4 / 5)
-    assert exact_match("1963 \u5e74", ["1963\u5e74"]) == 1
+    assert answer_exact_match("1963 \u5e74", ["1963\u5e74"]) == 1
 
 
 def test_the_best_reference_counts_and_none_wants_an_empty_answer() -> None:
-    assert exact_match("madrid", ["spain", "madrid"]) == 1
+    assert answer_exact_match("madrid", ["spain", "madrid"]) == 1
     assert answer_f1("in madrid", ["spain", "madrid"]) == pytest.approx(2 / 3)
-    assert (exact_match("", []), answer_f1("", [])) == (1, 1)
-    assert (exact_match("madrid", []), answer_f1("madrid", [])) == (0, 0)
-    assert (exact_match("", ["madrid"]), answer_f1("", ["madrid"])) == (0, 0)
+    assert (answer_exact_match("", []), answer_f1("", [])) == (1, 1)
+    assert (answer_exact_match("madrid", []), answer_f1("madrid", [])) == (0, 0)
+    assert (answer_exact_match("", ["madrid"]), answer_f1("", ["madrid"])) == (0, 0)
 
 
 def test_an_answer_of_punctuation_alone_is_not_empty() -> None:
     assert units("()") == ["()"]
-    assert (exact_match("", ["()"]), exact_match("()", ["()"])) == (0, 1)
+    assert (answer_exact_match("", ["()"]), answer_exact_match("()", ["()"])) == (0, 1)
 
 
 def test_chance_takes_as_many_units_as_answers_usually_have() -> None:

@@ -17,15 +17,15 @@ from torch.nn.functional import nll_loss
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.encoding.encoders import call, model_inputs
-from stages.lib.formulas.metrics import UNIT, answer_f1, exact_match
+from stages.lib.formulas.metrics import UNIT, answer_exact_match, answer_f1
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.text.frames import Frame, encode
 from stages.lib.text.offsets import Offset, overlapping, trim
-from stages.lib.text.windows import Window, evaluation_batch_size, windows_of
+from stages.lib.text.windows import TextWindow, evaluation_batch_size, windows_of
 from stages.lib.training.evaluating import Evaluator
 
 
-def window_label(window: Window, offsets: Sequence[Offset], start: int, end: int) -> tuple[int, int]:
+def window_label(window: TextWindow, offsets: Sequence[Offset], start: int, end: int) -> tuple[int, int]:
     """The first and last position, among the window's ids, of the characters `start` to `end` of the text.
 
     (0, 0) where the window does not hold all of them.
@@ -51,7 +51,7 @@ class Question:
     context: str
     references: list[Reference]
     offsets: list[Offset]
-    windows: list[Window]
+    windows: list[TextWindow]
     labels: list[tuple[int, int]]
     shortened: bool
     """Whether the question was longer than allowed, and lost its end."""
@@ -148,7 +148,7 @@ NUM_CANDIDATES = 20
 """Answers that each window may put up."""
 
 
-def training_windows(question: Question) -> Iterator[dict[str, Any]]:
+def reading_windows(question: Question) -> Iterator[dict[str, Any]]:
     """`{input_ids, token_type_ids, start, end}` per window; start and end are 0 where the answer is not in it."""
     for window, (start, end) in zip(question.windows, question.labels, strict=True):
         yield {"input_ids": window.ids, "token_type_ids": window.type_ids, "start": start, "end": end}
@@ -217,7 +217,7 @@ class Reading:
                 question, start_WT[mine], end_WT[mine], NUM_CANDIDATES, self.max_answer_tokens
             )
             given = answer_text(question, answers, nothing, self.null_threshold)
-            exact += exact_match(given, references_of(question))
+            exact += answer_exact_match(given, references_of(question))
             f1 += answer_f1(given, references_of(question))
         return {
             "exact_match": torch.tensor(exact, dtype=torch.float64),
@@ -239,7 +239,7 @@ class Reading:
         ]
         first = [span_of_units(question.context, 0, count) for question in self.heldout]
         return {
-            "heldout_exact_match_random": self.mean(exact_match, drawn),
+            "heldout_exact_match_random": self.mean(answer_exact_match, drawn),
             "heldout_f1_random": self.mean(answer_f1, drawn),
             "heldout_f1_first": self.mean(answer_f1, first),
         }

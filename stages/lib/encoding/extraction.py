@@ -10,18 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from stages.lib.encoding.encoders import call, model_inputs, pad
+from stages.lib.encoding.encoders import call, model_inputs
 from stages.lib.encoding.tagging import Dictionary, Span, best_tags, random_tags, spans_of, tag_names, tag_spans
 from stages.lib.formulas.metrics import Tally, span_metrics, tally
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.text.batches import padded
 from stages.lib.text.frames import Frame, encode
 from stages.lib.text.offsets import Offset
-from stages.lib.text.windows import Window, evaluation_batch_size, owned, windows_of
+from stages.lib.text.windows import TextWindow, evaluation_batch_size, owned, windows_of
 from stages.lib.training.evaluating import Evaluator
 
 IGNORED = -100
@@ -39,12 +40,12 @@ class TaggedText:
     spans: list[Span]
     offsets: list[Offset]
     tags: list[int]
-    windows: list[Window]
+    windows: list[TextWindow]
     counts: Counter[str]
     """Spans that tags cannot say as they stand, by reason."""
 
 
-def read_text(
+def read_tagged_text(
     row: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     frame: Frame,
@@ -60,7 +61,7 @@ def read_text(
     return TaggedText(row["text"], spans, offsets, tagged.tags, windows, tagged.counts)
 
 
-def training_windows(text: TaggedText) -> Iterator[dict[str, Any]]:
+def tagging_windows(text: TaggedText) -> Iterator[dict[str, Any]]:
     """`{input_ids, tags}` per window. A token that two windows share has its tag in one of them: it counts once."""
     for window, (start, end) in zip(text.windows, owned(text.windows), strict=True):
         if start == end:
@@ -95,7 +96,7 @@ class Extraction:
         """Training windows as tensors of W x T."""
         ids = [row["input_ids"] for row in rows]
         inputs = model_inputs(self.tokenizer, ids, [[0] * len(each) for each in ids])
-        return {**inputs, "tags": pad([row["tags"] for row in rows], IGNORED)}
+        return {**inputs, "tags": padded([row["tags"] for row in rows], IGNORED)}
 
     def collate_texts(self, rows: list[dict[str, Any]]) -> Tensors:
         """All windows of some held-out texts, and which texts these are."""
@@ -176,9 +177,9 @@ def found_spans(texts: Sequence[TaggedText], logits_WTK: torch.Tensor, labels: S
             left = window.first + start - window.start
             parts.append(log_probs_WTK[number, left : left + end - start])
             number += 1
-        whole.append(torch.cat(parts))
+        whole.append(torch.cat(parts).numpy())
     lengths_B = torch.tensor([len(log_probs_NK) for log_probs_NK in whole])
-    log_probs_BNK = pad_sequence(whole, batch_first=True)
+    log_probs_BNK = padded(whole, dtype=np.float32)
     mask_BN = torch.arange(log_probs_BNK.shape[1])[None] < lengths_B[:, None]
     tags_BN = best_tags(log_probs_BNK, mask_BN)
     return [

@@ -89,7 +89,7 @@ def is_punctuation(character: str) -> bool:
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
-def exact_match(answer: str, references: Sequence[str]) -> float:
+def answer_exact_match(answer: str, references: Sequence[str]) -> float:
     """1 if the answer has the same units as one of the references, in order, else 0. Rajpurkar et al. 2016."""
     return float(any(units(answer) == units(reference) for reference in references or [""]))
 

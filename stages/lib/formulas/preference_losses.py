@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,3 +114,10 @@ PREFERENCE_LOSSES = {
     "hinge": PreferenceLoss(hinge_loss),
     "ipo": PreferenceLoss(ipo_loss, averages_over_tokens=True),
 }
+"""The losses that a recipe may name. A new one is a line here, and nothing else."""
+
+
+if TYPE_CHECKING:
+    PreferenceLossName = str
+else:
+    PreferenceLossName = Literal[tuple(PREFERENCE_LOSSES)]

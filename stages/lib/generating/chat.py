@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import ArtifactError, DataError, Problem
 from stages.lib.formulas.bounds import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
-from stages.lib.generating.replies import stream_reply
+from stages.lib.generating.replies import write_reply
 from stages.lib.models.loading import load_language_model
 from stages.lib.text.tokenizers import load_tokenizer
 
@@ -34,16 +35,14 @@ def chat(
     read_line: Callable[[], str | None],
     write: Callable[[str], Any],
     *,
-    max_new_tokens: int = 256,
     temperature: float = 0.7,
-    top_p: float = 0.95,
-    seed: int = 0,
     device: str | None = None,
+    **options: Any,
 ) -> None:
     """Holds a conversation of several turns with the model in `folder`, until `/exit` or the end of the input.
 
-    `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. A reply that is
-    interrupted by Ctrl-C is kept as far as it came.
+    `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. `options` are those of a
+    `Conversation`.
     """
     if temperature and not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
         raise DataError(
@@ -51,40 +50,61 @@ def chat(
         )
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_chat_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    conversation = Conversation(model, tokenizer, write, temperature=temperature, **options)
     write("/reset starts anew, /exit ends.\n")
-    messages: list[dict[str, str]] = []
-    turns = 0
     while (line := read_line()) is not None:
         line = line.strip()
         if line == "/exit":
             return
         if line == "/reset":
-            messages.clear()
+            conversation.messages.clear()
             write("The conversation is forgotten.\n")
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
+        elif line:
+            conversation.answer(line)
+
+
+@dataclass
+class Conversation:
+    """What was said, and how the model goes on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    write: Callable[[str], Any]
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+    messages: list[dict[str, str]] = field(default_factory=list)
+    turns: int = 0
+
+    def answer(self, line: str) -> None:
+        """Writes the reply to the user's line as it comes. One that is interrupted by Ctrl-C is kept as far as it came."""
+        self.messages.append({"role": "user", "content": line})
         pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            self.write(piece)
+
         try:
-            # Each turn draws anew: the same question twice need not get the same answer.
-            for piece in stream_reply(
-                model,
-                tokenizer,
-                messages,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed + turns,
-            ):
-                pieces.append(piece)
-                write(piece)
+            write_reply(
+                self.model,
+                self.tokenizer,
+                self.messages,
+                # Each turn draws anew: the same question twice need not get the same answer.
+                position=self.turns,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed,
+                show=show,
+            )
         except KeyboardInterrupt:
             pass
         except DataError as error:
-            messages.pop()
-            write(f"{error}\nThat message was not sent. /reset starts anew.\n")
-            continue
-        turns += 1
-        write("\n")
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+            self.messages.pop()
+            self.write(f"{error}\nThat message was not sent. /reset starts anew.\n")
+            return
+        self.turns += 1
+        self.write("\n")
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})

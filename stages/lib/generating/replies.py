@@ -1,30 +1,23 @@
-"""Replies of a causal model: one token by token, or many at once.
+"""Replies of a causal model in its own chat template: one that is shown as it is written, or many at once.
 
-B: replies of a batch, T: tokens of their prompts, padded on the left, K: tokens that each reply may have.
+B: replies of a batch, K: tokens that each reply may have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from transformers import (
-    LogitsProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import DataError, Problem
-from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
-from stages.lib.generating.sampling import DrawByUniforms, continuations, uniforms_for
+from stages.lib.generating.sampling import Sampled, sample, uniforms_for
+from stages.lib.models.lengths import longest_text
 from stages.lib.text.chat_rendering import Messages
 from stages.lib.text.chat_spans import encode_prompt
-from stages.lib.text.tokenizers import stop_token_ids as usual_stop_token_ids
+from stages.lib.text.tokenizers import stop_token_ids
 
 REPLACEMENT = "\ufffd"
 """What decoding puts in place of bytes that are no UTF-8: at the end of a text, a character not yet complete."""
@@ -39,65 +32,54 @@ class Reply:
     truncated: bool
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids that end a turn: those of the model's generation config, else what the tokenizer's template shows."""
     stops = model.generation_config.eos_token_id if model.generation_config is not None else None
     if stops is None:
-        stops = usual_stop_token_ids(tokenizer)
+        stops = stop_token_ids(tokenizer)
     return frozenset([stops] if isinstance(stops, int) else stops)
 
 
-def context_length_tokens(model: PreTrainedModel) -> int | None:
-    """The longest sequence that the model has positions for; None if its config sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def stream_reply(
+def write_reply(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
     *,
+    position: int = 0,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> Generator[str, None, Reply]:
-    """The assistant's next turn, piece by piece, in whole characters; at its end the generator returns it as a whole.
+    show: Callable[[str], Any] = lambda piece: None,
+) -> Reply:
+    """The assistant's next turn. Its pieces, in whole characters, are given to `show` as they come.
 
-    Temperature 0 takes the likeliest token; above, tokens are drawn from the smallest set that holds `top_p` of the
-    probability (Holtzman et al., 2020). Raises `DataError` if the conversation leaves no room in the model's context.
+    What `write_replies` writes with the same seed and position, but for where the conversation leaves less room than
+    `max_new_tokens` in the model's context: then it ends there. Raises `DataError` if none is left.
     """
-    tokens = stream_tokens(
-        model,
-        encode_prompt(tokenizer, messages),
-        stop_token_ids(model, tokenizer),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    prompt = encode_prompt(tokenizer, messages)
+    limit = longest_text(model.config.to_dict())
+    if limit is not None and len(prompt) >= limit:
+        raise DataError(
+            Problem(
+                "conversation",
+                f"is {len(prompt):,} tokens long, and the model reads {limit:,} in all",
+                "Start a new one, or shorten it.",
+            )
+        )
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    stops = stop_ids_of(model, tokenizer)
     decoder = IncrementalDecoder(tokenizer)
-    while True:
-        try:
-            token = next(tokens)
-        except StopIteration as end:
-            stopped = bool(end.value)
-            break
-        if piece := decoder.add(token):
-            yield piece
+
+    def add(token: int) -> None:
+        if token not in stops and (piece := decoder.add(token)):
+            show(piece)
+
+    numbers_1K = uniforms_for(seed, position, room)[None]
+    (written,) = sample(model, [prompt], numbers_1K, stop_ids=stops, temperature=temperature, top_p=top_p, on_token=add)
     if piece := decoder.rest():
-        yield piece
-    return Reply(decoder.given, len(decoder.ids), truncated=not stopped)
-
-
-def whole_reply(stream: Generator[str, None, Reply]) -> Reply:
-    """What `stream_reply` returns once all pieces have come."""
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            result: Reply = end.value
-            return result
+        show(piece)
+    return Reply(decoder.given, len(decoder.ids), truncated=not written.ended)
 
 
 def write_replies(
@@ -114,12 +96,12 @@ def write_replies(
 ) -> list[Reply]:
     """The assistant's next turn in each conversation, `batch_size` of them at a time.
 
-    Temperature 0 writes what `stream_reply` writes. Above, the random numbers of a reply are a function of the seed and
-    of its position: what stands in a batch together decides nothing but the last bits of the probabilities. Raises
-    `DataError` if a conversation leaves no room for `max_new_tokens` in the model's context.
+    The random numbers of a reply are a function of the seed and of its position: what stands in a batch together decides
+    nothing but the last bits of the probabilities. Raises `DataError` if a conversation leaves no room for
+    `max_new_tokens` in the model's context.
     """
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
-    limit = context_length_tokens(model)
+    limit = longest_text(model.config.to_dict())
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise DataError(
@@ -129,108 +111,27 @@ def write_replies(
                 "Leave it out, or lower max_new_tokens.",
             )
         )
-    stops = stop_token_ids(model, tokenizer)
+    stops = stop_ids_of(model, tokenizer)
     replies: dict[int, Reply] = {}
     # Prompts of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         uniforms_BK = np.stack([uniforms_for(seed, positions[index], max_new_tokens) for index in batch])
-        written = write_tokens(
-            model,
-            [prompts[index] for index in batch],
-            uniforms_BK,
-            stops,
-            tokenizer.pad_token_id or 0,
-            temperature,
-            top_p,
-        )
-        for index, ids in zip(batch, written, strict=True):
-            end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-            decoder = IncrementalDecoder(tokenizer)
-            for token in ids[:end]:
-                decoder.add(token)
-            decoder.rest()
-            replies[index] = Reply(decoder.given, end, truncated=end == len(ids))
+        chosen = [prompts[index] for index in batch]
+        written = sample(model, chosen, uniforms_BK, stop_ids=stops, temperature=temperature, top_p=top_p)
+        replies |= {index: reply_of(each, tokenizer) for index, each in zip(batch, written, strict=True)}
     return [replies[index] for index in range(len(prompts))]
 
 
-@torch.inference_mode()
-def write_tokens(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    uniforms_BK: NDArray[np.float64],
-    stops: frozenset[int],
-    padding_id: int,
-    temperature: float,
-    top_p: float,
-) -> list[list[int]]:
-    """The ids that follow each prompt, at most K: after a stop id, which is among them, nothing more counts."""
-    processors: list[LogitsProcessor] = []
-    if temperature > 0:
-        # With what is left out at probability 0, the drawing leaves one token to choose: greedy decoding then samples.
-        processors.append(TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
-        processors.append(DrawByUniforms(uniforms_BK, max(map(len, prompts)), temperature=1.0))
-    written: list[list[int]] = continuations(
-        model, prompts, uniforms_BK.shape[1], processors, stop_ids=stops, padding_id=padding_id
-    ).tolist()
-    return written
-
-
-@torch.inference_mode()
-def next_token(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """The token to go on with, from the logits of the last position."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    scores_1V = (logits_V.float() / temperature).unsqueeze(0)
-    if top_p < 1:
-        scores_1V = TopPLogitsWarper(top_p)(torch.empty(1, 0, dtype=torch.long), scores_1V)
-    # Drawn on the CPU: one generator gives the same numbers on every device.
-    probabilities_V = scores_1V.softmax(-1)[0].cpu()
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))
-
-
-def stream_tokens(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    stops: frozenset[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> Generator[int, None, bool]:
-    """The ids that follow `prompt`, without the stop id. The generator returns whether a stop id ended it."""
-    limit = context_length_tokens(model)
-    if limit is not None and len(prompt) >= limit:
-        raise DataError(
-            Problem(
-                "conversation",
-                f"is {len(prompt):,} tokens long, and the model reads {limit:,} in all",
-                "Start a new one, or shorten it.",
-            )
-        )
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-    generator = torch.Generator().manual_seed(bounded_seed(seed, TORCH_BITS))
-    cache = None
-    ids = list(prompt)
-    for _ in range(room):
-        with torch.inference_mode():
-            output = model(
-                input_ids=torch.tensor([ids], device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        cache = output.past_key_values
-        token = next_token(output.logits[0, -1], temperature, top_p, generator)
-        if token in stops:
-            return True
-        yield token
-        ids = [token]
-    return False
+def reply_of(written: Sampled, tokenizer: PreTrainedTokenizerBase) -> Reply:
+    """The reply that the tokens spell, without the one that ends it."""
+    ids = written.ids[:-1] if written.ended else written.ids
+    decoder = IncrementalDecoder(tokenizer)
+    for token in ids.tolist():
+        decoder.add(token)
+    decoder.rest()
+    return Reply(decoder.given, len(ids), truncated=not written.ended)
 
 
 class IncrementalDecoder:

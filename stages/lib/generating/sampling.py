@@ -4,13 +4,13 @@ A token is drawn by turning one uniform number into a place of the cumulative di
 (seed, position of the completion, place of the token), so that a completion depends neither on its neighbours in the
 batch nor on the number of processes nor on what was drawn before; and nothing has to be restored after a restart.
 
-B: completions of a batch, K: tokens that each may have, V: vocabulary.
+B: completions of a batch, T: tokens of their prompts, padded on the left, K: tokens that each may have, V: vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from stages.lib.training.scheduling import seed_of
+
+PADDING_ID = 0
+"""Before shorter prompts and behind what has ended. Any id would do: masks and places tell what is padding."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +51,26 @@ def uniforms_for(seed: int, position: int, count: int) -> NDArray[np.float64]:
 class DrawByUniforms(LogitsProcessor):
     """Draws each row's next token from its uniform number, and leaves that token as the only one to choose.
 
-    So greedy decoding samples: exactly, from softmax(logits / temperature). Temperature 0 takes the likeliest token.
+    So greedy decoding samples: exactly, from softmax(logits / temperature), of which below `top_p` 1 only the likeliest
+    tokens that hold that much of the probability are left (Holtzman et al., 2020). Temperature 0 takes the likeliest token.
     """
 
-    def __init__(self, uniforms_BK: NDArray[np.float64], prompt_length: int, temperature: float) -> None:
+    def __init__(
+        self, uniforms_BK: NDArray[np.float64], prompt_length: int, temperature: float, top_p: float = 1.0
+    ) -> None:
         self.uniforms_BK = torch.from_numpy(uniforms_BK)
         self.prompt_length = prompt_length
         self.temperature = temperature
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        logp_BV = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)
+        scaled_BV = scores.float() / (self.temperature or 1.0)
+        if self.temperature and self.nucleus:
+            scaled_BV = self.nucleus(input_ids, scaled_BV)  # type: ignore[arg-type]
+        logp_BV = scaled_BV.log_softmax(-1)
         if self.temperature == 0:
-            token_B1 = logp_BV.argmax(-1, keepdim=True)
+            token_B1 = scores.argmax(-1, keepdim=True)
         else:
             place = input_ids.shape[1] - self.prompt_length
             # In double precision, or large vocabularies would lose their unlikely tokens to rounding.
@@ -64,77 +81,59 @@ class DrawByUniforms(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)  # type: ignore[return-value]
 
 
-def sample(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    uniforms_BK: NDArray[np.float64],
-    *,
-    stop_ids: Sequence[int],
-    padding_id: int,
-    temperature: float,
-) -> list[Sampled]:
-    """A completion of each prompt, of at most K tokens with K numbers in each row of `uniforms_BK`.
+class TokenStream(BaseStreamer):  # type: ignore[misc]
+    """Hands on the tokens of a single completion as they come, the stop id included."""
 
-    `model` is one of transformers, or an engine with a `sample` of its own (vllm_generation.py).
-    """
-    if hasattr(model, "sample"):
-        own: list[Sampled] = model.sample(prompts, uniforms_BK, stop_ids=stop_ids, temperature=temperature)
-        return own
-    return sample_by_transformers(
-        model, prompts, uniforms_BK, stop_ids=stop_ids, padding_id=padding_id, temperature=temperature
-    )
+    def __init__(self, on_token: Callable[[int], Any]) -> None:
+        self.on_token = on_token
+        self.in_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if not self.in_prompt:
+            self.on_token(int(value))
+        self.in_prompt = False
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 @torch.no_grad()
-def sample_by_transformers(
+def sample(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     uniforms_BK: NDArray[np.float64],
     *,
-    stop_ids: Sequence[int],
-    padding_id: int,
-    temperature: float,
-) -> list[Sampled]:
-    """`sample` with `generate`, greedily, because `DrawByUniforms` leaves one token to choose."""
-    drawing = DrawByUniforms(uniforms_BK, max(map(len, prompts)), temperature)
-    new_BK = continuations(
-        model, prompts, uniforms_BK.shape[1], [drawing], stop_ids=stop_ids, padding_id=padding_id
-    ).numpy()
-    logp_BK = torch.stack(drawing.logprobs, dim=1).float().cpu().numpy()
-    return [cut(ids_K, logp_K, stop_ids) for ids_K, logp_K in zip(new_BK, logp_BK, strict=True)]
-
-
-def continuations(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    processors: Sequence[LogitsProcessor],
-    *,
     stop_ids: Iterable[int],
-    padding_id: int,
-) -> Tensor:
-    """The ids that follow each prompt, B x K on the CPU: the likeliest after the processors, padding behind a stop id.
+    temperature: float,
+    top_p: float = 1.0,
+    on_token: Callable[[int], Any] | None = None,
+) -> list[Sampled]:
+    """A completion of each prompt, of at most K tokens with K numbers in each row of `uniforms_BK`.
 
-    The prompts are padded on the left. K: `max_new_tokens`, or less if all end sooner.
+    All text that models of transformers write is written here, by `generate`, greedily, because `DrawByUniforms` leaves
+    one token to choose. Of a single prompt's completion `on_token` is told each token as it comes.
     """
-    length = max(map(len, prompts))
-    ids_BT = torch.tensor([[padding_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    stops, length = sorted(stop_ids), max(map(len, prompts))
+    ids_BT = torch.tensor([[PADDING_ID] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=uniforms_BK.shape[1],
         do_sample=False,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=padding_id,
+        eos_token_id=stops,
+        pad_token_id=PADDING_ID,
         use_cache=True,
     )
+    drawing = DrawByUniforms(uniforms_BK, length, temperature, top_p)
     with only_this_generation_config(model, config):
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
-            logits_processor=LogitsProcessorList(processors),
+            logits_processor=LogitsProcessorList([drawing]),
+            streamer=TokenStream(on_token) if on_token else None,
         )
-    new_BK: Tensor = output_BT[:, length:].cpu()
-    return new_BK
+    new_BK = output_BT[:, length:].cpu().numpy()
+    logp_BK = torch.stack(drawing.logprobs, dim=1).float().cpu().numpy()
+    return [cut(ids_K, logp_K, stops) for ids_K, logp_K in zip(new_BK, logp_BK, strict=True)]
 
 
 def cut(ids_K: NDArray[np.int64], logp_K: NDArray[np.float32], stop_ids: Sequence[int]) -> Sampled:

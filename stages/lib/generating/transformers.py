@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from stages.lib.generating.sampling import Sampled, sample
 from stages.lib.training.engine import Engine
 from stages.lib.training.layouts import zero_stage_of
 
 
-class Generator:
+@dataclass(frozen=True)
+class TransformersSampler:
+    """A model of transformers."""
+
+    model: PreTrainedModel
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms_BK: NDArray[np.float64],
+        *,
+        stop_ids: Sequence[int],
+        temperature: float,
+    ) -> list[Sampled]:
+        """A completion of each prompt."""
+        return sample(self.model, prompts, uniforms_BK, stop_ids=stop_ids, temperature=temperature)
+
+
+class TransformersGenerator:
     """The policy as generation wants it: whole in every process, however it is split in training.
 
     Under ZeRO-3 this is a replica, whose weights are brought up to date once before each phase of generation, and not
@@ -29,21 +51,21 @@ class Generator:
             self.replica = make_replica().to(next(iter(policy.parameters())).dtype).requires_grad_(False).eval()
 
     @contextlib.contextmanager
-    def ready(self) -> Iterator[PreTrainedModel]:
+    def ready(self) -> Iterator[TransformersSampler]:
         """The model to generate with. All processes enter together."""
         if self.replica is None:
             training = self.policy.training
             self.policy.eval()
             try:
                 with self.engine.rounding():
-                    yield self.policy
+                    yield TransformersSampler(self.policy)
             finally:
                 self.policy.train(training)
             return
         self.replica.to(self.engine.device)
         self.engine.copy_weights(self.policy, self.replica)
         try:
-            yield self.replica
+            yield TransformersSampler(self.replica)
         finally:
             if self.engine.device.type != "cpu":
                 self.replica.to("cpu")

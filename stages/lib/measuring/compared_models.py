@@ -26,6 +26,7 @@ from stages.lib.measuring.perplexity import (
     pair_rows,
 )
 from stages.lib.models.config import read_config
+from stages.lib.models.lengths import longest_text, require_length
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.packed import PackedTokens
 from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
@@ -56,8 +57,8 @@ class Subject:
     @classmethod
     def open(cls, name: str, folder: Path) -> Subject:
         tokenizer = load_tokenizer(folder)
-        length = read_config(folder).get("max_position_embeddings")
-        return cls(name, folder, tokenizer, tokenizer_digest(tokenizer), chat_template_digest(tokenizer), length)
+        digests = tokenizer_digest(tokenizer), chat_template_digest(tokenizer)
+        return cls(name, folder, tokenizer, *digests, longest_text(read_config(folder)))
 
     def length(self, otherwise: int = 2**31) -> int:
         return min(self.context_tokens or otherwise, otherwise)
@@ -116,15 +117,14 @@ def add_text(rows: Rows, tokens: Path, num_blocks: int | None, subjects: Sequenc
             subject.text, subject.text_tokens = encode_text_rows(
                 subject.tokenizer, text, packed, subject.length(packed.sequence_length)
             )
-        elif subject.length(packed.sequence_length) < packed.sequence_length:
-            raise DataError(
-                Problem(
-                    f"inputs.models.{subject.name}",
-                    f"reads {subject.context_tokens} tokens, and the blocks of inputs.tokens have {packed.sequence_length}",
-                    "Pack blocks that all models read.",
-                )
-            )
         else:
+            require_length(
+                read_config(subject.folder),
+                packed.sequence_length,
+                where=f"inputs.models.{subject.name}",
+                what="the blocks of inputs.tokens have {tokens} tokens",
+                hint="Pack blocks that all models read.",
+            )
             subject.text, subject.text_tokens = own, text.num_tokens
 
 

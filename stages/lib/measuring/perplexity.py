@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stages.lib.formulas.token_losses import IGNORE, next_tokens, token_logps
 from stages.lib.preferring.reward_models import scores
 from stages.lib.rows.canonical import Row
+from stages.lib.text.batches import attention_mask, padded
 from stages.lib.text.chat_fitting import fit_chat, fit_preference
 from stages.lib.text.chat_rendering import Messages
 from stages.lib.text.packed import PackedTokens
@@ -63,7 +64,7 @@ def bits_per_byte(score: Score, tokens: float, num_bytes: int) -> float:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ScoredBatch:
     """Rows side by side, padded on the right: which of the rows they are, and their tensors, all B x T."""
 
     indices: list[int]
@@ -76,21 +77,15 @@ class Batch:
 
 def batches_by_length(
     rows: Sequence[ScoredRow], batch_size: int, device: torch.device, padding_id: int = 0
-) -> Iterator[Batch]:
+) -> Iterator[ScoredBatch]:
     """All rows, the longest first, so that those of like length share a batch and little is padded."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
     for start in range(0, len(rows), batch_size):
         indices = order[start : start + batch_size]
-        length = len(rows[indices[0]].ids)
-        ids_BT = torch.full((len(indices), length), padding_id)
-        mask_BT, asked_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
-        for place, index in enumerate(indices):
-            row = rows[index]
-            end = len(row.ids)
-            ids_BT[place, :end] = torch.as_tensor(row.ids)
-            mask_BT[place, :end] = 1
-            asked_BT[place, :end] = 1 if row.asked is None else torch.as_tensor(row.asked)
-        yield Batch(indices, ids_BT.to(device), mask_BT.to(device), asked_BT.to(device))
+        ids = [rows[index].ids for index in indices]
+        asked = [np.ones(len(rows[index].ids)) if rows[index].asked is None else rows[index].asked for index in indices]
+        tensors = padded(ids, padding_id), attention_mask(ids), padded(asked)
+        yield ScoredBatch(indices, *(tensor.to(device) for tensor in tensors))
 
 
 @torch.inference_mode()

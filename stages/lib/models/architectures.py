@@ -1,4 +1,4 @@
-"""New models from a recipe's block `architecture`: what is wrong with it, and the model that it describes.
+"""Where training on packed tokens starts: new models from a recipe's block `architecture`, or a model that is there.
 
 The block is a flat transformers config with its `model_type`. The vocabulary's size and the special tokens are filled in
 from the tokenizer. What `plan` asks is answered without torch or transformers, for the families of `arithmetic.FAMILIES`.
@@ -7,12 +7,13 @@ from the tokenizer. What `plan` asks is answered without torch or transformers, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, RecipeError, did_you_mean, shown
-from pipeline.stage import Estimate
+from pipeline.stage import Context, Estimate, Forecast
 from stages.lib.models.arithmetic import FAMILIES, SAME_FIELDS, completed, field_of, odd_fields
-from stages.lib.models.lengths import longest_text
+from stages.lib.models.lengths import length_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -80,22 +81,13 @@ def architecture_problems(
     sizes_known = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
     if sizes_known and hidden % heads and not config.get("head_dim"):
         problems.append(Problem(f"{WHERE}.hidden_size", f"{hidden} is not a multiple of {heads} attention heads"))
-    positions = {**config, "max_position_embeddings": field_of(block, "max_position_embeddings")}
-    return problems + position_problems(positions, tokens.sequence_length)
+    return problems + block_length_problems(block, tokens.sequence_length)
 
 
-def position_problems(config: Mapping[str, Any], sequence_length: int | None) -> list[Problem]:
-    """What is wrong if sequences are longer than a model of this config has positions."""
-    limit = longest_text({"pad_token_id": 1, **config})
-    if limit is None or not sequence_length or sequence_length <= limit:
-        return []
-    return [
-        Problem(
-            f"{WHERE}.max_position_embeddings",
-            f"has room for {limit} tokens, and the blocks have {sequence_length}",
-            f"Raise it by {sequence_length - limit}.",
-        )
-    ]
+def block_length_problems(config: Mapping[str, Any], sequence_length: int | None) -> list[Problem]:
+    """What is wrong if the blocks to train on are longer than a model of this config takes."""
+    where, hint = f"{WHERE}.max_position_embeddings", "Raise it by {above}."
+    return length_problems(config, sequence_length, where=where, what="the blocks have {tokens} tokens", hint=hint)
 
 
 def new_config(
@@ -132,7 +124,7 @@ def new_config(
         config = AutoConfig.for_model(model_type, **rest, **special_tokens_of(tokenizer))
     except Exception as error:  # transformers checks fields in ways of its own, some of them no ValueErrors
         raise RecipeError(Problem(WHERE, str(error).replace("\n", " "), "Correct the fields.")) from error
-    if problems := position_problems(config.to_dict(), sequence_length):
+    if problems := block_length_problems(config.to_dict(), sequence_length):
         raise RecipeError(*problems)
     return config
 
@@ -149,3 +141,61 @@ def build(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
         return auto_class.from_config(config)
     except ValueError as error:
         raise RecipeError(Problem(f"{WHERE}.model_type", str(error).splitlines()[0], "Choose another.")) from error
+
+
+def starting_model(
+    ctx: Context,
+    role: str,
+    block: Mapping[str, Any] | None,
+    auto_class: Any,
+    sequence_length: int,
+    *,
+    causal: bool = True,
+    vocabulary_multiple: int = 1,
+) -> tuple[Path, dict[str, Any]]:
+    """The folder with the weights that training on the input `tokens` starts from, and the model's config.
+
+    That is the input `role` where there is one, else a new model of the block, with the tokens' tokenizer beside it. Raises
+    `ArtifactError` if the input has another tokenizer, and `RecipeError` if the block is wrong.
+    """
+    from stages.lib.models.config import read_config
+    from stages.lib.models.loading import initial_weights
+    from stages.lib.text.tokenizers import copy_tokenizer, load_tokenizer, require_same_tokenizer
+
+    tokens = ctx.inputs["tokens"]
+    if role in ctx.inputs:
+        require_same_tokenizer(ctx.inputs[role], tokens, f"inputs.{role}")
+        return ctx.inputs[role], read_config(ctx.inputs[role])
+    tokenizer = load_tokenizer(tokens)
+    config = new_config(block or {}, tokenizer, sequence_length, causal=causal, vocabulary_multiple=vocabulary_multiple)
+    described = config.to_dict()
+    folder = initial_weights(ctx, lambda: build(auto_class, config))
+    if ctx.world.is_main:
+        # Fails now, and not after training, if transformers opens another tokenizer beside this model's config.
+        copy_tokenizer(tokens, folder)
+    return folder, described
+
+
+def starting_problems(
+    block: Mapping[str, Any] | None, role: str, forecast: Forecast, *, causal: bool = True, vocabulary_multiple: int = 1
+) -> list[Problem]:
+    """What is wrong with where training on the input `tokens` starts: at the input `role`, or at a new model of the block."""
+    tokens = forecast.inputs.get("tokens", Estimate())
+    if block is None:
+        if role in forecast.inputs:
+            return []
+        what = f"is required where the stage has no input {role}"
+        return [Problem(WHERE, what, f"Give model_type and the sizes of the {role}.")]
+    problems = architecture_problems(block, tokens, causal=causal, vocabulary_multiple=vocabulary_multiple)
+    if role in forecast.inputs:
+        what = f"has no effect where the stage has an input {role}"
+        problems.insert(0, Problem(WHERE, what, "Remove one of them."))
+    return problems
+
+
+def vocabulary_problems(forecast: Forecast, role: str, other: str, hint: str) -> list[Problem]:
+    """What is wrong if the inputs `role` and `other` cannot have the same tokenizer, as far as their sizes show."""
+    one, two = (forecast.inputs.get(each, Estimate()).vocabulary_size for each in (role, other))
+    if not one or not two or one == two:
+        return []
+    return [Problem(f"inputs.{role}", f"has a vocabulary of {one}, and the {other} one of {two}", hint)]

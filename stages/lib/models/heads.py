@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from pipeline.errors import ArtifactError, Problem
 from stages.lib.models.config import read_config
-from stages.lib.models.loading import load_model, without_dropout
+from stages.lib.models.loading import load_model, read_weights, without_dropout
 
 
 def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
@@ -25,18 +25,8 @@ def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
 
     Raises `ArtifactError` if anything else of the model is not in the folder, or no such model exists for its type.
     """
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # a table of the head's weights, in the words of a warning
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            num_labels=1,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, report = with_new_head(AutoModelForSequenceClassification, folder, num_labels=1)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -48,8 +38,6 @@ def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
                 "Choose another architecture.",
             )
         ) from None
-    finally:
-        logging.set_verbosity(level)
     holes = sorted(name for name in report["missing_keys"] if is_body(model, name))
     holes += [str(key) for key in report.get("mismatched_keys", ())]
     left_over = sorted(name for name in report["unexpected_keys"] if is_body(model, name))
@@ -65,6 +53,16 @@ def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
     model.config.num_labels = 1
     set_padding(model, padding_id)
     return model
+
+
+def with_new_head(auto_class: Any, folder: Path, **config: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The body in `folder` under a head of `auto_class`, in float32, and which weights are new; `config` goes to its config."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of the head's weights, in the words of a warning
+    try:
+        return read_weights(auto_class, folder, dtype=torch.float32, **config)
+    finally:
+        logging.set_verbosity(level)
 
 
 def is_body(model: PreTrainedModel, name: str) -> bool:
@@ -105,22 +103,8 @@ def add_head(auto_class: Any, encoder: Path, **config: Any) -> PreTrainedModel:
     Only the head (and a pooler, which the masked objective does not train) may be new. Raises `ArtifactError` if
     weights of the body are missing.
     """
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # a table of the new head's weights, in the words of a warning
-    try:
-        model, report = auto_class.from_pretrained(
-            encoder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **config,
-        )
-    finally:
-        logging.set_verbosity(level)
-    body = f"{model.base_model_prefix}."
-    holes = sorted(name for name in report["missing_keys"] if name.startswith(body) and ".pooler." not in name)
+    model, report = with_new_head(auto_class, encoder, **config)
+    holes = sorted(name for name in report["missing_keys"] if is_body(model, name) and ".pooler." not in name)
     holes += sorted(str(key) for key in report.get("mismatched_keys", ()))
     if holes:
         raise ArtifactError(

@@ -7,10 +7,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import Problem, RecipeError
 from stages.lib.formulas.token_losses import logits_of
 from stages.lib.text.batches import Collate
+from stages.lib.text.chat_rendering import special_ids
 
 
 class Measured(Protocol):
@@ -44,6 +46,11 @@ def require_isolation(evaluator: Measured, collate: Collate, plain_ids: Sequence
             raise cannot_isolate(f"its forward pass takes no such argument: {error}") from error
     if not torch.equal(logits[0][:, half:], logits[1][:, half:]):
         raise cannot_isolate("a document changes what the model makes of the next one")
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Three ids that are nothing special, for `require_isolation`."""
+    return sorted(set(range(len(tokenizer))) - special_ids(tokenizer))[:3]
 
 
 def cannot_isolate(why: str) -> RecipeError:

@@ -49,20 +49,25 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
     return folder
 
 
-def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
-    """The model in `folder` as an `auto_class` in float32, from safetensors only, without code from the folder.
-
-    Raises `ArtifactError` if weights that the class needs are not in the folder, or have another shape.
-    """
+def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in `folder` as an `auto_class`, and what its weights lack: from safetensors only, without code from there."""
     model, report = auto_class.from_pretrained(
         folder,
-        dtype=torch.float32,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
         **options,
     )
+    return model, report
+
+
+def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """The model in `folder` as an `auto_class` in float32, from safetensors only, without code from the folder.
+
+    Raises `ArtifactError` if weights that the class needs are not in the folder, or have another shape.
+    """
+    model, report = read_weights(auto_class, folder, dtype=torch.float32, **options)
     holes = [*sorted(report["missing_keys"]), *(str(key) for key in report.get("mismatched_keys", ()))]
     if holes:
         raise ArtifactError(
@@ -114,15 +119,7 @@ def load_language_model(folder: Path, device: str | torch.device = "cpu") -> Pre
     with no_progress_bars(), warnings.catch_warnings():
         # Says that the folder's own quantization is used with our way of loading it, which is what we want.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        model, report = read_weights(AutoModelForCausalLM, folder, dtype="auto", **options)
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ArtifactError(Problem(str(folder), f"does not hold the weights {missing}", "Name a causal model."))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.text.batches import padded
 from stages.lib.training.scheduling import seed_of
 
 PER_TOKEN = ("generator_logprobs", "logprobs", "ref_logprobs", "values", "advantages", "returns")
@@ -54,15 +54,12 @@ class Experience:
 
     def padded(self, name: str) -> Tensor:
         """N x K in double precision, 0 behind the end of each completion."""
-        rows = [torch.from_numpy(np.asarray(getattr(each, name), dtype=np.float64)) for each in self.episodes]
-        return pad_sequence(rows, batch_first=True)
+        return padded([getattr(each, name) for each in self.episodes], dtype=np.float64)
 
     @property
     def mask(self) -> Tensor:
         """N x K in double precision: 1 for the tokens of completions."""
-        return pad_sequence(
-            [torch.ones(len(each.ids), dtype=torch.float64) for each in self.episodes], batch_first=True
-        )
+        return padded([np.ones(len(each.ids)) for each in self.episodes], dtype=np.float64)
 
     @property
     def lengths(self) -> Tensor:
@@ -149,7 +146,7 @@ def collate_episodes(episodes: Sequence[Episode], padding_id: int) -> Tensors:
         attended_BT[row, begin:end] = 1
     batch = {"input_ids": ids_BT, "attention_mask": attended_BT, "mask": attended_BT[:, prompt_length:].float()}
     for name in PER_TOKEN:
-        rows = [torch.from_numpy(np.asarray(getattr(each, name), dtype=np.float32)) for each in episodes]
+        rows = [getattr(each, name) for each in episodes]
         if all(len(row) == len(each.ids) for row, each in zip(rows, episodes, strict=True)):
-            batch[name] = pad_sequence(rows, batch_first=True)
+            batch[name] = padded(rows, dtype=np.float32)
     return batch

@@ -258,7 +258,7 @@ def align(
     if saved is not None:
         progress = Progress.of(saved)
         parts.engine.load(saved.folder)
-        write_receipt(ctx, params, progress, saved)
+        say_what_was_restored(ctx, params, progress, saved)
     barrier()
     ctx.journal.note(
         f"{params.rollouts} rollouts of {params.rollout_batch_size} completions, each {params.epochs_per_rollout} times in"
@@ -268,7 +268,7 @@ def align(
     return aligner.run(), parts
 
 
-def write_receipt(ctx: Context, params: OnPolicyParams, progress: Progress, saved: Saved) -> None:
+def say_what_was_restored(ctx: Context, params: OnPolicyParams, progress: Progress, saved: Saved) -> None:
     """Says what was restored."""
     within = progress.experience is not None
     ctx.journal.write(

@@ -13,8 +13,9 @@ from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
 from stages.lib.models.adapters import LoraParams
-from stages.lib.models.arithmetic import BYTES, field_of, state_bytes_per_rank
-from stages.lib.on_policy.rewards import Rewards, learned
+from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
+from stages.lib.models.lengths import length_problems
+from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import read_layout
 from stages.lib.training.params import OptimizerParams, derive_batch
@@ -187,18 +188,10 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
 
 
 def room_problems(architecture: Mapping[str, Any], params: OnPolicyParams) -> list[Problem]:
-    """What is wrong if prompts and completions do not fit into the model's positions."""
-    positions = field_of(architecture, "max_position_embeddings")
+    """What is wrong if a prompt and its completion are together longer than the model takes."""
+    what = f"{params.max_prompt_tokens} and max_new_tokens {params.max_new_tokens} are {{tokens}}"
     length = params.max_prompt_tokens + params.max_new_tokens
-    if positions is None or length <= positions:
-        return []
-    return [
-        Problem(
-            "params.max_prompt_tokens",
-            f"{params.max_prompt_tokens} and max_new_tokens {params.max_new_tokens} are {length}, and the model has {positions} positions",
-            "Lower one of them.",
-        )
-    ]
+    return length_problems(architecture, length, where="params.max_prompt_tokens", what=what, hint="Lower one of them.")
 
 
 def estimate_on_policy(forecast: Forecast) -> Estimate:

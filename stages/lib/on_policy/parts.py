@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.lib.formulas import policy_gradient as pg
 from stages.lib.formulas.token_losses import Tensors
-from stages.lib.generating.transformers import Generator
-from stages.lib.generating.vllm import VllmGenerator
+from stages.lib.generating.generator import Generator
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged
 from stages.lib.on_policy.experience import Experience
 from stages.lib.on_policy.ptx import ChatMixture
@@ -112,7 +111,7 @@ class Parts:
     heldout: Prompts
     engine: Engine
     module: ActorCritic
-    generator: Generator | VllmGenerator
+    generator: Generator
     rates: list[float]
     """Highest learning rate of each of the optimizer's groups."""
     scorer: Scorer

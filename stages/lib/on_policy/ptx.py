@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.formulas.token_losses import TARGETS, num_asked
 from stages.lib.processes.collectives import all_reduce_sum
-from stages.lib.text.chats import collate_chats, tokenize_chats
+from stages.lib.text.chats import Chats, collate_chats, tokenizing_chats
+from stages.lib.text.tokenized_parts import require_enough, tokenize_file
 from stages.lib.training.engine import Engine
 from stages.lib.training.params import derive_batch
 from stages.lib.training.scheduling import ScheduledData, seed_of
@@ -27,15 +27,10 @@ class ChatMixture:
         max_length_tokens: int,
         total_steps: int,
     ) -> None:
-        chats, ledger = tokenize_chats(ctx, ctx.inputs["chats"] / "train.jsonl", tokenizer, max_length_tokens)
-        if ledger.kept * 2 < ledger.read:
-            raise DataError(
-                Problem(
-                    "inputs.chats",
-                    f"more than half of the chats cannot be used: {dict(ledger.dropped)}",
-                    "Raise ptx_max_length_tokens, or clean the chats.",
-                )
-            )
+        how = tokenizing_chats(tokenizer, max_length_tokens, limit="ptx_max_length_tokens")
+        chats = Chats(tokenize_file(ctx, ctx.inputs["chats"] / "train.jsonl", how))
+        ledger = chats.tokenized.ledger
+        require_enough(ledger, 0.5, "inputs.chats", "chats", "Raise ptx_max_length_tokens, or clean the chats.")
         ctx.journal.note(f"{ledger.kept:,} chats of {ledger.read:,} are mixed in, {batch_size} in each step")
         self.ctx = ctx
         self.batch = derive_batch(batch_size, ctx.resources, processes=ctx.world.size)

@@ -1,8 +1,9 @@
 """Rewards for on-policy training: functions that say what a completion is worth, and what their values must be like.
 
 A reward is given the prompt, the completion and the row that the prompt comes from, and gives one number. To add one: a
-params class in `Reward`, a function that makes the reward from its params, and a line in `REWARDS`. The learned reward
-(`reward_model`) has params here and no function: its model scores whole batches, and `check_scores` checks what it gives.
+params class in `ProgrammaticReward` of reward_params.py, a function here that makes the reward from its params, and a line in
+`REWARDS`. The learned reward (`reward_model`) has no function: its model scores whole batches, and `check_scores` checks what
+it gives.
 Nothing here imports torch, because `slipway plan` reads the params.
 """
 
@@ -14,17 +15,23 @@ import re
 import reprlib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
-
-from pipeline.errors import Problem, RewardError, did_you_mean
-from pipeline.settings.strict import Strict
-from stages.lib.formulas.bounds import Scale, SignedWeight
+from pipeline.errors import Problem, RewardError
+from stages.lib.on_policy.reward_params import (
+    ExactMatchReward,
+    FormatReward,
+    LengthPenaltyReward,
+    ProgrammaticReward,
+    RegularExpressionReward,
+    Reward,
+    programmatic,
+    reward_names,
+)
 from stages.lib.rows.canonical import Row
 from stages.lib.text.chat_rendering import Prompt
 
@@ -54,10 +61,6 @@ class Sample(NamedTuple):
 RewardFunction = Callable[[Prompt, Completion, Row], float]
 
 
-LEARNED = "reward_model"
-"""The kind of the reward that is no function."""
-
-
 class Unscorable(Exception):
     """There is no reward for this sample: what is wrong, and what to do. Rewards raise it where a row lacks something."""
 
@@ -65,122 +68,6 @@ class Unscorable(Exception):
         super().__init__(what, hint)
         self.what = what
         self.hint = hint
-
-
-def compiles(pattern: str) -> str:
-    """The pattern, if it is a regular expression that says anything."""
-    if not pattern:
-        raise ValueError("'' matches every text")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(compiles)]
-"""A regular expression as Python's `re` reads it; flags stand in it, such as (?s) for a dot that matches line breaks."""
-
-
-class WeightedReward(Strict):
-    """What all rewards have in common."""
-
-    weight: SignedWeight = 1.0
-    """What the reward is multiplied by before the rewards of a completion are added up; below 0, it is a penalty. Not 0."""
-
-    @field_validator("weight")
-    @classmethod
-    def check_weight(cls, weight: float) -> float:
-        if weight == 0:
-            raise ValueError("is 0, so the reward counts for nothing. Leave the reward out, or give it a weight.")
-        return weight
-
-
-class LearnedReward(WeightedReward):
-    """The score of a reward model."""
-
-    kind: Literal["reward_model"]
-    """The score that the reward model gives, which is the stage's input `reward`."""
-
-
-class ExactMatchReward(WeightedReward):
-    """Whether the completion says what a column of its row says."""
-
-    kind: Literal["exact_match"]
-    """1 where the completion and a column of its row are the same, else 0. Whitespace at the ends never counts."""
-    column: str = Field(min_length=1)
-    """The column that holds the answer: one that the row's source names in `carry`. Numbers and truth values are compared as JSON writes them; 1,000 and 1000 differ."""
-    extract: Pattern | None = None
-    """A regular expression that finds the answer, in the completion and in the column alike: the first group of its last match, or the whole match where it has no group. Matches of nothing but whitespace do not count. A completion without a match gets 0, a column without one is an error. null: the answer is the whole text."""
-    ignore_case: bool = False
-    """Whether upper and lower case are the same."""
-
-
-class RegularExpressionReward(WeightedReward):
-    """Whether a regular expression matches the completion."""
-
-    kind: Literal["regular_expression"]
-    """1 where a regular expression matches the completion, else 0."""
-    pattern: Pattern
-    """The regular expression, as Python's `re` reads it; (?s) at its beginning lets a dot match line breaks, (?i) ignores case."""
-    whole: bool = False
-    """Whether it must match the completion from its first to its last character. Otherwise it may match anywhere in it."""
-
-
-class LengthPenaltyReward(WeightedReward):
-    """What a completion loses by being long."""
-
-    kind: Literal["length_penalty"]
-    """0 up to a number of tokens, and from there less with every token."""
-    target_tokens: int = Field(ge=0)
-    """Longest completion without a penalty, in tokens, the one that ends it included."""
-    per_token: Scale
-    """What each token beyond target_tokens costs."""
-    max_penalty: Scale = 1.0
-    """Most that a completion loses, however long it is."""
-
-
-class FormatReward(WeightedReward):
-    """Whether the completion has the wanted form."""
-
-    kind: Literal["format"]
-    """1 where the completion holds all parts in order and, if asked, ends; else 0, or with partial_credit a share of 1."""
-    parts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
-    """Texts that must stand in the completion in this order, such as ["<think>", "</think>"]. Anything may stand between them, and each may stand there more than once."""
-    must_end: bool = True
-    """Whether the policy must have ended the completion itself, rather than being cut off at the limit."""
-    whole: bool = False
-    """Whether the completion must also begin with the first part and end with the last, whitespace at the ends aside."""
-    partial_credit: bool = False
-    """Whether what is fulfilled is rewarded in proportion: each part in order counts once, and so do the end (must_end), the beginning and the last part's place (whole). It teaches a policy that never gets everything right by chance, which without it sees no difference between its completions."""
-
-
-def has_known_kind(block: Any) -> Any:
-    """The block itself; an unknown kind is told in our words. Whatever else is wrong is left for pydantic to report."""
-    if isinstance(block, Mapping):
-        known = [LEARNED, *REWARDS]
-        if "kind" not in block:
-            raise ValueError(f"kind: is required ({did_you_mean('', known)})")
-        if block["kind"] not in known:
-            raise ValueError(f"kind: there is no reward '{block['kind']}' ({did_you_mean(str(block['kind']), known)})")
-    return block
-
-
-ProgrammaticReward = ExactMatchReward | RegularExpressionReward | LengthPenaltyReward | FormatReward
-
-
-Reward = Annotated[LearnedReward | ProgrammaticReward, Field(discriminator="kind"), BeforeValidator(has_known_kind)]
-"""A block of `kind` and the fields of that kind."""
-
-
-def at_most_one_learned(rewards: list[Reward]) -> list[Reward]:
-    if sum(isinstance(params, LearnedReward) for params in rewards) > 1:
-        raise ValueError("reward_model stands there more than once, and the stage has one input `reward`. Keep one.")
-    return rewards
-
-
-Rewards = Annotated[list[Reward], Field(min_length=1), AfterValidator(at_most_one_learned)]
-"""The rewards of a stage: at least one, and at most one of them learned."""
 
 
 # The functions
@@ -290,29 +177,6 @@ REWARDS: dict[str, Callable[[Any], RewardFunction]] = {
     "format": form,
 }
 """Kind -> what makes the reward from its params."""
-
-
-# Scoring
-
-
-def learned(rewards: Iterable[Reward]) -> LearnedReward | None:
-    """The learned reward among them, if there is one."""
-    return next((params for params in rewards if isinstance(params, LearnedReward)), None)
-
-
-def programmatic(rewards: Iterable[Reward]) -> list[ProgrammaticReward]:
-    """The rewards that are functions, in their order."""
-    return [params for params in rewards if not isinstance(params, LearnedReward)]
-
-
-def reward_names(rewards: Iterable[Reward]) -> list[str]:
-    """A name for each reward, for metrics and messages: its kind, and from the second of a kind on with a number."""
-    seen: Counter[str] = Counter()
-    names = []
-    for params in rewards:
-        seen[params.kind] += 1
-        names.append(params.kind if seen[params.kind] == 1 else f"{params.kind}_{seen[params.kind]}")
-    return names
 
 
 def score_programmatic(rewards: Sequence[ProgrammaticReward], samples: Sequence[Sample]) -> list[list[float]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.formulas import policy_gradient as pg
-from stages.lib.generating.sampling import Sampled, sample, uniforms_for
+from stages.lib.generating.sampling import Sampled, uniforms_for
 from stages.lib.on_policy.actor_critic import Judged
 from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
 from stages.lib.on_policy.params import OnPolicyParams
@@ -60,17 +60,15 @@ class Rollouts:
         generator = self.parts.generator
         starts = range(0, len(rows), generator.chunk_size)
         sampled: list[Sampled] = []
-        with generator.ready() as model:
+        with generator.ready() as sampler:
             for done, start in enumerate(starts):
                 require_going_on(self.ctx)
                 chunk = slice(start, start + generator.chunk_size)
                 numbers = [uniforms_for(seed, place, self.params.max_new_tokens) for place in positions[chunk]]
-                sampled += sample(
-                    model,
+                sampled += sampler.sample(
                     [row.ids for row in rows[chunk]],
                     np.stack(numbers),
                     stop_ids=self.parts.stop_ids,
-                    padding_id=self.parts.padding_id,
                     temperature=self.params.temperature,
                 )
                 if len(starts) > 1:

@@ -14,24 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from pipeline.errors import DataError, Problem
 from stages.lib.models.config import read_config
+from stages.lib.models.lengths import require_length
 from stages.lib.models.loading import load_model
-from stages.lib.on_policy.rewards import (
-    Reward,
-    Sample,
-    check_scores,
-    combine,
-    learned,
-    programmatic,
-    reward_names,
-    score_programmatic,
-)
+from stages.lib.on_policy.reward_params import Reward, learned, programmatic, reward_names
+from stages.lib.on_policy.rewards import Sample, check_scores, combine, score_programmatic
 from stages.lib.preferring.reward_models import load_reward_model, scores
 from stages.lib.processes.collectives import from_main
+from stages.lib.text.batches import attention_mask, padded
 from stages.lib.text.chat_rendering import Messages, render
 from stages.lib.text.chat_spans import tokenize
 from stages.lib.text.tokenizers import load_tokenizer
@@ -58,19 +50,18 @@ class RewardModelScorer:
         else:
             model, self.tokenizer = load_reward_model(folder)
         self.model: nn.Module = freeze(model, layout, precision, device)
-        self.limit = read_config(folder).get("max_position_embeddings")
+        self.config = read_config(folder)
 
     def encode(self, chat: Messages) -> list[int]:
         """The chat in the reward model's own template and tokens. Raises `DataError` if it reads no chat that long."""
         ids = tokenize(self.tokenizer, render(self.tokenizer, chat))[0]
-        if self.limit is not None and len(ids) > self.limit:
-            raise DataError(
-                Problem(
-                    f"reward model {self.folder.name}",
-                    f"reads {self.limit} tokens, and a prompt with its completion has {len(ids)} of its tokens",
-                    "Lower max_prompt_tokens or max_new_tokens.",
-                )
-            )
+        require_length(
+            self.config,
+            len(ids),
+            where=f"reward model {self.folder.name}",
+            what="a prompt with its completion has {tokens} of its tokens",
+            hint="Lower max_prompt_tokens or max_new_tokens.",
+        )
         return ids
 
     @torch.no_grad()
@@ -78,10 +69,9 @@ class RewardModelScorer:
         """One score a chat. Under ZeRO-3 all processes call it together, with the same number of chats."""
         found: list[float] = []
         for start in range(0, len(chats), self.batch_size):
-            rows = [torch.tensor(self.encode(chat)) for chat in chats[start : start + self.batch_size]]
-            ids_BT = pad_sequence(rows, batch_first=True, padding_value=int(self.tokenizer.pad_token_id))
-            mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            batch = {"input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device)}
+            ids = [self.encode(chat) for chat in chats[start : start + self.batch_size]]
+            batch = {"input_ids": padded(ids, int(self.tokenizer.pad_token_id)), "attention_mask": attention_mask(ids)}
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             found += [float(score) for score in scores(self.model, batch)]
         return found
 

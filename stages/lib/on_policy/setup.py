@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context, Result
 from pipeline.store.artifact import MANIFEST, Facts, read_manifest
-from stages.lib.generating.transformers import Generator
+from stages.lib.generating.generator import Generator
+from stages.lib.generating.transformers import TransformersGenerator
 from stages.lib.generating.vllm import VllmEngine, VllmGenerator, require_vllm
 from stages.lib.models.adapters import with_adapter
 from stages.lib.models.config import hidden_size, read_config, text_config
@@ -27,7 +28,8 @@ from stages.lib.on_policy.params import OnPolicyParams, room_problems
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts
 from stages.lib.on_policy.ptx import ChatMixture
 from stages.lib.on_policy.publish import publish_critic, publish_policy
-from stages.lib.on_policy.rewards import check_rows, learned
+from stages.lib.on_policy.reward_params import learned
+from stages.lib.on_policy.rewards import check_rows
 from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
 from stages.lib.text.chat_check import check_chat_template
 from stages.lib.text.prompts import Prompts, open_prompts
@@ -216,7 +218,7 @@ def make_module(
 
 def make_generator(
     ctx: Context, params: OnPolicyParams, engine: Engine, module: ActorCritic, vllm: VllmEngine | None
-) -> Generator | VllmGenerator:
+) -> Generator:
     if vllm is not None:
         return VllmGenerator(engine, module.policy, vllm)
 
@@ -224,7 +226,7 @@ def make_generator(
         replica = load_policy(ctx.inputs["model"])
         return replica if params.lora is None else with_adapter(replica, params.lora, ctx.seed, "CAUSAL_LM")
 
-    return Generator(engine, module.policy, make_replica)
+    return TransformersGenerator(engine, module.policy, make_replica)
 
 
 def reference_of(

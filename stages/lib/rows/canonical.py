@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.store.artifact import Kind, canonical_json
 
@@ -125,6 +125,12 @@ FORMATS: dict[str, Format] = {
         shared={"context": field_text("context"), "prompt": field_text("question")},
     ),
 }
+
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
 
 
 def format_of_kind(kind: Kind) -> str:

@@ -57,7 +57,7 @@ def arrow_rows(
             yield Broken(where, "row_too_long", f"{one.nbytes:,} bytes")
             continue
         try:
-            row = {column: readable(value) for column, value in one.to_pylist()[0].items()}
+            row = {column: plain_value(value) for column, value in one.to_pylist()[0].items()}
         except UnicodeDecodeError as error:
             yield Broken(where, "not_utf8", f"byte {error.start}", snippet_of(bytes(error.object)))
             continue
@@ -72,14 +72,14 @@ def arrow_rows(
             yield Record(where, row)
 
 
-def readable(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """The value with bytes decoded, all the way down. Raises `UnicodeDecodeError`."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, list):
-        return [readable(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, dict):
-        return {name: readable(item) for name, item in value.items()}
+        return {name: plain_value(item) for name, item in value.items()}
     return value
 
 

@@ -46,7 +46,7 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
         return preference(row, with_system(prompt, system_text(row)), better["content"], worse["content"])
     if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
-    prompt = prompt_of(row, conversion)
+    prompt = prompt_in(row, conversion)
     return preference(row, prompt, chosen[0]["content"], rejected[0]["content"])
 
 
@@ -65,7 +65,7 @@ def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> R
     }
 
 
-def prompt_of(row: Row, conversion: Conversion) -> list[Message]:
+def prompt_in(row: Row, conversion: Conversion) -> list[Message]:
     """The messages before the answer: a text, or turns that end with the user's."""
     if row.get("messages") is None:
         raise Dropped("missing_field", "messages")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -15,10 +15,7 @@ from pipeline.settings.strict import OutsideFolder, OutsidePath, Strict, expand_
 from pipeline.store.artifact import files_below
 from stages.lib.sources.layouts import LAYOUTS, Layout
 
-FileType = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "conll"]
-
-
-SUFFIXES: dict[str, FileType] = {
+SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -29,7 +26,13 @@ SUFFIXES: dict[str, FileType] = {
     ".md": "text",
     ".conll": "conll",
 }
-"""Suffix -> file type. Each may be followed by .gz or .zst."""
+"""Suffix -> file type, which is a key of `READERS` in files.py. Each may be followed by .gz or .zst."""
+
+
+if TYPE_CHECKING:
+    FileType = str
+else:
+    FileType = Literal[tuple(dict.fromkeys(SUFFIXES.values()))]
 
 
 COMPRESSIONS = (".gz", ".zst")

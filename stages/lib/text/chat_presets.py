@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,9 @@ PRESETS: dict[str, Preset] = {
     # What most tools know. An answer that begins with a line break cannot be told from the header's: see encode_chat.
     "chatml": Preset(CHATML, ("<|im_start|>", "<|im_end|>")),
 }
+
+
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]

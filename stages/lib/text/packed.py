@@ -189,3 +189,14 @@ class PackedTokens:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.ids[int(self.starts[index]) : int(self.starts[index + 1])].astype(np.int64)
+
+
+def facts_of_tokens(train: PackedTokens, heldout: PackedTokens) -> dict[str, int]:
+    """What the manifest of a model says of the tokens it was trained on: `Facts(**facts_of_tokens(...), ...)`."""
+    return {
+        "max_length_tokens": train.sequence_length,
+        "train_tokens": train.num_tokens,
+        "heldout_tokens": heldout.num_tokens,
+        "train_rows": len(train),
+        "heldout_rows": len(heldout),
+    }

@@ -11,13 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
-from stages.lib.processes.collectives import from_all
-from stages.lib.processes.joining import join_processes
 from stages.lib.rows.canonical import Row, format_of_row, read_rows
 from stages.lib.rows.ledger import Ledger
 from stages.lib.text.chat_fitting import split_last_answer
 from stages.lib.text.chat_rendering import Prompt
 from stages.lib.text.chat_spans import encode_prompt
+from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 from stages.lib.text.tokenizers import encode_texts
 
 Rendering = Literal["chat", "raw"]
@@ -65,62 +64,41 @@ def open_prompts(
 
     Raises `DataError` if a larger share than `max_dropped_fraction` cannot be used, or nothing is left on one side.
     """
-    join_processes(ctx)
-    ledger = Ledger()
-    sides = []
-    for split in ("train", "heldout"):
-        rows = list(read_rows(ctx.inputs["prompts"] / f"{split}.jsonl"))
-        mine = range(ctx.world.rank, len(rows), ctx.world.size)
-        found = [prompt_row(index, rows[index], tokenizer, rendering, max_prompt_tokens) for index in mine]
-        everything = sorted((each for part in from_all(found) for each in part), key=lambda each: each[0])
-        for _, usable, reason, example in everything:
-            ledger.read += 1
-            if usable is None:
-                ledger.drop(reason, example)
-        usable_rows = [usable for _, usable, _, _ in everything if usable is not None]
-        ledger.kept += len(usable_rows)
-        sides.append(Prompts(usable_rows))
-    require_prompts(sides, ledger, max_dropped_fraction)
-    said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items())) or "none"
-    ctx.journal.note(f"{len(sides[0]):,} training and {len(sides[1]):,} held-out prompts; dropped: {said}")
-    if ctx.world.is_main:
-        ledger.write(ctx.out)
-    return sides[0], sides[1], ledger
+    how = tokenizing_prompts(tokenizer, rendering, max_prompt_tokens)
+    train, heldout, ledger = tokenize_input(ctx, "prompts", how, max_dropped_fraction)
+    folder = ctx.inputs["prompts"]
+    return (
+        Prompts(prompt_rows(folder / "train.jsonl", train, rendering)),
+        Prompts(prompt_rows(folder / "heldout.jsonl", heldout, rendering)),
+        ledger,
+    )
 
 
-def require_prompts(sides: Sequence[Prompts], ledger: Ledger, max_dropped_fraction: float) -> None:
-    for split, prompts in zip(("training", "held-out"), sides, strict=True):
-        if not len(prompts):
-            raise DataError(
-                Problem(
-                    "inputs.prompts",
-                    f"has no {split} prompt that can be used: {dict(ledger.dropped)}",
-                    "Raise max_prompt_tokens, or look at the rows.",
-                )
-            )
-    share = 1 - ledger.kept / ledger.read
-    if share > max_dropped_fraction:
-        raise DataError(
-            Problem(
-                "inputs.prompts",
-                f"{share:.0%} of the prompts cannot be used: {dict(ledger.dropped)}",
-                "Raise max_prompt_tokens, clean the rows, or allow it with max_dropped_fraction.",
-            )
-        )
+def tokenizing_prompts(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, max_prompt_tokens: int) -> Tokenizing:
+    """Prompts of at most `max_prompt_tokens`."""
+
+    def make(row: Row) -> TokenizedRow:
+        prompt = prompt_of(row, rendering)
+        example = prompt if isinstance(prompt, str) else " | ".join(message["content"] for message in prompt)
+        if not prompt:
+            return TokenizedRow(reason=NO_QUESTION, example=example)
+        ids = encode_prompt_or_text(tokenizer, prompt)
+        if len(ids) > max_prompt_tokens:
+            return TokenizedRow(reason=TOO_LONG, example=example)
+        # Nothing of it is what the policy says.
+        return TokenizedRow([(ids, [0] * len(ids))])
+
+    return Tokenizing("prompts", tokenizer, make, "max_prompt_tokens", [rendering, max_prompt_tokens])
 
 
-def prompt_row(
-    index: int, row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering, max_prompt_tokens: int
-) -> tuple[int, PromptRow | None, str, str]:
-    """(index, the prompt, "", ""), or (index, None, the reason, an example)."""
-    prompt = prompt_of(row, rendering)
-    example = (prompt if isinstance(prompt, str) else " | ".join(m["content"] for m in prompt))[:200]
-    if not prompt:
-        return index, None, NO_QUESTION, example
-    ids = encode(tokenizer, prompt)
-    if len(ids) > max_prompt_tokens:
-        return index, None, TOO_LONG, example
-    return index, PromptRow(index, ids, prompt, row), "", ""
+def prompt_rows(path: Path, tokenized: TokenizedRows, rendering: Rendering) -> list[PromptRow]:
+    """The prompts, each with the row of `path` that it comes from."""
+    ids = {int(number): tokenized.sequences(index)[0][0] for index, number in enumerate(tokenized.numbers)}
+    return [
+        PromptRow(number, ids[number].tolist(), prompt_of(row, rendering), row)
+        for number, row in enumerate(read_rows(path))
+        if number in ids
+    ]
 
 
 def prompt_of(row: Row, rendering: Rendering) -> Prompt:
@@ -144,7 +122,7 @@ def prompt_of(row: Row, rendering: Rendering) -> Prompt:
             )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt_or_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The ids that the policy continues: of a text with the token that begins one, if the tokenizer has such a token."""
     if not isinstance(prompt, str):
         return encode_prompt(tokenizer, prompt)

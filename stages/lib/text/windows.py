@@ -16,7 +16,7 @@ from pipeline.errors import DataError, Problem
 from stages.lib.text.frames import Frame
 
 
-def cut(length: int, room: int, stride: int) -> list[tuple[int, int]]:
+def cut_places(length: int, room: int, stride: int) -> list[tuple[int, int]]:
     """First and last (excluded) token of each window over `length` tokens: `room` each, `stride` shared with the next.
 
     The last window ends with the text, and is the only one that may be shorter. An empty text has one empty window.
@@ -34,7 +34,7 @@ def cut(length: int, room: int, stride: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Window:
+class TextWindow:
     """What the model sees at once. `ids[first : first + size]` are the tokens `start` to `start + size` of the text."""
 
     ids: list[int]
@@ -46,18 +46,18 @@ class Window:
 
 def windows_of(
     frame: Frame, text: Sequence[int], max_length: int, stride: int, question: Sequence[int] = ()
-) -> list[Window]:
+) -> list[TextWindow]:
     """The windows over the ids `text`, each after the ids `question` where there is one."""
     head = [*frame.before, *question, *frame.between]
     windows = []
-    for start, end in cut(len(text), max_length - len(head) - len(frame.after), stride):
+    for start, end in cut_places(len(text), max_length - len(head) - len(frame.after), stride):
         body = [*text[start:end], *frame.after]
         type_ids = [0] * len(head) + [int(bool(frame.between))] * len(body)
-        windows.append(Window(head + body, type_ids, len(head), start, end - start))
+        windows.append(TextWindow(head + body, type_ids, len(head), start, end - start))
     return windows
 
 
-def owned(windows: Sequence[Window]) -> list[tuple[int, int]]:
+def owned(windows: Sequence[TextWindow]) -> list[tuple[int, int]]:
     """Per window, the first and last (excluded) token of the text that it decides on: where it sees most around them.
 
     The tokens that two neighbours share are divided in the middle, so that every token has one owner.

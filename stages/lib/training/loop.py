@@ -66,7 +66,7 @@ class Trained:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far the run is, and what it carries from one step to the next. All of it is in a checkpoint."""
 
     step: int = 0
@@ -75,7 +75,7 @@ class Progress:
     before: Metrics | None = None
 
     @classmethod
-    def of(cls, saved: Saved | None) -> Progress:
+    def of(cls, saved: Saved | None) -> TrainingProgress:
         if saved is None:
             return cls()
         return cls(saved.state["step"], Window(**saved.state["window"]), saved.state["before"])
@@ -100,7 +100,7 @@ class Training:
     parameters: int
     identity: dict[str, Any]
     """What a checkpoint must have in common with the run that resumes from it."""
-    progress: Progress
+    progress: TrainingProgress
     tokens_since: float = 0.0
     clock: float = field(default_factory=time.monotonic)
 
@@ -296,7 +296,7 @@ def train(
         rates=rates,
         parameters=count_parameters(model),
         identity=identity,
-        progress=Progress.of(saved),
+        progress=TrainingProgress.of(saved),
     )
     trained = training.run()
     state = engine.state_of(model)

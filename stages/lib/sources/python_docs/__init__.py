@@ -18,7 +18,7 @@ from stages.lib.sources.python_docs.text import text_rows
 
 
 @dataclass(frozen=True)
-class Format:
+class RowMaker:
     """How one format's rows are made."""
 
     rows: Callable[[Iterable[Module]], Iterator[Row]]
@@ -36,12 +36,12 @@ def per_module(rows_of: Callable[[Module], Iterator[Row]]) -> Callable[[Iterable
 
 
 FORMATS = {
-    "text": Format(per_module(text_rows), lambda row: row["text"]),
-    "chats": Format(per_module(chat_rows), lambda row: row["messages"][1]["content"]),
-    "preferences": Format(per_module(preference_rows), lambda row: row["chosen"][0]["content"]),
-    "labels": Format(label_rows, lambda row: row["text"]),
-    "spans": Format(per_module(span_rows), lambda row: row["text"]),
-    "questions": Format(per_module(question_rows), lambda row: (row["context"], row["question"])),
+    "text": RowMaker(per_module(text_rows), lambda row: row["text"]),
+    "chats": RowMaker(per_module(chat_rows), lambda row: row["messages"][1]["content"]),
+    "preferences": RowMaker(per_module(preference_rows), lambda row: row["chosen"][0]["content"]),
+    "labels": RowMaker(label_rows, lambda row: row["text"]),
+    "spans": RowMaker(per_module(span_rows), lambda row: row["text"]),
+    "questions": RowMaker(per_module(question_rows), lambda row: (row["context"], row["question"])),
 }
 
 
@@ -58,11 +58,11 @@ def python_docs_rows(root: Path, format: str, packages: list[str] | None = None)
     return distinct_rows(FORMATS[format], read_modules(root, packages))
 
 
-def distinct_rows(format: Format, modules: Iterable[Module]) -> Iterator[Row]:
+def distinct_rows(maker: RowMaker, modules: Iterable[Module]) -> Iterator[Row]:
     """The first row of each content, marked with its source."""
     seen = set()
-    for row in format.rows(modules):
-        content = format.content(row)
+    for row in maker.rows(modules):
+        content = maker.content(row)
         if content not in seen:
             seen.add(content)
             yield {**row, "source": "python_docs"}

@@ -33,13 +33,13 @@ def chat_rows(module: Module) -> Iterator[Row]:
     """Chat rows: one per function and class that has a description."""
     for function in module.functions:
         if function.description:
-            yield chat(function.name, function_turns(function))
+            yield chat_about(function.name, function_turns(function))
     for described in module.classes:
         if described.description:
-            yield chat(described.name, class_turns(described))
+            yield chat_about(described.name, class_turns(described))
 
 
-def chat(name: str, turns: Iterator[tuple[str, str]]) -> Row:
+def chat_about(name: str, turns: Iterator[tuple[str, str]]) -> Row:
     messages = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -86,13 +86,10 @@ class Parameter:
         return text if len(text) <= LONGEST_DEFAULT_CHARACTERS else "..."
 
 
-@dataclass(frozen=True)
-class Function:
-    module: Module
-    name: str
-    """Dotted, with module and class: `json.encoder.JSONEncoder.encode`."""
-    node: FunctionNode
-    owner: ast.ClassDef | None
+class Documented:
+    """A function or a class, which may have a docstring."""
+
+    node: FunctionNode | ast.ClassDef
 
     @cached_property
     def docstring(self) -> str:
@@ -101,6 +98,15 @@ class Function:
     @cached_property
     def description(self) -> str:
         return description_of(self.docstring)
+
+
+@dataclass(frozen=True)
+class Function(Documented):
+    module: Module
+    name: str
+    """Dotted, with module and class: `json.encoder.JSONEncoder.encode`."""
+    node: FunctionNode
+    owner: ast.ClassDef | None
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -167,18 +173,10 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Class:
+class Class(Documented):
     module: Module
     name: str
     node: ast.ClassDef
-
-    @cached_property
-    def docstring(self) -> str:
-        return ast.get_docstring(self.node) or ""
-
-    @cached_property
-    def description(self) -> str:
-        return description_of(self.docstring)
 
     @property
     def functions(self) -> list[Function]:

@@ -14,7 +14,7 @@ LONGEST_DOCUMENT_CHARACTERS = 4000
 def text_rows(module: Module) -> Iterator[Row]:
     """Text rows: first the docstrings as prose, under the names they describe, then the source in order."""
     for kind, pieces, separator in (("docs", doc_entries(module), "\n\n"), ("source", source_pieces(module), "\n")):
-        for index, text in enumerate(joined(pieces, separator)):
+        for index, text in enumerate(joined_pieces(pieces, separator)):
             yield {"id": f"{module.name}#{kind}-{index}", "text": text}
 
 
@@ -61,13 +61,13 @@ def is_string(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def joined(pieces: list[str] | Iterator[str], separator: str) -> Iterator[str]:
+def joined_pieces(pieces: list[str] | Iterator[str], separator: str) -> Iterator[str]:
     """Consecutive pieces joined up to the length of a document; a longer piece is cut between lines, or dropped."""
     gathered: list[str] = []
     length = 0
     for piece in pieces:
         is_long = len(piece) > LONGEST_DOCUMENT_CHARACTERS and "\n" in piece
-        for part in joined(piece.split("\n"), "\n") if is_long else [piece]:
+        for part in joined_pieces(piece.split("\n"), "\n") if is_long else [piece]:
             if length + len(part) + len(separator) > LONGEST_DOCUMENT_CHARACTERS:
                 yield from tidied(separator.join(gathered))
                 gathered, length = [], 0

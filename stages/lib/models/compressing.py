@@ -1,0 +1,87 @@
+"""llm-compressor, kept quiet and taken at its word: what it could not carry out is an error."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import DataError, Problem
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    make_modifier: Callable[[], Any],
+    batches: Any,
+    out: Path,
+    log: Path,
+) -> None:
+    """Quantizes `model` with llm-compressor and writes it to `out` in the compressed-tensors format; its log goes to `log`.
+
+    `batches` are what it is calibrated with; None where nothing is. Raises `DataError` where gptq could not be carried
+    out, whether llm-compressor rounded to nearest instead or gave up.
+    """
+    with quiet_compressor(log) as warned:
+        from llmcompressor import oneshot, reset_session
+
+        try:
+            oneshot(
+                model=model,
+                tokenizer=tokenizer,
+                recipe=make_modifier(),
+                dataset=batches,
+                pipeline="datafree" if batches is None else "sequential",
+            )
+        except torch.linalg.LinAlgError as error:
+            # A Hessian that has an inverse by a hair, whose inverse then has no factors.
+            warned.append(f"Hessian inversion failed: {error}")
+        else:
+            model.save_pretrained(out, save_compressed=True)
+        finally:
+            reset_session()
+    failed = [sentence for sentence in warned if sentence.startswith("Hessian inversion failed")]
+    if failed:
+        raise DataError(
+            Problem(
+                "params.dampening",
+                failed[0].split(". ")[0],
+                "Raise dampening or calibration_rows, or round to nearest.",
+            )
+        )
+    # Says nothing that config.json does not say.
+    (out / "recipe.yaml").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def quiet_compressor(path: Path) -> Iterator[list[str]]:
+    """Sends what llm-compressor and the libraries below it say to the file at `path`; yields the warnings among it.
+
+    Must be entered before llm-compressor is imported, which sets up a log on the console.
+    """
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    level = tracing.level
+    warned: list[str] = []
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
+        stack.enter_context(warnings.catch_warnings())
+        # A model that llm-compressor moved about is saved as if it were offloaded to another device.
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        tracing.setLevel(logging.ERROR)
+        stack.callback(tracing.setLevel, level)
+        import llmcompressor  # noqa: F401 (for its log's handlers, which are replaced here)
+        from loguru import logger
+
+        logger.remove()
+        stack.callback(logger.remove)
+        logger.add(file, level="INFO")
+        logger.add(lambda message: warned.append(message.record["message"]), level="WARNING")
+        yield warned

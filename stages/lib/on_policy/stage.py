@@ -1,0 +1,72 @@
+"""What the stages have in common that train a policy on its own completions: their declaration, and groups without a critic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pipeline.errors import Problem
+from pipeline.stage import Context, Forecast, Input, Result, Stage
+from pipeline.store.artifact import Kind
+from stages.lib.on_policy.params import INPUTS, GroupParams, OnPolicyParams, check_on_policy, estimate_on_policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.lib.formulas.policy_gradient import KLController
+    from stages.lib.formulas.token_losses import Tensors
+
+Chosen = TypeVar("Chosen", bound=GroupParams)
+
+
+def on_policy_stage(
+    *,
+    kind: str,
+    version: int,
+    summary: str,
+    params: type[OnPolicyParams],
+    run: Callable[[Context, Any], Result],
+    inputs: Mapping[str, Input] = INPUTS,
+    check: Callable[[Forecast], list[Problem]] = check_on_policy,
+) -> Stage:
+    """A stage that makes a causal model of a causal model, by what its completions are worth."""
+    return Stage(
+        kind=kind,
+        version=version,
+        summary=summary,
+        params=params,
+        inputs=inputs,
+        output=Kind.CAUSAL_LM,
+        run=run,
+        headline=(
+            "heldout_reward",
+            "heldout_reward_base",
+            "heldout_reward_deviation_base",
+            "heldout_kl",
+            "heldout_ended",
+        ),
+        distributed=True,
+        estimate=estimate_on_policy,
+        check=check,
+    )
+
+
+class GroupAlgorithm(Generic[Chosen]):
+    """What algorithms share that take the other completions of a prompt as the baseline: there is no critic.
+
+    With its `advantages` each is an `Algorithm` of loop.py.
+    """
+
+    value_coefficient = 0.0
+
+    def __init__(self, params: Chosen) -> None:
+        self.params = params
+
+    def controller(self) -> KLController:
+        """A coefficient that stays as it is."""
+        from stages.lib.formulas.policy_gradient import KLController
+
+        return KLController(self.params.kl_coefficient)
+
+    def value_loss(self, values_BK: Tensor, batch: Tensors) -> tuple[Tensor, Tensor]:
+        raise AssertionError("there is no critic")
