@@ -70,9 +70,6 @@ OPTIONAL = {
 """Parts that need a CUDA device -> what they are for. They come with the extra `cuda`."""
 
 
-INSTALL_CUDA = "pip install --no-build-isolation -c constraints.txt -e '.[cuda]'"
-
-
 Ask = Callable[[Sequence[str], float], "Answer"]
 
 
@@ -383,7 +380,7 @@ def optional_findings(num_devices: int, version_of: Callable[[str], str | None])
         if version := version_of(name):
             yield Finding("ok", name, f"{version} ({purpose})")
         elif num_devices:
-            yield Finding("missing", name, purpose, INSTALL_CUDA, required=False)
+            yield Finding("missing", name, f"{purpose}; no stage uses it yet", required=False)
         else:
             yield Finding("missing", name, f"{purpose}; of use with a CUDA device only", required=False)
     if version := version_of("vllm"):

@@ -5,8 +5,8 @@
 
 prints a line per kill: what was done to whom in which step, how `slipway run` ended, and after how many seconds none of its
 processes was left. Fails if that takes more than ten seconds, if a run must be mended by hand, or if an artifact differs
-from that of a run without kills. Steps of two processes run under torchrun in every other pass over the recipe, and under
-the deepspeed launcher in the rest.
+from that of a run without kills. Steps of two processes run under torchrun in every other start, and under the deepspeed
+launcher in the rest.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Chaos:
     random: random.Random
     longest_seconds: float
     passes: int = 0
+    starts: int = 0
     slowest: float = 0.0
     codes: Counter[str] = field(default_factory=Counter)
 
@@ -69,7 +70,8 @@ class Chaos:
             store_without(self.reference, self.only, self.store)
 
     def start(self, *more: str) -> subprocess.Popen[str]:
-        launcher = ("torchrun", "deepspeed")[self.passes % 2]
+        launcher = ("torchrun", "deepspeed")[self.starts % 2]
+        self.starts += 1
         choices = [f"{step}.resources.launcher={launcher}" for step in TWO_PROCESSES]
         sets = [word for choice in (*choices, *more) for word in ("--set", choice)]
         self.prepare()

@@ -399,11 +399,11 @@ def test_tokens_need_a_tokenizer(tmp_path: Path) -> None:
     ("params", "problem"),
     [
         ({"weights": {"a": 1.0}, "budgets": {"a": 1}}, "weights and budgets exclude each other"),
-        ({"weights": {"a": 0.0}}, "weights: every source needs a number above 0"),
+        ({"weights": {"a": 0.0}}, "weights.a: input should be greater than or equal to 0.000001, not 0.0"),
         ({"budgets": {}}, "budgets: every source needs a number above 0"),
         ({"unit": "characters"}, "unit and on_exhausted: are for weights or budgets, and there are none"),
         ({"weights": {"a": 1.0}, "max_repeats": 2}, "max_repeats: is for `on_exhausted: repeat`"),
-        ({"heldout_fraction": 0.0}, "heldout_fraction: input should be greater than 0"),
+        ({"heldout_fraction": 0.0}, "heldout_fraction: input should be greater than or equal to 0.000001, not 0.0"),
     ],
 )
 def test_params_that_contradict_each_other(params: Row, problem: str, tmp_path: Path) -> None:

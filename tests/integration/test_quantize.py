@@ -299,7 +299,7 @@ def test_gptq_that_cannot_be_solved_is_an_error(world: TinyWorld, tmp_path: Path
     """
     for attempt in ("first", "second"):
         with pytest.raises(DataError, match=r"params.dampening: Hessian inversion failed.* Raise dampening"):
-            quantize(world, tmp_path / attempt, bits=4, group_size=32, calibration_rows=1, dampening=1e-12)
+            quantize(world, tmp_path / attempt, bits=4, group_size=32, calibration_rows=1, dampening=1e-6)
 
 
 def test_an_inverse_without_factors_is_an_error_of_the_same_kind(

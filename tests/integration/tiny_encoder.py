@@ -127,7 +127,7 @@ def require_exact_resume(stage: Stage, inputs: dict[str, Path], params: dict[str
     result, out = run_task(stage, inputs, params, folder / "whole")
     with pytest.raises(Preempted):
         run_task(stage, inputs, params, folder / "stopped", stop_after_step=4)
-    assert Checkpoints(folder / "stopped" / "checkpoints").steps() == [5]
+    assert Checkpoints(folder / "stopped" / "checkpoints").steps() == [4]
     resumed, resumed_out = run_task(stage, inputs, params, folder / "stopped")
     assert losses(folder / "stopped") == losses(folder / "whole")
     assert resumed == result
