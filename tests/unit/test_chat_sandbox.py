@@ -252,6 +252,7 @@ def test_a_longer_chat_may_take_more() -> None:
         render_template("{{ 'x' * 30000000 }}", CHAT, NAMES)
 
 
+@pytest.mark.slow
 def test_a_template_is_tried_in_another_process_first() -> None:
     """That process is stopped by the kernel after a second: this template takes longer to be read."""
     template = "{{a}}" * (chat_sandbox.MAX_TEMPLATE_CHARACTERS // 5)

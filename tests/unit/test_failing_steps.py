@@ -95,6 +95,7 @@ def test_a_stage_with_state_saves_and_ends_with_75(tmp_path: Path) -> None:
     assert (process.returncode, output) == (75, "rank 0: stopped after a clean save: saved checkpoint 5\n")
 
 
+@pytest.mark.slow
 def test_a_wish_to_stop_is_heard_and_going_on_under_other_versions_is_said(tmp_path: Path) -> None:
     job, store = begun(tmp_path, "save")
     process = worker(job.work)
@@ -224,6 +225,7 @@ print(repr(results))
 """
 
 
+@pytest.mark.slow
 @needs_a_disk_of_its_own
 def test_a_full_disk_is_said_wherever_it_is_met(tmp_path: Path) -> None:
     """With 0, 1, 2, ... free pages the run gets further each time: the record, the work folder, the journal, the artifact."""
@@ -239,6 +241,7 @@ def test_a_full_disk_is_said_wherever_it_is_met(tmp_path: Path) -> None:
             assert "Make room" in output
 
 
+@pytest.mark.slow
 @needs_a_disk_of_its_own
 def test_a_stage_that_fills_the_disk_ends_with_a_sentence_and_gives_the_room_back(tmp_path: Path) -> None:
     code = """

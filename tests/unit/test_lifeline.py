@@ -93,6 +93,7 @@ def test_a_stopped_rank_ends_with_its_parent(tmp_path: Path) -> None:
     wait_until(lambda: not rank.lives(), 5)
 
 
+@pytest.mark.slow
 def test_a_shell_or_a_script_that_started_the_launcher_may_end(tmp_path: Path) -> None:
     """`nohup torchrun ... &` in a script; the script here is Python as well, and knows the work folder."""
     script = "import subprocess, sys; subprocess.Popen(sys.argv[2:], start_new_session=True)"
@@ -144,6 +145,7 @@ def test_the_mark_counts_boundaries_and_keeps_the_first_word_of_the_end(tmp_path
     assert (mark.boundaries, mark.ended) == (3, "preempted")
 
 
+@pytest.mark.slow
 def test_a_stage_without_state_that_does_not_look_up_is_ended_as_stopped(tmp_path: Path) -> None:
     """The main thread takes SIGTERM and goes on; three seconds later the process exits with 143 and has said so."""
     code = """

@@ -86,6 +86,7 @@ def test_no_start_fails_because_somebody_asks(tmp_path: Path, kind: str, start: 
         assert poller.poll() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("kernel", "kernel"), ("files", "files"), ("kernel", "files")])
 def test_of_two_that_start_at_once_never_both_win(tmp_path: Path, kinds: tuple[str, str], start: Start) -> None:
     """Each holds the lock for a moment, many times: what only its holder may create was never there already."""
@@ -121,6 +122,7 @@ def test_of_two_that_start_at_once_never_both_win(tmp_path: Path, kinds: tuple[s
     assert [racer.returncode for racer in racers] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_many_that_start_after_a_killed_one_exactly_one_wins(tmp_path: Path, kind: str, start: Start) -> None:
     for attempt in range(2):

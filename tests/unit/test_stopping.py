@@ -22,6 +22,8 @@ from pipeline.store.store import Store
 
 Start = Callable[..., "Run"]
 
+pytestmark = pytest.mark.slow
+
 
 class Run:
     """A run whose ranks all wait, and its processes."""
