@@ -1,10 +1,14 @@
-"""Numbers, sizes, durations and tables as people read them."""
+"""Numbers, sizes, durations, tables and lines of text as people read them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
+from unicodedata import category
+
+LONGEST_LINE_CHARACTERS = 2000
+"""What a recipe or a journal holds may be megabytes long, and a line repeats it."""
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
@@ -74,3 +78,15 @@ def headline(metrics: Mapping[str, float], names: Sequence[str]) -> str:
         if metric == name or (name[-1] == "." and metric.startswith(name))
     ] or list(metrics)[:4]
     return ", ".join(f"{name.removeprefix('heldout_')} {number(metrics[name])}" for name in chosen)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """The text as the stream can write it: cut in the middle where it is very long, with escapes for what would command a
+    terminal or what the encoding lacks.
+    """
+    if len(text) > LONGEST_LINE_CHARACTERS:
+        half = LONGEST_LINE_CHARACTERS // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    seen = "".join(each if category(each)[0] != "C" or each in "\n\t" else ascii(each)[1:-1] for each in text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return seen.encode(encoding, "backslashreplace").decode(encoding)

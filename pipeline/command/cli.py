@@ -15,6 +15,7 @@ import typer
 
 from launch import LAUNCHERS
 from pipeline.command import reports
+from pipeline.command.options import JsonOption, NameArgument, RecipeArgument, SetOption, StoreOption
 from pipeline.errors import (
     EXIT_CRASH,
     EXIT_USER_ERROR,
@@ -26,6 +27,7 @@ from pipeline.errors import (
     did_you_mean,
     shown_path,
 )
+from pipeline.figures import printable
 from pipeline.recipe.outside import kind_of_folder
 from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
@@ -43,10 +45,6 @@ LONGEST_STORE_BYTES = 3500
 """The longest path that Linux takes has 4,095; what lies in a store takes some hundred of them."""
 
 
-LONGEST_LINE_CHARACTERS = 2000
-"""Of an error's line. What a recipe gives may be megabytes long, and a message repeats it."""
-
-
 app = typer.Typer(
     name="slipway",
     help="Trains language models in stages: data, pretraining, tuning, alignment, compression, evaluation.",
@@ -56,31 +54,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-RecipeArgument = Annotated[
-    Path, typer.Argument(help="A recipe: a YAML file, such as pipeline/recipes/quickstart.yaml.")
-]
-
-
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Overrides a field: align.beta=0.2, or stages.align.resources.processes=2. Repeatable."),
-]
-
-
-StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", help="Where artifacts live. Default: $SLIPWAY_STORE, or runs/ in the working folder."),
-]
-
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
-
-NameArgument = Annotated[
-    str, typer.Argument(help="An artifact's id (or its first digits), its folder, or a step's name.")
-]
 
 
 def open_store(path: Path | None) -> Store:
@@ -351,19 +324,10 @@ def main() -> None:
 def refuse(problems: list[str]) -> NoReturn:
     """Says what is wrong, and ends the process."""
     for problem in problems:
-        print(f"error: {printable(problem)}", file=sys.stderr)
+        print(f"error: {printable(problem, sys.stderr)}", file=sys.stderr)
     if len(problems) > 1:
         print(f"{len(problems)} problems; nothing was run.", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
-
-
-def printable(text: str) -> str:
-    """The text with escapes for what would command a terminal, and cut in the middle where it is very long."""
-    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    if len(text) <= LONGEST_LINE_CHARACTERS:
-        return text
-    half = LONGEST_LINE_CHARACTERS // 2
-    return f"{text[:half]} ... {text[-half:]}"
 
 
 def drop_output() -> None:

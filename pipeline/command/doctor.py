@@ -6,11 +6,8 @@ that talk) is asked of `launch.probe` in processes of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
 import time
@@ -19,10 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 from packaging.requirements import Requirement
 
+from pipeline.command.asking import Answer, Ask, ask
+from pipeline.command.mounts import existing, mount_of, read_mounts
 from pipeline.errors import EXIT_DONE, EXIT_USER_ERROR
 from pipeline.settings.resources import usable_cores
 from pipeline.settings.strict import CHECKOUT
@@ -70,9 +69,6 @@ OPTIONAL = {
 """Parts that need a CUDA device -> what they are for. They come with the extra `cuda`."""
 
 
-Ask = Callable[[Sequence[str], float], "Answer"]
-
-
 @dataclass(frozen=True)
 class Finding:
     """One line of the report."""
@@ -87,15 +83,6 @@ class Finding:
     def __str__(self) -> str:
         optional = "" if self.required or self.state != "missing" else "optional: "
         return f"{self.state:<8} {self.subject:<12} {optional}{self.what}{'. ' if self.hint else ''}{self.hint}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a probe ended: the JSON on its last line of output, or None and what went wrong."""
-
-    value: dict[str, Any] | None
-    error: str
-    seconds: float
 
 
 def examine(store: Store, stream: TextIO) -> int:
@@ -181,50 +168,6 @@ def library_findings(requirements: Sequence[Requirement], version_of: Callable[[
 # Devices and ranks
 
 
-def ask(command: Sequence[str], timeout_seconds: float) -> Answer:
-    """Runs a probe from the checkout and reads the JSON on the last line of its output."""
-    environment = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    started = time.monotonic()
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=CHECKOUT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return Answer(None, f"{command[0]} cannot be started: {error.strerror}", 0.0)
-    try:
-        output, errors = process.communicate(timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        end_session(process)
-        return Answer(None, f"no answer after {timeout_seconds:g} s", time.monotonic() - started)
-    seconds = time.monotonic() - started
-    try:
-        value = json.loads(output.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        value = None
-    if process.returncode != 0 or not isinstance(value, dict):
-        return Answer(None, last_error(errors) or f"ended with exit code {process.returncode}", seconds)
-    return Answer(value, "", seconds)
-
-
-def end_session(process: subprocess.Popen[str]) -> None:
-    """Kills the process and all that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def last_error(text: str) -> str:
-    """The line that names the first exception in what a process wrote, or its last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line.partition("]: ")[2] or line for line in lines if "Error: " in line or "Exception: " in line]
-    return (named or lines[-1:] or [""])[0][:300]
-
-
 def device_findings(answer: Answer, num_cores: int, memory: int) -> Iterator[Finding]:
     cpu = f"{num_cores} cores, {gibibytes(memory)} of memory" if memory else f"{num_cores} cores"
     if answer.value is None:
@@ -279,11 +222,6 @@ def memory_bytes() -> int:
 # Disk
 
 
-def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
-    return next(path for path in [folder, *folder.parents] if path.exists())
-
-
 def disk_findings(folder: Path) -> Iterator[Finding]:
     place = existing(folder)
     if not os.access(place, os.W_OK | os.X_OK):
@@ -296,35 +234,6 @@ def disk_findings(folder: Path) -> Iterator[Finding]:
         yield Finding("warn", "disk", f"{gibibytes(free)} free for the store {folder}", hint)
     else:
         yield Finding("ok", "disk", f"{gibibytes(free)} free for the store {folder}")
-
-
-def read_mounts() -> str:
-    """The kernel's table of mounts; empty where there is none."""
-    try:
-        return Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return ""
-
-
-def mount_of(path: Path, mounts: str) -> tuple[str, str, str] | None:
-    """(device, mount point, type) of the filesystem that holds `path`; the last of equally deep ones covers the others."""
-    found = None
-    for line in mounts.splitlines():
-        fields = line.split(" ")
-        if len(fields) < 3:
-            continue
-        device, point, kind = (unescape(field) for field in fields[:3])
-        deeper = found is None or len(Path(point).parts) >= len(Path(found[1]).parts)
-        if path.is_relative_to(point) and deeper:
-            found = (device, point, kind)
-    return found
-
-
-def unescape(field: str) -> str:
-    """A field of the table of mounts, in which blanks stand as octal numbers."""
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, character)
-    return field
 
 
 def filesystem_finding(folder: Path, mounts: str) -> Finding:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
-
 from pipeline.errors import (
     MOST_PROBLEMS,
     PathError,
@@ -36,47 +34,13 @@ from pipeline.recipe.recipe import (
     Upstream,
     upstream_of,
 )
+from pipeline.recipe.schema import MOST_STAGES, RecipeFile, StageSpec
 from pipeline.settings.paths import is_file
 from pipeline.settings.resources import LAYOUTS, Resources, find_layout
 from pipeline.settings.strict import CHECKOUT, Reading, Strict, validate
 from pipeline.settings.yaml_loader import load_yaml
 from pipeline.stage import Input, Stage
 from pipeline.store.artifact import MANIFEST, Kind, read_manifest
-
-MOST_STAGES = 1000
-"""Of a recipe. Looking up what each of many thousands stands on takes long, and no one reads such a plan."""
-
-
-class StageSpec(Strict):
-    """One entry below `stages:`."""
-
-    kind: str
-    """What the stage does: a name that `slipway stages` lists."""
-    inputs: dict[str, Any] = {}
-    """Role -> the name of another stage, a path (with a `/`), or `hub:owner/name@<40 hex revision>`."""
-    params: dict[str, Any] = {}
-    """What decides the result: `slipway stages KIND` lists the fields."""
-    resources: dict[str, Any] = {}
-    """Where it runs: overrides the recipe's `resources`, field by field."""
-    seed: int | None = Field(default=None, ge=0)
-    """Overrides the recipe's seed."""
-
-
-class RecipeFile(Strict):
-    """The top level of a recipe."""
-
-    name: str = Field(pattern=NAME)
-    """Lower-case letters, digits, `-` and `_`, at most 64 of them."""
-    description: str = ""
-    """A sentence for readers."""
-    seed: int = Field(default=42, ge=0)
-    """Seed of every stage that does not name its own."""
-    outputs: list[str] = Field(min_length=1)
-    """The stages whose artifacts the recipe is for. A stage that none of them needs is an error."""
-    resources: dict[str, Any] = {}
-    """Resources of every stage that can run in several processes; the others run in one."""
-    stages: dict[str, Any] = Field(min_length=1)
-    """Name -> stage."""
 
 
 class HasOptions(Protocol):

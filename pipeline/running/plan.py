@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PathError, Problem, RecipeError
+from pipeline.errors import Problem, RecipeError
 from pipeline.recipe.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
+from pipeline.running.estimates import architecture_of, estimate_of, merge
 from pipeline.running.reasons import Action, Reason, difference
 from pipeline.running.unfinished import Unfinished, find_unfinished
-from pipeline.settings.paths import read_json
 from pipeline.settings.strict import content_of
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Manifest, canonical_json, digest_bytes, intruders, read_manifest
@@ -328,31 +328,3 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, item in items:
         yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
-
-
-def estimate_of(manifest: Manifest, folder: Path) -> Estimate:
-    """What a finished artifact is known to hold."""
-    facts = manifest.facts
-    return Estimate(
-        parameters=facts.parameters,
-        architecture=architecture_of(folder),
-        vocabulary_size=facts.vocabulary_size,
-        train_rows=facts.train_rows,
-        train_tokens=facts.train_tokens,
-        sequence_length=facts.max_length_tokens,
-        optimizer_steps=facts.optimizer_steps,
-        disk_bytes=manifest.total_bytes,
-    )
-
-
-def merge(first: Estimate, second: Estimate) -> Estimate:
-    """`second` where it knows, else `first`."""
-    known = {name: value for name, value in vars(second).items() if value is not None}
-    return replace(first, **known)
-
-
-def architecture_of(folder: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(folder / "config.json")
-    except PathError:
-        return None

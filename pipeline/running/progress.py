@@ -6,9 +6,8 @@ import sys
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
-from unicodedata import category
 
-from pipeline.figures import number, real, seconds
+from pipeline.figures import number, printable, real, seconds
 
 
 class Progress:
@@ -63,17 +62,6 @@ def plain(value: Any) -> str:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-MAX_LINE_CHARACTERS = 10_000
-
-
-def printable(text: str, stream: TextIO) -> str:
-    """The text as the stream can write it: what a terminal would obey, or the encoding lacks, is spelled out."""
-    cut = text if len(text) <= MAX_LINE_CHARACTERS else f"{text[:MAX_LINE_CHARACTERS]} ..."
-    seen = "".join(each if category(each)[0] != "C" or each in "\n\t" else ascii(each)[1:-1] for each in cut)
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return seen.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def describe_step(event: Mapping[str, Any]) -> str:

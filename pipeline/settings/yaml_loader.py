@@ -8,7 +8,6 @@ may hold is limited while it is read: a few lines of YAML can stand for more val
 from __future__ import annotations
 
 import codecs
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import yaml
 
 from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, shown
 from pipeline.settings.paths import read_file
+from pipeline.settings.yaml_scalars import BEGINNINGS, read_float, read_int, refuse_not_finite
 
 MOST_BYTES = 2 << 20
 """Of a file. A recipe with every stage has ten thousand; a list of many files is better written as a pattern."""
@@ -36,10 +36,6 @@ MOST_LEVELS = 64
 """Of lists and mappings within each other. Recipes have eight."""
 
 
-MOST_DIGITS = 100
-"""Of a number. Converting millions of digits takes long, and nothing that a recipe sets needs them."""
-
-
 MOST_DIRECTIVES = 100
 """Lines that begin with `%`. The parser compares each with all before it, so thousands of them would take long."""
 
@@ -50,31 +46,6 @@ DIRECTIVE = re.compile("(?:^|[\r\n\x85\u2028\u2029])%")
 STANDARD = "tag:yaml.org,2002:"
 
 
-def not_a_number_here(text: str, why: str) -> ValueError:
-    return ValueError(f"the number {shown(text)} {why}")
-
-
-def read_int(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise not_a_number_here(text, f"has {len(text):,} digits, and {MOST_DIGITS} are the most")
-    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-
-
-def read_float(text: str) -> float:
-    if len(text) > MOST_DIGITS:
-        raise not_a_number_here(text, f"has {len(text):,} digits, and {MOST_DIGITS} are the most")
-    value = float(text)
-    if math.isinf(value):
-        raise not_a_number_here(text, "is too large for a float")
-    if value == 0 and re.search("[1-9]", re.split("[eE]", text)[0]):
-        raise not_a_number_here(text, "is too close to 0 for a float")
-    return value
-
-
-def refuse_not_finite(text: str) -> float:
-    raise not_a_number_here(text, "is not finite")
-
-
 SCALARS: tuple[tuple[str, re.Pattern[str], Callable[[str], Any]], ...] = (
     ("null", re.compile(r"~|null|Null|NULL|"), lambda text: None),
     ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
@@ -83,10 +54,6 @@ SCALARS: tuple[tuple[str, re.Pattern[str], Callable[[str], Any]], ...] = (
     ("float", re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"), refuse_not_finite),
 )
 """(tag, what matches, how it is read) of values without quotes, the first that matches; all others are strings."""
-
-
-BEGINNINGS = frozenset("~nNtTfF-+.0123456789")
-"""What a value that is no string begins with, if it is not empty."""
 
 
 MERGE = object()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.command import cli
+from pipeline.figures import printable
 from pipeline.settings.strict import CHECKOUT
 
 LONG = "x" * 300
@@ -173,7 +174,7 @@ def test_the_override_of_a_user_does_not_command_the_terminal(
 
 def test_a_long_line_is_cut_in_its_middle() -> None:
     """A thousand characters of each end stay, so that the way out, which stands last, is read."""
-    line = cli.printable(f"where: {'x' * 100_000}. Mend it.")
+    line = printable(f"where: {'x' * 100_000}. Mend it.", sys.stderr)
     assert len(line) == 2005
     assert line.startswith("where: x") and line.endswith("x. Mend it.")
 

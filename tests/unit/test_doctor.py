@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 
-from pipeline.command import doctor
+from pipeline.command import asking, doctor
 from pipeline.command.doctor import Answer, Finding
 from pipeline.store.store import Store
 
@@ -144,9 +144,9 @@ def test_a_probe_that_hangs_is_ended() -> None:
 
 def test_the_first_exception_of_a_log_is_the_one_that_counts() -> None:
     log = "[rank1]: Traceback:\n[rank1]: RuntimeError: connect timed out\nChildFailedError: \nroot cause\n"
-    assert doctor.last_error(log) == "RuntimeError: connect timed out"
-    assert doctor.last_error("a\nb\n\n") == "b"
-    assert doctor.last_error("") == ""
+    assert asking.last_error(log) == "RuntimeError: connect timed out"
+    assert asking.last_error("a\nb\n\n") == "b"
+    assert asking.last_error("") == ""
 
 
 # Disk
