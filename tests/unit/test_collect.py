@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,14 @@ def test_damaged_manifests_and_jobs_stop_nothing_and_lose_no_lineage(store: Stor
     said = collect(store, as_recorded)
     assert said[0].startswith("removed artifact cccccccccccc (no readable manifest)")
     assert sorted(path.name for path in store.artifacts.iterdir()) == [A, B]
+
+
+def test_an_artifact_keeps_what_it_was_made_from_without_its_work_folder(store: Store) -> None:
+    """As one copied here from another store has none; the manifest alone says what the second was made from."""
+    for folder in store.work.iterdir():
+        shutil.rmtree(folder)
+    collect(store, as_recorded)
+    assert store.all_ids() == [A, B]
 
 
 def test_what_is_no_artifact_is_left_alone(store: Store) -> None:
