@@ -59,7 +59,8 @@ def plan_lines(plan: Plan, store: Store) -> list[str]:
         if detail and step.action is not Action.SKIP:
             lines.append(f"{'':<{width}}           {detail}")
     counts = {action: sum(step.action is action for step in plan.steps) for action in Action}
-    lines.append(", ".join(f"{count} to {action}" for action, count in counts.items() if count))
+    words = {action: f"to {action}" for action in Action} | {Action.BLOCKED: "blocked"}
+    lines.append(", ".join(f"{count} {words[action]}" for action, count in counts.items() if count))
     needed = sum(step.estimate.disk_bytes or 0 for step in plan.steps if step.action is not Action.SKIP)
     place = next(path for path in [store.folder, *store.folder.parents] if path.exists())
     lines.append(
