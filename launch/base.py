@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pipeline.errors import LaunchError, Problem
-from pipeline.processes import Process, carrying, descendants, end_all, look_up
+from pipeline.processes import Process, carrying, descendants, end_all, look_up, wait_for_exits
 from pipeline.settings.strict import CHECKOUT, Reading, Strict, validate
 from pipeline.store.job import Job
 
@@ -141,6 +141,7 @@ def end(keeper: subprocess.Popen[bytes], mark: str) -> None:
         numbers = ", ".join(str(process.pid) for process in left)
         hint = "They wait for a disk or a driver; see `ps`. The step's lock is free once they are gone."
         raise LaunchError(Problem("processes", f"{numbers} do not end", hint))
+    wait_for_exits()
 
 
 def in_front(folder: str, paths: str | None) -> str:

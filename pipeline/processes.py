@@ -17,6 +17,8 @@ from pathlib import Path
 PROC = Path("/proc")
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+PF_EXITING = 0x4
+"""Of the flags in `stat`: https://docs.kernel.org/filesystems/proc.html; the flag itself stands in linux/sched.h."""
 ENDING_SECONDS = 10.0
 """How long `end_all` goes on: a process that waits for a disk or a driver ends when that answers."""
 
@@ -29,11 +31,21 @@ class Process:
     parent: int
     state: str
     started: int
+    flags: int = 0
+    threads: int = 1
 
     @property
     def has_ended(self) -> bool:
-        """Whether it runs no more; one that nobody has waited for yet has ended as well."""
-        return self.state in "ZX"
+        """Whether it runs no more; one that nobody has waited for yet has ended as well.
+
+        While threads of it are still on their way out, so are its files and locks.
+        """
+        return self.state in "ZX" and self.threads <= 1
+
+    @property
+    def is_exiting(self) -> bool:
+        """Whether it is on its way out: its memory, and with it the environment, may be gone while it still holds locks."""
+        return not self.has_ended and (self.state in "ZX" or bool(self.flags & PF_EXITING))
 
     @property
     def is_stopped(self) -> bool:
@@ -68,7 +80,14 @@ def look_up(pid: int) -> Process | None:
         return None
     # The name stands in brackets and may hold anything, brackets and spaces too.
     fields = text.rpartition(")")[2].split()
-    return Process(pid, parent=int(fields[1]), state=fields[0], started=int(fields[19]))
+    return Process(
+        pid,
+        parent=int(fields[1]),
+        state=fields[0],
+        started=int(fields[19]),
+        flags=int(fields[6]),
+        threads=int(fields[17]),
+    )
 
 
 def read_list(pid: int, name: str) -> list[str]:
@@ -117,6 +136,17 @@ def end_all(find: Callable[[], list[Process]]) -> list[Process]:
                     os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.01)
     return found
+
+
+def wait_for_exits() -> None:
+    """Waits, for `ENDING_SECONDS` at most, until all that is on its way out has ended, whosever it is.
+
+    What dies loses its environment before its locks, so that `carrying` does not see it any more.
+    """
+    exiting = [process for process in all_processes() if process.is_exiting]
+    deadline = time.monotonic() + ENDING_SECONDS
+    while any(process.lives() for process in exiting) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def adopt_orphans() -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem, StoreError
+from pipeline.processes import look_up, wait_for_exits
 from pipeline.store.disk import writing
 from pipeline.store.durable import make_folder, read_json, write_json
 from pipeline.store.locks import Lock, Taken
@@ -47,6 +48,11 @@ class Running:
     host: str
     since: float
     log: str
+
+    def is_exiting(self) -> bool:
+        """Whether it is a process of this machine that dies and has not let go of the step yet."""
+        process = look_up(self.pid) if self.pid and self.host == socket.gethostname() else None
+        return process is not None and process.is_exiting
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class WorkFolder:
     @contextlib.contextmanager
     def locked(self, kind: str = "") -> Iterator[None]:
         """Holds the step's lock (see `Lock`) while it runs. Raises `InUseError` if another process holds it."""
+        self.running()  # One that is dying lets go first.
         with contextlib.ExitStack() as stack:
             try:
                 with writing(self.path):
@@ -100,9 +107,16 @@ class WorkFolder:
                     self.running_file.unlink(missing_ok=True)
 
     def running(self) -> Running | None:
-        """Who runs the step, or None. Asking takes no lock and hinders nobody."""
+        """Who runs the step, or None. Asking takes no lock and hinders nobody. One that is just dying is waited for."""
         if not self.lock().is_held():
             return None
+        found = self.said_to_run()
+        if found.is_exiting():
+            wait_for_exits()
+            return self.said_to_run() if self.lock().is_held() else None
+        return found
+
+    def said_to_run(self) -> Running:
         try:
             said = read_json(self.running_file)
             return Running(int(said["pid"]), str(said["host"]), float(said["since"]), str(said["log"]))

@@ -36,7 +36,7 @@ ROOMS: dict[str, str] = {
     "pipeline.figures": "",
     "pipeline.processes": "",
     "pipeline.settings": "pipeline.errors",
-    "pipeline.store": f"{SETTINGS} pipeline.figures",
+    "pipeline.store": f"{SETTINGS} pipeline.figures pipeline.processes",
     "pipeline.stage": f"{SETTINGS} pipeline.store",
     "pipeline.recipe": CORE,
     "pipeline.running": f"{CORE} pipeline.processes pipeline.recipe",

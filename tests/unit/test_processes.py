@@ -1,0 +1,72 @@
+"""What dies is waited for until its locks are free, which is later than its environment is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.processes import carrying, end_all, look_up, wait_for_exits
+from pipeline.settings.strict import CHECKOUT
+from pipeline.store.work_folder import WorkFolder
+
+# Freeing this much memory takes the kernel long enough to be seen, and comes before it closes files.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from pipeline.store.work_folder import WorkFolder
+taken = WorkFolder(Path(sys.argv[1])).locked()
+taken.__enter__()
+held = bytearray(1 << 30)
+for start in range(0, len(held), 4096):
+    held[start] = 1
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A large process that holds the lock of the work folder `tmp_path`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT), "MARK_OF_A_TEST": str(tmp_path)},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def is_dying(process: subprocess.Popen[str]) -> bool:
+    """Kills it and waits until it is on its way out; False where it went by unseen."""
+    process.send_signal(signal.SIGKILL)
+    while (now := look_up(process.pid)) and not now.has_ended:
+        if now.is_exiting:
+            return True
+    return False
+
+
+def test_nothing_that_carried_a_mark_holds_a_lock_afterwards(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert is_dying(holder)
+    assert end_all(lambda: carrying(f"MARK_OF_A_TEST={tmp_path}")) == []
+    wait_for_exits()
+    assert not WorkFolder(tmp_path).lock().is_held()
+
+
+def test_a_step_whose_process_is_dying_is_not_said_to_run(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert (said := WorkFolder(tmp_path).running()) is not None and said.pid == holder.pid
+    assert is_dying(holder)
+    assert WorkFolder(tmp_path).running() is None
+
+
+def test_a_step_whose_process_is_dying_can_be_taken_up(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert is_dying(holder)
+    with WorkFolder(tmp_path).locked():
+        pass
