@@ -318,18 +318,20 @@ class Reader:
                 wanted = " or ".join(sorted(declared.kinds))
                 given = f"'{source.step}' makes" if isinstance(source, Upstream) else "the folder holds"
                 self.problem(
-                    f"stages.{name}.inputs.{role}", f"needs {wanted}, and {given} {kind}", kind_hint(declared, kinds)
+                    f"stages.{name}.inputs.{role}",
+                    f"needs {wanted}, and {given} {kind}",
+                    kind_hint(declared, kinds, name),
                 )
         for role, declared in stage.inputs.items():
             if not declared.optional and role not in spec.inputs:
                 wanted = " or ".join(sorted(declared.kinds))
-                self.problem(f"stages.{name}.inputs.{role}", f"is required: {wanted}", kind_hint(declared, kinds))
+                self.problem(f"stages.{name}.inputs.{role}", f"is required: {wanted}", kind_hint(declared, kinds, name))
         return found
 
 
-def kind_hint(declared: Input, kinds: Mapping[str, Kind]) -> str:
-    """Which stages of the recipe would fit."""
-    fitting = [name for name, kind in kinds.items() if kind in declared.kinds]
+def kind_hint(declared: Input, kinds: Mapping[str, Kind], asking: str) -> str:
+    """Which other stages of the recipe would fit."""
+    fitting = [name for name, kind in kinds.items() if kind in declared.kinds and name != asking]
     return f"These stages would fit: {', '.join(fitting)}." if fitting else "Add a stage that makes one."
 
 

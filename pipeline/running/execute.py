@@ -126,6 +126,10 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
             if step.action is Action.BLOCKED:
                 code = EXIT_USER_ERROR
                 break
+            if interrupts.count:
+                progress.line("  stopped before it began; the same command goes on from here")
+                code = interrupts.exit_code
+                break
             code = run_step(step, plan.recipe.name, store, launchers, progress, interrupts)
             if code != EXIT_DONE:
                 break

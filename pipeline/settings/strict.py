@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import itertools
+import math
 import os
 import re
 import textwrap
@@ -253,10 +254,9 @@ def problems_of(error: ValidationError, model: type[BaseModel], where: str) -> I
 
 def looks_like_a_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def type_name(value: Any) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.base import LocalProcess
+from launch.base import LocalProcess, Watch
 from pipeline.errors import RecipeError
 from pipeline.recipe.reader import load_recipe
 from pipeline.running.execute import execute
@@ -117,6 +120,24 @@ def test_comments_resources_and_places_retrain_nothing(tmp_path: Path) -> None:
     assert {line.split()[0] for line in actions(planned(tmp_path, text=moved)[0]).values()} == {"skip"}
     (tmp_path / "elsewhere" / "words.txt").write_text("other")
     assert actions(planned(tmp_path, text=moved)[0])["first"].startswith("run file sha256:")
+
+
+class Interrupting(FakeStageProcess):
+    """Ctrl-C reaches `slipway run` when the step's processes have ended."""
+
+    def run(self, job: Job, environment: Mapping[str, str], watch: Watch) -> int:
+        code = super().run(job, environment, watch)
+        os.kill(os.getpid(), signal.SIGINT)
+        return code
+
+
+def test_an_interrupt_between_two_steps_is_no_clean_save(tmp_path: Path) -> None:
+    plan, store = planned(tmp_path)
+    stream = io.StringIO()
+    assert execute(plan, store, {"local": Interrupting()}, Progress(stream)) == 130
+    assert "  stopped before it began; the same command goes on from here\n" in stream.getvalue()
+    assert [text.split()[0] for text in actions(planned(tmp_path)[0]).values()] == ["skip", "run", "run"]
+    assert not plan.step("second").work.exists()
 
 
 def test_only_and_until_choose_steps_and_missing_inputs_block(tmp_path: Path) -> None:

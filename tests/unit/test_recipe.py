@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.reader import load_recipe
+from pipeline.recipe.reader import kind_hint, load_recipe
 from pipeline.recipe.recipe import Recipe, Upstream
+from pipeline.settings.strict import looks_like_a_number
+from pipeline.stage import accepts
 from pipeline.store.artifact import Kind
 from pipeline.store.store import Store
 from tests.unit.fake_stages import LAUNCHERS, STAGES
@@ -180,6 +182,16 @@ def test_a_model_folder_from_outside_is_known_by_its_config(tmp_path: Path) -> N
         "stages.first: no output needs this stage. Add it to `outputs`, or remove it.",
         "stages.joined.inputs.data: needs text, and the folder holds causal_lm. These stages would fit: first, second.",
     ]
+
+
+def test_a_step_is_not_offered_to_itself() -> None:
+    kinds = {"first": Kind.TEXT, "joined": Kind.TEXT, "model": Kind.CAUSAL_LM}
+    assert kind_hint(accepts(Kind.TEXT), kinds, "joined") == "These stages would fit: first."
+    assert kind_hint(accepts(Kind.CAUSAL_LM), kinds, "model") == "Add a stage that makes one."
+
+
+def test_only_finite_numbers_lose_their_quotes() -> None:
+    assert [text for text in ("2e-5", "nan", "inf", "many") if looks_like_a_number(text)] == ["2e-5"]
 
 
 def test_no_such_recipe_names_those_that_come_along() -> None:
