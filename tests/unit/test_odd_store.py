@@ -226,6 +226,11 @@ def catches_interrupts(process: subprocess.Popen[str]) -> bool:
     return bool(mask >> (signal.SIGINT - 1) & 1)
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that the tests start there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
     """(exit code, standard error) of a process after Ctrl-C."""
     process.send_signal(signal.SIGINT)
@@ -237,7 +242,9 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
 def test_ctrl_c_ends_a_command_that_loads_at_once(tmp_path: Path) -> None:
     """Python's own handler stands first, then none: a shell calls that end 130."""
     command = [sys.executable, "-m", "pipeline", "status", "--store", str(tmp_path / "runs")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     for phase in (True, False):
         while catches_interrupts(process) != phase:
             assert process.poll() is None
@@ -257,8 +264,9 @@ sys.argv = ["slipway", "stages"]
 main()
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "working\n"
     assert interrupted(process) == (130, "")
