@@ -210,8 +210,10 @@ def publish_logprobs(ctx: Context, train_N2: NDArray[np.float64], heldout_N2: ND
     """Puts the reference's log-probabilities beside the model: `train` and `heldout`, N x (chosen, rejected)."""
     import numpy as np
 
-    if ctx.world.is_main and train_N2.nbytes + heldout_N2.nbytes <= PUBLISHED_LOGPROBS_BYTES:
-        np.savez(ctx.out / "reference_logprobs.npz", train=train_N2, heldout=heldout_N2)
+    from stages.lib.processes.collectives import from_main
+
+    if train_N2.nbytes + heldout_N2.nbytes <= PUBLISHED_LOGPROBS_BYTES:
+        from_main(lambda: np.savez(ctx.out / "reference_logprobs.npz", train=train_N2, heldout=heldout_N2))
 
 
 def baselines(reference_N2: NDArray[np.float64], answer_tokens_N2: NDArray[np.int64]) -> dict[str, float]:

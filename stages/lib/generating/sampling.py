@@ -67,7 +67,7 @@ class DrawByUniforms(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scaled_BV = scores.float() / (self.temperature or 1.0)
         if self.temperature and self.nucleus:
-            scaled_BV = self.nucleus(input_ids, scaled_BV)  # type: ignore[arg-type]
+            scaled_BV = self.nucleus(input_ids, scaled_BV)
         logp_BV = scaled_BV.log_softmax(-1)
         if self.temperature == 0:
             token_B1 = scores.argmax(-1, keepdim=True)
@@ -78,7 +78,7 @@ class DrawByUniforms(LogitsProcessor):
             drawn_B1 = self.uniforms_BK[:, place : place + 1].to(scores.device) * cumulative_BV[:, -1:]
             token_B1 = torch.searchsorted(cumulative_BV, drawn_B1, right=True).clamp(max=scores.shape[-1] - 1)
         self.logprobs.append(logp_BV.gather(-1, token_B1).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)  # type: ignore[return-value]
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
 
 
 class TokenStream(BaseStreamer):  # type: ignore[misc]

@@ -160,6 +160,7 @@ def starting_model(
     """
     from stages.lib.models.config import read_config
     from stages.lib.models.loading import initial_weights
+    from stages.lib.processes.collectives import from_main
     from stages.lib.text.tokenizers import copy_tokenizer, load_tokenizer, require_same_tokenizer
 
     tokens = ctx.inputs["tokens"]
@@ -170,9 +171,8 @@ def starting_model(
     config = new_config(block or {}, tokenizer, sequence_length, causal=causal, vocabulary_multiple=vocabulary_multiple)
     described = config.to_dict()
     folder = initial_weights(ctx, lambda: build(auto_class, config))
-    if ctx.world.is_main:
-        # Fails now, and not after training, if transformers opens another tokenizer beside this model's config.
-        copy_tokenizer(tokens, folder)
+    # Fails now, and not after training, if transformers opens another tokenizer beside this model's config.
+    from_main(lambda: copy_tokenizer(tokens, folder))
     return folder, described
 
 

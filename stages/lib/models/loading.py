@@ -25,7 +25,8 @@ from pipeline.stage import Context
 from pipeline.store.durable import replacing_folder
 from stages.lib.formulas.seeds import NUMPY_BITS, bounded_seed
 from stages.lib.models.config import read_config
-from stages.lib.processes.joining import quiet
+from stages.lib.processes.collectives import from_main
+from stages.lib.processes.joining import join_processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,19 +34,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
     """The folder with the weights that training starts from: `build()`, called once with the seed of the step.
 
-    Only the main process builds and writes, on the CPU, before the processes meet; all of them load from the folder
-    afterwards, so that the start is the same whatever the number of processes and the memory layout. The folder
-    survives a restart. For a model from scratch, or with a new head on a trained body.
+    Only the main process builds and writes, on the CPU, while the others wait; all of them load from the folder
+    afterwards, so that the start is the same whatever the number of processes and the memory layout. What `build` raises
+    is raised in all of them. The folder survives a restart. For a model from scratch, or with a new head on a trained body.
     """
     folder = ctx.work / "initial"
-    if ctx.world.is_main and not folder.exists():
-        quiet()
+
+    def write() -> None:
+        if folder.exists():
+            return
         set_seed(bounded_seed(ctx.seed, NUMPY_BITS))
         # A ZeRO-3 run before in this process would have the model split while it is built, which needs all processes.
         unset_hf_deepspeed_config()
         model = build().to(torch.float32)
         with replacing_folder(folder) as initial:
             model.save_pretrained(initial)
+
+    join_processes(ctx)
+    from_main(write)
     return folder
 
 

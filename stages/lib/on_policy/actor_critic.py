@@ -127,4 +127,4 @@ def next_token_logits(model: Any, input_ids: Tensor, num_new_tokens: int, option
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         options = options | {"logits_to_keep": num_new_tokens + 1}
-    return model(input_ids=input_ids, **options).logits[:, -num_new_tokens - 1 : -1]  # type: ignore[no-any-return]
+    return model(input_ids=input_ids, **options).logits[:, -num_new_tokens - 1 : -1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,10 +58,7 @@ class Learner:
         if self.parts.mixture is not None:
             self.parts.mixture.add_gradients(engine, step, params.ptx_coefficient, totals)
         for number, batch in enumerate(batches):
-            engine.backward(
-                lambda batch=batch: self.loss(batch, tokens, totals),  # type: ignore[misc]
-                last=number == len(batches) - 1,
-            )
+            engine.backward(partial(self.loss, batch, tokens, totals), last=number == len(batches) - 1)
         names = sorted(totals)
         sums = dict(zip(names, all_reduce_sum([totals[name] for name in names]), strict=True))
         stats = {name: value if name == "ptx_loss" else value / tokens for name, value in sums.items()}

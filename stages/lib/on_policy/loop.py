@@ -251,7 +251,6 @@ def align(
     device = join_processes(ctx)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
     saved = find_saved(ctx, identity(ctx, params, prompts))
-    barrier()  # The main process has written what the others are about to load.
     parts = build(device, batch)
     use_threads(ctx.resources)
     progress = Progress(controller=algorithm.controller())

@@ -15,7 +15,7 @@ from stages.lib.models.publishing import publish, zeros_of
 from stages.lib.on_policy.actor_critic import SharedCritic
 from stages.lib.on_policy.params import OnPolicyParams
 from stages.lib.on_policy.parts import Parts
-from stages.lib.processes.collectives import barrier, from_main
+from stages.lib.processes.collectives import from_main
 
 VALUE_FOLDER = "value"
 """Where an artifact keeps the critic."""
@@ -31,12 +31,13 @@ def publish_policy(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:
     if params.lora is None:
         from_main(lambda: publish(parts.module.policy, state, start, ctx.out, **options))
         return
-    if ctx.world.is_main:
+
+    def write() -> None:
         save_adapter(parts.module.policy, state, start, ctx.out / ADAPTER_FOLDER)
-        base = load_policy(start)
-        merged = PeftModel.from_pretrained(base, str(ctx.out / ADAPTER_FOLDER)).merge_and_unload()
+        merged = PeftModel.from_pretrained(load_policy(start), str(ctx.out / ADAPTER_FOLDER)).merge_and_unload()
         publish(merged, merged.state_dict(), start, ctx.out, **options)
-    barrier()
+
+    from_main(write)
 
 
 def publish_critic(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:
@@ -45,10 +46,12 @@ def publish_critic(ctx: Context, params: OnPolicyParams, parts: Parts) -> None:
     folder = ctx.out / VALUE_FOLDER
     if isinstance(value, SharedCritic):
         state, head = engine.state_of(value.base_model), engine.state_of(value.score)
-        if ctx.world.is_main:
+
+        def write() -> None:
             save_adapter(value.base_model, state, ctx.inputs["model"], folder)
             save_file(head, folder / "value_head.safetensors")
-        barrier()
+
+        from_main(write)
     elif isinstance(value, PreTrainedModel):
         state = engine.state_of(value)
         # A critic of its own begins with a head of zeros, and keeps it where no reward ever came.

@@ -7,7 +7,8 @@ forward pass sees both answers of a pair.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def open_pairs(
         join_processes(ctx)
         for split in ("train", "heldout"):
             path = ctx.inputs["preferences"] / f"{split}.jsonl"
-            from_main(lambda path=path: require_margins(read_rows(path), path))  # type: ignore[misc]
+            from_main(partial(require_margins, path))
     how = tokenizing_pairs(tokenizer, max_length_tokens, with_margins=with_margins)
     train, heldout, ledger = tokenize_input(ctx, "preferences", how, max_dropped_fraction)
     return Pairs(train), Pairs(heldout), ledger
@@ -140,10 +141,10 @@ def category_name(category: Any) -> str:
     return re.sub(r"[^0-9a-zA-Z]+", "_", str(category)) if category else ""
 
 
-def require_margins(rows: Iterable[Row], path: Path) -> None:
-    """Raises `DataError` unless every row has a margin: to drop those without one could drop a whole source."""
+def require_margins(path: Path) -> None:
+    """Raises `DataError` unless every row of the file has a margin: to drop those without one could drop a whole source."""
     count, without, sources = 0, [], set()
-    for count, row in enumerate(rows, start=1):
+    for count, row in enumerate(read_rows(path), start=1):
         if not is_margin(row.get("margin")):
             without.append(count)
             sources.add(str(row.get("source", "unknown")))

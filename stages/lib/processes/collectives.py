@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ def from_main(compute: Callable[[], Value]) -> Value:
     if not done:
         assert isinstance(value, Exception)
         raise value
-    return value  # type: ignore[return-value]
+    return cast("Value", value)
 
 
 def from_all(mine: Value) -> list[Value]:

@@ -225,8 +225,7 @@ def tokenize_input(
     ctx.journal.note(f"{sides}; dropped of {ledger.read:,}: {said}")
     remedy = f"Raise {how.limit}, clean the {how.what}, or allow it with max_dropped_fraction."
     require_enough(ledger, max_dropped_fraction, f"inputs.{role}", how.what, remedy)
-    if ctx.world.is_main:
-        ledger.write(ctx.out)
+    from_main(lambda: ledger.write(ctx.out))
     return train, heldout, ledger
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import ArtifactError, Problem
 from pipeline.stage import Context
 from stages.lib.models.loading import DTYPES
-from stages.lib.processes.collectives import barrier
+from stages.lib.processes.collectives import barrier, from_main
 from stages.lib.training.layouts import zero_stage_of
 from stages.lib.training.optimizer import Groups, make_optimizer
 from stages.lib.training.params import OptimizerParams
@@ -172,13 +172,16 @@ class Engine:
         """Writes what is trained, and the optimizer's state. All processes call it."""
         if self.layout is not None:
             self.wrapped.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
-        elif self.ctx.world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {"module": self.own_state(), "optimizer": self.optimizer.state_dict()}
-            if self.scaler.is_enabled():
-                state["scaler"] = self.scaler.state_dict()
-            torch.save(state, folder / PLAIN_STATE)
-        barrier()
+            barrier()
+        else:
+            from_main(lambda: self.save_plainly(folder))
+
+    def save_plainly(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"module": self.own_state(), "optimizer": self.optimizer.state_dict()}
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        torch.save(state, folder / PLAIN_STATE)
 
     def own_state(self) -> dict[str, Tensor]:
         """Name -> tensor of what training changes: trained parameters, and buffers that belong to the module's state."""

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.models.loading import count_parameters
 from stages.lib.models.publishing import publish
-from stages.lib.processes.collectives import all_reduce_sum, any_process, barrier, from_main
+from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
 from stages.lib.processes.joining import join_processes, use_threads
 from stages.lib.text.batches import Collate, num_tokens, with_positions
 from stages.lib.training.engine import Engine, Stepped
@@ -138,10 +139,7 @@ class Training:
             )
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
-            engine.backward(
-                lambda batch=batch: self.loss(batch, units, losses),  # type: ignore[misc]
-                last=number == len(batches) - 1,
-            )
+            engine.backward(partial(self.loss, batch, units, losses), last=number == len(batches) - 1)
         (loss,) = all_reduce_sum([float(torch.stack(losses).sum())])
         self.require_finite_number("loss", loss / units)
         factor = learning_rate_factor(self.params, step, self.steps)
@@ -278,7 +276,6 @@ def train(
     saved = find_saved(ctx, identity)
     passes = steps * batch.global_batch_size / len(data)
     ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")
-    barrier()  # The main process has written what the others are about to load.
     engine, model, rates = make_engine(ctx, params, batch, make_model, device)
     if saved is not None:
         engine.load(saved.folder)
