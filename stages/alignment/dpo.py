@@ -71,8 +71,9 @@ def run(ctx: Context, params: DPOParams) -> Result:
 
     from stages.lib.models.loading import load_model, without_dropout
     from stages.lib.preferring.opening import Preferences
-    from stages.lib.preferring.pairs import collate_pairs, padding_of
+    from stages.lib.preferring.pairs import collate_pairs
     from stages.lib.preferring.reference import ReferencePass
+    from stages.lib.text.batches import padding_of
     from stages.lib.text.tokenizers import require_same_tokenizer
     from stages.lib.training.loop import train
 

@@ -6,7 +6,7 @@
         r_t = - beta log(pi / ref) + [t is the last] score                        `PPO.advantages`, below
         A_t, R_t = GAE(r, V)
         for each minibatch of each pass
-            L = max(-A rho, -A clip(rho)) + c max((V - R)^2, (clip(V) - R)^2) / 2   stages/lib/on_policy/loop.py: `loss`
+            L = max(-A rho, -A clip(rho)) + c max((V - R)^2, (clip(V) - R)^2) / 2   stages/lib/on_policy/learning.py: `loss`
             one step of AdamW on policy and critic
         lead beta to the KL target
 
@@ -57,7 +57,7 @@ class PPOParams(OnPolicyParams):
     kl_target: Scale | None = None
     """Nats per completion to which kl_coefficient is led, from its value at the beginning. null: it stays as it is."""
     kl_horizon: float = Field(default=10_000.0, ge=1, le=1e12)
-    """Completions over which it may change by a fifth at most. Above rollout_batch_size / 5, or one rollout could change all of it."""
+    """Completions over which it may change by a fifth at most. Above rollout_batch_size / 5, or one rollout could more than double it."""
     publish_critic: bool = True
     """Whether the critic is kept too, in the artifact's folder value/: another run may start from it."""
 
@@ -74,7 +74,7 @@ class PPOParams(OnPolicyParams):
         if self.kl_target is not None and self.kl_horizon <= self.rollout_batch_size / 5:
             raise ValueError(
                 f"kl_horizon {self.kl_horizon:g} must be above rollout_batch_size / 5, which is {self.rollout_batch_size / 5:g}: "
-                f"a rollout of {self.rollout_batch_size} completions would take kl_coefficient to 0 or below. "
+                f"a rollout of {self.rollout_batch_size} completions could more than double kl_coefficient at once. "
                 f"Take {self.rollout_batch_size} or more, or smaller rollouts"
             )
         return self

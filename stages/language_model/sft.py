@@ -54,6 +54,7 @@ def run(ctx: Context, params: SftParams) -> Result:
     from stages.lib.formulas.token_losses import TokenObjective, measure_tokens, token_metrics
     from stages.lib.models.config import read_config
     from stages.lib.models.loading import load_model
+    from stages.lib.text.batches import padding_of
     from stages.lib.text.chat_check import check_chat_template
     from stages.lib.text.chats import Chats, collate_chats, tokenizing_chats
     from stages.lib.text.tokenized_parts import tokenize_input
@@ -71,7 +72,7 @@ def run(ctx: Context, params: SftParams) -> Result:
     chats, heldout = Chats(train_rows), Chats(heldout_rows)
     require_ends(chats, stop_token_ids(tokenizer))
     # Any id does: padding is told by position.
-    collate = collate_chats(padding_id=tokenizer.pad_token_id or 0)
+    collate = collate_chats(padding_of(tokenizer))
     trained = train(
         ctx,
         params,

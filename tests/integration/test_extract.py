@@ -9,8 +9,9 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from pipeline.errors import DataError
 from pipeline.settings.strict import validate
 from stages.encoder.extract import STAGE, ExtractParams
-from stages.lib.encoding.extraction import IGNORED, found_spans, read_tagged_text, tagging_windows
+from stages.lib.encoding.extraction import found_spans, read_tagged_text, tagging_windows
 from stages.lib.formulas.metrics import tally
+from stages.lib.formulas.token_losses import IGNORE
 from stages.lib.text.frames import open_tokenizer, require_frame
 from tests.integration.tiny_encoder import (
     losses,
@@ -89,7 +90,7 @@ def test_every_token_is_learned_from_once(encoder: Path) -> None:
     text = read_tagged_text(row, tokenizer, require_frame(tokenizer, pair=False), labels, 16, 6)
     windows = list(tagging_windows(text))
     assert len(windows) > 1
-    learned = [tag for window in windows for tag in window["tags"] if tag != IGNORED]
+    learned = [tag for window in windows for tag in window["tags"] if tag != IGNORE]
     assert learned == text.tags
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.errors import LaunchError
-from stages.lib.generating.vllm import require_vllm, sampled_of
+from stages.lib.generating.vllm import VllmGenerator, require_vllm, sampled_of
 
 needs_vllm = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None, reason="needs a GPU and vLLM"
@@ -34,6 +35,33 @@ def test_a_completion_keeps_its_stop_token_and_the_log_probabilities_of_its_own_
     assert np.allclose(sampled.logprobs, [-1.0, -0.5, -0.25])
     assert sampled.ended
     assert not sampled_of(output([5, 6], [-1.0, -0.5]), stop_ids=[1, 2]).ended
+
+
+@pytest.mark.slow
+def test_it_is_given_merged_weights_and_the_shared_ones_stay_as_they_are(tmp_path: Path) -> None:
+    """The base is that of the reference and the critic, which must not gather rounding, rollout by rollout."""
+    from transformers import AutoModelForCausalLM
+
+    from stages.lib.models.adapters import LoraParams, with_adapter
+    from tests.distributed.training_world import make_tokenizer, write_model
+
+    base = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", make_tokenizer())).to(torch.bfloat16)
+    names = dict(base.named_parameters()).keys()
+    policy = with_adapter(base, LoraParams(rank=2), 3, "CAUSAL_LM")
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    engine = SimpleNamespace(whole=lambda parameters: contextlib.nullcontext())
+    given = {name: weight.clone() for name, weight in VllmGenerator(engine, policy, None).weights()}
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
+    assert given.keys() == names
+    merged = dict(policy.merge_and_unload().named_parameters())
+    assert all(torch.equal(weight, merged[name]) for name, weight in given.items())
+    under = {name: f"base_model.model.{name}".replace(".weight", ".base_layer.weight") for name in names}
+    adapted = [name for name in names if under[name] in before]
+    assert adapted and not any(torch.equal(given[name], before[under[name]]) for name in adapted)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

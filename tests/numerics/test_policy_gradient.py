@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import get_args
 
 import numpy as np
@@ -489,7 +490,7 @@ def test_running_moments_by_hand() -> None:
     assert (moments.count, moments.mean) == (3, 4)
     assert moments.deviation == pytest.approx(math.sqrt(26 / 3), rel=1e-12)
     assert moments.normalize(tensor(4, 10)).tolist() == pytest.approx([0, 6 / math.sqrt(26 / 3)], rel=1e-12)
-    assert pg.RunningMoments(**moments.as_dict()) == moments
+    assert pg.RunningMoments(**asdict(moments)) == moments
 
 
 def test_running_moments_of_batches_are_those_of_all_at_once() -> None:

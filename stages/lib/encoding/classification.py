@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Classification:
         inputs = model_inputs(self.tokenizer, ids, [[0] * len(each) for each in ids])
         return {**inputs, "labels": torch.tensor([text["label"] for text in texts])}
 
+    @cached_property
     def every_label(self) -> range:
         return range(max(self.num_labels, 1 + max(text["label"] for text in self.heldout)))
 
@@ -55,7 +57,7 @@ class Classification:
         wanted_B, found_B = batch["labels"], logits_BL.argmax(dim=-1)
         known_B = wanted_B < self.num_labels
         sums = {"loss": cross_entropy(logits_BL[known_B], wanted_B[known_B], reduction="sum"), "known": known_B.sum()}
-        for label in self.every_label():
+        for label in self.every_label:
             sums[f"right_{label}"] = ((found_B == label) & (wanted_B == label)).sum()
             sums[f"found_{label}"] = (found_B == label).sum()
             sums[f"wanted_{label}"] = (wanted_B == label).sum()
@@ -65,7 +67,7 @@ class Classification:
         """Accuracy, macro F1 (the mean over the labels that occur, among what is found or what is wanted) and loss."""
         sums = evaluator.sums(self.heldout, self.collate, self.measure)
         tallies = [
-            Tally(*(sums[f"{name}_{label}"] for name in ("right", "found", "wanted"))) for label in self.every_label()
+            Tally(*(sums[f"{name}_{label}"] for name in ("right", "found", "wanted"))) for label in self.every_label
         ]
         occurring = [tally for tally in tallies if tally.found or tally.wanted]
         return {

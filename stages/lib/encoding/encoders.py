@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stages.lib.text.batches import attention_mask, padded
+from stages.lib.text.batches import attention_mask, padded, padding_of
 
 
 def model_inputs(
@@ -16,7 +16,7 @@ def model_inputs(
 ) -> dict[str, torch.Tensor]:
     """What the model is called with, of B x T: `input_ids`, `attention_mask`, and `token_type_ids` if it knows them."""
     inputs = {
-        "input_ids": padded(ids, tokenizer.pad_token_id or 0),
+        "input_ids": padded(ids, padding_of(tokenizer)),
         "attention_mask": attention_mask(ids),
     }
     if "token_type_ids" in tokenizer.model_input_names:

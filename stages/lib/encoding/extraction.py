@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from stages.lib.encoding.encoders import call, model_inputs
 from stages.lib.encoding.tagging import Dictionary, Span, best_tags, random_tags, spans_of, tag_names, tag_spans
 from stages.lib.formulas.metrics import Tally, span_metrics, tally
-from stages.lib.formulas.token_losses import Tensors
+from stages.lib.formulas.token_losses import IGNORE, Tensors
 from stages.lib.text.batches import padded
 from stages.lib.text.frames import Frame, encode
 from stages.lib.text.offsets import Offset
 from stages.lib.text.windows import TextWindow, evaluation_batch_size, owned, windows_of
 from stages.lib.training.evaluating import Evaluator
 
-IGNORED = -100
 """The tag of a position that the loss passes over."""
 
 
@@ -66,7 +66,7 @@ def tagging_windows(text: TaggedText) -> Iterator[dict[str, Any]]:
     for window, (start, end) in zip(text.windows, owned(text.windows), strict=True):
         if start == end:
             continue
-        tags = [IGNORED] * len(window.ids)
+        tags = [IGNORE] * len(window.ids)
         left = window.first + start - window.start
         tags[left : left + end - start] = text.tags[start:end]
         yield {"input_ids": window.ids, "tags": tags}
@@ -76,11 +76,11 @@ class TaggingObjective:
     """Cross entropy per token: `-log softmax(logits)[tag]`."""
 
     def count(self, batch: Tensors) -> torch.Tensor:
-        return (batch["tags"] != IGNORED).sum()
+        return (batch["tags"] != IGNORE).sum()
 
     def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
         logits_WTK = call(model, batch).logits.float()
-        return cross_entropy(logits_WTK.flatten(0, 1), batch["tags"].flatten(), ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(logits_WTK.flatten(0, 1), batch["tags"].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Extraction:
         """Training windows as tensors of W x T."""
         ids = [row["input_ids"] for row in rows]
         inputs = model_inputs(self.tokenizer, ids, [[0] * len(each) for each in ids])
-        return {**inputs, "tags": padded([row["tags"] for row in rows], IGNORED)}
+        return {**inputs, "tags": padded([row["tags"] for row in rows], IGNORE)}
 
     def collate_texts(self, rows: list[dict[str, Any]]) -> Tensors:
         """All windows of some held-out texts, and which texts these are."""
@@ -104,6 +104,7 @@ class Extraction:
         inputs = model_inputs(self.tokenizer, [w.ids for w in windows], [w.type_ids for w in windows])
         return {**inputs, "texts": torch.tensor([row["position"] for row in rows])}
 
+    @cached_property
     def every_label(self) -> list[str]:
         """The labels of training, and after them those that only held-out texts have: these count as never found."""
         heldout = {span.label for text in self.heldout for span in text.spans}
@@ -115,7 +116,7 @@ class Extraction:
         tallies = tally_all(found_spans(texts, call(model, batch).logits, self.labels), texts)
         return {
             f"{name}_{number}": torch.tensor(float(getattr(tallies.get(label, Tally()), name)))
-            for number, label in enumerate(self.every_label())
+            for number, label in enumerate(self.every_label)
             for name in COUNTS
         }
 
@@ -126,7 +127,7 @@ class Extraction:
         sums = evaluator.sums(rows, self.collate_texts, self.measure, batch_size=size)
         tallies = {
             label: Tally(*(sums[f"{name}_{number}"] for name in COUNTS))
-            for number, label in enumerate(self.every_label())
+            for number, label in enumerate(self.every_label)
         }
         each = {f"heldout_f1_of_{label}": counted.f1 for label, counted in tallies.items()}
         return {**span_metrics(tallies, "heldout_"), **each}

@@ -1,6 +1,6 @@
 """Losses between a teacher's and a student's logits.
 
-K: places, V: vocabulary. `targets_K` holds the token that the logits of a place are to predict, or `losses.IGNORE`.
+K: places, V: vocabulary. `targets_K` holds the token that the logits of a place are to predict, or `token_losses.IGNORE`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -253,6 +252,3 @@ class RunningMoments:
     def normalize(self, scores_N: Tensor) -> Tensor:
         """(score - mean) / deviation of all scores so far."""
         return (scores_N - self.mean) / self.deviation
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}

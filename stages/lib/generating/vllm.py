@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -130,20 +131,26 @@ class VllmGenerator:
             self.vllm.llm.sleep(level=2)
 
     def weights(self) -> Iterator[tuple[str, Any]]:
-        """Name -> whole weight, one after the other, adapters merged into what they adapt."""
-        adapters = hasattr(self.policy, "merge_adapter")
-        parameters = list(self.policy.parameters())
-        # Merging needs all weights of a layer at once: under lora these are whole for the time of the copy.
-        with self.engine.whole(parameters) if adapters else contextlib.nullcontext():
-            if adapters:
-                self.policy.merge_adapter()
-            try:
-                for name, parameter in self.policy.named_parameters():
-                    if any(part in name for part in TUNED):
-                        continue
-                    plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                    with contextlib.nullcontext() if adapters else self.engine.whole([parameter]):
-                        yield plain, parameter.detach()
-            finally:
-                if adapters:
-                    self.policy.unmerge_adapter()
+        """Name -> whole weight, one after the other, what adapters add included.
+
+        It is added to a copy: the weights under an adapter are those of reference and critic, too, and adding to them and
+        taking away again would leave rounding behind.
+        """
+        adapted = {
+            f"{name}.base_layer.weight": layer for name, layer in self.policy.named_modules() if is_adapted(layer)
+        }
+        for name, parameter in self.policy.named_parameters():
+            if any(part in name for part in TUNED):
+                continue
+            layer = adapted.get(name)
+            needed = [parameter] if layer is None else list(layer.parameters())
+            with self.engine.whole(needed), torch.no_grad():
+                weight = parameter.detach()
+                for adapter in () if layer is None else layer.active_adapters:
+                    weight = (weight + layer.get_delta_weight(adapter)).to(parameter.dtype)
+                yield name.removeprefix("base_model.model.").replace(".base_layer", ""), weight
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    """Whether it is a layer of peft's, which can tell what its adapter adds to the weight."""
+    return hasattr(layer, "get_delta_weight")

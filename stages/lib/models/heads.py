@@ -113,7 +113,7 @@ def add_head(auto_class: Any, encoder: Path, **config: Any) -> PreTrainedModel:
     return model
 
 
-# How the two come into memory
+# Policy and critic from disk
 
 
 def load_policy(folder: Path) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +42,7 @@ def require_isolation(evaluator: Measured, collate: Collate, plain_ids: Sequence
         }
         batch = {name: tensor.to(evaluator.device) for name, tensor in collate([row]).items()}
         try:
-            logits.append(evaluator.forward(lambda model, batch=batch: logits_of(model, batch)))
+            logits.append(evaluator.forward(partial(logits_of, batch=batch)))
         except TypeError as error:
             raise cannot_isolate(f"its forward pass takes no such argument: {error}") from error
     if not torch.equal(logits[0][:, half:], logits[1][:, half:]):

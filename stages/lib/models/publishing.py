@@ -27,7 +27,9 @@ def publish(
 ) -> None:
     """Writes model and tokenizer to `out` as a Hugging Face folder, and reads the weights back to check them.
 
-    A tokenizer given as a folder is copied file by file, as unchanged as it is. `state` holds the full weights on the main process, gathered from wherever a memory layout had put them. `may_be_zero` says which matrices training began with as zeros.
+    A tokenizer given as a folder is copied file by file, as unchanged as it is. `state` holds the full weights on the main
+    process, gathered from wherever a memory layout had put them. `may_be_zero` says which matrices training began with as
+    zeros.
     """
     dtype = DTYPES[precision]
     opened = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer

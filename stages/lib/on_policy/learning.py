@@ -53,14 +53,16 @@ class Learner:
             )
             for start in range(0, share, micro)
         ]
-        torch.manual_seed(seed_of(ctx.seed, step))
-        totals: dict[str, float] = {}
+        torch.manual_seed(
+            seed_of(ctx.seed, step)
+        )  # for what an architecture draws by itself, as routers do that jitter
+        totals: Tensors = {}
         if self.parts.mixture is not None:
             self.parts.mixture.add_gradients(engine, step, params.ptx_coefficient, totals)
         for number, batch in enumerate(batches):
             engine.backward(partial(self.loss, batch, tokens, totals), last=number == len(batches) - 1)
         names = sorted(totals)
-        sums = dict(zip(names, all_reduce_sum([totals[name] for name in names]), strict=True))
+        sums = dict(zip(names, all_reduce_sum([float(totals[name]) for name in names]), strict=True))
         stats = {name: value if name == "ptx_loss" else value / tokens for name, value in sums.items()}
         deviation = max(0.0, stats.pop("ratio_squares") - stats["ratio"] ** 2) ** 0.5
         stats["ratio_deviation"] = deviation
@@ -71,11 +73,11 @@ class Learner:
         stats |= {"tokens": tokens, "seconds": time.monotonic() - started}
         return stats
 
-    def loss(self, batch: Tensors, tokens: float, totals: dict[str, float]) -> Tensor:
+    def loss(self, batch: Tensors, tokens: float, totals: Tensors) -> Tensor:
         """This micro batch's part of the loss, a mean over the `tokens` of all micro batches of all processes.
 
         L = L_policy + c_value L_value - c_entropy H (+ beta KL), each summed over tokens and divided by their number: so
-        neither micro batch nor number of processes changes it. Adds the sums of what is logged to `totals`.
+        neither micro batch nor number of processes changes it. Adds the sums of what is logged to `totals`, in double precision.
         """
         params = self.params
         mask = batch["mask"]
@@ -111,5 +113,5 @@ class Learner:
                 "loss": loss,
             }
             for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + float((value.detach().double() * mask).sum())
+                totals[name] = totals.get(name, 0.0) + (value.detach().double() * mask).sum()
         return loss.sum() / tokens * self.ctx.world.size

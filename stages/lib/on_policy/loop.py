@@ -118,7 +118,7 @@ class Aligner:
 
     def say_if_equal(self, rollout: int, scores_N: Tensor) -> None:
         """Says where no completion is better than another: only the KL penalty is left to learn from, if there is one."""
-        if bool((scores_N == scores_N[0]).all()):
+        if bool(pg.all_equal(scores_N.view(1, -1))):
             value = float(scores_N[0])
             self.ctx.journal.note(
                 f"rollout {rollout + 1}: all {len(scores_N)} rewards are equal ({value:.4g}): there is nothing to learn from them"

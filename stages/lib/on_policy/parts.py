@@ -17,6 +17,7 @@ from stages.lib.on_policy.actor_critic import ActorCritic, Judged
 from stages.lib.on_policy.experience import Experience
 from stages.lib.on_policy.ptx import ChatMixture
 from stages.lib.on_policy.scoring import Scorer
+from stages.lib.text.batches import padding_of
 from stages.lib.text.prompts import Prompts
 from stages.lib.training.engine import Engine
 from stages.lib.training.evaluating import Metrics
@@ -125,7 +126,7 @@ class Parts:
 
     @property
     def padding_id(self) -> int:
-        return self.tokenizer.pad_token_id or 0
+        return padding_of(self.tokenizer)
 
     def to_device(self, batch: Tensors) -> Tensors:
         return {name: tensor.to(self.engine.device) for name, tensor in batch.items()}

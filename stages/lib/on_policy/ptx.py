@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.stage import Context
-from stages.lib.formulas.token_losses import TARGETS, num_asked
+from stages.lib.formulas.token_losses import TARGETS, Tensors, num_asked
 from stages.lib.processes.collectives import all_reduce_sum
+from stages.lib.text.batches import padding_of
 from stages.lib.text.chats import Chats, collate_chats, tokenizing_chats
 from stages.lib.text.tokenized_parts import require_enough, tokenize_file
 from stages.lib.training.engine import Engine
@@ -35,14 +36,14 @@ class ChatMixture:
         self.ctx = ctx
         self.batch = derive_batch(batch_size, ctx.resources, processes=ctx.world.size)
         self.schedule = ScheduledData(chats, seed_of(ctx.seed, 2), total_steps * batch_size)
-        self.collate = collate_chats(tokenizer.pad_token_id or 0)
+        self.collate = collate_chats(padding_of(tokenizer))
 
-    def add_gradients(self, engine: Engine, step: int, coefficient: float, totals: dict[str, float]) -> None:
+    def add_gradients(self, engine: Engine, step: int, coefficient: float, totals: Tensors) -> None:
         """Adds the gradients of coefficient x the mean cross-entropy per token; its value to `totals` as `ptx_loss`."""
         share, micro = self.batch.global_batch_size // self.ctx.world.size, self.batch.micro_batch_size
         first = step * self.batch.global_batch_size + self.ctx.world.rank * share
         batches = [
-            self.collate([self.schedule[position] for position in range(start, min(start + micro, first + share))])
+            self.collate([self.schedule[position] for position in range(start, start + micro)])
             for start in range(first, first + share, micro)
         ]
         (tokens,) = all_reduce_sum([float(sum(num_asked(batch) for batch in batches))])
@@ -51,7 +52,7 @@ class ChatMixture:
 
             def loss(inputs: dict[str, torch.Tensor] = inputs) -> torch.Tensor:
                 nats = engine.forward(inputs["input_ids"], inputs["attention_mask"], targets_BT=inputs[TARGETS])
-                totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + float(nats.detach().double()) / tokens
+                totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + nats.detach().double() / tokens
                 return coefficient * nats / tokens * self.ctx.world.size
 
             engine.backward(loss, last=False)

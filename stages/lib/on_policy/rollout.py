@@ -22,6 +22,7 @@ from stages.lib.on_policy.parts import Parts
 from stages.lib.on_policy.rewards import Completion, Sample
 from stages.lib.processes.collectives import any_process, from_all
 from stages.lib.text.prompts import PromptRow
+from stages.lib.text.tokenizers import decode_ids
 from stages.lib.training.evaluating import Metrics, StopRequested
 
 
@@ -36,8 +37,8 @@ class Rollouts:
     def complete(self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> Experience:
         """A completion of each prompt, judged and scored, each process its share; the same in all of them.
 
-        Where the processes cannot share evenly, the first prompts are completed once more, and not counted: under
-        ZeRO-3 all must do the same number of forward passes.
+        Where the processes cannot share evenly, the first prompts are completed once more: under ZeRO-3 all must do the
+        same number of forward passes. What counts is the first time, so that the number of processes changes nothing.
         """
         world = self.ctx.world
         share = math.ceil(len(rows) / world.size)
@@ -52,7 +53,7 @@ class Rollouts:
         for start in range(0, share, size):
             require_going_on(self.ctx)
             episodes += self.judge(written[start : start + size], my_rows[start : start + size])
-        found = {each.position: each for part in from_all(episodes) for each in part}
+        found = {each.position: each for part in reversed(from_all(episodes)) for each in reversed(part)}
         return Experience([found[position] for position in positions])
 
     def write(self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> list[Sampled]:
@@ -109,9 +110,7 @@ class Rollouts:
     def text_of(self, episode: Episode) -> str:
         """What the policy wrote, without the token that ends it. Other special tokens stand in it as they are spelled."""
         ids = episode.ids[:-1] if episode.ended else episode.ids
-        text = self.parts.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return decode_ids(self.parts.tokenizer, ids.tolist())
 
     def scores(self, experience: Experience) -> Tensor:
         """What each completion is worth: its weighted rewards, less the penalty for one that was cut off. N."""

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import require_length
 from stages.lib.models.loading import load_model
-from stages.lib.on_policy.reward_params import Reward, learned, programmatic, reward_names
+from stages.lib.on_policy.reward_params import LEARNED, Reward, learned, programmatic, reward_names
 from stages.lib.on_policy.rewards import Sample, check_scores, combine, score_programmatic
 from stages.lib.preferring.reward_models import load_reward_model, scores
 from stages.lib.processes.collectives import from_main
@@ -43,7 +43,7 @@ class RewardModelScorer:
         self.together = zero_stage_of(layout) == 3
         # Refuses a model whose head was lost: it scores the fixed prompts otherwise than its manifest says.
         if self.together:
-            from_main(lambda: load_reward_model(folder) and None)
+            from_main(lambda: load_reward_model(folder) and None)  # the model itself is not to be sent to the others
             with split_while_loading(layout):
                 model = load_model(AutoModelForSequenceClassification, folder)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
@@ -101,7 +101,7 @@ class Scorer:
         for sample in samples:
             assert not isinstance(sample.prompt, str), "a reward model scores conversations"
             chats.append([*sample.prompt, {"role": "assistant", "content": sample.completion.text}])
-        return check_scores("reward_model", self.model.score(chats), samples)
+        return check_scores(LEARNED, self.model.score(chats), samples)
 
     def total(self, values: NDArray[np.float64]) -> list[float]:
         """The weighted sum of each sample's rewards."""

@@ -31,6 +31,7 @@ from stages.lib.on_policy.publish import publish_critic, publish_policy
 from stages.lib.on_policy.reward_params import learned
 from stages.lib.on_policy.rewards import check_rows
 from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
+from stages.lib.text.batches import padding_of
 from stages.lib.text.chat_check import check_chat_template
 from stages.lib.text.prompts import Prompts, open_prompts
 from stages.lib.text.tokenizers import (
@@ -130,7 +131,7 @@ def critic_folder(ctx: Context, params: OnPolicyParams, tokenizer: PreTrainedTok
     of_reward = reward is not None and tokenizer_digest(load_tokenizer(reward)) == tokenizer_digest(tokenizer)
     source = reward if of_reward and reward is not None else ctx.inputs["model"]
     ctx.journal.note(f"the critic starts from the {'reward model' if of_reward else 'policy'} with a head of zeros")
-    padding_id = tokenizer.pad_token_id or 0
+    padding_id = padding_of(tokenizer)
     return initial_weights(ctx, lambda: fresh_value(source, padding_id, is_reward_model=of_reward))
 
 

@@ -54,7 +54,7 @@ def on_policy_stage(
 class GroupAlgorithm(Generic[Chosen]):
     """What algorithms share that take the other completions of a prompt as the baseline: there is no critic.
 
-    With its `advantages` each is an `Algorithm` of loop.py.
+    With its `advantages` each is an `Algorithm` of parts.py.
     """
 
     value_coefficient = 0.0

@@ -159,11 +159,6 @@ def require_margins(path: Path) -> None:
         )
 
 
-def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with where masks tell what is padding: any would do."""
-    return tokenizer.pad_token_id or 0
-
-
 def collate_pairs(padding_id: int) -> Collate:
     """Rows -> `input_ids`, `attention_mask` and `answer_mask` of 2N x T, `category_N2`, and `margin_N` and `reference_N2`
     where the rows have them.

@@ -21,11 +21,10 @@ from pipeline.store.artifact import MANIFEST, digest_file, files_below, read_man
 from pipeline.store.durable import replacing, require_room
 from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
 from stages.lib.preferring.answers import answer_logprobs
-from stages.lib.preferring.pairs import Pairs, collate_pairs, padding_of
+from stages.lib.preferring.pairs import Pairs, collate_pairs
 from stages.lib.processes.collectives import any_process, from_all, from_main
 from stages.lib.processes.joining import join_processes
-
-# A reference model's log-probabilities.
+from stages.lib.text.batches import padding_of
 
 
 @dataclass

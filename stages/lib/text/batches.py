@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from stages.lib.formulas.token_losses import Tensors
 
@@ -44,3 +45,8 @@ def num_tokens(batch: Tensors) -> float:
     if mask is not None and mask.dim() == 2:
         return float(mask.sum())
     return float(batch["input_ids"].numel()) if "input_ids" in batch else 0.0
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with where masks tell what is padding: any would do."""
+    return tokenizer.pad_token_id or 0

@@ -128,8 +128,3 @@ def encode_prompt_or_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) ->
         return encode_prompt(tokenizer, prompt)
     (ids,) = encode_texts(tokenizer, [prompt])
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
-
-
-def location(path: Path, row: PromptRow) -> str:
-    """Where the row stands, for messages."""
-    return f"{path}: row {row.index + 1}"

@@ -146,7 +146,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def facts_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The fields of `pipeline.artifact.Facts` that a tokenizer decides; a stage adds its own."""
+    """The fields of `pipeline.store.artifact.Facts` that a tokenizer decides; a stage adds its own."""
     return {
         "tokenizer_digest": tokenizer_digest(tokenizer),
         "chat_template_digest": chat_template_digest(tokenizer),

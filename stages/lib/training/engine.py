@@ -190,9 +190,9 @@ class Engine:
         return trained | {name: b for name, b in self.module.state_dict().items() if name in buffers}
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. Raises `ArtifactError` if it is not of this module."""
+        """Reads what `save` wrote. Raises `ArtifactError` if it is not there or, without DeepSpeed, of another module."""
         if self.layout is not None:
-            # Not strict: frozen parameters are not in the checkpoint. That all others are is checked by their number.
+            # Not strict: frozen parameters are not in the checkpoint.
             path, _ = self.wrapped.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
             )

@@ -38,14 +38,15 @@ class Evaluator:
         self, rows: Sequence[dict[str, Any]], collate: Collate, measure: Measure, batch_size: int | None = None
     ) -> Metrics:
         """Each of `measure`'s values summed over all `rows`, the same number in every process."""
-        totals: dict[str, float] = {}
+        totals: Tensors = {}
         with self.measuring():
             for _, batch, counts in self.passes(rows, collate, batch_size or self.batch_size):
                 for name, value in measure(self.model, batch).items():
                     # Not added where it does not count: a repeated batch is worth nothing, whatever its value.
-                    totals[name] = totals.get(name, 0.0) + (float(value.double()) if counts else 0.0)
+                    counted = value.double() if counts else torch.zeros_like(value, dtype=torch.float64)
+                    totals[name] = totals.get(name, 0.0) + counted
         names = sorted(totals)
-        return dict(zip(names, all_reduce_sum([totals[name] for name in names]), strict=True))
+        return dict(zip(names, all_reduce_sum([float(totals[name]) for name in names]), strict=True))
 
     def values(
         self, rows: Sequence[dict[str, Any]], collate: Collate, measure: Measure, batch_size: int | None = None

@@ -152,24 +152,18 @@ class Training:
         self.log(stepped, self.params.learning_rate * factor)
 
     def micro_batches(self, step: int) -> list[Tensors]:
-        """This process's rows of a step, `micro_batch_size` at a time, on its device."""
+        """This process's rows of a step, `micro_batch_size` at a time, on the CPU, where counting them makes no GPU wait."""
         micro, world = self.batch.micro_batch_size, self.ctx.world
         first = step * self.batch.global_batch_size
         starts = [first + (number * world.size + world.rank) * micro for number in range(self.batch.accumulation)]
-        return [
-            {
-                name: tensor.to(self.engine.device)
-                for name, tensor in self.collate([self.schedule[p] for p in range(start, start + micro)]).items()
-            }
-            for start in starts
-        ]
+        return [self.collate([self.schedule[p] for p in range(start, start + micro)]) for start in starts]
 
     def loss(self, batch: Tensors, units: float, losses: list[torch.Tensor]) -> torch.Tensor:
         """This micro batch's share of the step's loss, times the number of processes, which average gradients.
 
         Its sum, in double precision, is added to `losses`.
         """
-        inputs = {name: tensor for name, tensor in batch.items() if name != "positions"}
+        inputs = {name: tensor.to(self.engine.device) for name, tensor in batch.items() if name != "positions"}
         torch.manual_seed(seed_of(self.ctx.seed, int(batch["positions"][0])))
         loss_sum = self.objective.loss_sum(self.engine.wrapped, inputs)
         losses.append(loss_sum.detach().double())
