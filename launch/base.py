@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pipeline.errors import LaunchError, Problem
-from pipeline.processes import Process, carrying, descendants, end_all, look_up, wait_for_exits
+from pipeline.processes import Process, carrying, descendants, end_all, exiting_since, look_up, wait_for
 from pipeline.settings.strict import CHECKOUT, Reading, Strict, validate
 from pipeline.store.job import Job
 
@@ -113,18 +113,23 @@ def run_command(command: list[str], log: Path, environment: Mapping[str, str], w
             env=environment,
             start_new_session=True,
         )
+        itself = look_up(keeper.pid)
+        assert itself is not None, "it is our child, and we have not waited for it"
         killed = False
         try:
             while keeper.poll() is None and not (killed := watch()):
                 time.sleep(POLL_SECONDS)
         finally:
-            end(keeper, f"{MARK}={mark}")
+            end(keeper, f"{MARK}={mark}", itself.started)
         watch()
         return -signal.SIGKILL if killed else keeper.returncode
 
 
-def end(keeper: subprocess.Popen[bytes], mark: str) -> None:
-    """Returns once the keeper, what it kept and all that carries the mark have ended. Raises `LaunchError` if one does not."""
+def end(keeper: subprocess.Popen[bytes], mark: str, started: int) -> None:
+    """Returns once the keeper, what it kept and all that carries the mark have ended. Raises `LaunchError` if one does not.
+
+    Also once what has begun after the keeper, which `started` then, and is dying has let go of its locks.
+    """
     assert keeper.stdin is not None
     keeper.stdin.close()
     try:
@@ -141,7 +146,7 @@ def end(keeper: subprocess.Popen[bytes], mark: str) -> None:
         numbers = ", ".join(str(process.pid) for process in left)
         hint = "They wait for a disk or a driver; see `ps`. The step's lock is free once they are gone."
         raise LaunchError(Problem("processes", f"{numbers} do not end", hint))
-    wait_for_exits()
+    wait_for(exiting_since(started))
 
 
 def in_front(folder: str, paths: str | None) -> str:

@@ -10,7 +10,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,12 @@ def look_up(pid: int) -> Process | None:
     )
 
 
+def start_of(pid: int) -> str:
+    """When the process started, in clock ticks since boot; empty where there is none, or it has ended."""
+    process = look_up(pid)
+    return "" if process is None or process.has_ended else str(process.started)
+
+
 def read_list(pid: int, name: str) -> list[str]:
     try:
         data = (PROC / str(pid) / name).read_bytes()
@@ -138,14 +144,18 @@ def end_all(find: Callable[[], list[Process]]) -> list[Process]:
     return found
 
 
-def wait_for_exits() -> None:
-    """Waits, for `ENDING_SECONDS` at most, until all that is on its way out has ended, whosever it is.
+def exiting_since(started: int) -> list[Process]:
+    """The processes, whosever they are, that began at `started` or later and are on their way out.
 
     What dies loses its environment before its locks, so that `carrying` does not see it any more.
     """
-    exiting = [process for process in all_processes() if process.is_exiting]
+    return [process for process in all_processes() if process.is_exiting and process.started >= started]
+
+
+def wait_for(processes: Sequence[Process]) -> None:
+    """Waits, for `ENDING_SECONDS` at most, until all of them have ended."""
     deadline = time.monotonic() + ENDING_SECONDS
-    while any(process.lives() for process in exiting) and time.monotonic() < deadline:
+    while any(process.lives() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 

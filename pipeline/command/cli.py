@@ -33,10 +33,10 @@ from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
 from pipeline.running.plan import Action, Plan, make_plan
 from pipeline.running.unfinished import take_over
-from pipeline.settings.paths import holds_file, nearest_there, unusable
+from pipeline.settings.paths import holds_file, unusable
 from pipeline.store.artifact import MANIFEST
 from pipeline.store.digests import outside_files
-from pipeline.store.disk import NO_ROOM, refusal
+from pipeline.store.disk import MOVE, NO_ROOM, refusal
 from pipeline.store.numbers import json_text
 from pipeline.store.store import Store
 from stages import STAGES
@@ -59,13 +59,9 @@ app = typer.Typer(
 def open_store(path: Path | None) -> Store:
     """The store, which need not be there yet. Raises `StoreError` or `PathError` where none can be."""
     store = Store(path or Path(os.environ.get("SLIPWAY_STORE") or "runs"))
-    hint = "Choose another place with --store or SLIPWAY_STORE."
-    where = shown_path(store.folder)
     if len(os.fsencode(store.folder)) > LONGEST_STORE_BYTES:
-        raise StoreError(Problem(where, "is too long for a store: paths below it could not be used", hint))
-    there = nearest_there(store.folder)
-    if not there.is_dir():
-        raise StoreError(Problem(where, f"cannot be a store: {shown_path(there)} is no folder", hint))
+        what = "is too long for a store: paths below it could not be used"
+        raise StoreError(Problem(shown_path(store.folder), what, MOVE))
     return store
 
 

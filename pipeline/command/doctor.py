@@ -21,10 +21,12 @@ from typing import Literal, TextIO
 from packaging.requirements import Requirement
 
 from pipeline.command.asking import Answer, Ask, ask
-from pipeline.command.mounts import existing, mount_of, read_mounts
+from pipeline.command.mounts import mount_of, read_mounts
 from pipeline.errors import EXIT_DONE, EXIT_USER_ERROR
+from pipeline.settings.paths import nearest_there
 from pipeline.settings.resources import usable_cores
 from pipeline.settings.strict import CHECKOUT
+from pipeline.store.disk import MOVE
 from pipeline.store.store import Store
 
 PROBE = "launch.probe"
@@ -223,10 +225,9 @@ def memory_bytes() -> int:
 
 
 def disk_findings(folder: Path) -> Iterator[Finding]:
-    place = existing(folder)
+    place = nearest_there(folder)
     if not os.access(place, os.W_OK | os.X_OK):
-        hint = "Choose another place with --store or SLIPWAY_STORE."
-        yield Finding("missing", "disk", f"the store {folder} cannot be written", hint)
+        yield Finding("missing", "disk", f"the store {folder} cannot be written", MOVE)
         return
     free = shutil.disk_usage(place).free
     if free < ROOMY_BYTES:
@@ -237,7 +238,7 @@ def disk_findings(folder: Path) -> Iterator[Finding]:
 
 
 def filesystem_finding(folder: Path, mounts: str) -> Finding:
-    mount = mount_of(existing(folder).resolve(), mounts)
+    mount = mount_of(nearest_there(folder).resolve(), mounts)
     if mount is None:
         return Finding(
             "warn", "filesystem", "its kind cannot be told here", "Several nodes need a store that all of them see."

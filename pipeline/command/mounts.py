@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
-    return next(path for path in [folder, *folder.parents] if path.exists())
-
-
 def read_mounts() -> str:
     """The kernel's table of mounts; empty where there is none."""
     try:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from pipeline.errors import ArtifactError
 from pipeline.figures import headline, number, seconds, size, table
 from pipeline.running.plan import Action, Plan
+from pipeline.settings.paths import nearest_there
 from pipeline.settings.strict import documentation, models_in
 from pipeline.stage import Estimate, Stage
 from pipeline.store.artifact import MANIFEST, Kind, added, intruders, read_manifest
@@ -62,7 +63,7 @@ def plan_lines(plan: Plan, store: Store) -> list[str]:
     words = {action: f"to {action}" for action in Action} | {Action.BLOCKED: "blocked"}
     lines.append(", ".join(f"{count} {words[action]}" for action, count in counts.items() if count))
     needed = sum(step.estimate.disk_bytes or 0 for step in plan.steps if step.action is not Action.SKIP)
-    place = next(path for path in [store.folder, *store.folder.parents] if path.exists())
+    place = nearest_there(store.folder)
     lines.append(
         f"disk: at least {size(needed)} for models and data, {size(shutil.disk_usage(place).free)} free in {store.folder}"
     )

@@ -1,4 +1,4 @@
-"""What to do: a recipe, checked and with everything resolved. `recipe_reader` makes it."""
+"""What to do: a recipe, checked and with everything resolved. `reader.py` makes it."""
 
 from __future__ import annotations
 

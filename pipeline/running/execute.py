@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, real, seconds, table
 from pipeline.running.environment import environment_for
-from pipeline.running.marks import clear_marks, names
+from pipeline.running.marks import names
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 from pipeline.running.supervision import Supervision
 from pipeline.running.unfinished import take_over
-from pipeline.store.artifact import Manifest, read_manifest
+from pipeline.store.artifact import Manifest
 from pipeline.store.disk import MAKE_ROOM, free_words, is_full
 from pipeline.store.job import Job
 from pipeline.store.journal import read_event
@@ -43,7 +43,6 @@ class Launcher(Protocol):
 class Interrupts(AbstractContextManager["Interrupts"]):
     """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it."""
 
-    progress: Progress
     count: int = 0
     exit_code: int = EXIT_CRASH
     """That of a command which ends because of the last signal, and nothing was saved: 128 + its number."""
@@ -116,7 +115,7 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
     chosen = plan.chosen
     note_run(plan, store, progress)
     code = EXIT_DONE
-    with Interrupts(progress) as interrupts:
+    with Interrupts() as interrupts:
         for position, step in enumerate(chosen, start=1):
             head = f"[{position}/{len(chosen)}] {step.name}"
             if step.action is Action.SKIP:
@@ -160,25 +159,22 @@ def run_step(
     progress: Progress,
     interrupts: Interrupts,
 ) -> int:
-    """Runs one step to its end; returns 0, 1, 2 or 75, having said why."""
+    """Runs one step to its end; returns 0, 1, 2, 75 or 128 + a signal, having said why."""
     job = step.job(recipe, store)
     launcher = launchers[job.resources.launcher_name]
     command = launcher.command(job)
     take_over(step.adopts, step.work, store)
     store.begin(job)
-    clear_marks(job.work_folder)
     progress.line(f"  $ {shlex.join(command)}")
     distributed = step.recipe_step.stage.distributed
     supervision = Supervision(job, stateless=not distributed, say=lambda text: progress.line(f"  {text}"))
     watcher = Watcher(job, progress, interrupts, supervision)
     environment = {**os.environ, **environment_for(job, distributed=distributed)}
     exit_code = launcher.run(job, environment, watcher)
-    folder = store.artifact_folder(job.artifact_id)
     outcome = job.files.outcome()
     # A full disk may have taken the artifact, and not the word that it is done.
     ended_well = outcome.get("status") == "done" or (not outcome and exit_code == EXIT_DONE)
-    if ended_well and store.find(job.artifact_id):
-        manifest = read_manifest(folder)
+    if ended_well and (manifest := store.find(job.artifact_id)):
         progress.line(
             f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"
         )

@@ -94,6 +94,13 @@ class Lifeline:
         """The rank came to a boundary."""
         self.boundaries += 1
 
+    def commit(self) -> None:
+        """The rank's result is whole. Putting it into the store is not to be interrupted, however long that takes."""
+        self.every_poll = lambda: None
+        with self.lock:
+            self.mark = replace(self.mark, boundaries=self.boundaries, is_committing=True)
+            write_mark(self.work, self.mark)
+
     def show(self) -> None:
         """Writes the mark if there is news."""
         with self.lock:

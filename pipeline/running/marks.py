@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,8 @@ class Mark:
     started: int
     boundaries: int = 0
     ended: str | None = None
+    is_committing: bool = False
+    """Whether its result is whole and is being hashed and put into the store."""
 
     def process(self) -> Process | None:
         """The rank's process, if it lives, or None; None as well if it is on another machine."""
@@ -69,13 +70,6 @@ def read_marks(work: Path, size: int) -> dict[int, Mark]:
         with contextlib.suppress(OSError, ValueError, TypeError):
             found[rank] = Mark(**read_json(WorkFolder(work).mark(rank)))
     return found
-
-
-def clear_marks(work: Path) -> None:
-    """Makes an empty folder for the marks of a new run."""
-    folder = WorkFolder(work).marks
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
 
 
 def behind(marks: dict[int, Mark], size: int) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from pipeline.figures import number, printable, real, seconds
+from pipeline.store.numbers import is_plain
 
 
 class Progress:
@@ -30,7 +31,7 @@ class Progress:
         elif kind == "rollout":
             self.line(f"  {describe_rollout(event)}")
         elif kind == "heldout":
-            names = [name for name, value in event.items() if is_number(value) and name not in ("time", "step")]
+            names = [name for name, value in event.items() if is_plain(value) and name not in ("time", "step")]
             values = ", ".join(f"{name} {number(event[name])}" for name in names[:4])
             self.line(f"  held-out at step {plain(event.get('step', 0))}: {values}")
         elif kind == "progress":
@@ -58,10 +59,6 @@ def words(value: Any) -> str:
 def plain(value: Any) -> str:
     """A number that counts steps, without commas."""
     return number(value).replace(",", "")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def describe_step(event: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import ArtifactError, PathError, Preempted, Problem, SlipwayError
+from pipeline.errors import ArtifactError, PathError, Problem, SlipwayError
 from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
 from pipeline.store.artifact import MANIFEST, intruders, read_manifest
@@ -18,14 +18,16 @@ SAID_BYTES = 1_000_000_000
 """From here on hashing takes seconds, and is said."""
 
 
-def prove_inputs(job: Job, journal: Journal, stop_requested: Callable[[], bool]) -> None:
+def prove_inputs(job: Job, journal: Journal, look_up_from_it: Callable[[], object]) -> None:
     """Hashes what the job reads, unless that is remembered. Raises one `ArtifactError` with everything that is not as it was
-    when the job was planned."""
+    when the job was planned.
+
+    `look_up_from_it` is called before each input, and may raise where the job is to stop.
+    """
     problems: list[Problem] = []
     digests = Digests(cache_file())
     for role, place in job.inputs.items():
-        if stop_requested():
-            raise Preempted("its inputs were being proven, nothing had begun")
+        look_up_from_it()
         if place.startswith(HUB):
             continue
         expected = job.input_ids[role]

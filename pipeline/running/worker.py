@@ -101,11 +101,16 @@ class StopSignals:
             raise Stopped(number)
 
     def __call__(self) -> bool:
-        """True once this rank was signalled, or the work folder holds a request to stop (which rank 0 looks for)."""
+        """True once this rank was signalled, or the work folder holds a request to stop (which rank 0 looks for).
+
+        Raises `Stopped` instead where there is nothing to save.
+        """
         now = time.monotonic()
         if self.is_main and not self.asked and now - self.looked_at > STOP_POLL_SECONDS:
             self.looked_at = now
             self.asked = self.files.stop_is_requested()
+        if self.asked and self.at_once:
+            raise Stopped(signal.SIGTERM)
         return self.asked
 
 
@@ -177,9 +182,12 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSig
     started = time.monotonic()
     with failed_output_removed(job, world):
         stop.at_once = not stage.distributed
-        result = stage.run(context, params)
-        stop.at_once = False
+        try:
+            result = stage.run(context, params)
+        finally:
+            stop.at_once = False
         if world.is_main:
+            lifeline.commit()
             manifest = store.commit(
                 job, result.metrics, result.facts, environment=environment,
                 wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,
@@ -273,6 +281,7 @@ def main(arguments: list[str], stages: Mapping[str, Stage]) -> int:
         say(f"rank {world.rank}: {error}", sys.stderr)
         return EXIT_USER_ERROR
     except Exception as error:
+        stop.at_once = False
         return failed(error, files, lifeline)
     lifeline.end("done")
     if world.is_main:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ArtifactError, PathError, Problem
+from pipeline.errors import ArtifactError, Problem
 from pipeline.settings.paths import open_regular
 from pipeline.store.durable import read_file
 
@@ -154,8 +154,6 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         hint = "Mend or remove it; its recipe makes the artifact again."
         raise ArtifactError(Problem(str(path), f"cannot be read: {error.strerror or error}", hint)) from None
-    except PathError as error:
-        raise ArtifactError(*error.problems) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -9,6 +9,7 @@ lock before it looks at what it reads, and a run records its plan before that.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -221,7 +222,9 @@ def put_back(store: Store, moved: Path, batch: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         moved.rename(place)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
         drop(moved)
 
 

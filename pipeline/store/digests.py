@@ -8,7 +8,6 @@ or in `slipway` below `$XDG_CACHE_HOME`, which is `~/.cache` where it is not set
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from pipeline.errors import PathError, Problem
 from pipeline.settings.paths import expanded, kind_of_file, unusable
 from pipeline.store.artifact import canonical_json, digest_bytes, digest_file
-from pipeline.store.durable import write_json
+from pipeline.store.durable import read_json, write_json
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 
@@ -89,10 +88,11 @@ class Digests:
 def read_digests(file: Path) -> dict[str, list[str]]:
     """Path -> [signature of sizes and times, digest]; empty where there is no such file."""
     try:
-        known = json.loads(file.read_bytes())
+        known = read_json(file)
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {path: entry for path, entry in entries if isinstance(entry, list) and len(entry) == 2}
 
 
 def outside_files(folder: Path) -> dict[str, os.stat_result]:

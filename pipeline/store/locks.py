@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import Problem, StoreError
+from pipeline.processes import start_of
 from pipeline.store.durable import read_json
 
 UNSUPPORTED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -73,16 +74,6 @@ def this_machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()
-
-
-def start_of(pid: int) -> str:
-    """Ticks between the kernel's start and that of the process; empty where that cannot be told, or it is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    # Counted from the third field: the state, and the 22nd, the start.
-    return "" if fields[0] in "ZX" else fields[19]
 
 
 def this_process() -> Owner:

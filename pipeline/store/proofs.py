@@ -7,7 +7,6 @@ outside files. Nothing is lost with them but time.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from pipeline.store.artifact import (
     seal_of,
 )  # fmt: skip
 from pipeline.store.digests import SETTLING_SECONDS, cache_file
-from pipeline.store.durable import write_json
+from pipeline.store.durable import read_json, write_json
 
 Signature = list[int]
 
@@ -54,7 +53,7 @@ class Proof:
     @classmethod
     def read(cls, folder: Path) -> Proof:
         try:
-            block = json.loads(proof_file(folder).read_bytes())
+            block = read_json(proof_file(folder))
             known = {str(name): (list(entry[0]), str(entry[1])) for name, entry in block["files"].items()}
         except (OSError, ValueError, TypeError, LookupError, AttributeError):
             known = {}

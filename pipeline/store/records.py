@@ -9,7 +9,6 @@ set. A plan that is replaced while its run still goes on stays in the file, belo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -20,8 +19,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.processes import start_of
 from pipeline.store.artifact import digest_bytes
-from pipeline.store.durable import make_folder, write_json
+from pipeline.store.durable import make_folder, read_json, write_json
 
 NAME_LIMIT = 100
 """Letters of a recipe's name that its file begins with; the whole name stands inside."""
@@ -49,7 +49,7 @@ class RunningProcess(Recorded):
 
     def lives(self) -> bool | None:
         """Whether it has not ended; None of another machine's, of which nothing is known."""
-        return None if self.host != socket.gethostname() else self.started == start_of(self.pid)
+        return None if self.host != socket.gethostname() else self.started == start_of(self.pid) != ""
 
 
 class RecordedStep(Recorded):
@@ -153,7 +153,7 @@ def file_of(folder: Path, plan: RecordedPlan) -> Path:
 def read_record(file: Path) -> RecordedPlan | OddRecord:
     """The record in a file. Older ones lie under the recipe's name alone, and hold no time."""
     try:
-        block = json.loads(file.read_bytes())
+        block = read_json(file)
         if isinstance(block, dict) and "recorded_at" not in block:
             block = {"name": file.stem, "recorded_at": file.stat().st_mtime, **block}
         return RecordedPlan.model_validate(block)
@@ -274,15 +274,4 @@ def forget(folder: Path, plans: Iterable[RecordedPlan]) -> None:
 
 
 def this_process() -> RunningProcess:
-    return RunningProcess(pid=os.getpid(), host=socket.gethostname(), started=start_of(os.getpid()) or "")
-
-
-def start_of(pid: int) -> str | None:
-    """When the process started, as the kernel counts; None if there is none, or it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The name in brackets, before which only the number stands, may hold anything.
-    fields = status.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else fields[19]
+    return RunningProcess(pid=os.getpid(), host=socket.gethostname(), started=start_of(os.getpid()))

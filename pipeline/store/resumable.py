@@ -3,13 +3,13 @@ waits in a queue, and the training when it starts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.settings.resources import LAYOUTS, Resources
+from pipeline.store.durable import read_json
 
 STATE = "slipway.json"
 """What a training adds to its checkpoints: `step`, `total_steps`, `world_size`, `zero_stage` and more."""
@@ -27,10 +27,10 @@ class Saved:
 
 def read_saved(checkpoint: Path) -> Saved:
     try:
-        content = json.loads((checkpoint / STATE).read_bytes())
+        content = read_json(checkpoint / STATE)
     except FileNotFoundError:
         return Saved()
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return Saved(unreadable=True)
     if not isinstance(content, dict):
         return Saved(unreadable=True)
@@ -48,8 +48,8 @@ def zero_stage_of(layout: str | Path | None) -> int | None:
         return 0
     packaged = LAYOUTS / f"{layout}.json"
     try:
-        content = json.loads((packaged if packaged.is_file() else Path(layout)).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(packaged if packaged.is_file() else Path(layout))
+    except (OSError, ValueError):
         return None
     block = content.get("zero_optimization", {}) if isinstance(content, Mapping) else None
     return whole_number(block.get("stage", 0)) if isinstance(block, Mapping) else None

@@ -7,6 +7,7 @@ work/<step>-<first 8 of id>/
     rendezvous/                 where its processes find each other
     lock  lock-<n>  running.json  who runs it
     start.json  spent.json      the checkpoint that all its processes resume from; the seconds of earlier runs
+    ranks/<rank>.json           what each rank says of itself
     stop-requested              somebody wishes it to save and stop
     outcome.json                how it ended
     (anything else)             the stage's own scratch files
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem, StoreError
-from pipeline.processes import look_up, wait_for_exits
+from pipeline.processes import Process, look_up, wait_for
 from pipeline.store.disk import writing
 from pipeline.store.durable import make_folder, read_json, write_json
 from pipeline.store.locks import Lock, Taken
@@ -49,10 +50,10 @@ class Running:
     since: float
     log: str
 
-    def is_exiting(self) -> bool:
-        """Whether it is a process of this machine that dies and has not let go of the step yet."""
+    def dying(self) -> list[Process]:
+        """Its process, if it is one of this machine that dies and has not let go of the step yet."""
         process = look_up(self.pid) if self.pid and self.host == socket.gethostname() else None
-        return process is not None and process.is_exiting
+        return [process] if process is not None and process.is_exiting else []
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class WorkFolder:
         """Where the processes of the step meet at `place`."""
         return self.path / "rendezvous" / place
 
+    @property
+    def marks(self) -> Path:
+        """What each rank says of itself."""
+        return self.path / "ranks"
+
+    def mark(self, rank: int) -> Path:
+        return self.marks / f"{rank}.json"
+
     # Who runs it
 
     @contextlib.contextmanager
@@ -111,8 +120,8 @@ class WorkFolder:
         if not self.lock().is_held():
             return None
         found = self.said_to_run()
-        if found.is_exiting():
-            wait_for_exits()
+        if dying := found.dying():
+            wait_for(dying)
             return self.said_to_run() if self.lock().is_held() else None
         return found
 
@@ -138,14 +147,6 @@ class WorkFolder:
 
     # The wish to stop
 
-    @property
-    def marks(self) -> Path:
-        """What each rank says of itself."""
-        return self.path / "ranks"
-
-    def mark(self, rank: int) -> Path:
-        return self.marks / f"{rank}.json"
-
     def request_stop(self) -> None:
         """Asks the step to save and stop at its next boundary."""
         with writing(self.path):
@@ -158,7 +159,8 @@ class WorkFolder:
 
     def begin(self) -> None:
         """Makes the folder if need be, and forgets how an earlier run ended."""
-        make_folder(self.path)
+        remove(self.marks)
+        make_folder(self.marks)
         self.outcome_file.unlink(missing_ok=True)
         (self.path / "stop-requested").unlink(missing_ok=True)
 
@@ -194,11 +196,11 @@ class WorkFolder:
         return value if isinstance(value, dict) else {}
 
     def report(self, rank: int, status: str, **fields: Any) -> None:
-        """Writes how the job ended; the first rank to say so is heard, but an error outranks `done`.
+        """Writes how the job ended. The first rank to say so is heard, but what is done and in the store outranks all.
 
         On a disk that is full it may not succeed: whoever reads has the exit code as well.
         """
-        if status != "done" and self.outcome().get("status") not in ("done", None):
+        if status != "done" and self.outcome():
             return
         with contextlib.suppress(OSError):
             value = {"status": status, "rank": rank, **fields}

@@ -3,13 +3,13 @@ and the name that the step had when it began."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.durable import read_json
 from pipeline.store.work_folder import WorkFolder
 
 
@@ -36,8 +36,8 @@ class Work:
 def read_work(folder: Path) -> Work:
     """The folder with as much of its job as can be read: one of another version still says what it needs."""
     try:
-        job = json.loads(WorkFolder(folder).job_file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        job = read_json(WorkFolder(folder).job_file)
+    except (OSError, ValueError):
         job = None
     if not isinstance(job, dict):
         return Work(folder)

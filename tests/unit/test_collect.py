@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -234,6 +235,29 @@ def test_a_step_that_starts_while_folders_are_set_aside_keeps_its_own_and_gets_i
     assert said[1].startswith("could not remove work fourth-dddddddd: it has just been started")
     assert the_job.work_folder.exists()
     assert store.find(C) is not None
+
+
+def test_what_a_disk_does_not_put_back_is_not_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that starts between the two looks needs the third, which cannot go back now: the next collection does it."""
+    before, rename = module.set_aside, Path.rename
+
+    def and_a_run_starts(*arguments: Any) -> Any:
+        store.record("late", entry("/late.yaml", third=C))
+        return before(*arguments)
+
+    def refused(path: Path, target: Path) -> Path:
+        if "trash" in path.parts and path.name == C:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "set_aside", and_a_run_starts)
+        patched.setattr(Path, "rename", refused)
+        with pytest.raises(OSError, match="Input/output error"):
+            collect(store, as_recorded)
+    assert store.all_ids() == [A, B]
+    collect(store, as_recorded)
+    assert store.all_ids() == [A, B, C]
 
 
 def test_a_collection_that_was_killed_is_ended_by_the_next(store: Store) -> None:

@@ -17,6 +17,7 @@ from pipeline.errors import DataError
 from pipeline.store.artifact import read_manifest
 from pipeline.store.checkpoints import COMPLETE
 from pipeline.store.disk import refusal
+from pipeline.store.work_folder import WorkFolder
 from tests.unit.failing_stages import DRIVER, begun, planned, run
 from tests.unit.tiny_disk import ROOT, needs_a_disk_of_its_own, on_a_disk_of
 
@@ -266,6 +267,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from pipeline.store.disk import refusal
+from pipeline.store.work_folder import WorkFolder
 
 makers = {
     "torch.save": lambda: torch.save(torch.zeros(10**6), "a.pt"),
@@ -296,3 +298,45 @@ def test_the_words_of_the_libraries_that_stages_write_with_are_known(tmp_path: P
     assert len(said) == 7
     for name, sentence in said.items():
         assert sentence.startswith("/work: cannot be written: "), name
+
+
+SLOW_COMMIT = f"""
+import time
+from pipeline.store.store import Store
+commit = Store.commit
+def slowly(*arguments, **options):
+    print("committing", flush=True)
+    time.sleep(5)
+    return commit(*arguments, **options)
+Store.commit = slowly
+{DRIVER}
+"""
+
+
+@pytest.mark.slow
+def test_a_wish_to_stop_does_not_take_away_what_is_being_committed(tmp_path: Path) -> None:
+    """The stage has no state, so that it would be ended after 3 s; its result is whole, and hashing a large one takes longer."""
+    job, store = begun(tmp_path, "write")
+    command = [sys.executable, "-c", SLOW_COMMIT, job.work]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None and worker.stdout.readline() == "committing\n"
+        job.files.request_stop()
+        worker.communicate(timeout=60)
+    assert worker.returncode == 0
+    assert store.find(job.artifact_id) is not None
+    assert job.files.outcome()["status"] == "done"
+
+
+@pytest.mark.parametrize("statuses", [("crash", "done"), ("done", "crash")])
+def test_what_is_done_outranks_a_rank_that_broke_down(tmp_path: Path, statuses: tuple[str, str]) -> None:
+    files = WorkFolder(tmp_path)
+    for rank, status in enumerate(statuses):
+        files.report(rank, status)
+    assert files.outcome()["status"] == "done"
+
+
+def test_of_two_errors_the_first_is_heard(tmp_path: Path) -> None:
+    files = WorkFolder(tmp_path)
+    for rank, status in enumerate(("user_error", "crash")):
+        files.report(rank, status)
+    assert files.outcome()["status"] == "user_error"

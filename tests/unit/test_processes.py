@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.processes import carrying, end_all, look_up, wait_for_exits
+from pipeline.processes import carrying, end_all, exiting_since, look_up, wait_for
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.work_folder import WorkFolder
 
@@ -56,7 +56,7 @@ def is_dying(process: subprocess.Popen[str]) -> bool:
 def test_nothing_that_carried_a_mark_holds_a_lock_afterwards(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     assert is_dying(holder)
     assert end_all(lambda: carrying(f"MARK_OF_A_TEST={tmp_path}")) == []
-    wait_for_exits()
+    wait_for(exiting_since(0))
     assert not WorkFolder(tmp_path).lock().is_held()
 
 

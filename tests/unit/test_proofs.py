@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.command import reports
-from pipeline.errors import ArtifactError, Preempted
+from pipeline.errors import ArtifactError
 from pipeline.running.proving import prove_inputs
+from pipeline.running.worker import Stopped, StopSignals
 from pipeline.store import proofs as module
 from pipeline.store.artifact import MANIFEST, read_manifest, would_be_read
 from pipeline.store.job import Job
@@ -125,8 +126,12 @@ def test_outside_files_and_folders_that_changed_after_the_plan_are_refused(world
 def test_a_request_to_stop_is_heard_before_each_input(world: Path) -> None:
     plan, store = planned(world)
     job = plan.step("joined").job("demo", store)
-    with pytest.raises(Preempted):
-        prove_inputs(job, Journal(job.work_folder / "journal.jsonl", writes=False), lambda: True)
+    signals = StopSignals(job.files, is_main=True)
+    store.begin(job)
+    job.files.request_stop()
+    with pytest.raises(Stopped) as stopped:
+        prove_inputs(job, Journal(job.files.journal, writes=False), signals)
+    assert stopped.value.exit_code == 143, "nothing had begun, so nothing was saved"
 
 
 def test_what_was_hashed_is_not_hashed_again_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

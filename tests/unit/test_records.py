@@ -13,8 +13,9 @@ import pytest
 
 from pipeline.command import reports
 from pipeline.errors import ArtifactError
+from pipeline.processes import start_of
 from pipeline.settings.strict import CHECKOUT
-from pipeline.store.records import RunningProcess, newest_plan, sets_resources, start_of, this_process
+from pipeline.store.records import RunningProcess, newest_plan, sets_resources, this_process
 from pipeline.store.store import Store
 
 A, B, C, D = (letter * 64 for letter in "abcd")
@@ -147,6 +148,6 @@ def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     assert not RunningProcess(pid=now.pid, host=now.host, started="1").lives()
     assert RunningProcess(pid=now.pid, host="elsewhere", started="1").lives() is None
     ended = subprocess.Popen([sys.executable, "-c", ""])
-    while start_of(ended.pid) is not None:
+    while start_of(ended.pid):
         pass
     ended.wait()

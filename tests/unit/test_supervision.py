@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from pipeline.processes import look_up
-from pipeline.running.marks import Mark, behind, clear_marks, names, read_marks, write_mark
+from pipeline.running.marks import Mark, behind, names, read_marks, write_mark
 from pipeline.running.supervision import Supervision
+from pipeline.store.work_folder import WorkFolder
 from tests.unit.test_launchers import job
 
 
@@ -59,7 +60,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    clear_marks(tmp_path)
+    WorkFolder(tmp_path).begin()
     ranks = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"]) for _ in range(2)]
     yield World(tmp_path, ranks)
     for rank in ranks:
@@ -186,6 +187,16 @@ def test_a_group_with_a_stopped_rank_is_not_waited_for_when_asked_to_stop(world:
     os.kill(world.ranks[1].pid, signal.SIGSTOP)
     os.waitpid(world.ranks[1].pid, os.WUNTRACED)
     assert "is stopped" in (world.wait(world.supervision(stop_timeout_seconds=None), 12, asked=True) or "")
+
+
+def test_what_is_put_into_the_store_is_waited_for_unless_its_process_is_stopped(world: World) -> None:
+    world.leave_one()
+    world.mark(0, is_committing=True)
+    supervision = world.supervision(stateless=True)
+    assert world.wait(supervision, 60, asked=True) is None
+    os.kill(world.ranks[0].pid, signal.SIGSTOP)
+    os.waitpid(world.ranks[0].pid, os.WUNTRACED)
+    assert "is stopped" in (world.wait(supervision, 12, asked=True) or "")
 
 
 def test_a_stage_without_state_has_six_seconds_to_stop(world: World) -> None:
