@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,10 +91,62 @@ def look_up(pid: int) -> Process | None:
     )
 
 
-def start_of(pid: int) -> str:
-    """When the process started, in clock ticks since boot; empty where there is none, or it has ended."""
+@dataclass(frozen=True)
+class Identity:
+    """Which process something was, for whoever reads of it later or elsewhere: another of its number is not taken for it."""
+
+    pid: int
+    host: str
+    """For people; whether the process can be looked for is told from `machine`."""
+    machine: str
+    """The running kernel and its name space of process numbers: only there does `pid` mean something."""
+    started: int
+    """In clock ticks since boot."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    def is_here(self) -> bool:
+        """Whether this process can look for it."""
+        return self.machine == this_machine()
+
+    def process(self) -> Process | None:
+        """The process, if it is here and has not ended."""
+        process = look_up(self.pid) if self.is_here() else None
+        return process if process and process.started == self.started and not process.has_ended else None
+
+    def is_dead(self) -> bool:
+        """Whether it is known to have ended: False if nobody here can tell."""
+        if not self.is_here():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        # Another user's process may be hidden from us, and lives.
+        return look_up(self.pid) is not None and self.process() is None
+
+
+def this_machine() -> str:
+    """What is the same for two processes exactly if each can look for the other by its number."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def identity_of(pid: int) -> Identity:
+    """That of a process of this machine. Raises `ProcessLookupError` where there is none of this number."""
     process = look_up(pid)
-    return "" if process is None or process.has_ended else str(process.started)
+    if process is None:
+        raise ProcessLookupError(f"there is no process {pid}")
+    return Identity(pid, socket.gethostname(), this_machine(), process.started)
+
+
+def this_process() -> Identity:
+    return identity_of(os.getpid())
 
 
 def read_list(pid: int, name: str) -> list[str]:

@@ -104,8 +104,8 @@ def step_status(
         entry |= {
             "state": "running",
             "since": running.since,
-            "pid": running.pid,
-            "host": running.host,
+            "pid": running.process.pid if running.process else None,
+            "host": running.process.host if running.process else None,
             "log": running.log,
         }
         last = [event for event in read_journal(WorkFolder(work).journal) if is_step(event)]
@@ -169,7 +169,8 @@ def status_lines(entries: list[dict[str, Any]], store: Store) -> list[str]:
             since = seconds(time.time() - entry["since"])
             of = f" of {entry['total_steps']}" if entry.get("total_steps") else ""
             at = f", step {entry['at_step']}{of}" if "at_step" in entry else ""
-            detail = f"for {since}{at}; process {entry['pid'] or 'unknown'} on {entry['host']}; log {entry['log']}"
+            who = f"process {entry['pid']} on {entry['host']}" if entry["pid"] else "just starting"
+            detail = f"for {since}{at}; {who}; log {entry['log']}"
         elif entry["state"] != "made" and "log" in entry:
             detail = f"log {entry['log']}"
         recipe = entry.get("label", entry["recipe"])

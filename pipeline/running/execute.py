@@ -232,7 +232,7 @@ def say_unsaved(
 def unsaid(job: Job, outcome: Mapping[str, Any]) -> str | None:
     """Why a step failed that could not say so itself, or put it down to something else; None if nobody knows better."""
     if not outcome and (running := job.files.running()):
-        return f"{job.work} is being run by process {running.pid} on {running.host}; `slipway status` shows its log"
+        return f"{job.work} is being run by {running.who}; `slipway status` shows its log"
     if is_full(job.work_folder):
         said = f" ({outcome['error']}: {outcome.get('message', '')})" if outcome.get("error") else ""
         return f"{job.work}: the disk is full: {free_words(job.work_folder)}{said}. {MAKE_ROOM}"

@@ -7,14 +7,12 @@ the end how it ended. All ranks come to the same boundaries, so the one that is 
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import StoreError
-from pipeline.processes import Process, look_up
+from pipeline.processes import Identity, this_process
 from pipeline.store.durable import read_json, write_json
 from pipeline.store.work_folder import WorkFolder
 
@@ -24,37 +22,25 @@ class Mark:
     """What a rank last said of itself. `ended` is the status it ended with, or None while it runs."""
 
     rank: int
-    host: str
-    pid: int
-    started: int
+    process: Identity
     boundaries: int = 0
     ended: str | None = None
     is_committing: bool = False
     """Whether its result is whole and is being hashed and put into the store."""
 
-    def process(self) -> Process | None:
-        """The rank's process, if it lives, or None; None as well if it is on another machine."""
-        process = look_up(self.pid) if self.is_here() else None
-        return process if process and process.started == self.started and not process.has_ended else None
-
-    def is_here(self) -> bool:
-        return self.host == socket.gethostname()
-
     def is_gone(self) -> bool:
         """Whether its process ended without a word: it was killed, or broke down."""
-        return self.ended is None and self.is_here() and self.process() is None
+        return self.ended is None and self.process.is_dead()
 
     def is_stopped(self) -> bool:
         """Whether its process is held by SIGSTOP or the like."""
-        process = self.process()
+        process = self.process.process()
         return process is not None and process.is_stopped
 
 
 def own_mark(rank: int) -> Mark:
     """The mark of this process at its start."""
-    itself = look_up(os.getpid())
-    assert itself is not None
-    return Mark(rank, socket.gethostname(), itself.pid, itself.started)
+    return Mark(rank, this_process())
 
 
 def write_mark(work: Path, mark: Mark) -> None:
@@ -67,8 +53,9 @@ def read_marks(work: Path, size: int) -> dict[int, Mark]:
     """Rank -> mark, of the ranks that have left one."""
     found = {}
     for rank in range(size):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            found[rank] = Mark(**read_json(WorkFolder(work).mark(rank)))
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            said = read_json(WorkFolder(work).mark(rank))
+            found[rank] = Mark(**{**said, "process": Identity(**said["process"])})
     return found
 
 

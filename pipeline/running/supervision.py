@@ -81,7 +81,7 @@ class Supervision:
         failed = [rank for rank, mark in self.marks.items() if mark.ended in ("crash", "user_error")]
         self.lost_for = self.lost_for + tick if gone or failed else 0.0
         if gone and self.lost_for >= GONE_GRACE_SECONDS:
-            pids = " and ".join(str(self.marks[rank].pid) for rank in gone[:3])
+            pids = " and ".join(str(self.marks[rank].process.pid) for rank in gone[:3])
             return f"{names(gone, self.size)} was killed or broke down (process {pids}): the others are ended"
         if failed and self.lost_for >= FAILED_GRACE_SECONDS:
             return f"{names(failed, self.size)} failed: the others are ended"
@@ -127,12 +127,14 @@ class Supervision:
     def who(self) -> str:
         """The ranks that the others wait for, and what their processes are."""
         late = behind(self.marks, self.size)
-        stopped = [self.marks[rank].pid for rank in late if rank in self.marks and self.marks[rank].is_stopped()]
+        stopped = [
+            self.marks[rank].process.pid for rank in late if rank in self.marks and self.marks[rank].is_stopped()
+        ]
         if stopped:
             return (
                 f"{names(late, self.size)} (process {stopped[0]} is stopped; `kill -CONT {stopped[0]}` lets it go on)"
             )
-        pids = [self.marks[rank].pid for rank in late if rank in self.marks]
+        pids = [self.marks[rank].process.pid for rank in late if rank in self.marks]
         return f"{names(late, self.size)}{f' (process {pids[0]})' if len(pids) == 1 else ''}"
 
     def not_saved(self) -> list[int]:

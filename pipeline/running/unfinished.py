@@ -29,7 +29,7 @@ class Unfinished:
 
 def look_at(folder: Path, store: Store) -> Unfinished:
     if running := store.running(folder):
-        return Unfinished(folder, f"process {running.pid} on {running.host} runs it; log: {running.log}")
+        return Unfinished(folder, f"{running.who} runs it; log: {running.log}")
     checkpoints = read_work(folder).checkpoints
     newest = checkpoints.newest(hashes=False)
     verified = True
@@ -55,8 +55,7 @@ def take_over(adopts: Path | None, own: Path, store: Store) -> None:
     if adopts is None or not adopts.is_dir():
         return
     if running := store.running(adopts):
-        who = f"process {running.pid} on {running.host}"
-        raise StoreError(Problem(str(adopts), f"is being run by {who}", "Wait for it, or stop it."))
+        raise StoreError(Problem(str(adopts), f"is being run by {running.who}", "Wait for it, or stop it."))
     if not read_work(adopts).can_resume():
         # Another step of the recipe, which makes the same, has ended it meanwhile.
         return

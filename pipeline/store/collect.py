@@ -287,8 +287,6 @@ def forget_recipe(store: Store, recipe: str) -> list[str]:
     if len(paths) > 1:
         raise StoreError(Problem(recipe, f"means several recipes: {', '.join(paths)}", "Write the path."))
     if runs := [plan for plan in plans if plan.goes_on]:
-        process = runs[0].process
-        who = f"process {process.pid} on {process.host}" if process else "a process"
         hint = f"Wait for it, or stop it. If its machine is gone, remove {file_of(store.recipes, runs[0])}."
-        raise StoreError(Problem(recipe, f"is being run by {who}", hint))
+        raise StoreError(Problem(recipe, f"is being run by {runs[0].process}", hint))
     return [forget_plan(store, plan) for plan in plans]

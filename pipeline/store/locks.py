@@ -20,7 +20,6 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import Problem, StoreError
-from pipeline.processes import start_of
+from pipeline.processes import Identity, this_process
 from pipeline.store.durable import read_json
 
 UNSUPPORTED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -42,43 +41,6 @@ FLOCK = "hhqqi4x"
 
 class Taken(Exception):
     """Another process holds the lock. Its text says what to do if that process has died where nobody can see it."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process, such that another with its number is not taken for it."""
-
-    pid: int
-    host: str
-    machine: str
-    """The running kernel and its name space of process numbers: only there does `pid` mean something."""
-    started: str
-    """When it started, as the kernel counts; empty where that cannot be told."""
-
-    def is_dead(self) -> bool:
-        """Whether the process is known to be gone: False if nobody here can tell."""
-        if self.machine != this_machine():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            pass
-        return bool(self.started) and start_of(self.pid) != self.started
-
-
-def this_machine() -> str:
-    """What is the same for two processes exactly if each can look for the other by its number."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    return socket.gethostname()
-
-
-def this_process() -> Owner:
-    pid = os.getpid()
-    return Owner(pid, socket.gethostname(), this_machine(), start_of(pid))
 
 
 @dataclass(frozen=True)
@@ -119,7 +81,7 @@ class Lock:
 
     def taken(self) -> Taken:
         holder = self.holder()
-        if holder is None or (holder[1] and holder[1].machine == this_machine()):
+        if holder is None or (holder[1] and holder[1].is_here()):
             return Taken()
         return Taken(f"If it died with its machine, remove {self.numbered(holder[0])}.")
 
@@ -173,7 +135,7 @@ class Lock:
             int(name[len(prefix) :]) for name in names if name.startswith(prefix) and name[len(prefix) :].isdigit()
         )
 
-    def holder(self) -> tuple[int, Owner | None] | None:
+    def holder(self) -> tuple[int, Identity | None] | None:
         """(number, owner) of the file that is held; None if the lock is free. The owner is None while it is being written."""
         numbers = self.numbers()
         if not numbers:
@@ -181,7 +143,7 @@ class Lock:
         path = self.numbered(numbers[-1])
         try:
             content = read_json(path)
-            owner = Owner(**content["owner"]) if content["owner"] else None
+            owner = Identity(**content["owner"]) if content["owner"] else None
         except (OSError, ValueError, TypeError, KeyError):
             with contextlib.suppress(OSError):
                 return (numbers[-1], None) if time.time() - path.stat().st_mtime < BEING_WRITTEN_SECONDS else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.processes import start_of
+from pipeline.errors import Problem, StoreError
+from pipeline.processes import Identity, this_process
 from pipeline.store.artifact import digest_bytes
 from pipeline.store.durable import make_folder, read_json, write_json
+from pipeline.store.locks import Lock, Taken
 
 NAME_LIMIT = 100
 """Letters of a recipe's name that its file begins with; the whole name stands inside."""
@@ -29,6 +30,9 @@ NAME_LIMIT = 100
 
 LONGEST_RUN_SECONDS = 30 * 24 * 3600
 """A run on another machine that has not said that it ended counts as going on for so long."""
+
+CHANGING_SECONDS = 30.0
+"""How long one waits for others that change records. Each takes milliseconds."""
 
 
 ArtifactId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -38,18 +42,6 @@ class Recorded(BaseModel):
     """What of a record is read; whatever else stands there is left alone."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
-
-
-class RunningProcess(Recorded):
-    """The process that runs a plan. `started` tells it from a later process of the same number."""
-
-    pid: int
-    host: str
-    started: str
-
-    def lives(self) -> bool | None:
-        """Whether it has not ended; None of another machine's, of which nothing is known."""
-        return None if self.host != socket.gethostname() else self.started == start_of(self.pid) != ""
 
 
 class RecordedStep(Recorded):
@@ -75,7 +67,7 @@ class RecordedPlan(Recorded):
     path: str
     overrides: list[str] = []
     recorded_at: float
-    process: RunningProcess | None = None
+    process: Identity | None = None
     """Who runs it; None once it has ended, and for jobs that are started by hand."""
     steps: dict[str, RecordedStep]
     earlier: list[RecordedPlan] = []
@@ -90,8 +82,9 @@ class RecordedPlan(Recorded):
         """Whether its run has not ended, as far as that can be told from here."""
         if self.process is None:
             return False
-        lives = self.process.lives()
-        return time.time() - self.recorded_at < LONGEST_RUN_SECONDS if lives is None else lives
+        if self.process.is_here():
+            return not self.process.is_dead()
+        return time.time() - self.recorded_at < LONGEST_RUN_SECONDS
 
     @property
     def ids(self) -> set[str]:
@@ -222,18 +215,42 @@ def record_plan(folder: Path, name: str, entry: Mapping[str, Any], *, running: b
     """
     process = this_process() if running else None
     plan = RecordedPlan.model_validate({**entry, "name": name, "recorded_at": time.time(), "process": process})
+    make_folder(folder)
+    with changing(folder):
+        return replace_plan(folder, plan)
+
+
+@contextlib.contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Holds the records while they are read, changed and written, so that no other process's change is lost."""
+    deadline = time.monotonic() + CHANGING_SECONDS
+    lock = Lock(folder / "changing")
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock.held())
+                break
+            except Taken as taken:
+                if time.monotonic() > deadline:
+                    hint = f"Try again. {taken}".rstrip()
+                    raise StoreError(Problem(str(folder), "is being changed by another process", hint)) from None
+                time.sleep(0.01)
+        yield
+
+
+def replace_plan(folder: Path, plan: RecordedPlan) -> list[str]:
+    """Writes it in place of what its variant ran before; plans that still go on stay below it."""
     others = list(read_files(folder))
     same = [(file, each) for file, each in others if isinstance(each, RecordedPlan) and each.variant == plan.variant]
     earlier = [each.model_copy(update={"earlier": []}) for _, old in same for each in [old, *old.earlier]]
-    going_on = [each for each in earlier if each.goes_on and each.process != process]
+    going_on = [each for each in earlier if each.goes_on and each.process != plan.process]
     file = file_of(folder, plan)
-    make_folder(folder)
     write_plan(file, plan.model_copy(update={"earlier": going_on}))
     for old, _ in same:
         if old != file:
             old.unlink(missing_ok=True)
     known = [each for _, each in others if isinstance(each, RecordedPlan)]
-    return namesakes(known, name, plan.path) + [str(each) for _, each in others if isinstance(each, OddRecord)]
+    return namesakes(known, plan.name, plan.path) + [str(each) for _, each in others if isinstance(each, OddRecord)]
 
 
 def namesakes(known: Iterable[RecordedPlan], name: str, path: str) -> list[str]:
@@ -249,14 +266,15 @@ def end_plan(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Notes that this process no longer runs the plan."""
     process = this_process()
     file = file_of(folder, RecordedPlan.model_validate({**entry, "name": name, "recorded_at": 0.0}))
-    plan = read_record(file)
-    if isinstance(plan, OddRecord):
-        return
-    rest = [each for each in plan.earlier if each.process != process]
-    update: dict[str, Any] = {"earlier": rest}
-    if plan.process == process:
-        update["process"] = None
-    write_plan(file, plan.model_copy(update=update))
+    with changing(folder):
+        plan = read_record(file)
+        if isinstance(plan, OddRecord):
+            return
+        rest = [each for each in plan.earlier if each.process != process]
+        update: dict[str, Any] = {"earlier": rest}
+        if plan.process == process:
+            update["process"] = None
+        write_plan(file, plan.model_copy(update=update))
 
 
 def write_plan(file: Path, plan: RecordedPlan) -> None:
@@ -271,7 +289,3 @@ def forget(folder: Path, plans: Iterable[RecordedPlan]) -> None:
     for file, plan in read_files(folder):
         if isinstance(plan, RecordedPlan) and plan.variant in variants:
             file.unlink(missing_ok=True)
-
-
-def this_process() -> RunningProcess:
-    return RunningProcess(pid=os.getpid(), host=socket.gethostname(), started=start_of(os.getpid()))

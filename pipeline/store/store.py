@@ -224,7 +224,7 @@ class Store:
     def end(self, recipe: str, entry: Mapping[str, Any]) -> None:
         """Notes that this process no longer runs the plan."""
         # Where that cannot be written, the process counts as ended once it has.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreError):
             end_plan(self.recipes, recipe, entry)
 
     def records(self) -> Records:

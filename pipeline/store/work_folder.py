@@ -18,17 +18,15 @@ No other module knows these names: `launch/`, the worker, `execute` and the repo
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem, StoreError
-from pipeline.processes import Process, look_up, wait_for
+from pipeline.processes import Identity, Process, this_process, wait_for
 from pipeline.store.disk import writing
 from pipeline.store.durable import make_folder, read_json, write_json
 from pipeline.store.locks import Lock, Taken
@@ -44,15 +42,18 @@ class InUseError(StoreError):
 class Running:
     """Who runs a step."""
 
-    pid: int | None
+    process: Identity | None
     """None while it is just starting, and has not said so."""
-    host: str
     since: float
     log: str
 
+    @property
+    def who(self) -> str:
+        return str(self.process or "a process that is just starting")
+
     def dying(self) -> list[Process]:
         """Its process, if it is one of this machine that dies and has not let go of the step yet."""
-        process = look_up(self.pid) if self.pid and self.host == socket.gethostname() else None
+        process = self.process.process() if self.process else None
         return [process] if process is not None and process.is_exiting else []
 
 
@@ -107,8 +108,8 @@ class WorkFolder:
             except Taken as taken:
                 raise self.in_use(str(taken)) from None
             with writing(self.path):
-                who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "log": str(self.log)}
-                write_json(self.running_file, who, survives_power_loss=False)
+                running = Running(this_process(), time.time(), str(self.log))
+                write_json(self.running_file, asdict(running), survives_power_loss=False)
             try:
                 yield
             finally:
@@ -128,9 +129,9 @@ class WorkFolder:
     def said_to_run(self) -> Running:
         try:
             said = read_json(self.running_file)
-            return Running(int(said["pid"]), str(said["host"]), float(said["since"]), str(said["log"]))
+            return Running(Identity(**said["process"]), float(said["since"]), str(said["log"]))
         except (OSError, ValueError, TypeError, KeyError):
-            return Running(None, "an unknown host", time.time(), str(self.log))
+            return Running(None, time.time(), str(self.log))
 
     @property
     def running_file(self) -> Path:
@@ -141,7 +142,7 @@ class WorkFolder:
 
     def in_use(self, remedy: str) -> InUseError:
         running = self.running()
-        who = f" by process {running.pid} on {running.host}" if running and running.pid else ""
+        who = f" by {running.who}" if running else ""
         hint = f"Wait for it, or stop it; `slipway status` shows its log. {remedy}".rstrip()
         return InUseError(Problem(str(self.path), f"is being run{who}", hint))
 

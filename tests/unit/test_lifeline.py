@@ -49,7 +49,7 @@ def launched(work: Path, depth: int) -> list[str]:
 
 def rank_of(work: Path) -> Process:
     wait_until(lambda: read_marks(work, 1))
-    process = look_up(read_marks(work, 1)[0].pid)
+    process = look_up(read_marks(work, 1)[0].process.pid)
     assert process is not None
     return process
 
@@ -137,7 +137,7 @@ def test_the_mark_counts_boundaries_and_keeps_the_first_word_of_the_end(tmp_path
     lifeline.boundary()
     lifeline.show()
     mark = read_marks(tmp_path, 2)[1]
-    assert (mark.boundaries, mark.ended, mark.pid) == (2, None, os.getpid())
+    assert (mark.boundaries, mark.ended, mark.process.pid) == (2, None, os.getpid())
     lifeline.boundary()
     lifeline.end("preempted")
     lifeline.end("done")

@@ -1,4 +1,4 @@
-"""What dies is waited for until its locks are free, which is later than its environment is gone."""
+"""Which process is which; and what dies is waited for until its locks are free, later than its environment is gone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.processes import carrying, end_all, exiting_since, look_up, wait_for
+from pipeline.processes import carrying, end_all, exiting_since, identity_of, look_up, this_process, wait_for
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.work_folder import WorkFolder
 
@@ -61,7 +62,11 @@ def test_nothing_that_carried_a_mark_holds_a_lock_afterwards(holder: subprocess.
 
 
 def test_a_step_whose_process_is_dying_is_not_said_to_run(holder: subprocess.Popen[str], tmp_path: Path) -> None:
-    assert (said := WorkFolder(tmp_path).running()) is not None and said.pid == holder.pid
+    assert (
+        (said := WorkFolder(tmp_path).running()) is not None
+        and said.process is not None
+        and said.process.pid == holder.pid
+    )
     assert is_dying(holder)
     assert WorkFolder(tmp_path).running() is None
 
@@ -70,3 +75,23 @@ def test_a_step_whose_process_is_dying_can_be_taken_up(holder: subprocess.Popen[
     assert is_dying(holder)
     with WorkFolder(tmp_path).locked():
         pass
+
+
+def test_a_process_is_told_from_a_later_one_of_its_number_and_from_another_machines() -> None:
+    now = this_process()
+    assert now.is_here() and not now.is_dead() and now.process() is not None
+    later = replace(now, started=now.started + 1)
+    assert later.is_dead() and later.process() is None
+    elsewhere = replace(now, machine="another kernel", started=now.started + 1)
+    assert not elsewhere.is_here() and not elsewhere.is_dead() and elsewhere.process() is None
+
+
+def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    identity = identity_of(ended.pid)
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert identity.is_dead()
+    ended.wait()
+    assert identity.is_dead()
+    with pytest.raises(ProcessLookupError, match=f"no process {ended.pid}"):
+        identity_of(ended.pid)

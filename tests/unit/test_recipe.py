@@ -236,7 +236,7 @@ def test_more_stages_than_anyone_reads_are_refused_and_many_are_read_fast(tmp_pa
     assert problems(tmp_path, chain(1001)) == [
         "stages: has 1,001 stages, and 1,000 are the most. Divide it into several recipes."
     ]
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30  # Not minutes: no part of it is quadratic.
 
 
 def test_after_a_hundred_problems_no_more_are_looked_for(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_after_a_hundred_problems_no_more_are_looked_for(tmp_path: Path) -> None
     assert found[-1].endswith("More was not looked for.")
     fields = ", ".join(f"cuont{i}: 1" for i in range(10_000))
     assert 100 <= len(problems(tmp_path, GOOD.replace("count: 3", fields))) <= 110
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30  # Not minutes: no part of it is quadratic.
 
 
 def test_what_was_given_is_not_repeated_at_length(tmp_path: Path) -> None:

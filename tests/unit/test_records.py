@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,9 +14,8 @@ import pytest
 
 from pipeline.command import reports
 from pipeline.errors import ArtifactError
-from pipeline.processes import start_of
 from pipeline.settings.strict import CHECKOUT
-from pipeline.store.records import RunningProcess, newest_plan, sets_resources, this_process
+from pipeline.store.records import newest_plan, sets_resources
 from pipeline.store.store import Store
 
 A, B, C, D = (letter * 64 for letter in "abcd")
@@ -142,12 +142,31 @@ def test_a_replaced_plan_is_kept_until_its_run_has_ended(store: Store) -> None:
     assert not store.records().plans[0].goes_on
 
 
-def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
-    now = this_process()
-    assert now.lives()
-    assert not RunningProcess(pid=now.pid, host=now.host, started="1").lives()
-    assert RunningProcess(pid=now.pid, host="elsewhere", started="1").lives() is None
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    while start_of(ended.pid):
-        pass
-    ended.wait()
+def test_no_plan_is_lost_where_several_are_recorded_at_once(store: Store) -> None:
+    """Each process records other plans of one variant in turn, and goes on: all of the last ones count."""
+    script = (
+        "import sys; from pathlib import Path; from pipeline.store.store import Store\n"
+        f"store, name = Store(Path({str(store.folder)!r})), sys.argv[1]\n"
+        "for number in range(20):\n"
+        "    step = {'artifact_id': name * 62 + f'{number:02}', 'identity': {}, 'kind': 'write'}\n"
+        "    store.record('demo', {'path': '/r.yaml', 'overrides': [], 'steps': {'tok': step}}, running=True)\n"
+        "print('recorded', flush=True); sys.stdin.readline()"
+    )
+    with contextlib.ExitStack() as stack:
+        others = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", script, name],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    cwd=CHECKOUT,
+                )
+            )
+            for name in "abcd"
+        ]
+        assert [other.stdout.readline() for other in others if other.stdout] == ["recorded\n"] * 4
+        records = store.records()
+        assert set().union(*(plan.ids for plan in records.plans + records.replaced)) == {
+            name * 62 + "19" for name in "abcd"
+        }

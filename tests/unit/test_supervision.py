@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.processes import look_up
+from pipeline.processes import Identity, identity_of, this_process
 from pipeline.running.marks import Mark, behind, names, read_marks, write_mark
 from pipeline.running.supervision import Supervision
 from pipeline.store.work_folder import WorkFolder
@@ -38,9 +38,7 @@ class World:
         return Supervision(job(self.work, **size, **resources), stateless, self.said.append, clock=lambda: self.now)
 
     def mark(self, rank: int, **changes: Any) -> Mark:
-        process = look_up(self.ranks[rank].pid)
-        assert process is not None
-        mark = replace(Mark(rank, os.uname().nodename, process.pid, process.started), **changes)
+        mark = replace(Mark(rank, identity_of(self.ranks[rank].pid)), **changes)
         write_mark(self.work, mark)
         return mark
 
@@ -141,7 +139,7 @@ def test_the_others_are_ended_soon_after_a_rank_was_killed(world: World) -> None
     world.ranks[1].kill()
     world.ranks[1].wait()
     reason = world.wait(world.supervision(), 30)
-    assert reason == f"rank 1 was killed or broke down (process {killed.pid}): the others are ended"
+    assert reason == f"rank 1 was killed or broke down (process {killed.process.pid}): the others are ended"
     assert world.now <= 6
 
 
@@ -230,9 +228,11 @@ def test_only_ranks_that_reported_a_clean_save_have_saved(world: World) -> None:
 
 
 def test_a_rank_on_another_machine_is_never_taken_for_gone(world: World) -> None:
-    elsewhere = world.mark(0, host="elsewhere", pid=1, started=-1)
+    elsewhere = world.mark(0, process=Identity(1, host="elsewhere", machine="another kernel", started=-1))
     assert not elsewhere.is_gone() and not elsewhere.is_stopped()
-    assert world.mark(1, started=-1).is_gone()  # the number is another process's by now
+    assert world.mark(
+        1, process=replace(this_process(), started=-1)
+    ).is_gone()  # the number is another process's by now
 
 
 def test_ranks_are_named_briefly() -> None:
