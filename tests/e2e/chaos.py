@@ -141,7 +141,7 @@ class Chaos:
         found = {}
         for work in (self.store / "work").glob("*"):
             for rank, mark in read_marks(work, 2).items():
-                if mark.ended is None and (process := mark.process()):
+                if mark.ended is None and (process := mark.process.process()):
                     found[rank] = process
         return found
 
