@@ -23,6 +23,10 @@ MOST_PROBLEMS = 100
 """After so many, a reader stops looking for more: who mends these sees the others next time."""
 
 
+MOST_COMPARED = 600
+"""Of the names that a word may stand for; transformers knows some 500 families. Comparing with more takes seconds."""
+
+
 SHOWN_CHARACTERS = 80
 """Of what was given, as a message repeats it."""
 
@@ -112,7 +116,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`Did you mean 'x'?` for the nearest known word, else the list of known words, or of the first of very many."""
     # Comparing takes long for long words, and for many.
     known = [name for name in known if len(name) <= SHOWN_CHARACTERS]
-    nearest = difflib.get_close_matches(word[:SHOWN_CHARACTERS], known[:MOST_PROBLEMS], n=1)
+    nearest = difflib.get_close_matches(word[:SHOWN_CHARACTERS], known[:MOST_COMPARED], n=1)
     if nearest:
         return f"Did you mean '{nearest[0]}'?"
     more = f" and {len(known) - MOST_PROBLEMS:,} more" if len(known) > MOST_PROBLEMS else ""

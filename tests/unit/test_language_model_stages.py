@@ -94,6 +94,15 @@ def test_all_that_is_wrong_with_an_architecture() -> None:
     ]
 
 
+def test_an_architecture_of_a_family_that_only_transformers_knows() -> None:
+    assert problems(params(architecture={"model_type": "lama", "hidden_size": 64})) == [
+        "params.architecture.model_type: there is no 'lama' in transformers"
+    ]
+    assert problems(params(architecture={"model_type": "opt", "ffn_dim": 64, "hiden_size": 64})) == [
+        "params.architecture.hiden_size: is no field of opt"
+    ]
+
+
 def test_an_architecture_is_needed_and_only_one() -> None:
     assert problems(params(architecture=None)) == [
         "params.architecture: is required where the stage has no input model"

@@ -1,7 +1,7 @@
 """Where training on packed tokens starts: new models from a recipe's block `architecture`, or a model that is there.
 
 The block is a flat transformers config with its `model_type`. The vocabulary's size and the special tokens are filled in
-from the tokenizer. What `plan` asks is answered without torch or transformers, for the families of `arithmetic.FAMILIES`.
+from the tokenizer. What `plan` asks is answered without torch or transformers for the families of `arithmetic.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def planned_architecture(
 def architecture_problems(
     block: Mapping[str, Any], tokens: Estimate, *, causal: bool = True, vocabulary_multiple: int = 1
 ) -> list[Problem]:
-    """What is wrong with the block for training on `tokens`, as far as its family is known without transformers."""
+    """What is wrong with the block for training on `tokens`; of a family that is not known here, what transformers knows."""
     if not isinstance(block.get("model_type"), str):
         return [Problem(f"{WHERE}.model_type", "is required", f"For example one of {', '.join(FAMILIES)}.")]
     problems = [
@@ -56,7 +56,7 @@ def architecture_problems(
             )
     config = completed(block)
     if config is None:
-        return problems
+        return problems + unlisted_problems(block)
     family = FAMILIES[config["model_type"]]
     names = family.fields | {usual for usual, own in SAME_FIELDS.items() if family.fields & set(own)}
     problems += [
@@ -84,6 +84,25 @@ def architecture_problems(
     return problems + block_length_problems(block, tokens.sequence_length)
 
 
+def unlisted_problems(block: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the block of a family that only transformers knows. Imports it, which takes seconds."""
+    from dataclasses import fields
+
+    from transformers import CONFIG_MAPPING
+
+    model_type = block["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(model_type, sorted(CONFIG_MAPPING.keys()))
+        return [Problem(f"{WHERE}.model_type", f"there is no {model_type!r} in transformers", hint)]
+    config_class = CONFIG_MAPPING[model_type]
+    names = {field.name for field in fields(config_class)} | set(getattr(config_class, "attribute_map", {}))
+    return [
+        Problem(f"{WHERE}.{name}", f"is no field of {model_type}", did_you_mean(name, sorted(names)))
+        for name in block
+        if name not in names | {"model_type"}
+    ]
+
+
 def block_length_problems(config: Mapping[str, Any], sequence_length: int | None) -> list[Problem]:
     """What is wrong if the blocks to train on are longer than a model of this config takes."""
     where, hint = f"{WHERE}.max_position_embeddings", "Raise it by {above}."
@@ -99,26 +118,15 @@ def new_config(
     vocabulary_multiple: int = 1,
 ) -> PreTrainedConfig:
     """The transformers config of a new model. Raises `RecipeError` with everything that is wrong with its block."""
-    from dataclasses import fields
+    from transformers import AutoConfig
 
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    rest = dict(block)
-    model_type = rest.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        hint = did_you_mean(str(model_type), sorted(CONFIG_MAPPING.keys()))
-        raise RecipeError(Problem(f"{WHERE}.model_type", f"there is no {model_type!r} in transformers", hint))
     known = Estimate(vocabulary_size=len(tokenizer), sequence_length=sequence_length)
     problems = architecture_problems(block, known, causal=causal, vocabulary_multiple=vocabulary_multiple)
-    config_class = CONFIG_MAPPING[model_type]
-    names = {field.name for field in fields(config_class)} | set(getattr(config_class, "attribute_map", {}))
-    problems += [
-        Problem(f"{WHERE}.{name}", f"is no field of {model_type}", did_you_mean(name, sorted(names)))
-        for name in rest
-        if name not in names
-    ]
+    problems += unlisted_problems(block) if not problems else []
     if problems:
-        raise RecipeError(*dict.fromkeys(problems))
+        raise RecipeError(*problems)
+    rest = dict(block)
+    model_type = rest.pop("model_type")
     rest["vocab_size"] = rounded_up(len(tokenizer), vocabulary_multiple)
     try:
         config = AutoConfig.for_model(model_type, **rest, **special_tokens_of(tokenizer))
