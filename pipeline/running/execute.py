@@ -185,7 +185,6 @@ def run_step(
         return EXIT_PREEMPTED
     if watcher.ended_because:
         progress.line(f"  {watcher.ended_because}")
-    log = job.files.log
     if outcome.get("status") not in ("user_error", "crash") and (
         watcher.ended_because or interrupts.count or outcome.get("status") in ("preempted", "stopped")
     ):
@@ -198,10 +197,21 @@ def run_step(
                 job.files.drop_output()
         for line in str(refused).splitlines():
             progress.line(f"  error: {line}")
-        progress.line(f"  log: {log}")
+        progress.line(f"  log: {job.files.log}")
         return EXIT_USER_ERROR
-    progress.line(f"  the step crashed (exit code {exit_code}). The end of {log}:")
-    for line in tail(log):
+    return say_crashed(job, outcome, exit_code, progress)
+
+
+def say_crashed(job: Job, outcome: Mapping[str, Any], exit_code: int, progress: Progress) -> int:
+    """Shows what there is of a crash: the signal that ended the processes' parent, the end of the log, the worker's word."""
+    how = f"exit code {exit_code}"
+    if not outcome and exit_code - 128 in set(signal.Signals):
+        who = "process" if job.resources.launcher_name == "local" else "launcher"
+        how += f": {signal.Signals(exit_code - 128).name} ended its {who}"
+    lines = tail(job.files.log)
+    told = f"The end of {job.files.log}:" if lines else f"Nothing was printed to {job.files.log}."
+    progress.line(f"  the step crashed ({how}). {told}")
+    for line in lines:
         progress.line(f"    {line}")
     if outcome.get("message"):
         progress.line(f"  {outcome.get('error')}: {outcome['message'].splitlines()[0]}")

@@ -48,6 +48,10 @@ class Step:
     def name(self) -> str:
         return self.recipe_step.name
 
+    @property
+    def will_run(self) -> bool:
+        return self.action in (Action.RUN, Action.RESUME)
+
     def job(self, recipe: str, store: Store) -> Job:
         step = self.recipe_step
         params = step.params.model_dump(mode="json")
@@ -257,6 +261,9 @@ class StepPlanner:
     ) -> tuple[Action, Reason]:
         if manifest:
             return Action.SKIP, Reason(made=f"{manifest.created_at[:16].replace('T', ' ')} UTC")
+        makers = [name for name, step in self.planned.items() if step.artifact_id == artifact_id and step.will_run]
+        if maker := next((name for name in makers if name in chosen), None):
+            return Action.SKIP, Reason(same_as=maker)
         reason = difference(self.before.identity if self.before else {}, identity)
         reason = replace(reason, damage=tuple(self.damage or self.store.damage(artifact_id)))
         missing = [

@@ -60,7 +60,7 @@ def artifact_problems(role: str, folder: Path, expected: str, job: Job, journal:
     """What is wrong with an input that is an artifact, by file."""
     where = f"inputs.{role}"
     is_ours = folder.parent == Path(job.store) / "artifacts"
-    again = "Run the recipe again, without --only: the step that made it is then run anew, as `slipway plan` says."
+    again = "Run the recipe again: what is damaged is then made anew first, as `slipway plan` now says."
     if not is_ours:
         again = "Put back what it held, or plan again: as it lies there it is an input of its own."
     if not (folder / MANIFEST).is_file():

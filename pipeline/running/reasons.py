@@ -22,6 +22,8 @@ class Reason:
 
     made: str | None = None
     """When the artifact was made, for a step that is skipped."""
+    same_as: str | None = None
+    """The step before it that makes the same artifact, for a step that is skipped because of it."""
     changed: tuple[tuple[str, Any, Any], ...] = ()
     """(param, old, new) since the recipe last ran."""
     changed_inputs: tuple[str, ...] = ()
@@ -50,6 +52,8 @@ class Reason:
             parts.append(self.running)
         if self.made:
             parts.append(f"made {self.made}")
+        if self.same_as:
+            parts.append(f"is the artifact that {self.same_as} makes")
         if self.waits_for:
             parts.append(f"needs {', '.join(self.waits_for)}, which this command does not run")
         if self.checkpoint:

@@ -138,3 +138,13 @@ def require_room(folder: Path, needed_bytes: int, what: str) -> None:
                 "Make room (`slipway gc` removes what no recipe needs), then run again: it resumes.",
             )
         )
+
+
+def let_others_read(folder: Path) -> None:
+    """Gives the files below it the rights that new files have; safetensors, for one, writes files for their owner alone."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    umask = next((int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:")), 0o077)
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and mode | (0o666 & ~umask) != mode:
+            path.chmod(stat.S_IMODE(mode) | (0o666 & ~umask))

@@ -22,7 +22,7 @@ from pipeline.settings.paths import expanded, holds_file, status
 from pipeline.store.artifact import MANIFEST, Facts, Manifest, list_files, read_manifest, sealed
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import CHANGE_RIGHTS, MOVE, writing
-from pipeline.store.durable import make_folder, sync, sync_below, write_text
+from pipeline.store.durable import let_others_read, make_folder, sync, sync_below, write_text
 from pipeline.store.job import Job
 from pipeline.store.numbers import require_finite
 from pipeline.store.proofs import known_damage
@@ -191,6 +191,7 @@ class Store:
             world_size=world_size,
         )
         with writing(self.artifacts):
+            let_others_read(out)
             sync_below(out)
             write_text(out / MANIFEST, sealed(manifest))
             make_folder(self.artifacts)

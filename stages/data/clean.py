@@ -200,5 +200,5 @@ def report(ctx: Context, ledger: Ledger) -> None:
         ctx.journal.note(f"repaired {count:,}: {reason}")
     if damaged := ledger.dropped["damaged_file"]:
         ctx.journal.note(
-            f"{damaged:,} files break off, and what stood after is lost: {ledger.examples['damaged_file']}"
+            f"{damaged:,} files break off, and what stood after is lost: {'; '.join(ledger.examples['damaged_file'])}"
         )

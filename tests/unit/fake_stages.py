@@ -24,6 +24,8 @@ class WriteParams(Strict):
     """How many."""
     rate: float = 0.5
     """A number."""
+    private: bool = False
+    """Whether only the owner may read the file."""
     file: OutsidePath | None = None
     """A file whose content is written."""
     block: Inlined[Recipe] = Recipe()
@@ -40,6 +42,8 @@ class JoinParams(Strict):
 def write(ctx: Context, params: WriteParams) -> Result:
     text = params.file.read_text() if params.file else "-"
     (ctx.out / "text.txt").write_text(f"{text} {params.count} {params.rate} {params.block.words} {ctx.seed}")
+    if params.private:
+        (ctx.out / "text.txt").chmod(0o600)
     ctx.journal.note("wrote a text")
     return Result(metrics={"count": params.count}, facts=Facts(train_rows=params.count))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -58,6 +59,38 @@ def run(folder: Path, *overrides: str, text: str = RECIPE, **choice: str) -> tup
 
 def actions(plan: Plan) -> dict[str, str]:
     return {step.name: f"{step.action} {step.reason}" for step in plan.steps}
+
+
+def test_of_two_steps_that_make_the_same_the_second_is_skipped(tmp_path: Path) -> None:
+    """Also where it could not resume what the first has begun, being planned for another number of processes."""
+    text = """
+name: demo
+outputs: [first, joined]
+stages:
+  first: {kind: write, params: {count: 3}}
+  twin: {kind: write, params: {count: 3}}
+  joined: {kind: join, inputs: {data: twin}}
+"""
+    plan, _ = planned(tmp_path, text=text)
+    assert actions(plan)["twin"] == "skip is the artifact that first makes"
+    plan, _ = planned(tmp_path, text=text, only="twin")
+    assert actions(plan)["twin"] == "run not made yet"
+    code, output = run(tmp_path, text=text)
+    assert code == 0
+    assert output.count("  made ") == 2
+    plan, store = planned(tmp_path, text=text)
+    assert {step.action for step in plan.steps} == {"skip"}
+    assert store.resolve("twin")[0] == store.resolve("first")[0]
+
+
+def test_an_artifact_s_files_can_be_read_by_all_whom_the_umask_allows(tmp_path: Path) -> None:
+    """`write` leaves a file for its owner alone, as safetensors does."""
+    assert run(tmp_path, "first.private=true")[0] == 0
+    _, store = planned(tmp_path)
+    folder = store.resolve("first")[1]
+    (tmp_path / "new").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new", *folder.iterdir())}
+    assert len(modes) == 1
 
 
 def test_planning_creates_nothing_and_says_what_is_not_made(tmp_path: Path) -> None:

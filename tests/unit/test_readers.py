@@ -14,8 +14,9 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.settings.resources import Resources
-from pipeline.settings.strict import Reading, validate
+from pipeline.settings.strict import Reading, content_of, validate
 from pipeline.stage import Forecast
+from pipeline.store.digests import Digests
 from stages.data.clean import STAGE, CleanParams
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, PythonDocsSource
@@ -26,6 +27,7 @@ TEN_MEGABYTES = 10_000_000
 LONG = "x" * TEN_MEGABYTES
 LINES_OF_LONG_FIELD = 50_000
 ANY_BROKEN = {"max_broken_fraction": 1.0}
+ANY_DAMAGED = {**ANY_BROKEN, "allow_damaged_files": True}
 
 
 def compress(content: bytes, suffix: str) -> bytes:
@@ -45,7 +47,7 @@ def texts(rows: list[dict[str, Any]]) -> list[str]:
 def read(folder: Path, name: str, content: bytes, **how: Any) -> tuple[list[str], dict[str, int], Ledger]:
     """(texts that were kept, reason -> count, ledger) of a file with this content."""
     (folder / name).write_bytes(content)
-    rows, ledger = read_files(folder, paths=[name], layout="text", **{**ANY_BROKEN, **how})
+    rows, ledger = read_files(folder, paths=[name], layout="text", **{**ANY_DAMAGED, **how})
     assert ledger.read == len(rows) + sum(ledger.dropped.values())
     return texts(rows), dict(ledger.dropped), ledger
 
@@ -519,3 +521,21 @@ def test_python_docs_read_the_running_python_by_default(tmp_path: Path) -> None:
     rows = [row for _, row in read_source(source, "text", Ledger())]
     assert rows
     assert {row["group"].split(".")[0] for row in rows} == {"json"}
+
+
+def test_an_identity_holds_what_only_the_names_of_files_say(tmp_path: Path) -> None:
+    """The same bytes under another suffix are other rows; under another name with the same suffix they are the same."""
+    (tmp_path / "folder").mkdir()
+    names = ("a.jsonl", "b.jsonl", "a.txt", "a.csv", "a.tsv", "a.jsonl.gz", "a.jsonl.zst", "folder")
+    for name in (*names[:-1], "folder/a.jsonl"):
+        (tmp_path / name).write_bytes(b'{"text": "one"}\n')
+
+    def identity(*paths: str, **how: Any) -> str:
+        block = {"kind": "files", "paths": list(paths), "layout": "text", **how}
+        return json.dumps(content_of(params_of(FilesSource, block, tmp_path), Digests(tmp_path / "cache").of))
+
+    assert identity("a.jsonl") == identity("b.jsonl") == identity("a.jsonl", file_type="jsonl")
+    assert len({identity(name) for name in names if name != "b.jsonl"}) == len(names) - 1
+    assert identity("a.txt", file_type="jsonl") == identity("a.jsonl")
+    assert identity("a.jsonl.gz", file_type="text") != identity("a.txt")
+    assert identity("a.jsonl", "a.txt") != identity("a.txt", "a.jsonl")

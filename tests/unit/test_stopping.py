@@ -53,7 +53,7 @@ class Run:
         return self.process.returncode, output
 
     def rank(self, number: int) -> int:
-        return read_marks(self.work, number + 1)[number].pid
+        return read_marks(self.work, number + 1)[number].process.pid
 
 
 def wait_until(condition: Callable[[], object], timeout_seconds: float = 90.0) -> None:
@@ -107,7 +107,9 @@ def test_a_rank_that_does_not_save_is_named_and_ended_after_the_stated_time(star
     run.process.send_signal(signal.SIGTERM)
     code, output = run.ended()
     assert code == 128 + signal.SIGTERM
-    assert f"no news from rank 1 (process {read_marks(run.work, 2)[1].pid}) for 2 s: the step is ended" in output
+    assert (
+        f"no news from rank 1 (process {read_marks(run.work, 2)[1].process.pid}) for 2 s: the step is ended" in output
+    )
 
 
 def test_a_rank_killed_after_another_has_saved_is_no_clean_save(start: Start) -> None:
@@ -128,6 +130,16 @@ def test_a_killed_rank_ends_the_others_within_seconds(start: Start) -> None:
     assert code == 1
     assert f"rank 1 was killed or broke down (process {pid}): the others are ended" in output
     assert "The same command tries again" in output
+
+
+def test_a_killed_launcher_is_said(start: Start) -> None:
+    """There is no log to quote: what it printed before it was killed is nothing."""
+    run = start("deaf", 2)
+    (launcher,) = (each for each in carrying(run.mark) if "ranks" in each.command_line()[3:4])
+    os.kill(launcher.pid, signal.SIGKILL)
+    code, output = run.ended(20)
+    assert code == 1
+    assert "the step crashed (exit code 137: SIGKILL ended its launcher)" in output
 
 
 def test_a_mistake_that_one_rank_finds_is_told_with_exit_code_2(start: Start) -> None:

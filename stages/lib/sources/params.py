@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, SerializationInfo, ValidationInfo, field_serializer, model_validator
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.settings.paths import is_file
@@ -133,6 +133,19 @@ class FilesSource(LaidOutSource):
     tag_column: int = -1
     """Column of the tag in a CoNLL file, from 0; negative ones count from the end."""
 
+    allow_damaged_files: bool = False
+    """Whether to go on with what stands before the place where a file breaks off, such as a .gz that was not copied whole. If not, such a file stops the stage."""
+
+    @field_serializer("file_type")
+    def told_by_names(self, file_type: FileType | None, info: SerializationInfo) -> str | None:
+        """In an identity (where the context is a digest function) also what only the names of single files say: the same
+        bytes are other rows as text than as JSON lines. A folder's digest holds the names in it.
+        """
+        if not callable(info.context):
+            return file_type
+        told = [str(file_type or type_of(path)) + compression_of(path) for path in self.paths if not path.is_dir()]
+        return ",".join(told if len(set(told)) > 1 else told[:1]) or file_type
+
     def files(self) -> list[tuple[Path, str, FileType]]:
         """(path, name in messages, file type) of every file, in order.
 
@@ -219,10 +232,13 @@ Source = Annotated[PythonDocsSource | FilesSource | DatasetSource | HubSource, F
 
 def type_of(path: Path) -> FileType | None:
     """The file type that the suffix says, compression aside."""
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes = suffixes[:-1]
+    suffixes = path.suffixes[:-1] if compression_of(path) else path.suffixes
     return SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def compression_of(path: Path) -> str:
+    """The suffix that says how the file is compressed; "" if it is not."""
+    return path.suffix if path.suffix in COMPRESSIONS else ""
 
 
 def is_visible(relative: Path) -> bool:

@@ -19,7 +19,8 @@ from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, Lai
 def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str, Row]]:
     """(where, canonical row) of everything usable in a `Source`. What is not is counted in the ledger.
 
-    Raises `DataError` at the end if there was nothing to read, or more broken rows than the source allows.
+    Raises `DataError` at the end if there was nothing to read, a file that breaks off, or more broken rows than the source
+    allows.
     """
     if isinstance(source, PythonDocsSource):
         from stages.lib.sources.python_docs import python_docs_rows  # which knows much that other sources need not load
@@ -29,6 +30,8 @@ def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str,
             yield str(row.get("group", "python_docs")), row
     else:
         yield from read_laid_out(source, ledger)
+    if isinstance(source, FilesSource):
+        refuse_damaged_files(source, ledger)
     if not ledger.read:
         raise DataError(Problem(place_of(source), "holds no rows", "Check what the source names."))
     if not isinstance(source, PythonDocsSource):
@@ -62,6 +65,17 @@ def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, 
 
 def example(where: str, detail: str, snippet: str) -> str:
     return ": ".join(part for part in (where, detail, snippet) if part)
+
+
+def refuse_damaged_files(source: FilesSource, ledger: Ledger) -> None:
+    """Raises `DataError` if files break off, unless the source allows that: nobody knows how many rows were lost."""
+    damaged = ledger.dropped["damaged_file"]
+    if damaged and not source.allow_damaged_files:
+        what = (
+            f"{damaged:,} files break off, and what stood after is lost: {'; '.join(ledger.examples['damaged_file'])}"
+        )
+        hint = "Get them whole, or set allow_damaged_files: true to go on with what stands before."
+        raise DataError(Problem(place_of(source), what, hint))
 
 
 def refuse_too_many_broken(source: LaidOutSource, ledger: Ledger) -> None:
