@@ -149,7 +149,10 @@ class Chaos:
         """What stands between `slipway run` and the ranks."""
         ranks = {rank.pid for rank in self.ranks().values()}
         below = [each for each in descendants(process.pid) if each.pid not in ranks]
-        return sorted((each for each in below if str(self.store) in " ".join(each.command_line())), key=lambda p: p.pid)
+        said = {each.pid: each.command_line() for each in below}
+        # What a launcher forks, to ask for the machine's name, say, has its command line until it has one of its own.
+        own = [each for each in below if said[each.pid] != said.get(each.parent)]
+        return sorted((each for each in own if str(self.store) in " ".join(said[each.pid])), key=lambda p: p.pid)
 
     def step(self) -> str:
         """The step that runs, as the output names it last."""
