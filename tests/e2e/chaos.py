@@ -149,10 +149,13 @@ class Chaos:
         """What stands between `slipway run` and the ranks."""
         ranks = {rank.pid for rank in self.ranks().values()}
         below = [each for each in descendants(process.pid) if each.pid not in ranks]
-        said = {each.pid: each.command_line() for each in below}
-        # What a launcher forks, to ask for the machine's name, say, has its command line until it has one of its own.
-        own = [each for each in below if said[each.pid] != said.get(each.parent)]
-        return sorted((each for each in own if str(self.store) in " ".join(said[each.pid])), key=lambda p: p.pid)
+        ours = [each for each in below if str(self.store) in " ".join(each.command_line())]
+        # What a launcher forks has its command line until it has one of its own, and may outlive whoever forked it: the
+        # launcher is the oldest of its name.
+        oldest: dict[str, Process] = {}
+        for each in sorted(ours, key=lambda process: (process.started, process.pid)):
+            oldest.setdefault(title(each), each)
+        return list(oldest.values())
 
     def step(self) -> str:
         """The step that runs, as the output names it last."""
