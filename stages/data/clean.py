@@ -94,7 +94,7 @@ def run(ctx: Context, params: CleanParams) -> Result:
 
 STAGE = Stage(
     kind="clean",
-    version=2,
+    version=3,
     summary="Reads one source and keeps the rows that are whole, good enough and not said before.",
     params=CleanParams,
     inputs={},
@@ -198,6 +198,8 @@ def report(ctx: Context, ledger: Ledger) -> None:
         ctx.journal.note(f"dropped {count:,}: {reason} (for example {example})")
     for reason, count in ledger.repaired.most_common():
         ctx.journal.note(f"repaired {count:,}: {reason}")
+    for what, count in ledger.noticed.most_common():
+        ctx.journal.note(f"{count:,} rows: {what}")
     if damaged := ledger.dropped["damaged_file"]:
         ctx.journal.note(
             f"{damaged:,} files break off, and what stood after is lost: {'; '.join(ledger.examples['damaged_file'])}"

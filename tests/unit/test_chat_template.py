@@ -101,6 +101,19 @@ def test_mask_from_leaves_earlier_turns_out(slipway: PreTrainedTokenizerBase) ->
     assert sum(encode_chat(slipway, messages, mask_from=4).assistant_mask) == 0
 
 
+def test_a_turn_that_is_not_to_be_learned_is_left_out_and_changes_no_token(slipway: PreTrainedTokenizerBase) -> None:
+    messages: list[dict[str, Any]] = [*chat("a", "b", "c", "d")]
+    whole = encode_chat(slipway, messages)
+    messages[1]["train"] = False
+    assert encode_chat(slipway, messages) == (whole.input_ids, [0] * 11 + [1, 1])
+    messages[1]["train"], messages[3]["train"] = True, False
+    assert bits(encode_chat(slipway, messages).assistant_mask) == "0000011000000"
+    # The last exchange that is to be learned stays whatever is dropped, and a chat without one is refused.
+    assert fit_chat(slipway, messages, 12).reason == TOO_LONG
+    with pytest.raises(DataError, match="has no assistant turn that is to be learned from"):
+        fit_chat(slipway, [messages[0], {**messages[1], "train": False}], 100)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("messages", [*PROBES, chat(" x ", "\ty\n", "z", "  ", system="\n s")])
 def test_ids_and_masks_are_those_of_apply_chat_template(preset: str, messages: list[dict[str, str]]) -> None:

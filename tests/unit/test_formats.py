@@ -201,8 +201,112 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
             "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
             "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
         },
-        {},
+        {"turns_in_text": "transcript"},
         {"prompt": [user("a"), assistant("b"), user("c")], "chosen": [assistant("d")], "rejected": [assistant("e")]},
+    ),
+    (
+        "answers that are JSON or transcripts are texts",
+        "preference_chat",
+        {"question": '[{"role": "user"}, 1]', "chosen": '{"a": 1}', "rejected": "Human"},
+        {"columns": {"messages": "question"}},
+        {
+            "prompt": [user('[{"role": "user"}, 1]')],
+            "chosen": [assistant('{"a": 1}')],
+            "rejected": [assistant("Human")],
+        },
+    ),
+    (
+        "turns as JSON, where the source says so",
+        "preference_chat",
+        {"messages": '[{"role": "user", "content": "a"}]', "chosen": '{"from": "gpt", "value": "b"}', "rejected": "c"},
+        {"turns_in_text": "json"},
+        {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+    ),
+    (
+        "a prompt that stands before whole conversations",
+        "preference_chat",
+        {
+            "prompt": [system("s"), user("a"), assistant("b")],
+            "chosen": [user("c"), assistant("d")],
+            "rejected": [user("c"), assistant("e")],
+        },
+        {"columns": {"messages": "prompt"}},
+        {
+            "prompt": [system("s"), user("a"), assistant("b"), user("c")],
+            "chosen": [assistant("d")],
+            "rejected": [assistant("e")],
+        },
+    ),
+    (
+        "the second of two answers is preferred",
+        "preference_between",
+        {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 2.0},
+        {},
+        {"prompt": [user("a")], "chosen": [assistant("c")], "rejected": [assistant("b")], "margin": 1.0},
+    ),
+    (
+        "the first is preferred a little",
+        "preference_between",
+        {"instruction": "a", "output_1": "b", "output_2": "c", "preference": "1.4"},
+        {},
+        {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")], "margin": 0.2},
+    ),
+    (
+        "turns that nothing is to be learned from, in all spellings",
+        "messages",
+        {
+            "messages": [
+                turn
+                for key, no in (
+                    ("weight", 0),
+                    ("train", False),
+                    ("loss", False),
+                    ("trainable", False),
+                    ("loss_weight", 0.0),
+                )
+                for turn in (user(key), {**assistant("no"), key: no})
+            ]
+            + [user("a"), {**assistant("yes"), "weight": 1, "train": True}]
+        },
+        {},
+        {
+            "messages": [
+                turn
+                for key in ("weight", "train", "loss", "trainable", "loss_weight")
+                for turn in (user(key), {**assistant("no"), "train": False})
+            ]
+            + [user("a"), assistant("yes")]
+        },
+    ),
+    (
+        "arguments as JSON text are those that are written as a mapping",
+        "messages",
+        {
+            "functions": [{"name": "w"}],
+            "messages": [
+                user("weather?"),
+                {"role": "assistant", "function_call": {"name": "w", "arguments": '{"at": "a"}'}},
+                {"role": "function", "content": "1"},
+                assistant("1"),
+            ],
+        },
+        {},
+        {
+            "messages": [
+                system('<tools>\n[{"name": "w"}]\n</tools>'),
+                user("weather?"),
+                assistant('<tool_call>\n{"name": "w", "arguments": {"at": "a"}}\n</tool_call>'),
+                user("<tool_response>\n1\n</tool_response>"),
+                assistant("1"),
+            ]
+        },
+    ),
+    (
+        "a whole number beside gaps, as pandas writes it",
+        "label",
+        {"text": "a", "label": 1.0},
+        {},
+        {"text": "a", "label": "1"},
     ),
     ("a label", "label", {"text": "a", "label": "x"}, {}, {"text": "a", "label": "x"}),
     ("a label that is a number", "label", {"text": "a", "label": 3}, {}, {"text": "a", "label": "3"}),
@@ -241,6 +345,21 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {
             "text": "Ann Lee met Bo",
             "spans": [{"start": 0, "end": 7, "label": "P"}, {"start": 12, "end": 14, "label": "P"}],
+        },
+    ),
+    (
+        "BMES and BILOU",
+        "bio",
+        {"tokens": list("abcdefg"), "tags": ["B-X", "M-X", "E-X", "S-Y", "B-Z", "L-Z", "U-Z"]},
+        {"token_separator": ""},
+        {
+            "text": "abcdefg",
+            "spans": [
+                {"start": 0, "end": 3, "label": "X"},
+                {"start": 3, "end": 4, "label": "Y"},
+                {"start": 4, "end": 6, "label": "Z"},
+                {"start": 6, "end": 7, "label": "Z"},
+            ],
         },
     ),
     (
@@ -344,6 +463,13 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("messages", {"messages": []}, "empty_field", "messages"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}, assistant("b")]}, "not_text", "a part is of type 'image'"),
     ("messages", {"messages": [user("a"), {**assistant("b"), "loss_weight": 0.0}]}, "not_trained_on", ""),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "weight": 0.5}]}, "partial_weight", "weight is 0.5"),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "train": "no"}]}, "wrong_type", "train is a text, not a number or truth value"),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "weight": 1, "train": False}]}, "contradictory", "weight is 1, train is False"),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "text": "c"}]}, "contradictory", "content and text"),
+    ("messages", {"messages": [user("a"), {**assistant("<think>c</think>b"), "reasoning": "d"}]}, "contradictory", "a turn has its reasoning in a field and within its content"),
+    ("messages", {"messages": [user("a"), assistant("b")], "tools": [1], "functions": [2]}, "contradictory", "tools and functions"),
+    ("messages", {"messages": [user("a"), assistant("\u200b\u2060 ")]}, "empty_field", "content"),
     ("rated_chat", {"messages": [user("a"), assistant("b")], "label": False}, "rated_bad", ""),
     ("rated_chat", {"messages": [user("a"), assistant("b")]}, "missing_field", "label"),
     ("rated_chat", {"messages": [user("a"), assistant("b")], "label": 0.5}, "wrong_type", "label is 0.5, neither true nor false"),
@@ -352,14 +478,14 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("preference_alpaca", {"instruction": "a", "output": ["b"]}, "one_answer", ""),
     ("preference_alpaca", {"instruction": "a", "output": ["b", ""]}, "empty_field", "output"),
     ("preference_chat", {"prompt": "a", "chosen": "b"}, "missing_field", "rejected"),
-    ("preference_chat", {"chosen": "b", "rejected": "c"}, "missing_field", "messages"),
-    (
-        "preference_chat",
-        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"},
-        "pair_differs_early",
-        "",
-    ),
-    ("preference_chat", {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "empty_field", "a turn of Assistant"),
+    ("preference_chat", {"chosen": "b", "rejected": "c"}, "missing_field", "messages (if chosen and rejected hold it as a transcript or as JSON, set turns_in_text)"),
+    ("preference_chat", {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "pair_differs_early", ""),
+    ("preference_chat", {"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "contradictory", "the prompt is neither what chosen and rejected begin with nor what can stand before them"),
+    ("preference_chat", {"prompt": "x", "chosen": {**assistant("b"), "weight": 0}, "rejected": assistant("c")}, "not_trained_on", "an answer of the pair"),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c"}, "missing_field", "preference"),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.5}, "tie", ""),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 3}, "wrong_type", "preference is 3, not a number from 1 to 2"),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": "a"}, "wrong_type", "preference is 'a', not a number from 1 to 2"),
     (
         "preference_chat",
         {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"},
@@ -377,6 +503,7 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("spans", {"text": "abc", "spans": [[1, 4, "X"]]}, "bad_span", "[1, 4) of 3 characters"),
     ("spans", {"text": "abc", "spans": [[1, 1, "X"]]}, "bad_span", "[1, 1) of 3 characters"),
     ("spans", {"text": "abc", "spans": [{"start": 0, "end": 1}]}, "missing_field", "spans.label"),
+    ("spans", {"text": "abc", "spans": [{"start": 0, "end": 1, "label": "X", "text": "d"}]}, "contradictory", "a span says 'd', which stands nowhere in the text"),
     ("spans", {"text": "abc", "spans": [["0", 1, "X"]]}, "wrong_type", "a span's start and end must be whole numbers"),
     ("bio", {"tokens": ["a", "b"], "tags": ["O"]}, "bad_tag", "1 tags for 2 tokens"),
     ("bio", {"tokens": ["a"], "tags": ["Q-X"]}, "bad_tag", "'Q-X'"),
@@ -389,6 +516,7 @@ DROPPED: list[tuple[str, Row, str, str]] = [
         "x",
     ),
     ("squad", {"context": "abc", "question": "q"}, "missing_field", "answers"),
+    ("squad", {"context": "abc", "question": "q", "answers": [], "is_impossible": False}, "contradictory", "is_impossible is false, and there is no answer"),
     ("squad", {"context": "abc", "question": " ", "answers": []}, "empty_field", "question"),
     ("squad", {"data": [{"paragraphs": 5}]}, "wrong_type", "paragraphs is a number, not a list"),
 ]  # fmt: skip
@@ -408,6 +536,47 @@ def test_every_reason_of_a_converter_has_a_row() -> None:
 
 
 REPAIRED: list[tuple[str, Row, str, int, Row]] = [
+    (
+        "messages",
+        {"messages": [system("\u200b"), user("a"), assistant("b")]},
+        "empty_system_turn",
+        1,
+        {"messages": [user("a"), assistant("b")]},
+    ),
+    (
+        "messages",
+        {"messages": [user("a"), {**assistant("b"), "reasoning_content": "c\n"}]},
+        "reasoning_joined",
+        1,
+        {"messages": [user("a"), assistant("<think>\nc\n</think>\n\nb")]},
+    ),
+    (
+        # a browser counts the emoji as two: Tom stands at 7; and an end that is inclusive
+        "spans",
+        {
+            "text": "Hi 😀😀 Tom",
+            "spans": [
+                {"start": 8, "end": 11, "label": "P", "text": "Tom"},
+                {"start": 0, "end": 1, "label": "X", "text": "Hi"},
+            ],
+        },
+        "span_moved",
+        2,
+        {"text": "Hi 😀😀 Tom", "spans": [{"start": 6, "end": 9, "label": "P"}, {"start": 0, "end": 2, "label": "X"}]},
+    ),
+    (
+        "squad",
+        {
+            "id": "q",
+            "context": "ab",
+            "question": "q",
+            "is_impossible": True,
+            "answers": [{"text": "ab", "answer_start": 0}],
+        },
+        "plausible_answers_left_out",
+        1,
+        {"id": "q", "context": "ab", "question": "q", "answers": []},
+    ),
     (
         "alpaca",
         {"instruction": "c", "output": "d", "history": [["", ""], ["a", "b"], [" ", "\n"]]},
@@ -599,6 +768,7 @@ REAL: list[tuple[str, dict[str, Any], int, dict[str, int], dict[str, int]]] = [
         {
             "layout": "rated_chat",
             "columns": {"messages": "context", "answer": "generation", "label": "reward", "group": "conversation_id"},
+            "turns_in_text": "json",
         },
         2_775,
         {"rated_bad": 453},
@@ -614,7 +784,7 @@ REAL: list[tuple[str, dict[str, Any], int, dict[str, int], dict[str, int]]] = [
     ),
     (
         "preferences/hh_harmless_test.jsonl.gz",
-        {"layout": "preference_chat"},
+        {"layout": "preference_chat", "turns_in_text": "transcript"},
         2_299,
         {"bad_turn_order": 9, "empty_field": 4},
         {},
@@ -712,3 +882,38 @@ def test_the_documentation_of_layout_names_every_layout() -> None:
     documented = documentation(LaidOutSource)["layout"]
     named = documented.partition(": ")[2].partition(".")[0].replace(" or ", ", ").split(", ")
     assert sorted(named) == sorted(LAYOUTS)
+
+
+def test_self_instruct_instances_share_their_instruction() -> None:
+    record = {
+        "instruction": "Add.",
+        "instances": [{"input": "1 2", "output": "3"}, {"input": "2 2", "output": "4"}],
+        "id": "s",
+    }
+    found = [row for _, row in convert_record(record, LAYOUTS["alpaca"], {}, Conversion())]
+    assert found == [
+        {"id": "s", "messages": [user("Add.\n\n1 2"), assistant("3")]},
+        {"id": "s", "messages": [user("Add.\n\n2 2"), assistant("4")]},
+    ]
+    ((_, dropped),) = convert_record({"instruction": "a", "instances": [1]}, LAYOUTS["alpaca"], {}, Conversion())
+    assert isinstance(dropped, Dropped) and dropped.detail == "instances holds a number, not a mapping"
+
+
+def test_what_nobody_reads_is_counted_by_name() -> None:
+    conversion = Conversion()
+    rows: list[Row] = [
+        {"messages": [{**user("a"), "name": "Bo"}, assistant("b")], "score": 3, "empty": None, "kept": "x"},
+        {"messages": [user("a"), {**assistant("b"), "name": "Al"}], "score": 4, "kept": "x"},
+        {"messages": [user("a")], "score": 5, "kept": "x"},
+    ]
+    for row in rows:
+        list(convert_record(row, LAYOUTS["messages"], {}, conversion, ["kept"]))
+    assert conversion.noticed == {"column 'score' is not read": 2, "turns have 'name', which is not read": 2}
+
+
+def test_texts_that_look_like_turns_are_said() -> None:
+    conversion = Conversion()
+    row = {"prompt": "a", "chosen": '{"role": "assistant", "content": "b"}', "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    ((_, found),) = convert_record(row, LAYOUTS["preference_chat"], {}, conversion)
+    assert isinstance(found, dict) and found["chosen"] == [assistant(row["chosen"])]
+    assert conversion.noticed == {"a text that looks like turns was taken as it stands: see turns_in_text": 1}

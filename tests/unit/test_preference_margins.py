@@ -30,7 +30,7 @@ PAIR = {
 
 def convert(layout: str, row: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
     """The canonical row, or its reason and detail."""
-    ((_, found),) = convert_record(row, LAYOUTS[layout], columns or {}, Conversion())
+    ((_, found),) = convert_record(row, LAYOUTS[layout], columns or {}, Conversion(turns_in_text="transcript"))
     return (found.reason, found.detail) if isinstance(found, Dropped) else found
 
 

@@ -539,3 +539,89 @@ def test_an_identity_holds_what_only_the_names_of_files_say(tmp_path: Path) -> N
     assert identity("a.txt", file_type="jsonl") == identity("a.jsonl")
     assert identity("a.jsonl.gz", file_type="text") != identity("a.txt")
     assert identity("a.jsonl", "a.txt") != identity("a.txt", "a.jsonl")
+
+
+def test_class_labels_become_their_names_in_lists_and_in_parquet(tmp_path: Path) -> None:
+    """The usual form of data for named entities on the hub, as `datasets` saves it and as it writes Parquet."""
+    import datasets
+
+    tags = datasets.ClassLabel(names=["O", "B-PER", "I-PER"])
+    columns = {"tokens": [["Ann", "Lee", "ran"], ["No", "one"]], "ner_tags": [[1, 2, 0], [0, 0]]}
+    data = datasets.Dataset.from_dict(columns).cast_column("ner_tags", datasets.Sequence(tags))
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "a.parquet")
+    rows, _ = read_dataset(tmp_path, layout="bio", columns={"tags": "ner_tags"})
+    assert [row["spans"] for row in rows] == [[{"start": 0, "end": 7, "label": "PER"}], []]
+    again, _ = read_files(tmp_path, paths=["a.parquet"], layout="bio", columns={"tags": "ner_tags"})
+    assert again == rows
+
+
+def test_what_arrow_fills_up_is_no_data(tmp_path: Path) -> None:
+    import datasets
+
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "g", "arguments": {"y": 2}}}]},
+    ]
+    datasets.Dataset.from_list([{"messages": turns}]).to_parquet(tmp_path / "a.parquet")
+    rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="messages")
+    assert [message["content"] for message in rows[0]["messages"] if message["role"] == "assistant"] == [
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>',
+        '<tool_call>\n{"name": "g", "arguments": {"y": 2}}\n</tool_call>',
+    ]
+    assert not ledger.noticed
+
+
+@pytest.mark.parametrize(
+    ("encoding", "looks", "words"),
+    [
+        ("latin-1", "cp1252", ["café au lait", "naïve", "déjà vu"]),
+        ("gb18030", "gb18030", ["今天天气很好，我们去公园。", "机器学习", "你好"]),
+        ("utf-16", "utf-16", ["one", "zwei", "três"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".txt", ".jsonl.gz"])
+def test_other_encodings(encoding: str, looks: str, words: list[str], suffix: str, tmp_path: Path) -> None:
+    """Named, they are read; else the message names what the file looks like, and that works."""
+    rows = [{"text": word} for word in words]
+    contents = {
+        ".json": json.dumps(rows, ensure_ascii=False),
+        ".csv": "\n".join(["text", *words]),
+        ".tsv": "\n".join(["text", *words]),
+        ".txt": "\n".join(words),
+    }
+    content = contents.get(suffix, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode(encoding)
+    how = {"split_text": "line"} if suffix == ".txt" else {}
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    for said in (encoding, looks):
+        found, _ = read_files(tmp_path, paths=[f"a{suffix}"], layout="text", encoding=said, **how)
+        assert texts(found) == words
+    if encoding != "utf-16":
+        with pytest.raises(DataError, match=rf"rows are broken .* Or set encoding: {looks}\."):
+            read_files(tmp_path, paths=[f"a{suffix}"], layout="text", **how)
+
+
+def test_an_encoding_that_is_none_and_one_for_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    block = {"kind": "files", "paths": ["a.jsonl"], "layout": "text"}
+    for name in ("klingon", "base64", "a\0"):
+        assert "there is no text encoding" in problems_of(FilesSource, {**block, "encoding": name}, tmp_path)
+    (tmp_path / "a.parquet").touch()
+    source = params_of(FilesSource, {**block, "paths": ["a.parquet"], "encoding": "latin-1"}, tmp_path)
+    with pytest.raises(DataError, match=r"encoding: is for .* files, and none of the files is one"):
+        source.files()
+
+
+def test_bytes_that_the_encoding_cannot_read_spoil_only_their_row(tmp_path: Path) -> None:
+    content = b"\n".join(['{"text": "好"}'.encode("gb18030"), b'{"text": "\xff"}', b'{"text": "b"}'])
+    kept, dropped, _ = read(tmp_path, "a.jsonl", content, encoding="gb18030")
+    assert (kept, dropped) == (["好", "b"], {"not_utf8": 1})
+
+
+def test_a_few_rows_in_another_encoding_are_said(tmp_path: Path) -> None:
+    content = b'{"text": "a"}\n' * 99 + '{"text": "é"}\n'.encode("latin-1")
+    kept, dropped, ledger = read(tmp_path, "a.jsonl", content, max_broken_fraction=0.05)
+    assert (len(kept), dropped) == (99, {"not_utf8": 1})
+    assert ledger.noticed == {"dropped because they are no UTF-8: the file looks like encoding: cp1252": 1}

@@ -24,6 +24,8 @@ class Ledger:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     repaired: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
+    """What the user should know of rows that were kept as they are, in words -> how many rows."""
 
     def drop(self, reason: str, example: str, count: int = 1) -> None:
         """Counts dropped rows, and keeps the first examples (cut to 200 characters)."""
@@ -41,6 +43,7 @@ class Ledger:
                 for reason in sorted(self.dropped)
             },
             "repaired": dict(sorted(self.repaired.items())),
+            "noticed": dict(sorted(self.noticed.items())),
         }
 
     def write(self, folder: Path) -> None:
@@ -63,7 +66,8 @@ def printable(example: str) -> str:
 
 def add_ledgers(first: Ledger, second: Ledger) -> Ledger:
     """Both together, with the examples of the first before those of the second."""
-    both = Ledger(first.read + second.read, first.kept + second.kept, repaired=first.repaired + second.repaired)
+    both = Ledger(first.read + second.read, first.kept + second.kept)
+    both.repaired, both.noticed = first.repaired + second.repaired, first.noticed + second.noticed
     for ledger in (first, second):
         for reason, count in ledger.dropped.items():
             examples = ledger.examples[reason]

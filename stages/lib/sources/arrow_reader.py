@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +33,22 @@ def read_parquet(path: Path, name: str, source: FilesSource, limits: Limits) -> 
         start = 0
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
+                names = named_classes(table.schema_arrow)
                 for batch in table.iter_batches(batch_size=ARROW_BATCH_ROWS):
-                    yield from arrow_rows(batch, name, start, limits)
+                    yield from arrow_rows(batch, name, start, limits, names)
                     start += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             raise Damaged(str(error)) from None
+
+
+def named_classes(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
+    """`class_names` of the features that the `datasets` library writes into the Parquet files it makes."""
+    described = (schema.metadata or {}).get(b"huggingface", b"")
+    if b"ClassLabel" not in described:
+        return {}
+    import datasets
+
+    return class_names(datasets.Features.from_arrow_schema(schema))
 
 
 def arrow_rows(
@@ -73,13 +84,16 @@ def arrow_rows(
 
 
 def plain_value(value: Any) -> Any:
-    """The value with bytes decoded, all the way down. Raises `UnicodeDecodeError`."""
+    """The value with bytes decoded, all the way down. Raises `UnicodeDecodeError`.
+
+    Fields of mappings that hold nothing are left out: Arrow gives each mapping of a column all fields that any has.
+    """
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, list):
         return [plain_value(item) for item in value]
     if isinstance(value, dict):
-        return {name: plain_value(item) for name, item in value.items()}
+        return {name: plain_value(item) for name, item in value.items() if item is not None}
     return value
 
 
@@ -119,17 +133,9 @@ def read_hub(source: HubSource, limits: Limits) -> Iterator[Record | Broken]:
 
 def dataset_rows(dataset: Any, name: str, limits: Limits) -> Iterator[Record | Broken]:
     """The rows of a `datasets.Dataset`; numbers of class labels become their names."""
-    import datasets
     import pyarrow
 
-    def namer(feature: datasets.ClassLabel) -> Callable[[Any], Any]:
-        return lambda value: feature.int2str(value) if isinstance(value, int) and value >= 0 else None
-
-    names = {
-        column: namer(feature)
-        for column, feature in dataset.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
+    names = class_names(dataset.features)
     start = 0
     try:
         for table in dataset.with_format("arrow").iter(batch_size=ARROW_BATCH_ROWS):
@@ -138,6 +144,32 @@ def dataset_rows(dataset: Any, name: str, limits: Limits) -> Iterator[Record | B
                 start += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         yield Broken(name, "damaged_file", f"{first_line(error)} (after row {start})")
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """Column -> what gives its class labels their names, alone, in lists or in mappings; nothing of other columns."""
+    found = {name: namer(feature) for name, feature in features.items()}
+    return {name: name_of for name, name_of in found.items() if name_of}
+
+
+def namer(feature: Any) -> Callable[[Any], Any] | None:
+    """What turns a value of this feature into one with names in place of numbers; None where there are no class labels."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return lambda value: feature.int2str(value) if isinstance(value, int) and value >= 0 else None
+    if isinstance(feature, dict):
+        inner = class_names(feature)
+        return inner and (
+            lambda value: value and {name: inner.get(name, unchanged)(item) for name, item in value.items()}
+        )
+    within = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    name_of = namer(within) if within is not None else None
+    return name_of and (lambda value: [name_of(item) for item in value] if isinstance(value, list) else value)
+
+
+def unchanged(value: Any) -> Any:
+    return value
 
 
 def first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,13 +40,18 @@ REASONS: dict[str, Reason] = {
     "pair_differs_early": Reason("has chosen and rejected that differ before the last assistant turn"),
     "identical_pair": Reason("has the same chosen and rejected answer", broken=False),
     "one_answer": Reason("has fewer than two answers to prefer among", broken=False),
-    "bad_tag": Reason("has a tag that is neither O nor B-, I-, E- or S- and a label, or other than one per token"),
+    "bad_tag": Reason(
+        "has a tag that is neither O nor one of B-, I-, M-, E-, L-, S-, U- and a label, or other than one per token"
+    ),
     "bad_span": Reason("has a span outside its text, or an empty one"),
     "overlapping_entities": Reason("has a head and a tail entity that overlap"),
     "answer_not_in_context": Reason("has answers, and none of them stands in the context"),
     "not_text": Reason("has parts that are no text, such as images", broken=False),
     "rated_bad": Reason("was rated bad, so it is nothing to learn from", broken=False),
-    "not_trained_on": Reason("has an assistant turn of loss weight 0, which chats cannot express", broken=False),
+    "contradictory": Reason("says one thing in two places, and they differ"),
+    "partial_weight": Reason("has an assistant turn of a weight other than 0 and 1, which chats cannot express"),
+    "not_trained_on": Reason("has no assistant turn that is to be trained on", broken=False),
+    "tie": Reason("prefers neither of two answers", broken=False),
 }
 
 
@@ -53,8 +59,12 @@ REPAIRS: dict[str, str] = {
     "empty_history_pair": "a history pair of two empty texts, used as padding, was left out",
     "opening_assistant_turn": "an assistant turn before the first user turn was left out",
     "trailing_user_turn": "a last user turn that nobody answers was left out",
+    "empty_system_turn": "a system message that says nothing was left out",
+    "reasoning_joined": "the reasoning of an assistant turn was put before its content, within <think> and </think>",
     "answers_between_best_and_worst": "of several ranked answers, those between the first and the last were left out",
     "inside_without_begin": "an I- tag that continues nothing began a new span",
+    "span_moved": "a span's offsets were moved to the nearest place where its own text stands",
+    "plausible_answers_left_out": "an answer to a question that says of itself to have none was left out",
     "answer_moved": "an answer's offset was moved to the nearest place where its text stands",
     "reference_left_out": "one of several reference answers does not stand in the context and was left out",
 }
@@ -76,16 +86,40 @@ class Conversion:
 
     token_separator: str = " "
     strip_segment_digit: bool = False
+    turns_in_text: str | None = None
     repaired: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
+    """What the user should know of rows that are kept as they are, in words -> how many rows."""
     in_this_row: Counter[str] = field(default_factory=Counter)
+    noticed_in_this_row: set[str] = field(default_factory=set)
 
     def repair(self, name: str, count: int = 1) -> None:
         assert name in REPAIRS, name
         if count:
             self.in_this_row[name] += count
 
+    def notice(self, what: str) -> None:
+        self.noticed_in_this_row.add(what)
+
+    def begin_row(self) -> None:
+        self.in_this_row.clear()
+        self.noticed_in_this_row.clear()
+
     def finish_row(self) -> None:
         self.repaired.update(self.in_this_row)
+        self.noticed.update(self.noticed_in_this_row)
+
+
+VISIBLE = re.compile(
+    r"[^\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
+)
+"""Anything but spaces and what Unicode calls default ignorable, such as U+200B: none of these shows."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of the text shows."""
+    return VISIBLE.search(text) is None
 
 
 def text_of(row: Row, name: str, *, optional: bool = False) -> str:
@@ -97,7 +131,7 @@ def text_of(row: Row, name: str, *, optional: bool = False) -> str:
         raise Dropped("missing_field", name)
     if not isinstance(value, str):
         raise Dropped("wrong_type", f"{name} is {type_name(value)}, not a text")
-    if not value.strip() and not optional:
+    if not optional and is_blank(value):
         raise Dropped("empty_field", name)
     return value
 
@@ -113,13 +147,19 @@ def list_of(row: Row, name: str) -> list[Any]:
     return value
 
 
+def nearest_place(text: str, part: str, start: int) -> int | None:
+    """Where `part` stands nearest to `start`, the earlier place of two; None where it stands nowhere."""
+    places = (match.start() for match in re.finditer(f"(?={re.escape(part)})", text))
+    return min(places, key=lambda place: (abs(place - start), place), default=None)
+
+
 def label_of(row: Row, name: str) -> str:
-    """A label: a text, or a number or truth value written as one."""
+    """A label: a text, or a whole number or truth value written as one. pandas writes whole numbers as 1.0 beside gaps."""
     value = row.get(name)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
     return text_of(row, name).strip()
 
 

@@ -8,7 +8,8 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.lib.sources.lines import Broken, Limits, Line, Record, blocks_of, lines_of, snippet_of, too_long
+from stages.lib.sources.encodings import text_blocks
+from stages.lib.sources.lines import Broken, Limits, Line, Record, lines_of, snippet_of, too_long
 
 if TYPE_CHECKING:
     from stages.lib.sources.params import FilesSource
@@ -65,29 +66,30 @@ class CsvLines:
 
 def read_csv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a CSV file, under the header's names; without header under their positions."""
-    yield from read_table(path, name, limits, has_header=source.has_header, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+    yield from read_table(path, name, source, limits, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 
 def read_tsv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a file with tabs between the fields. Quotes have no meaning in it."""
-    yield from read_table(path, name, limits, has_header=source.has_header, delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from read_table(path, name, source, limits, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_table(
-    path: Path, name: str, limits: Limits, *, has_header: bool, delimiter: str, quoting: int
+    path: Path, name: str, source: FilesSource, limits: Limits, *, delimiter: str, quoting: int
 ) -> Iterator[Record | Broken]:
     csv.field_size_limit(max(csv.field_size_limit(), limits.row_bytes))
     names: list[str] | None = None
     first_line: int | None = 1
     while first_line is not None:
         start, first_line = first_line, None
-        lines = CsvLines(dropwhile(lambda line: line.number < start, lines_of(blocks_of(path), limits)), limits)  # noqa: B023
+        all_lines = lines_of(text_blocks(path, source.encoding), limits)
+        lines = CsvLines(dropwhile(lambda line: line.number < start, all_lines), limits)  # noqa: B023
         for where, found in table_records(lines, name, delimiter, quoting, limits):
             if isinstance(found, int):
                 first_line = found
             elif isinstance(found, Broken):
                 yield found
-            elif names is None and has_header:
+            elif names is None and source.has_header:
                 names = found
             else:
                 snippet = snippet_of(lines.record[0].content)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import DataError, Problem
 from stages.lib.sources.arrow_reader import read_parquet
 from stages.lib.sources.csv_reader import read_csv, read_tsv
+from stages.lib.sources.encodings import text_blocks
 from stages.lib.sources.json_reader import read_json, read_jsonl
 from stages.lib.sources.lines import (
     SNIPPET_BYTES,
@@ -20,7 +21,6 @@ from stages.lib.sources.lines import (
     Limits,
     Line,
     Record,
-    blocks_of,
     lines_of,
     snippet_of,
     too_long,
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 def read_text(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """The file, its paragraphs (between blank lines) or its lines, each as {"text"}."""
     if source.split_text == "line":
-        for line in lines_of(blocks_of(path), limits):
+        for line in lines_of(text_blocks(path, source.encoding), limits):
             if line.content.strip():
                 yield text_record(name, [line], limits)
         return
-    for group in line_groups(lines_of(blocks_of(path), limits), whole=source.split_text != "paragraph", limits=limits):
+    for group in line_groups(
+        lines_of(text_blocks(path, source.encoding), limits), whole=source.split_text != "paragraph", limits=limits
+    ):
         yield text_record(name, group, limits)
 
 
@@ -78,7 +80,7 @@ def text_record(name: str, lines: list[Line], limits: Limits) -> Record | Broken
 
 def read_conll(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Sentences between blank lines, as {"tokens", "tags"}: one token a line, columns apart by tabs or spaces."""
-    for group in line_groups(lines_of(blocks_of(path), limits), whole=False, limits=limits):
+    for group in line_groups(lines_of(text_blocks(path, source.encoding), limits), whole=False, limits=limits):
         record = text_record(name, group, limits)
         if isinstance(record, Broken):
             yield record

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, Problem
+from stages.lib.sources.encodings import text_blocks
 from stages.lib.sources.lines import (
     SNIPPET_BYTES,
     UTF8_MARK,
@@ -16,7 +17,6 @@ from stages.lib.sources.lines import (
     Limits,
     Line,
     Record,
-    blocks_of,
     lines_of,
     snippet_of,
     too_long,
@@ -56,14 +56,14 @@ def as_record(where: str, value: Any) -> Record | Broken:
 
 
 def read_jsonl(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
-    for line in lines_of(blocks_of(path), limits):
+    for line in lines_of(text_blocks(path, source.encoding), limits):
         where = f"{name}:{line.number}"
         yield too_long(where, line.content, limits) if line.too_long else parse_record(where, line.content)
 
 
 def read_json(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """The elements of a list, one by one; or a whole document, or the rows that `records` names in it."""
-    blocks = blocks_of(path)
+    blocks = text_blocks(path, source.encoding)
     first = next(blocks, b"").removeprefix(UTF8_MARK)
     if source.records is None and first.lstrip()[:1] == b"[":
         yield from read_json_list(chain(first, blocks), name, limits)

@@ -13,9 +13,9 @@ from typing import Any
 
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.conversion import Conversion, Dropped, type_name
-from stages.lib.sources.layouts_chats import alpaca, messages, rated_chat, sharegpt
+from stages.lib.sources.layouts_chats import alpaca, alpaca_rows, messages, rated_chat, sharegpt
 from stages.lib.sources.layouts_labels import label, relation, text
-from stages.lib.sources.layouts_preferences import preference_alpaca, preference_turns
+from stages.lib.sources.layouts_preferences import preference_alpaca, preference_between, preference_turns
 from stages.lib.sources.layouts_questions import squad, squad_rows
 from stages.lib.sources.layouts_spans import bio, pieces, spans
 
@@ -34,6 +34,8 @@ class Layout:
     """Our names of the columns it reads: the keys that `columns` may rename."""
     summary: str
     options: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    """Other columns that it reads, under the names that they have."""
     expand: Callable[[Row], Iterable[Row]] = one_row
     """Splits one raw record into several raw rows."""
 
@@ -57,7 +59,7 @@ def convert_record(
     renamed = rename(record, columns)
     try:
         for raw in layout.expand(renamed):
-            conversion.in_this_row.clear()
+            conversion.begin_row()
             try:
                 # Carried columns go by the names in the data, so they are looked up before anything is renamed.
                 carried = carried_columns(record if raw is renamed else {**record, **raw}, carry)
@@ -65,10 +67,18 @@ def convert_record(
             except Dropped as reason:
                 yield raw, reason
             else:
+                for name in unread(raw, layout, columns, carry):
+                    conversion.notice(f"column '{name}' is not read")
                 conversion.finish_row()
                 yield raw, row
     except Dropped as reason:
         yield renamed, reason
+
+
+def unread(raw: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> list[str]:
+    """The columns of a raw row that hold something and are read by nothing."""
+    read = {"id", *layout.columns, *layout.also, *columns, *carry}
+    return [name for name, value in raw.items() if name not in read and value not in (None, "", [], {})]
 
 
 def carried_columns(raw: Row, carry: Sequence[str]) -> Row:
@@ -103,7 +113,10 @@ def with_common_fields(row: Row, raw: Row, columns: Mapping[str, str], carried: 
     return row
 
 
-SHAREGPT_COLUMNS = ("messages", "system", "tools")
+SHAREGPT_COLUMNS = ("messages", "system", "tools", "functions")
+
+
+CHAT_COLUMNS = ("conversations",)
 
 
 ALPACA_COLUMNS = ("instruction", "input", "output", "history", "system")
@@ -111,11 +124,23 @@ ALPACA_COLUMNS = ("instruction", "input", "output", "history", "system")
 
 LAYOUTS: dict[str, Layout] = {
     "text": Layout("text", text, ("text",), "a text"),
-    "alpaca": Layout("chats", alpaca, ALPACA_COLUMNS, "instruction, input, output, history, system"),
+    "alpaca": Layout(
+        "chats",
+        alpaca,
+        (*ALPACA_COLUMNS, "instances"),
+        "instruction, input, output, history, system; or instances of input and output",
+        expand=alpaca_rows,
+    ),
     "messages": Layout("chats", messages, SHAREGPT_COLUMNS, "a list of turns with role and content"),
-    "sharegpt": Layout("chats", sharegpt, SHAREGPT_COLUMNS, "conversations: turns with from and value; tools"),
+    "sharegpt": Layout(
+        "chats", sharegpt, SHAREGPT_COLUMNS, "conversations: turns with from and value; tools", also=CHAT_COLUMNS
+    ),
     "rated_chat": Layout(
-        "chats", rated_chat, (*SHAREGPT_COLUMNS, "answer", "label"), "a chat and whether it is good: the good ones"
+        "chats",
+        rated_chat,
+        (*SHAREGPT_COLUMNS, "answer", "label"),
+        "a chat and whether it is good: the good ones",
+        options=("turns_in_text",),
     ),
     "preference_alpaca": Layout(
         "preferences",
@@ -123,11 +148,19 @@ LAYOUTS: dict[str, Layout] = {
         (*ALPACA_COLUMNS, "chosen", "rejected", "margin"),
         "instruction, input, history, and chosen and rejected, or output = [better, ..., worse]",
     ),
+    "preference_between": Layout(
+        "preferences",
+        preference_between,
+        (*ALPACA_COLUMNS, "output_1", "output_2", "preference", "margin"),
+        "instruction, input, history, output_1 and output_2, and which of them is better: 1, 2 or a number between",
+    ),
     "preference_chat": Layout(
         "preferences",
         preference_turns,
         (*SHAREGPT_COLUMNS, "chosen", "rejected", "margin"),
         "a prompt, and chosen and rejected as turns; or two whole conversations or Human:/Assistant: transcripts",
+        options=("turns_in_text",),
+        also=(*CHAT_COLUMNS, "prompt"),
     ),
     "label": Layout("labels", label, ("text", "label"), "a text and its label"),
     "relation": Layout(
@@ -142,7 +175,7 @@ LAYOUTS: dict[str, Layout] = {
         "spans",
         bio,
         ("tokens", "tags"),
-        "tokens with BIO or BIOES tags, as in CoNLL files",
+        "tokens with BIO, BIOES, BILOU, BMES or BMEO tags, as in CoNLL files",
         options=("token_separator", "strip_segment_digit"),
     ),
     "pieces": Layout("spans", pieces, ("pieces",), "a text in pieces, some of them entities"),
@@ -152,5 +185,6 @@ LAYOUTS: dict[str, Layout] = {
         ("context", "question", "answers", "data", "paragraphs", "qas"),
         "SQuAD's and CMRC's nested documents, or one question a row",
         expand=squad_rows,
+        also=("is_impossible",),
     ),
 }

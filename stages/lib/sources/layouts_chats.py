@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, text_of, type_name
+from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of, type_name
 from stages.lib.sources.turns import (
     Message,
     merge_tool_turns,
@@ -17,6 +17,17 @@ from stages.lib.sources.turns import (
 )
 
 
+def alpaca_rows(record: Row) -> Iterator[Row]:
+    """The record, or one row for each of its `instances`, which share the instruction (self-instruct's seed tasks)."""
+    if record.get("instances") is None:
+        yield record
+        return
+    for instance in list_of(record, "instances"):
+        if not isinstance(instance, dict):
+            raise Dropped("wrong_type", f"instances holds {type_name(instance)}, not a mapping")
+        yield {**{name: value for name, value in record.items() if name != "instances"}, **instance}
+
+
 def alpaca(row: Row, conversion: Conversion) -> Row:
     """instruction, input and output, with an optional system text and `history` of [question, answer] pairs."""
     prompt = alpaca_prompt(row, conversion)
@@ -26,14 +37,14 @@ def alpaca(row: Row, conversion: Conversion) -> Row:
 def alpaca_prompt(row: Row, conversion: Conversion) -> list[Message]:
     """Everything before the answer. The input stands below the instruction, a blank line between them."""
     instruction, given = text_of(row, "instruction", optional=True), text_of(row, "input", optional=True)
-    if not (instruction.strip() or given.strip()):
+    if is_blank(instruction) and is_blank(given):
         raise Dropped("missing_field" if row.get("instruction") is None else "empty_field", "instruction")
     messages = []
-    if (system := text_of(row, "system", optional=True)).strip():
+    if not is_blank(system := text_of(row, "system", optional=True)):
         messages.append({"role": "system", "content": system})
     for question, answer in history_pairs(row, conversion):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    content = "\n\n".join(part for part in (instruction, given) if part.strip())
+    content = "\n\n".join(part for part in (instruction, given) if not is_blank(part))
     return [*messages, {"role": "user", "content": content}]
 
 
@@ -48,9 +59,9 @@ def history_pairs(row: Row, conversion: Conversion) -> Iterator[tuple[str, str]]
         if len(pair) != 2:
             raise Dropped("bad_history", f"a history pair has {len(pair)} texts")
         question, answer = pair
-        if not question.strip() and not answer.strip():
+        if is_blank(question) and is_blank(answer):
             conversion.repair("empty_history_pair")
-        elif not question.strip() or not answer.strip():
+        elif is_blank(question) or is_blank(answer):
             raise Dropped("bad_history", "a history pair has one empty text")
         else:
             yield question, answer
@@ -68,7 +79,7 @@ def rated_chat(row: Row, conversion: Conversion) -> Row:
         raise Dropped("missing_field", "label")
     if not isinstance(rating, bool | int | float) or rating not in (0, 1):
         raise Dropped("wrong_type", f"label is {rating!r}, neither true nor false")
-    extra = turns_or_text(row["answer"], "answer", "assistant") if row.get("answer") is not None else []
+    extra = turns_or_text(row["answer"], "answer", "assistant", conversion) if row.get("answer") is not None else []
     chat = chat_of(row, "messages", conversion, extra)
     if not rating:
         raise Dropped("rated_bad")
@@ -79,8 +90,8 @@ def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message
     """The messages in a field, checked: an optional system text, then user and assistant in turn."""
     if row.get(name) is None:
         raise Dropped("missing_field", name)
-    turns = [*(turns_or_text(row[name], name, "user") if extra else turns_of(row[name], name)), *extra]
-    chat = with_system(merge_tool_turns(turns), system_text(row))
+    said = turns_or_text(row[name], name, "user", conversion) if extra else turns_of(row[name], name, conversion)
+    chat = with_system(merge_tool_turns([*said, *extra]), system_text(row))
     start = 1 if chat and chat[0]["role"] == "system" else 0
     if len(chat) > start and chat[start]["role"] == "assistant":
         conversion.repair("opening_assistant_turn")
@@ -93,6 +104,8 @@ def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message
     require_order(chat)
     if len(chat) == start:
         raise Dropped("no_assistant_turn")
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in chat):
+        raise Dropped("not_trained_on")
     return chat
 
 

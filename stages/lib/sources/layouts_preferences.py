@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.lib.rows.canonical import Row, is_margin
-from stages.lib.sources.conversion import Conversion, Dropped, list_of, text_of
+from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of, type_name
 from stages.lib.sources.layouts_chats import alpaca_prompt
 from stages.lib.sources.turns import (
     Message,
@@ -27,7 +27,7 @@ def preference_alpaca(row: Row, conversion: Conversion) -> Row:
         raise Dropped("wrong_type", "output holds something else than texts")
     if len(answers) < 2:
         raise Dropped("one_answer")
-    if not (answers[0].strip() and answers[-1].strip()):
+    if is_blank(answers[0]) or is_blank(answers[-1]):
         raise Dropped("empty_field", "output")
     pair = preference(row, prompt, answers[0], answers[-1])
     conversion.repair("answers_between_best_and_worst", len(answers) - 2)
@@ -36,18 +36,43 @@ def preference_alpaca(row: Row, conversion: Conversion) -> Row:
 
 def preference_chat(row: Row, conversion: Conversion) -> Row:
     """Chosen and rejected after a common prompt, or as two whole conversations (messages, or `Human:` transcripts)."""
-    chosen, rejected = answer_turns(row, "chosen"), answer_turns(row, "rejected")
+    chosen, rejected = answer_turns(row, "chosen", conversion), answer_turns(row, "rejected", conversion)
     if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
         if chosen == rejected:
             raise Dropped("identical_pair")
         require_order(chosen)
         require_order(rejected)
         prompt, better, worse = split_at_difference(chosen, rejected)
-        return preference(row, with_system(prompt, system_text(row)), better["content"], worse["content"])
+        prompt = with_system(after_prompt(row, prompt, conversion), system_text(row))
+        return preference(row, prompt, *map(answer_in, (better, worse)))
     if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
     prompt = prompt_in(row, conversion)
-    return preference(row, prompt, chosen[0]["content"], rejected[0]["content"])
+    return preference(row, prompt, *map(answer_in, (*chosen, *rejected)))
+
+
+def preference_between(row: Row, conversion: Conversion) -> Row:
+    """instruction, input and history with output_1 and output_2, and which of them is preferred: 1, 2 or a number between
+    (AlpacaEval). How far it is from the middle becomes the margin, from 0 to 1.
+    """
+    preferred = row.get("preference")
+    if preferred is None:
+        raise Dropped("missing_field", "preference")
+    if isinstance(preferred, str):
+        try:
+            preferred = float(preferred)
+        except ValueError:
+            raise Dropped("wrong_type", f"preference is {preferred!r}, not a number from 1 to 2") from None
+    if isinstance(preferred, bool) or not isinstance(preferred, int | float):
+        raise Dropped("wrong_type", f"preference is {type_name(preferred)}, not a number from 1 to 2")
+    if preferred in (0, 1.5):
+        raise Dropped("tie")
+    if not 1 <= preferred <= 2:
+        raise Dropped("wrong_type", f"preference is {preferred}, not a number from 1 to 2")
+    answers = [text_of(row, "output_1"), text_of(row, "output_2")]
+    better, worse = answers if preferred < 1.5 else reversed(answers)
+    margin = round(abs(2 * preferred - 3), 6)
+    return preference({**row, "margin": row.get("margin", margin)}, alpaca_prompt(row, conversion), better, worse)
 
 
 def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> Row:
@@ -58,7 +83,7 @@ def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> R
     if margin is not None and not is_margin(margin):
         raise Dropped("wrong_type", f"margin is {margin!r}, not a finite number of at least 0")
     return {
-        "prompt": prompt,
+        "prompt": [{"role": message["role"], "content": message["content"]} for message in prompt],
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
         **({} if margin is None else {"margin": margin}),
@@ -68,8 +93,9 @@ def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> R
 def prompt_in(row: Row, conversion: Conversion) -> list[Message]:
     """The messages before the answer: a text, or turns that end with the user's."""
     if row.get("messages") is None:
-        raise Dropped("missing_field", "messages")
-    turns = turns_or_text(row["messages"], "messages", "user")
+        hint = " (if chosen and rejected hold it as a transcript or as JSON, set turns_in_text)"
+        raise Dropped("missing_field", "messages" + hint * (conversion.turns_in_text is None))
+    turns = turns_or_text(row["messages"], "messages", "user", conversion)
     prompt = with_system(merge_tool_turns(turns), system_text(row))
     start = 1 if prompt[0]["role"] == "system" else 0
     if len(prompt) > start + 1 and prompt[start]["role"] == "assistant":
@@ -81,11 +107,42 @@ def prompt_in(row: Row, conversion: Conversion) -> list[Message]:
     return prompt
 
 
-def answer_turns(row: Row, name: str) -> list[Message]:
-    """A text, a turn, a list of turns or a transcript, as messages."""
+def after_prompt(row: Row, turns: list[Message], conversion: Conversion) -> list[Message]:
+    """What whole conversations begin with, after the row's own prompt where that is no part of them already."""
+    if row.get("messages") is None:
+        return turns
+    before = merge_tool_turns(turns_or_text(row["messages"], "messages", "user", conversion))
+    if said(before) in (
+        said(turns),
+        said(turns[: len(before)]),
+        said([turn for turn in turns if turn["role"] != "system"]),
+    ):
+        return turns
+    together = [*before, *turns]
+    try:
+        require_order(together)
+    except Dropped:
+        what = "the prompt is neither what chosen and rejected begin with nor what can stand before them"
+        raise Dropped("contradictory", what) from None
+    return together
+
+
+def said(turns: list[Message]) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
+def answer_in(turn: Message) -> str:
+    """What an answer of a pair says. Raises `Dropped` if nothing is to be learned from it."""
+    if not turn.get("train", True):
+        raise Dropped("not_trained_on", "an answer of the pair")
+    return str(turn["content"])
+
+
+def answer_turns(row: Row, name: str, conversion: Conversion) -> list[Message]:
+    """A text, a turn or a list of turns, as messages; a transcript where the source says so."""
     if row.get(name) is None:
         raise Dropped("missing_field", name)
-    return merge_tool_turns(turns_or_text(row[name], name, "assistant"))
+    return merge_tool_turns(turns_or_text(row[name], name, "assistant", conversion))
 
 
 def split_at_difference(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], Message, Message]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, is_whole, list_of, text_of, type_name
+from stages.lib.sources.conversion import Conversion, Dropped, is_whole, list_of, nearest_place, text_of, type_name
 
 # Questions
 
@@ -38,6 +37,11 @@ def squad(row: Row, conversion: Conversion) -> Row:
     """A question on a context; answers with their offsets, as nested documents have them or as the hub's columns do."""
     context, question = text_of(row, "context"), text_of(row, "question")
     given = list(read_answers(row))
+    if row.get("is_impossible") is True:
+        conversion.repair("plausible_answers_left_out", len(given))
+        given = []
+    elif row.get("is_impossible") is False and not given:
+        raise Dropped("contradictory", "is_impossible is false, and there is no answer")
     answers = [place for start, answer in given if (place := find_answer(context, start, answer, conversion))]
     if given and not answers:
         raise Dropped("answer_not_in_context", given[0][1])
@@ -75,9 +79,9 @@ def read_answers(row: Row) -> Iterator[tuple[int, str]]:
 def find_answer(context: str, start: int, answer: str, conversion: Conversion) -> Row | None:
     """The answer at its offset, or else where its text stands nearest to it; None where it stands nowhere."""
     if start < 0 or context[start : start + len(answer)] != answer:
-        places = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", context)]
-        if not places:
+        place = nearest_place(context, answer, start)
+        if place is None:
             return None
-        start = min(places, key=lambda place: (abs(place - start), place))
+        start = place
         conversion.repair("answer_moved")
     return {"start": start, "text": answer}

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, is_whole, label_of, list_of, text_of, type_name
+from stages.lib.sources.conversion import (
+    Conversion,
+    Dropped,
+    is_blank,
+    is_whole,
+    label_of,
+    list_of,
+    nearest_place,
+    text_of,
+    type_name,
+)
 
 
 def entity_tokens(row: Row, name: str, num_tokens: int) -> tuple[int, int]:
@@ -25,17 +35,20 @@ def entity_tokens(row: Row, name: str, num_tokens: int) -> tuple[int, int]:
 
 
 def spans(row: Row, conversion: Conversion) -> Row:
-    """A text and its spans: mappings with start, end and label, or lists [start, end, label]; half-open offsets."""
+    """A text and its spans: mappings with start, end and label, or lists [start, end, label]; half-open offsets.
+
+    A mapping may hold its `text` as well, which is then what counts: offsets of other tools may count otherwise.
+    """
     content = text_of(row, "text")
     found = row.get("spans")
     if found is None:
         raise Dropped("missing_field", "spans")
     if not isinstance(found, list):
         raise Dropped("wrong_type", f"spans is {type_name(found)}, not a list")
-    return {"text": content, "spans": [read_span(span, len(content)) for span in found]}
+    return {"text": content, "spans": [read_span(span, content, conversion) for span in found]}
 
 
-def read_span(span: Any, length: int) -> Row:
+def read_span(span: Any, content: str, conversion: Conversion) -> Row:
     if isinstance(span, list) and len(span) == 3:
         span = dict(zip(("start", "end", "label"), span, strict=True))
     if not isinstance(span, dict):
@@ -46,13 +59,19 @@ def read_span(span: Any, length: int) -> Row:
     start, end = span["start"], span["end"]
     if not (is_whole(start) and is_whole(end)):
         raise Dropped("wrong_type", "a span's start and end must be whole numbers")
-    if not 0 <= start < end <= length:
-        raise Dropped("bad_span", f"[{start}, {end}) of {length} characters")
+    said = text_of(span, "text", optional=True)
+    if said and (start < 0 or content[start:end] != said):
+        if (place := nearest_place(content, said, start)) is None:
+            raise Dropped("contradictory", f"a span says {said!r}, which stands nowhere in the text")
+        start, end = place, place + len(said)
+        conversion.repair("span_moved")
+    if not 0 <= start < end <= len(content):
+        raise Dropped("bad_span", f"[{start}, {end}) of {len(content)} characters")
     return {"start": start, "end": end, "label": label_of(span, "label")}
 
 
 def bio(row: Row, conversion: Conversion) -> Row:
-    """Tokens and one tag each (BIO, or BIOES), as in CoNLL files. The text is the tokens, joined by `token_separator`."""
+    """Tokens and one tag each (BIO, BIOES, BILOU, BMES, BMEO), as in CoNLL files. The text is the tokens, joined by `token_separator`."""
     tokens, tags = tokens_of(row, "tokens", conversion), list_of(row, "tags")
     if len(tags) != len(tokens):
         raise Dropped("bad_tag", f"{len(tags)} tags for {len(tokens)} tokens")
@@ -76,11 +95,11 @@ def bio(row: Row, conversion: Conversion) -> Row:
 
 
 def read_tag(tag: Any) -> tuple[str, str]:
-    """(O, B, I, E or S, label)."""
+    """(O, B, I, E or S, label): M for middle is I, L for last is E, U for unit is S."""
     if tag == "O":
         return "O", ""
-    if isinstance(tag, str) and len(tag) > 2 and tag[0] in "BIES" and tag[1] in "-_":
-        return tag[0], tag[2:]
+    if isinstance(tag, str) and len(tag) > 2 and tag[0] in "BIESMLU" and tag[1] in "-_":
+        return {"M": "I", "L": "E", "U": "S"}.get(tag[0], tag[0]), tag[2:]
     raise Dropped("bad_tag", repr(tag))
 
 
@@ -108,7 +127,7 @@ def pieces(row: Row, conversion: Conversion) -> Row:
                 raise Dropped("bad_span", f"a piece that is a {entity} holds no text")
             found.append({"start": start, "end": end, "label": entity})
         content += piece
-    if not content.strip():
+    if is_blank(content):
         raise Dropped("empty_field", "pieces")
     return {"text": content, "spans": found}
 

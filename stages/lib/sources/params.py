@@ -7,12 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializationInfo, ValidationInfo, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializationInfo,
+    ValidationInfo,
+    field_serializer,
+    model_validator,
+)
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.settings.paths import is_file
 from pipeline.settings.strict import OutsideFolder, OutsidePath, Strict, expand_globs
 from pipeline.store.artifact import files_below
+from stages.lib.sources.encodings import TEXT_TYPES, known_encoding
 from stages.lib.sources.layouts import LAYOUTS, Layout
 
 SUFFIXES = {
@@ -73,7 +82,7 @@ class LaidOutSource(Strict):
     """What sources of raw rows have in common."""
 
     layout: str
-    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, preference_alpaca, preference_chat, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
+    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, preference_alpaca, preference_between, preference_chat, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
     columns: dict[str, str] = {}
     """Renames columns: the layout's name -> the name in the data. `id` and `group` may be named too: rows with the same group stay on one side of the held-out split."""
     carry: list[str] = []
@@ -82,6 +91,8 @@ class LaidOutSource(Strict):
     """What stands between two tokens when a text is made of them (layouts bio and relation). null: one space; '' for Chinese characters."""
     strip_segment_digit: bool = False
     """Whether each token ends with a digit that is no part of it, as in the Weibo NER files (layout bio)."""
+    turns_in_text: Literal["json", "transcript"] | None = None
+    """What texts hold where the layout takes texts or turns (rated_chat, preference_chat): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
     max_row_bytes: int = Field(default=8 << 20, ge=1)
     """Rows of more bytes than this are dropped without being parsed."""
     max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -106,6 +117,7 @@ class LaidOutSource(Strict):
         for option, is_set in (
             ("token_separator", self.token_separator is not None),
             ("strip_segment_digit", self.strip_segment_digit),
+            ("turns_in_text", self.turns_in_text is not None),
         ):
             if is_set and option not in self.laid_out.options:
                 users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)
@@ -122,6 +134,8 @@ class FilesSource(LaidOutSource):
     """Files, folders (read with everything below them) or glob patterns."""
     file_type: FileType | None = None
     """What the files are. null: told by the suffix (jsonl, ndjson, json, csv, tsv, parquet, txt, md, conll)."""
+    encoding: Annotated[str, AfterValidator(known_encoding)] | None = None
+    """How text files are encoded, as Python names it: latin-1, gb18030, utf-16, ... null: UTF-8. Rows that are not are dropped and counted, with what the file looks like."""
     split_text: Literal["file", "paragraph", "line"] | None = None
     """What becomes a row of a text file: the whole file, each paragraph between blank lines, or each line. null: the file."""
     records: str | None = Field(default=None, min_length=1)
@@ -190,6 +204,7 @@ class FilesSource(LaidOutSource):
         """The options that are for files of other types than the source has."""
         for option, is_set, users in (
             ("split_text", self.split_text is not None, {"text"}),
+            ("encoding", self.encoding is not None, TEXT_TYPES),
             ("records", self.records is not None, {"json"}),
             ("has_header", not self.has_header, {"csv", "tsv"}),
             ("token_column", self.token_column != 0, {"conll"}),

@@ -10,6 +10,7 @@ from stages.lib.rows.canonical import Row
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.arrow_reader import read_dataset, read_hub
 from stages.lib.sources.conversion import REASONS, Conversion, Dropped
+from stages.lib.sources.encodings import likely_encoding
 from stages.lib.sources.files import read_files
 from stages.lib.sources.layouts import convert_record
 from stages.lib.sources.lines import Broken, Limits
@@ -36,6 +37,10 @@ def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str,
         raise DataError(Problem(place_of(source), "holds no rows", "Check what the source names."))
     if not isinstance(source, PythonDocsSource):
         refuse_too_many_broken(source, ledger)
+        if looks := look_of(source, ledger):
+            ledger.noticed[f"dropped because they are no UTF-8: the file looks like encoding: {looks}"] += (
+                ledger.dropped["not_utf8"]
+            )
 
 
 def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, Row]]:
@@ -48,7 +53,11 @@ def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, 
         assert isinstance(source, HubSource)
         records = read_hub(source, limits)
     separator = " " if source.token_separator is None else source.token_separator
-    conversion = Conversion(token_separator=separator, strip_segment_digit=source.strip_segment_digit)
+    conversion = Conversion(
+        token_separator=separator,
+        strip_segment_digit=source.strip_segment_digit,
+        turns_in_text=source.turns_in_text,
+    )
     for record in records:
         if isinstance(record, Broken):
             ledger.read += 1
@@ -61,6 +70,7 @@ def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, 
             else:
                 yield record.where, found
     ledger.repaired.update(conversion.repaired)
+    ledger.noticed.update(conversion.noticed)
 
 
 def example(where: str, detail: str, snippet: str) -> str:
@@ -84,18 +94,28 @@ def refuse_too_many_broken(source: LaidOutSource, ledger: Ledger) -> None:
     total = sum(broken.values())
     if total <= source.max_broken_fraction * ledger.read:
         return
+    encoding = f" Or set encoding: {looks}." if (looks := look_of(source, ledger)) else ""
     problems = [
         Problem(
             place_of(source),
             f"{total:,} of {ledger.read:,} rows are broken ({total / ledger.read:.1%}), and max_broken_fraction is "
             f"{source.max_broken_fraction:.1%}",
-            "Correct `layout` and `columns`, or the data; or raise max_broken_fraction.",
+            f"Correct `layout` and `columns`, or the data; or raise max_broken_fraction.{encoding}",
         )
     ]
     for reason, count in sorted(broken.items(), key=lambda item: (-item[1], item[0])):
         examples = "; ".join(ledger.examples[reason][:2])
         problems.append(Problem(reason, f"{count:,} rows: {REASONS[reason].meaning}", f"For example {examples}"))
     raise DataError(*problems)
+
+
+def look_of(source: LaidOutSource, ledger: Ledger) -> str | None:
+    """The encoding that the first file with rows that are no UTF-8 looks like."""
+    if not isinstance(source, FilesSource) or not ledger.dropped["not_utf8"]:
+        return None
+    name = ledger.examples["not_utf8"][0].partition(":")[0]
+    path = next((path for path, known, _ in source.files() if known == name), None)
+    return likely_encoding(path) if path else None
 
 
 def place_of(source: Any) -> str:

@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Dropped, text_of, type_name
+from stages.lib.sources.conversion import Conversion, Dropped, is_blank, text_of, type_name
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role` and `content`, both texts; `train: False` in turns of the assistant that nothing is to be learned from."""
 
 
 ROLES = {
@@ -30,12 +31,18 @@ def require_order(chat: list[Message]) -> None:
             raise Dropped("bad_turn_order", f"turn {index + 1} is the {message['role']}'s")
 
 
-def turns_or_text(value: Any, name: str, role: str) -> list[Message]:
-    """`turns_of`, or a plain text as what `role` says, or a transcript."""
-    if not isinstance(value, str) or turns_in_json(value) is not None:
-        return turns_of(value, name)
+def turns_or_text(value: Any, name: str, role: str, conversion: Conversion) -> list[Message]:
+    """`turns_of`, or a plain text as what `role` says. A text holds turns only where the source says so."""
+    if not isinstance(value, str):
+        return turns_of(value, name, conversion)
+    if conversion.turns_in_text == "json" and turns_in_json(value) is not None:
+        return turns_of(value, name, conversion)
     text_of({name: value}, name)
-    return transcript(value) if is_transcript(value) else [{"role": role, "content": value}]
+    if conversion.turns_in_text == "transcript" and is_transcript(value):
+        return transcript(value)
+    if conversion.turns_in_text is None and (is_transcript(value) or turns_in_json(value) is not None):
+        conversion.notice("a text that looks like turns was taken as it stands: see turns_in_text")
+    return [{"role": role, "content": value}]
 
 
 def turns_in_json(value: str) -> Any:
@@ -50,7 +57,7 @@ def turns_in_json(value: str) -> Any:
     return found if turns and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns) else None
 
 
-def turns_of(value: Any, name: str) -> list[Message]:
+def turns_of(value: Any, name: str, conversion: Conversion) -> list[Message]:
     """The turns in a field: a list of them, one of them, or either as JSON text. Roles may still be tool_call and tool_response."""
     if isinstance(value, str) and (value := turns_in_json(value)) is None:
         raise Dropped("wrong_type", f"{name} is a text, not a list of turns")
@@ -60,30 +67,82 @@ def turns_of(value: Any, name: str) -> list[Message]:
         raise Dropped("wrong_type", f"{name} is {type_name(value)}, not a list of turns")
     if not value:
         raise Dropped("empty_field", name)
-    return [turn for item in value for turn in read_turn(item)]
+    return [turn for item in value for turn in read_turn(item, conversion)]
 
 
-def read_turn(turn: Any) -> list[Message]:
+ROLE_KEYS = ("role", "from")
+CONTENT_KEYS = ("content", "value", "text", "response")
+CALL_KEYS = ("tool_calls", "function_call", "api")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+TRAIN_KEYS = ("weight", "loss_weight", "train", "loss", "trainable")
+"""Of OpenAI and Mistral, of others, of Axolotl, of ms-swift, of verl: whether an assistant turn is to be trained on."""
+
+TURN_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *CALL_KEYS, *REASONING_KEYS, *TRAIN_KEYS))
+
+
+def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
     """One turn as messages: an assistant turn with tool calls gives its text and its calls."""
     if not isinstance(turn, dict):
         raise Dropped("wrong_type", f"a turn is {type_name(turn)}, not a mapping")
-    role = turn.get("role", turn.get("from"))
+    role = one_of(turn, ROLE_KEYS)
     if role is None:
         raise Dropped("missing_field", "role")
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Dropped("unknown_role", repr(role))
     role = ROLES[role.lower()]
-    if role == "assistant" and turn.get("loss_weight", 1) == 0:
-        raise Dropped("not_trained_on")
     calls = [{"role": "tool_call", "content": compact_json(call)} for call in tool_calls(turn)]
-    content = next((turn[key] for key in ("content", "value", "text", "response") if turn.get(key) is not None), None)
+    content = one_of(turn, CONTENT_KEYS)
     if content is None and not calls:
         raise Dropped("missing_field", "content")
     content = content_text(content, role)
-    if not content.strip() and not calls:
+    for key in turn.keys() - TURN_KEYS:
+        if turn[key] not in (None, "", [], {}):
+            conversion.notice(f"turns have '{key}', which is not read")
+    if role == "assistant":
+        content = with_reasoning(turn, content, conversion)
+    if is_blank(content) and not calls:
+        if role == "system":
+            conversion.repair("empty_system_turn")
+            return []
         raise Dropped("empty_field", "content")
-    said = [{"role": role, "content": content}] if content.strip() else []
-    return said + calls
+    said = [*([] if is_blank(content) else [{"role": role, "content": content}]), *calls]
+    return [{**each, "train": False} for each in said] if role == "assistant" and not is_trained(turn) else said
+
+
+def one_of(turn: Row, keys: tuple[str, ...]) -> Any:
+    """What stands under the first of the keys that the turn has. Raises `Dropped` if another says something else."""
+    given = [turn[key] for key in keys if turn.get(key) is not None]
+    if any(value != given[0] for value in given[1:]):
+        raise Dropped("contradictory", " and ".join(key for key in keys if turn.get(key) is not None))
+    return given[0] if given else None
+
+
+def is_trained(turn: Row) -> bool:
+    """Whether an assistant turn is to be learned from. Raises `Dropped` where it is to be in part, or says yes and no."""
+    flags = {key: turn[key] for key in TRAIN_KEYS if turn.get(key) is not None}
+    for key, value in flags.items():
+        if not isinstance(value, bool | int | float):
+            raise Dropped("wrong_type", f"{key} is {type_name(value)}, not a number or truth value")
+        if value not in (0, 1):
+            raise Dropped("partial_weight", f"{key} is {value}")
+    if len(set(map(bool, flags.values()))) > 1:
+        raise Dropped("contradictory", ", ".join(f"{key} is {value}" for key, value in flags.items()))
+    return all(flags.values())
+
+
+def with_reasoning(turn: Row, content: str, conversion: Conversion) -> str:
+    """The content after the turn's reasoning, which servers answer in a field of its own, in the marks most models write."""
+    reasoning = one_of(turn, REASONING_KEYS)
+    if reasoning is None:
+        return content
+    if not isinstance(reasoning, str):
+        raise Dropped("wrong_type", f"the reasoning is {type_name(reasoning)}, not a text")
+    if is_blank(reasoning):
+        return content
+    if "<think>" in content or "</think>" in content:
+        raise Dropped("contradictory", "a turn has its reasoning in a field and within its content")
+    conversion.repair("reasoning_joined")
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
 
 
 def tool_calls(turn: Row) -> list[Any]:
@@ -92,7 +151,20 @@ def tool_calls(turn: Row) -> list[Any]:
         calls = [turn[key] for key in ("function_call", "api") if turn.get(key) is not None]
     if not isinstance(calls, list):
         raise Dropped("wrong_type", f"tool_calls is {type_name(calls)}, not a list")
-    return [call["function"] if isinstance(call, dict) and "function" in call else call for call in calls]
+    return [
+        with_arguments(call["function"] if isinstance(call, dict) and "function" in call else call) for call in calls
+    ]
+
+
+def with_arguments(call: Any) -> Any:
+    """The call with its arguments as a mapping: OpenAI writes them as JSON text, and JSON within JSON is another call."""
+    if not isinstance(call, dict) or not isinstance(call.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(call["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def content_text(content: Any, role: str) -> str:
@@ -139,22 +211,31 @@ def merge_tool_turns(turns: list[Message]) -> list[Message]:
             role, tag = TOOL_MARKS[turn["role"]]
             content = f"<{tag}>\n{content}\n</{tag}>"
         if merged and merged[-1]["role"] == role and (is_tool or was_tool):
-            merged[-1] = {"role": role, "content": f"{merged[-1]['content']}\n{content}"}
+            if merged[-1].get("train", True) != turn.get("train", True):
+                raise Dropped("partial_weight", "what the assistant says in a row is to be trained on in part")
+            merged[-1] = {**merged[-1], "content": f"{merged[-1]['content']}\n{content}"}
         else:
-            merged.append({"role": role, "content": content})
+            merged.append({**turn, "role": role, "content": content})
         was_tool = is_tool
     return merged
+
+
+TOOL_COLUMNS = ("tools", "functions")
+"""`functions` is OpenAI's older name."""
+
+
+def listed_tools(value: Any) -> Any:
+    """The tools, or None where the column names none."""
+    return None if isinstance(value, str) and value.strip() in ("", "[]", "null") else value or None
 
 
 def system_text(row: Row) -> str:
     """The row's own system text and its tools, which a chat's system message must name."""
     parts = [text_of(row, "system", optional=True)]
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip() in ("", "[]", "null"):
-        tools = None
+    tools = one_of({name: listed_tools(row.get(name)) for name in TOOL_COLUMNS}, TOOL_COLUMNS)
     if tools:
         parts.append(f"<tools>\n{compact_json(tools)}\n</tools>")
-    return "\n\n".join(part for part in parts if part.strip())
+    return "\n\n".join(part for part in parts if not is_blank(part))
 
 
 def with_system(chat: list[Message], system: str) -> list[Message]:
@@ -178,7 +259,7 @@ def transcript(value: str) -> list[Message]:
     _, *parts = TRANSCRIPT_TURN.split(value if value.startswith("\n\n") else f"\n\n{value}")
     turns = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        if not said.strip():
+        if is_blank(said):
             raise Dropped("empty_field", f"a turn of {speaker}")
         turns.append({"role": "user" if speaker == "Human" else "assistant", "content": said.strip()})
     return turns

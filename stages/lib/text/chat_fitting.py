@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_rendering import Messages, about
+from stages.lib.text.chat_rendering import Messages, RefusedChat, about, is_learned
 from stages.lib.text.chat_spans import BoundaryError, EncodedChat, encode_chat
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ TOO_LONG = "too_long"
 
 PROMPT_BOUNDARY = "prompt_boundary"
 """A token reaches from the assistant's header into its answer: no prompt could lead to these tokens."""
+
+
+REFUSED = "refused_by_template"
+"""The chat template itself refuses the chat, such as one with a system message."""
 
 
 class FittedChat(NamedTuple):
@@ -51,12 +55,13 @@ class FittedPreference(NamedTuple):
 def fit_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length_tokens: int) -> FittedChat:
     """The chat in at most `max_length_tokens`, its oldest turns dropped as far as needed.
 
-    The system message stays, and so does the last exchange with an answer; nothing is cut in the middle.
+    The system message stays, and so does the last exchange with an answer to learn from; nothing is cut in the middle.
     """
     system, exchanges = split_exchanges(messages)
-    answered = [index for index, each in enumerate(exchanges) if any(m["role"] == "assistant" for m in each)]
+    answered = [index for index, each in enumerate(exchanges) if any(map(is_learned, each))]
     if not answered:
-        raise DataError(Problem(about(messages), "has no assistant turn", "Such a chat teaches nothing."))
+        what = "has no assistant turn that is to be learned from"
+        raise DataError(Problem(about(messages), what, "Such a chat teaches nothing."))
 
     def attempt(dropped: int) -> list[EncodedChat]:
         return [encode_chat(tokenizer, [*system, *joined(exchanges[dropped:])])]
@@ -101,6 +106,8 @@ def fit(
         fewest = 0 if fits(0) else 1 + bisect_left(range(1, droppable + 1), True, key=fits)
     except BoundaryError:
         return None, 0, PROMPT_BOUNDARY
+    except RefusedChat:
+        return None, 0, REFUSED
     if fewest > droppable:
         return None, 0, TOO_LONG
     return results[fewest], fewest, ""

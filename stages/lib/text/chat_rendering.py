@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+"""`role` and `content`, both texts; `train: False` in an assistant's turn that nothing is to be learned from."""
 
 Prompt = Messages | str
-"""A conversation up to the assistant\'s turn, or raw text."""
+"""A conversation up to the assistant's turn, or raw text."""
 
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -26,6 +27,10 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 NONCHARACTERS = [chr(code) for code in range(0xFDE0, 0xFDF0)]
 """Unicode keeps these for internal use: no text should have them, and which one is free is looked up per chat."""
+
+
+class RefusedChat(DataError):
+    """The template itself refuses the chat, such as one with a system message."""
 
 
 # How a chat becomes text, and text becomes ids.
@@ -53,7 +58,8 @@ def apply_template(
 ) -> tuple[str, list[tuple[int, int]] | None]:
     """The rendered text and the character ranges of its generation blocks; None if the template has no such blocks.
 
-    Raises `DataError` where the template refuses the chat, fails on it, or takes more time or memory than it may.
+    Raises `RefusedChat` where the template refuses it, and `DataError` where it fails on it, or takes more time or memory
+    than it may.
     """
     from stages.lib.text.chat_probe import require_bounded
     from stages.lib.text.chat_sandbox import Refusal, render_template
@@ -67,7 +73,7 @@ def apply_template(
     except Preempted:
         raise
     except Refusal as error:
-        raise DataError(Problem(about(messages), f"the chat template refuses it: {error}")) from None
+        raise RefusedChat(Problem(about(messages), f"the chat template refuses it: {error}")) from None
     except Exception as error:  # a template is anybody's program
         raise DataError(
             Problem(
@@ -103,6 +109,8 @@ def guard_special(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tup
     The guard keeps what the template writes and what a message says apart. It is "" if no message spells any.
     """
     require_messages(messages)
+    # A template sees what a server would show it, and no mark of ours.
+    messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     pattern = special_pattern(tokenizer)
     contents = [message["content"] for message in messages]
     if not any(pattern.search(content) for content in contents):
@@ -149,6 +157,11 @@ def require_messages(messages: Messages) -> None:
             )
     if not messages:
         raise DataError(Problem("chat", "has no messages"))
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether the message is an assistant's turn that is to be learned from."""
+    return message["role"] == "assistant" and bool(message.get("train", True))
 
 
 def about(messages: Messages) -> str:

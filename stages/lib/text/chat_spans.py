@@ -17,6 +17,7 @@ from stages.lib.text.chat_rendering import (
     about,
     apply_template,
     guard_special,
+    is_learned,
     render,
     special_pattern,
     special_tokens,
@@ -38,7 +39,7 @@ class EncodedChat(NamedTuple):
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, mask_from: int = 0) -> EncodedChat:
-    """The ids of the whole chat, and a mask over the assistant's turns from message `mask_from` on.
+    """The ids of the whole chat, and a mask over the assistant's turns from message `mask_from` on that are to be learned.
 
     A turn's mask covers its content and the special token that ends it, not its header. The tokens before each answer
     are exactly those of the prompt that `encode_prompt` makes for it. Raises `BoundaryError` where the tokenizer cannot
@@ -57,7 +58,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, mask_
         header = chat.rendered.upto(start)
         if not ends_with_special(tokenizer, header.text) and tokenize(tokenizer, header)[0] != ids[:first]:
             raise boundary_error(tokenizer, messages, ids[first])
-        if index >= mask_from:
+        if index >= mask_from and is_learned(messages[index]):
             mask[first:after] = [1] * (after - first)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         raise DataError(

@@ -13,8 +13,8 @@ from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.rows.canonical import Row, format_of_row, read_rows
 from stages.lib.rows.ledger import Ledger
-from stages.lib.text.chat_fitting import split_last_answer
-from stages.lib.text.chat_rendering import Prompt
+from stages.lib.text.chat_fitting import REFUSED, split_last_answer
+from stages.lib.text.chat_rendering import Prompt, RefusedChat
 from stages.lib.text.chat_spans import encode_prompt
 from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 from stages.lib.text.tokenizers import encode_texts
@@ -82,7 +82,10 @@ def tokenizing_prompts(tokenizer: PreTrainedTokenizerBase, rendering: Rendering,
         example = prompt if isinstance(prompt, str) else " | ".join(message["content"] for message in prompt)
         if not prompt:
             return TokenizedRow(reason=NO_QUESTION, example=example)
-        ids = encode_prompt_or_text(tokenizer, prompt)
+        try:
+            ids = encode_prompt_or_text(tokenizer, prompt)
+        except RefusedChat:
+            return TokenizedRow(reason=REFUSED, example=example)
         if len(ids) > max_prompt_tokens:
             return TokenizedRow(reason=TOO_LONG, example=example)
         # Nothing of it is what the policy says.

@@ -1,0 +1,75 @@
+"""Text in other encodings than UTF-8: turned into UTF-8 where the source names one, and a guess, for people, where it does not."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from stages.lib.sources.lines import Damaged, blocks_of
+
+TEXT_TYPES = frozenset({"jsonl", "json", "csv", "tsv", "text", "conll"})
+"""The file types that are text."""
+
+HIGH_BYTES = re.compile(rb"[\x80-\xff]+")
+
+
+def known_encoding(name: str) -> str:
+    """The name. Raises `ValueError` if Python has no text encoding that is called so."""
+    try:
+        is_text = codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):  # a ValueError for a name with a null character
+        is_text = False
+    if not is_text:
+        raise ValueError(
+            f"there is no text encoding {name!r:.40}. Known are utf-8, latin-1, cp1252, gb18030, big5, utf-16, ..."
+        )
+    return name
+
+
+def in_utf8(blocks: Iterable[bytes], encoding: str | None) -> Iterator[bytes]:
+    """The blocks as UTF-8. What the encoding cannot read becomes bytes that UTF-8 cannot read either, or is `Damaged`."""
+    if encoding is None:
+        yield from blocks
+        return
+    decoder = codecs.getincrementaldecoder(encoding)(errors="surrogateescape")
+    try:
+        for block in blocks:
+            yield decoder.decode(block).encode("utf-8", "surrogateescape")
+        yield decoder.decode(b"", final=True).encode("utf-8", "surrogateescape")
+    except UnicodeError as error:
+        raise Damaged(f"it is no {encoding} from here on: {error}") from None
+
+
+def text_blocks(path: Path, encoding: str | None) -> Iterator[bytes]:
+    """The content of a text file as UTF-8, decompressed as its suffix says."""
+    return in_utf8(blocks_of(path), encoding)
+
+
+def likely_encoding(path: Path) -> str | None:
+    """The encoding that a file which is no UTF-8 looks like; None where nothing can be told."""
+    try:
+        block = next(blocks_of(path), b"")
+    except (Damaged, OSError):
+        return None
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    runs = [len(run) for run in HIGH_BYTES.findall(block)]
+    if not runs:
+        return None
+    # The bytes of Chinese characters stand together and are even in number; letters with accents stand alone.
+    if sum(runs) / len(runs) > 2.5:
+        for encoding in ("gb18030", "big5", "shift_jis", "euc_kr"):
+            if reads(block, encoding):
+                return encoding
+    return "cp1252" if reads(block, "cp1252") else "latin-1"
+
+
+def reads(block: bytes, encoding: str) -> bool:
+    """Whether the encoding reads the block, whose last character may be cut."""
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(block)
+    except UnicodeError:
+        return False
+    return True
