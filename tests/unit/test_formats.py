@@ -911,6 +911,15 @@ def test_what_nobody_reads_is_counted_by_name() -> None:
     assert conversion.noticed == {"column 'score' is not read": 2, "turns have 'name', which is not read": 2}
 
 
+def test_a_column_that_a_renamed_one_hides_is_counted_too() -> None:
+    conversion = Conversion()
+    row = {"text": "a", "content": "b", "id": "1"}
+    list(convert_record(row, LAYOUTS["text"], {"text": "content"}, conversion))
+    assert conversion.noticed == {"column 'text' is not read": 1}
+    list(convert_record(row, LAYOUTS["text"], {"text": "content"}, conversion, ["text"]))
+    assert conversion.noticed == {"column 'text' is not read": 1}
+
+
 def test_texts_that_look_like_turns_are_said() -> None:
     conversion = Conversion()
     row = {"prompt": "a", "chosen": '{"role": "assistant", "content": "b"}', "rejected": "\n\nHuman: a\n\nAssistant: c"}

@@ -67,7 +67,7 @@ def convert_record(
             except Dropped as reason:
                 yield raw, reason
             else:
-                for name in unread(raw, layout, columns, carry):
+                for name in unread(record, raw, layout, columns, carry):
                     conversion.notice(f"column '{name}' is not read")
                 conversion.finish_row()
                 yield raw, row
@@ -75,10 +75,12 @@ def convert_record(
         yield renamed, reason
 
 
-def unread(raw: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> list[str]:
-    """The columns of a raw row that hold something and are read by nothing."""
-    read = {"id", *layout.columns, *layout.also, *columns, *carry}
-    return [name for name, value in raw.items() if name not in read and value not in (None, "", [], {})]
+def unread(record: Row, raw: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> list[str]:
+    """The columns that hold something and are read by nothing: of a raw row, and of its record those that renamed ones hide."""
+    read = {"id", *layout.columns, *layout.also, *columns, *columns.values(), *carry}
+    hidden = {name for name in columns if name in record} - {*columns.values(), *carry}
+    found = {**{name: record[name] for name in hidden}, **{n: value for n, value in raw.items() if n not in read}}
+    return [name for name, value in found.items() if value not in (None, "", [], {})]
 
 
 def carried_columns(raw: Row, carry: Sequence[str]) -> Row:
