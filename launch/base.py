@@ -46,7 +46,7 @@ class Launcher(Protocol):
         """The fields that a recipe may write beside `kind` in `launcher: {kind: ...}`."""
 
     def command(self, job: Job) -> list[str]:
-        """The command that runs the job, which a person can paste into a shell. Pure.
+        """The command that runs the job, which a person can paste into a shell. It creates nothing.
 
         Raises `LaunchError` where the job's resources do not say enough.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from launch.base import WORKER, LocalProcess, launcher_field, options_of, script
 from pipeline.errors import LaunchError, Problem
 from pipeline.settings.strict import OutsideFile, Strict
@@ -9,6 +11,7 @@ from pipeline.store.job import Job
 
 FIRST_PORT = 29500
 PORTS = 1000
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class DeepSpeedOptions(Strict):
@@ -26,13 +29,30 @@ class DeepSpeed(LocalProcess):
         resources = job.resources
         hostfile = options_of(job, self.name, DeepSpeedOptions).hostfile
         if hostfile:
-            where = [f"--hostfile={hostfile}", f"--num_nodes={resources.nodes}"]
+            where = [f"--hostfile={hostfile}", f"--num_nodes={resources.nodes}", f"--num_gpus={resources.processes}"]
         elif resources.nodes == 1:
-            where = ["--num_nodes=1"]
+            where = on_this_node(job)
         else:
             place = f"{launcher_field(job)}.hostfile"
             hint = "Write `launcher: {kind: deepspeed, hostfile: path}`; the file has a line `host slots=8` per node."
             raise LaunchError(Problem(place, f"is required for {resources.nodes} nodes with deepspeed", hint))
         port = FIRST_PORT + int(job.artifact_id[:8], 16) % PORTS
-        processes = [f"--num_gpus={resources.processes}", f"--master_port={port}"]
-        return [script("deepspeed"), *where, *processes, "--module", WORKER, job.work]
+        return [script("deepspeed"), *where, f"--master_port={port}", "--module", WORKER, job.work]
+
+
+def on_this_node(job: Job) -> list[str]:
+    """As many processes as the job has, on the GPUs that CUDA_VISIBLE_DEVICES allows: with `--num_gpus` the launcher passes
+    over it and takes the first ones, which may be other people's.
+    """
+    resources = job.resources
+    allowed = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    if not allowed or resources.uses_cpu:
+        return ["--num_nodes=1", f"--num_gpus={resources.processes}"]
+    where = launcher_field(job)
+    if len(allowed) < resources.processes:
+        what = f"{VISIBLE} allows {', '.join(allowed)}, and the step has {resources.processes} processes"
+        raise LaunchError(Problem(where, what, "Lower resources.processes, or allow as many GPUs."))
+    if not all(name.isdigit() for name in allowed):
+        what = f"deepspeed knows GPUs by their numbers, and {VISIBLE} is {','.join(allowed)}"
+        raise LaunchError(Problem(where, what, "Use the launcher torchrun, or write numbers."))
+    return [f"--include=localhost:{','.join(allowed[: resources.processes])}"]

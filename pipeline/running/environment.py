@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from pipeline.recipe.recipe import HUB
-from pipeline.settings.resources import Resources
 from pipeline.store.job import Job
 
 HASH_SEED = "PYTHONHASHSEED"
@@ -28,7 +26,7 @@ def environment_for(job: Job, *, distributed: bool) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         HASH_SEED: "0",
-        "DS_ACCELERATOR": "cpu" if uses_cpu(job.resources) else "cuda",
+        "DS_ACCELERATOR": "cpu" if job.resources.uses_cpu else "cuda",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "RAYON_NUM_THREADS": threads,
@@ -47,10 +45,6 @@ def start_again_with_fixed_hashes() -> None:
     """
     if os.environ.get(HASH_SEED) != "0":
         os.execve(sys.executable, sys.orig_argv, {**os.environ, HASH_SEED: "0"})
-
-
-def uses_cpu(resources: Resources) -> bool:
-    return resources.device == "cpu" or (resources.device == "auto" and not Path("/dev/nvidiactl").exists())
 
 
 def uses_hub(job: Job) -> bool:

@@ -37,7 +37,7 @@ from pipeline.errors import (
 )
 from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
-from pipeline.running.environment import environment_for, start_again_with_fixed_hashes, uses_cpu
+from pipeline.running.environment import environment_for, start_again_with_fixed_hashes
 from pipeline.running.lifeline import Lifeline, StopAtOnce
 from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
@@ -156,7 +156,7 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSig
         lifeline.boundary()
         return stop()
 
-    device = "cpu" if uses_cpu(job.resources) else "cuda"
+    device = "cpu" if job.resources.uses_cpu else "cuda"
     environment = machine(device)
     checkpoints = store.checkpoints(
         job.step, job.artifact_id, job.resources.keep_checkpoints, {**environment, **library_versions()}

@@ -62,6 +62,11 @@ class Resources(Strict):
         return self.processes * self.nodes
 
     @property
+    def uses_cpu(self) -> bool:
+        """Whether tensors live on the CPU of this machine."""
+        return self.device == "cpu" or (self.device == "auto" and not Path("/dev/nvidiactl").exists())
+
+    @property
     def launcher_name(self) -> str:
         return self.launcher if isinstance(self.launcher, str) else str(self.launcher.get("kind", ""))
 

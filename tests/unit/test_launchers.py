@@ -101,6 +101,25 @@ def test_deepspeed_on_one_node() -> None:
     ]
 
 
+def test_deepspeed_takes_the_gpus_that_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher itself passes over CUDA_VISIBLE_DEVICES where --num_gpus is given."""
+
+    def where(**resources: Any) -> str:
+        return LAUNCHERS["deepspeed"].command(job(launcher="deepspeed", **resources))[1]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,7")
+    assert where(processes=2, device="cuda") == "--include=localhost:4,5"
+    assert where(processes=2, device="cpu") == "--num_nodes=1"
+    with pytest.raises(LaunchError, match=r"allows 4, 5, 7, and the step has 4 processes\. Lower resources.processes"):
+        where(processes=4, device="cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3a,GPU-77b0")
+    with pytest.raises(LaunchError, match=r"knows GPUs by their numbers, .* Use the launcher torchrun"):
+        where(processes=2, device="cuda")
+    assert "--nproc-per-node=2" in LAUNCHERS["torchrun"].command(job(launcher="torchrun", processes=2, device="cuda"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert where(processes=2, device="cuda") == "--num_nodes=1"
+
+
 def test_deepspeed_on_two_nodes_reads_the_hostfile(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node1 slots=8\nnode2 slots=8\n")
