@@ -55,15 +55,18 @@ def publish(
 
 
 def complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
-    """Says in the generation config where generation stops, so that whoever serves the model need not guess.
+    """Says in the generation config where generation stops, so that whoever serves the model need not guess. Where the
+    model stopped already, it stops still.
 
     It is made anew: one that came from the model's config is derived from that again, and would forget what it is told.
     """
     said = {name: value for name, value in model.generation_config.to_diff_dict().items() if not name.startswith("_")}
     said.pop("transformers_version", None)
     said |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if stop_ids:
-        said["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    before = said.get("eos_token_id")
+    known = before if isinstance(before, list) else [] if before is None else [before]
+    if all_ids := list(dict.fromkeys([*stop_ids, *known])):
+        said["eos_token_id"] = all_ids if len(all_ids) > 1 else all_ids[0]
     model.generation_config = GenerationConfig(**said)
 
 

@@ -82,19 +82,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 str(home), "holds a tokenizer with an empty vocabulary", "Add the tokenizer.json that belongs to it."
             )
         )
-    if declared_class(home) in GENERIC_CLASSES and type(tokenizer).__name__ not in GENERIC_CLASSES:
+    if (home / "tokenizer.json").exists() and type(tokenizer).__name__ not in GENERIC_CLASSES:
         written = Tokenizer.from_file(str(home / "tokenizer.json"))
         written.encode_special_tokens = True
         if written.encode(PROBE, add_special_tokens=False).ids != ids:
-            raise ArtifactError(
-                Problem(
-                    str(home),
-                    f"transformers opens it as {type(tokenizer).__name__} because of the model_type in config.json, "
-                    "which gives other ids than its tokenizer.json",
-                    "Choose another architecture for this tokenizer (llama, mistral and qwen3 work).",
-                )
-            )
+            raise opens_as_another(home, type(tokenizer).__name__)
+    require_embedded(home, len(tokenizer))
     return tokenizer
+
+
+def opens_as_another(home: Path, opened: str) -> ArtifactError:
+    """Of a tokenizer in whose place transformers puts one that gives other ids: without spaces, say, or line breaks."""
+    declared = declared_class(home)
+    if declared in GENERIC_CLASSES:
+        what = f"transformers opens it as {opened} because of the model_type in config.json"
+        hint = "Choose another architecture for this tokenizer (llama, mistral and qwen3 work)."
+    else:
+        what = f"transformers opens it as {opened} because tokenizer_config.json names {declared}"
+        hint = 'Write "tokenizer_class": "PreTrainedTokenizerFast" there: then the file is opened as it is.'
+    return ArtifactError(Problem(str(home), f"{what}, which gives other ids than its tokenizer.json", hint))
+
+
+def require_embedded(folder: Path, num_tokens: int) -> None:
+    """Raises `ArtifactError` if a model lies beside the tokenizer and has no embedding for each of its tokens."""
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes()) if path.exists() else {}
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if isinstance(rows, int) and num_tokens > rows:
+        what = f"its tokenizer has {num_tokens} tokens, and the model embeds {rows}"
+        hint = "Use the tokenizer that the model was trained with, or save the model after `resize_token_embeddings`."
+        raise ArtifactError(Problem(str(folder), what, hint))
 
 
 def declared_class(folder: Path) -> str | None:

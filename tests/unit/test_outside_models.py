@@ -1,0 +1,93 @@
+"""Folders of other makers: what lies in them is what is used, or a sentence says why not, with a way out that works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig
+
+from pipeline.errors import ArtifactError
+from stages.lib.models.publishing import complete_generation_config
+from stages.lib.text.tokenizers import load_tokenizer
+
+TEXT = " A  cat,\n\tx == 10"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A byte-level tokenizer.json of 260 tokens, as Llama-3, Qwen and DeepSeek have them, and nothing else."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=260,
+        special_tokens=["<s>", "</s>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat"], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(folder: Path, name: str, **content: Any) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "gpt2"])
+@pytest.mark.parametrize("declared", ["LlamaTokenizerFast", "LlamaTokenizer"])
+def test_a_class_that_opens_another_tokenizer_is_refused_and_the_way_out_works(
+    folder: Path, declared: str, model_type: str | None
+) -> None:
+    """DeepSeek-R1-Distill-Llama has such a folder: opened as its class, every space and line break is lost."""
+    if model_type:
+        write(folder, "config.json", model_type=model_type, vocab_size=260)
+    write(folder, "tokenizer_config.json", tokenizer_class=declared)
+    with pytest.raises(
+        ArtifactError, match=rf"names {declared}, which gives other ids than its tokenizer.json"
+    ) as caught:
+        load_tokenizer(folder)
+    assert '"tokenizer_class": "PreTrainedTokenizerFast"' in str(caught.value)
+    write(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    tokenizer = load_tokenizer(folder)
+    written = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == written
+    assert tokenizer.decode(written) == TEXT
+
+
+@pytest.mark.parametrize("declared", ["Qwen2TokenizerFast", "GPT2TokenizerFast"])
+def test_a_class_that_opens_what_the_file_says_is_taken(folder: Path, declared: str) -> None:
+    write(folder, "config.json", model_type="llama", vocab_size=320)
+    write(folder, "tokenizer_config.json", tokenizer_class=declared)
+    assert load_tokenizer(folder).decode(load_tokenizer(folder)(TEXT)["input_ids"]) == TEXT
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 259}, {"text_config": {"vocab_size": 259}}])
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(folder: Path, config: dict[str, Any]) -> None:
+    """Added tokens without resized embeddings: an index out of range, or on a GPU a failed assertion, hours later."""
+    write(folder, "config.json", model_type="llama", **config)
+    with pytest.raises(ArtifactError, match="its tokenizer has 260 tokens, and the model embeds 259") as caught:
+        load_tokenizer(folder)
+    assert "`resize_token_embeddings`" in str(caught.value)
+    write(folder, "config.json", model_type="llama", vocab_size=320)
+    assert len(load_tokenizer(folder)) == 260
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, [1, 2]), (2, [1, 2]), ([5, 6], [1, 2, 5, 6]), ([2, 1], [1, 2]), (7, [1, 2, 7])],
+)
+def test_where_a_model_stopped_it_stops_still(folder: Path, before: Any, after: Any) -> None:
+    """Llama-3 stops at three ids, of which a tokenizer knows one."""
+
+    class Model:
+        generation_config = GenerationConfig(eos_token_id=before, temperature=0.6)
+
+    write(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    complete_generation_config(Model, load_tokenizer(folder), [1, 2])  # type: ignore[arg-type]
+    assert Model.generation_config.eos_token_id == after
+    assert Model.generation_config.temperature == 0.6
