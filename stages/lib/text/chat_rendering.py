@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, Preempted, Problem
+from stages.lib.text.turn_marks import marks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,12 +129,15 @@ def guard_special(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tup
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The added tokens that are special: ids that text must never produce by itself."""
-    return [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """The added tokens that are special, or with which the template marks turns: text must never produce them by itself."""
+    flagged = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*flagged, *marks_of(tokenizer).tokens]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    marks = {token.content for token in marks_of(tokenizer).tokens}
+    added = tokenizer.added_tokens_decoder
+    return frozenset(index for index, token in added.items() if token.special or token.content in marks)
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

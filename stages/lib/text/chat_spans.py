@@ -22,6 +22,7 @@ from stages.lib.text.chat_rendering import (
     special_pattern,
     special_tokens,
 )
+from stages.lib.text.turn_marks import marks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,6 +152,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> tuple[li
 def tokenize_whole(
     tokenizer: PreTrainedTokenizerBase, text: str, *, split_special_tokens: bool = False
 ) -> tuple[list[int], list[tuple[int, int]]]:
+    if split_special_tokens and (plain := marks_of(tokenizer).plain):
+        said = plain.encode(text, add_special_tokens=False)
+        return said.ids, said.offsets
     encoded = tokenizer(
         text,
         add_special_tokens=False,
