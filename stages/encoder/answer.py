@@ -87,13 +87,20 @@ def run(ctx: Context, params: AnswerParams) -> Result:
 
 STAGE = Stage(
     kind="answer",
-    version=1,
+    version=2,
     summary="a reader: an encoder under a head that points at the answer of a question in its context",
     params=AnswerParams,
     inputs={"encoder": accepts(Kind.ENCODER), "questions": accepts(Kind.QUESTIONS)},
     output=Kind.READER,
     run=run,
-    headline=("heldout_exact_match", "heldout_f1", "heldout_f1_random", "heldout_f1_first"),
+    headline=(
+        "heldout_exact_match",
+        "heldout_f1",
+        "heldout_f1_has_answer",
+        "heldout_f1_silent",
+        "heldout_f1_random",
+        "heldout_f1_first",
+    ),
     distributed=True,
     estimate=lambda forecast: estimate_encoder_task(forecast, None),
     check=check_encoder_task,

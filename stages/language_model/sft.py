@@ -107,7 +107,7 @@ def run(ctx: Context, params: SftParams) -> Result:
 
 STAGE = Stage(
     kind="sft",
-    version=1,
+    version=2,
     summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
     params=SftParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},

@@ -46,6 +46,7 @@ def test_learns_to_point_at_slots_and_publishes_a_reader_that_opens_as_one(encod
     assert metrics["heldout_exact_match"] > 2 * metrics["heldout_exact_match_random"]
     assert metrics["heldout_f1"] >= metrics["heldout_exact_match"]
     assert metrics["heldout_windows"] > 150
+    assert not [name for name in metrics if "has_answer" in name or "silent" in name], "all have answers"
     assert result.facts.head_type == "question_answering"
 
     _, report = AutoModelForQuestionAnswering.from_pretrained(out, output_loading_info=True)
@@ -72,6 +73,14 @@ def test_questions_without_answer_are_learned_and_left_unanswered(encoder: Path,
     empty = sum(not row["answers"] for row in rows[-100:])
     assert metrics["heldout_questions_without_answer"] == empty
     assert 20 < empty < 80
+    # Both kinds apart add up to the whole, and silence reaches the share of those without answer.
+    assert metrics["heldout_f1_silent"] == empty / 100
+    halves = (100 - empty) * metrics["heldout_f1_has_answer"] + empty * metrics["heldout_exact_match_no_answer"]
+    assert halves == pytest.approx(100 * metrics["heldout_f1"])
+    halves = (100 - empty) * metrics["heldout_exact_match_has_answer"] + empty * metrics[
+        "heldout_exact_match_no_answer"
+    ]
+    assert halves == pytest.approx(100 * metrics["heldout_exact_match"])
     # Answering none at all would reach the share of those without answer; answering each, at most the rest.
     assert metrics["heldout_f1"] > max(empty, 100 - empty) / 100 + 0.05
 

@@ -329,6 +329,14 @@ def test_as_few_turns_are_dropped_as_possible(slipway: PreTrainedTokenizerBase) 
             assert encoded is not None and dropped == 2 * fewest and len(encoded.input_ids) == lengths[fewest]
 
 
+def test_a_question_its_calls_and_what_tools_return_are_dropped_together(slipway: PreTrainedTokenizerBase) -> None:
+    called = chat("q", "<tool_call>", "<tool_response>\n1", "a")
+    assert fit_chat(slipway, called, len(encode_chat(slipway, called).input_ids) - 1).reason == TOO_LONG
+    fitted = fit_chat(slipway, [*called, *chat("r", "b")], 20)
+    assert fitted.dropped_messages == 4
+    assert fitted.encoded == encode_chat(slipway, chat("r", "b"))
+
+
 def test_the_last_answered_exchange_is_kept_with_what_follows(slipway: PreTrainedTokenizerBase) -> None:
     messages = chat("1", "a", "2", "b", "3")
     encoded, dropped, _ = fit_chat(slipway, messages, 10)

@@ -144,6 +144,13 @@ def mean_units(texts: Iterable[str]) -> int:
     return max(1, round(sum(counts) / len(counts))) if counts else 1
 
 
+APART = {
+    "exact_match_has_answer": "has_answer",
+    "f1_has_answer": "has_answer",
+    "exact_match_no_answer": "no_answer",
+}
+"""What is measured of one kind of questions -> the kind. To an answer that should not be, the two measures are the same."""
+
 NUM_CANDIDATES = 20
 """Answers that each window may put up."""
 
@@ -205,9 +212,9 @@ class Reading:
         return {**inputs, "questions": torch.tensor([row["position"] for row in rows])}
 
     def measure(self, model: torch.nn.Module, batch: Tensors) -> Tensors:
-        """The exact match and F1 of the model's answers, summed."""
+        """The exact match and F1 of the model's answers, summed, and those of questions with an answer, and without, apart."""
         start_WT, end_WT = (each_WT.cpu() for each_WT in position_log_probs(model, batch))
-        exact = f1 = 0.0
+        sums = dict.fromkeys(("exact_match", "f1", *APART), 0.0)
         first = 0
         for index in batch["questions"].tolist():
             question = self.heldout[index]
@@ -217,28 +224,42 @@ class Reading:
                 question, start_WT[mine], end_WT[mine], NUM_CANDIDATES, self.max_answer_tokens
             )
             given = answer_text(question, answers, nothing, self.null_threshold)
-            exact += answer_exact_match(given, references_of(question))
-            f1 += answer_f1(given, references_of(question))
-        return {
-            "exact_match": torch.tensor(exact, dtype=torch.float64),
-            "f1": torch.tensor(f1, dtype=torch.float64),
-        }
+            exact, f1 = (score(given, references_of(question)) for score in (answer_exact_match, answer_f1))
+            sums["exact_match"] += exact
+            sums["f1"] += f1
+            if question.references:
+                sums["exact_match_has_answer"] += exact
+                sums["f1_has_answer"] += f1
+            else:
+                sums["exact_match_no_answer"] += exact
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
 
     def evaluate(self, evaluator: Evaluator) -> dict[str, float]:
-        """Exact match and F1, means over the questions, each of its best reference."""
+        """Exact match and F1, means over the questions, each of its best reference; where some have no answer, those of both
+        kinds apart as well, as SQuAD 2.0 has them (for a question without answer the two are the same).
+        """
         size = evaluation_batch_size(evaluator.batch_size, [len(question.windows) for question in self.heldout])
         rows = [{"question": question} for question in self.heldout]
         sums = evaluator.sums(rows, self.collate_questions, self.measure, batch_size=size)
-        return {f"heldout_{name}": sums[name] / len(self.heldout) for name in ("exact_match", "f1")}
+        answerable = sum(bool(question.references) for question in self.heldout)
+        counts = {"has_answer": answerable, "no_answer": len(self.heldout) - answerable}
+        means = {name: sums[name] / len(self.heldout) for name in ("exact_match", "f1")}
+        if all(counts.values()):
+            means |= {name: sums[name] / counts[kind] for name, kind in APART.items()}
+        return {f"heldout_{name}": value for name, value in means.items()}
 
     def baselines(self, training: Sequence[Question], seed: int) -> dict[str, float]:
-        """What answers of the usual length reach, drawn from anywhere in the context, and taken from its beginning."""
+        """What answers of the usual length reach, drawn from anywhere in the context, and taken from its beginning; and, where
+        some questions have no answer, what is reached by never giving one.
+        """
         count = mean_units(question.references[0].text for question in training if question.references)
         drawn = [
             random_answer(question.context, count, f"{seed}:{index}") for index, question in enumerate(self.heldout)
         ]
         first = [span_of_units(question.context, 0, count) for question in self.heldout]
+        silent = self.mean(answer_f1, [""] * len(self.heldout))
         return {
+            **({"heldout_f1_silent": silent} if silent else {}),
             "heldout_exact_match_random": self.mean(answer_exact_match, drawn),
             "heldout_f1_random": self.mean(answer_f1, drawn),
             "heldout_f1_first": self.mean(answer_f1, first),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import DataError, Problem
 from stages.lib.text.chat_rendering import Messages, RefusedChat, about, is_learned
@@ -30,6 +30,10 @@ PROMPT_BOUNDARY = "prompt_boundary"
 
 REFUSED = "refused_by_template"
 """The chat template itself refuses the chat, such as one with a system message."""
+
+
+TOOL_ANSWER = "<tool_response>"
+"""How the text form of what a tool returns begins: `stages/lib/sources/turns.py` writes it."""
 
 
 class FittedChat(NamedTuple):
@@ -114,14 +118,21 @@ def fit(
 
 
 def split_exchanges(messages: Messages) -> tuple[list[Mapping[str, str]], list[list[Mapping[str, str]]]]:
-    """The leading system messages, and the rest in groups that each begin with a user message."""
+    """The leading system messages, and the rest in groups that each begin with a user message that asks something.
+
+    What a tool returns stands in a user message too, and belongs to the question that it was called for.
+    """
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     exchanges: list[list[Mapping[str, str]]] = []
     for message in messages[first:]:
-        if message["role"] == "user" or not exchanges:
+        if (message["role"] == "user" and not is_tool_answer(message)) or not exchanges:
             exchanges.append([])
         exchanges[-1].append(message)
     return list(messages[:first]), exchanges
+
+
+def is_tool_answer(message: Mapping[str, Any]) -> bool:
+    return str(message["content"]).startswith(TOOL_ANSWER)
 
 
 def joined(exchanges: Sequence[Sequence[Mapping[str, str]]]) -> list[Mapping[str, str]]:
