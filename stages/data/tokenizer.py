@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from pipeline.errors import DataError, Problem, did_you_mean
-from pipeline.settings.strict import Strict, reading
+from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_check import check_chat_template
-from stages.lib.text.chat_presets import PRESETS
+from stages.lib.text.chat_presets import PRESETS, is_template, text_if_file
 from stages.lib.text.sentencepiece_parity import BUILT_IN_TEXTS, SPACE_SIGN, Escape, compare
 from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer
 
@@ -40,12 +40,10 @@ BYTES = 256
 
 def read_template(value: str, info: ValidationInfo) -> str:
     """The name of a preset, or the text of a template, read from its file if that is what `value` names."""
-    if value in PRESETS or "{{" in value or "{%" in value:
-        return value
-    path = reading(info).find(value)
-    if path is None:
+    found = text_if_file(value, info)
+    if not is_template(found):
         raise ValueError(f"no preset and no file has the name {value!r}. {did_you_mean(value, PRESETS)}")
-    return path.read_text(encoding="utf-8")
+    return found
 
 
 class Params(Strict):

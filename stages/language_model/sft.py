@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from pipeline.errors import DataError, Problem
+from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.models.lengths import length_problems, require_length
-from stages.lib.text.chat_presets import PresetName
+from stages.lib.text.chat_presets import text_if_file
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -25,8 +25,8 @@ class SftParams(TrainingParams):
 
     max_length_tokens: int = Field(ge=8)
     """Tokens per chat. A longer one loses its oldest turns; one whose last exchange is too long is dropped and counted."""
-    chat_template: PresetName | None = None
-    """The template to give a model whose tokenizer has none. Its special tokens must be in the vocabulary already."""
+    chat_template: Annotated[str, AfterValidator(text_if_file)] | None = None
+    """How a chat becomes text: a preset (slipway, chatml), the path of a Jinja file, or a name among the several templates of the model's tokenizer. A preset's special tokens must be in the vocabulary already. null: as the model's tokenizer says; where that has a template, it is replaced."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
 
@@ -64,8 +64,10 @@ def run(ctx: Context, params: SftParams) -> Result:
     source = ctx.inputs["model"]
     require_length(read_config(source), params.max_length_tokens)
     tokenizer = load_tokenizer(source)
-    had_template = bool(tokenizer.chat_template)
+    own_template = tokenizer.chat_template
     give_template(tokenizer, params.chat_template)
+    if own_template and tokenizer.chat_template != own_template:
+        ctx.journal.note("the chat template of the model's tokenizer is replaced by the one that chat_template names")
     check_chat_template(tokenizer, str(source))
     how = tokenizing_chats(tokenizer, params.max_length_tokens)
     train_rows, heldout_rows, ledger = tokenize_input(ctx, "chats", how, params.max_dropped_fraction)
@@ -77,7 +79,7 @@ def run(ctx: Context, params: SftParams) -> Result:
         ctx,
         params,
         make_model=lambda: load_model(AutoModelForCausalLM, source),
-        tokenizer=source if had_template else tokenizer,
+        tokenizer=source if tokenizer.chat_template == own_template else tokenizer,
         data=chats,
         collate=collate,
         objective=TokenObjective(),
@@ -124,36 +126,42 @@ MIN_SHARE_OF_ENDS = 0.95
 """A model learns to stop from the chats whose last turn is asked for with its end."""
 
 
-def give_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
-    """Sets the preset `name` as the tokenizer's chat template. Raises `DataError` if that cannot be, or none is there."""
+def give_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
+    """Sets the chat template: a preset, one of the tokenizer's own by its name, or a text; None for the one that it has.
+
+    Raises `DataError` if that cannot be, or none is there.
+    """
     from stages.lib.text.chat_presets import PRESETS
     from stages.lib.text.chat_rendering import special_tokens
 
-    if name is None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                Problem(
-                    "inputs.model",
-                    "its tokenizer has no chat template",
-                    "Give the tokenizer stage one, or set chat_template here to a preset whose tokens the vocabulary has.",
-                )
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}
+    where = "params.chat_template"
+    if wanted is None:
+        if not own:
+            what = "its tokenizer has no chat template"
+            hint = (
+                "Give the tokenizer stage one, or set chat_template here to a preset whose tokens the vocabulary has."
             )
-        return
-    preset = PRESETS[name]
-    if tokenizer.chat_template and tokenizer.chat_template != preset.template:
-        raise DataError(
-            Problem("params.chat_template", "is given, and the model's tokenizer has another template", "Remove it.")
-        )
-    present = {token.content for token in special_tokens(tokenizer)}
-    if missing := [token for token in preset.special_tokens if token not in present]:
-        raise DataError(
-            Problem(
-                "params.chat_template",
-                f"'{name}' is written with {', '.join(missing)}, which the model's vocabulary does not have",
-                "Train the tokenizer with this preset: a model learns no tokens that it has no embeddings for.",
-            )
-        )
-    tokenizer.chat_template = preset.template
+            raise DataError(Problem("inputs.model", what, hint))
+        if named and "default" not in named:
+            what = f"the model's tokenizer has several chat templates and none called default: {', '.join(named)}"
+            raise DataError(Problem(where, what, "Set it to one of these names, to a preset or to a file."))
+    elif wanted in named:
+        tokenizer.chat_template = named[wanted]
+    elif wanted in PRESETS:
+        preset = PRESETS[wanted]
+        tokenizer.chat_template = preset.template
+        present = {token.content for token in special_tokens(tokenizer)}
+        if missing := [token for token in preset.special_tokens if token not in present]:
+            what = f"'{wanted}' is written with {', '.join(missing)}, which the model's vocabulary does not have"
+            hint = "Train the tokenizer with this preset: a model learns no tokens that it has no embeddings for."
+            raise DataError(Problem(where, what, hint))
+    elif "{{" in wanted or "{%" in wanted:
+        tokenizer.chat_template = wanted
+    else:
+        what = f"no preset, no file and no template of the model's tokenizer has the name {wanted!r}"
+        raise DataError(Problem(where, what, did_you_mean(wanted, [*PRESETS, *named])))
 
 
 def require_ends(chats: Chats, stop_ids: list[int]) -> None:

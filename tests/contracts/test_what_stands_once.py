@@ -19,7 +19,6 @@ from stages.lib.rows.canonical import FORMATS
 from stages.lib.sources import python_docs
 from stages.lib.sources.files import READERS
 from stages.lib.sources.params import FileType
-from stages.lib.text.chat_presets import PRESETS, PresetName
 
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_LINES_OF_A_FILE = 350
@@ -72,10 +71,9 @@ def choices(stage: str, field: str) -> tuple[Any, ...]:
         (choices("ppo", "kl_estimator"), KL_ESTIMATORS),
         (get_args(CleanParams.model_fields["format"].annotation), FORMATS),
         (tuple(python_docs.FORMATS), FORMATS),
-        (get_args(PresetName), PRESETS),
         (get_args(FileType), READERS),
     ],
-    ids=["losses", "estimators", "formats", "formats of python_docs", "presets", "readers"],
+    ids=["losses", "estimators", "formats", "formats of python_docs", "readers"],
 )
 def test_what_a_recipe_may_name_is_what_the_table_holds(offered: tuple[Any, ...], table: Any) -> None:
     assert offered == tuple(table)

@@ -125,8 +125,8 @@ def test_ledgers_are_added() -> None:
 def test_templates(tokenizer: Any) -> None:
     give_template(tokenizer, None)
     give_template(tokenizer, "slipway")
-    with pytest.raises(DataError, match="another template"):
-        give_template(tokenizer, "chatml")
+    with pytest.raises(DataError, match=r"no preset, no file and no template .* has the name 'slipwy'"):
+        give_template(tokenizer, "slipwy")
     bare = make_tokenizer()
     bare.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
@@ -135,3 +135,16 @@ def test_templates(tokenizer: Any) -> None:
         give_template(bare, "chatml")
     give_template(bare, "slipway")
     assert bare.chat_template == tokenizer.chat_template
+    # One of its own by name, or another in place of it.
+    bare.chat_template = {"rag": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    with pytest.raises(
+        DataError, match=r"several chat templates and none called default: rag, tool_use\. Set it to one"
+    ):
+        give_template(bare, None)
+    give_template(bare, "tool_use")
+    assert bare.chat_template == "{{ 2 }}"
+    give_template(bare, "{{ 3 }}")
+    assert bare.chat_template == "{{ 3 }}"
+    bare.chat_template = {"default": "{{ 1 }}", "rag": "{{ 2 }}"}
+    give_template(bare, None)
+    assert set(bare.chat_template) == {"default", "rag"}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+
+from pydantic import ValidationInfo
+
+from pipeline.settings.strict import reading
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,12 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-if TYPE_CHECKING:
-    PresetName = str
-else:
-    PresetName = Literal[tuple(PRESETS)]
+def text_if_file(value: str, info: ValidationInfo) -> str:
+    """The text of the template whose file `value` names, or else `value` itself: a preset's name, a text, or neither."""
+    path = None if is_template(value) else reading(info).find(value)
+    return path.read_text(encoding="utf-8") if path else value
+
+
+def is_template(value: str) -> bool:
+    """Whether it is a preset's name or the text of a template."""
+    return value in PRESETS or "{{" in value or "{%" in value

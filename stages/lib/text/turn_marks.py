@@ -75,7 +75,7 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerBase, marks: list[Any]) -> Tok
     contents = {token.content for token in marks}
     for token in state["added_tokens"]:
         token["special"] = token["special"] or token["content"] in contents
-    plain = Tokenizer.from_str(json.dumps(state))
+    plain = Tokenizer.from_str(json.dumps(state, allow_nan=False))
     plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()
