@@ -274,3 +274,12 @@ def test_what_the_trial_found_is_told_for_every_chat() -> None:
 def test_a_template_of_any_length_is_not_read() -> None:
     with pytest.raises(OverLimit, match="has 200,001 characters"):
         render_template("x" * 200_001, CHAT, NAMES)
+
+
+def test_every_day_is_the_same_day() -> None:
+    """Llama-3.2's template writes the date: the same artifact would be trained on other tokens tomorrow."""
+    template = (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        '{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}{%- endif %}Today Date: {{ date_string }}'
+    )
+    assert render_template(template, CHAT, NAMES)[0] == "Today Date: 26 Jul 2024"

@@ -26,6 +26,10 @@ from stages.lib.text.chat_filters import GUARDS, add_up, to_json
 MAX_TEMPLATE_CHARACTERS = 200_000
 """Several times the longest template that is known to be in use; a second or two to read it."""
 
+TODAY = datetime(2024, 7, 26)
+"""The day that templates are told, whichever it is: the same artifact would be trained on other tokens tomorrow. Llama's
+templates, which write it, take this one themselves where nobody tells them any."""
+
 LEFT_OUT_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 """For web pages and debugging, and costly without bound, or (`random`) of another result each time."""
 
@@ -186,7 +190,8 @@ def refuse(message: Any) -> None:
 
 
 def now(format: str) -> str:
-    return datetime.now().strftime(format)
+    """`strftime_now` of the templates: the same on every day."""
+    return TODAY.strftime(format)
 
 
 @lru_cache(maxsize=16)
