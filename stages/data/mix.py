@@ -48,8 +48,10 @@ TOKENIZED_AT_ONCE = 256
 class MixParams(Strict):
     """Which rows are held out, and how much of each source is trained on."""
 
-    heldout_fraction: float = Field(default=0.05, ge=1e-6, lt=1.0)
-    """Share of groups (or of prompts, contexts, texts) that is held out, from 0 to 1. It is taken before mixing."""
+    heldout_fraction: Annotated[float, Field(ge=1e-6, lt=1.0)] | None = None
+    """Share of groups (or of prompts, contexts, texts) that is held out, from 0 to 1. It is taken before mixing. null: 0.05, or none where heldout_sources names what is held out."""
+    heldout_sources: list[str] = []
+    """Sources that are held out whole, such as an official test set: no row of them is trained on, nor any that says the same or begins with the same prompt."""
     heldout_salt: str = "slipway"
     """Rows are held out by the hash of this and of what they share: with the same salt and fraction the same groups and prompts are held out in every data set of a recipe."""
     max_heldout_rows: int | None = Field(default=None, ge=1)
@@ -83,6 +85,13 @@ class MixParams(Strict):
         return self
 
     @property
+    def fraction(self) -> float:
+        """The share that is held out of the sources that are not held out whole."""
+        if self.heldout_fraction is None:
+            return 0.0 if self.heldout_sources else 0.05
+        return self.heldout_fraction
+
+    @property
     def amounts(self) -> Mapping[str, float] | None:
         return self.weights if self.weights is not None else self.budgets
 
@@ -109,13 +118,21 @@ def check(forecast: Forecast) -> list[Problem]:
     """Sources without an amount, amounts without a source, and tokens without a tokenizer."""
     params: MixParams = forecast.params
     sources = [role.removeprefix("sources.") for role in forecast.inputs if role.startswith("sources.")]
-    problems = []
+    problems = [
+        Problem("params.heldout_sources", f"'{unknown}' is no source of this stage", did_you_mean(unknown, sources))
+        for unknown in params.heldout_sources
+        if unknown not in sources
+    ]
+    if sources and not set(sources) - set(params.heldout_sources):
+        problems.append(Problem("params.heldout_sources", "leaves no source to train on", "Add one to the inputs."))
     name = "weights" if params.weights is not None else "budgets"
     if params.amounts is not None:
+        for heldout in params.amounts.keys() & set(params.heldout_sources):
+            problems.append(Problem(f"params.{name}.{heldout}", "is held out whole", "Remove it here."))
         for unknown in params.amounts.keys() - set(sources):
             hint = did_you_mean(unknown, sources)
             problems.append(Problem(f"params.{name}.{unknown}", "is no source of this stage", hint))
-        for missing in set(sources) - params.amounts.keys():
+        for missing in set(sources) - params.amounts.keys() - set(params.heldout_sources):
             problems.append(Problem(f"params.{name}", f"says nothing of the source '{missing}'", "Add it."))
     if params.unit == "tokens" and "tokenizer" not in forecast.inputs:
         hint = "Add `tokenizer` to the stage's inputs, or count characters."
@@ -128,8 +145,10 @@ def run(ctx: Context, params: MixParams) -> Result:
     tokenizer = ctx.inputs.get("tokenizer")
     count_tokens = token_counter(tokenizer) if tokenizer else None
     sources = [read_source_rows(name, folder / "rows.jsonl", params, count_tokens) for name, folder in folders.items()]
+    for source in sources:
+        source.is_heldout = source.name in params.heldout_sources
     ledger = Ledger(read=sum(len(source.rows) for source in sources))
-    split(sources, params.heldout_fraction, params.max_heldout_rows, ledger)
+    split(sources, params.fraction, params.max_heldout_rows, ledger)
     require_both_sides(sources, params)
     plan(sources, params, ctx)
     for source in sources:
@@ -218,13 +237,14 @@ def require_both_sides(sources: list[SourceRows], params: MixParams) -> None:
     what = f"of {total:,} rows in {different:,} groups"
     if not any(source.heldout for source in sources):
         hint = "Raise heldout_fraction, take another heldout_salt, or give the sources more rows."
-        raise DataError(Problem("params.heldout_fraction", f"{params.heldout_fraction} holds out none {what}", hint))
-    empty = [source for source in sources if not source.training]
-    if empty and (params.amounts is not None or len(empty) == len(sources)):
+        raise DataError(Problem("params.heldout_fraction", f"{params.fraction} holds out none {what}", hint))
+    to_train = [source for source in sources if not source.is_heldout]
+    empty = [source for source in to_train if not source.training]
+    if empty and (params.amounts is not None or len(empty) == len(to_train)):
         names = ", ".join(source.name for source in empty)
         hint = "Lower heldout_fraction, or leave the source out."
         raise DataError(
-            Problem("params.heldout_fraction", f"{params.heldout_fraction} leaves no row to train on in {names}", hint)
+            Problem("params.heldout_fraction", f"{params.fraction} leaves no row to train on in {names}", hint)
         )
 
 
@@ -241,6 +261,9 @@ def plan(sources: list[SourceRows], params: MixParams, ctx: Context) -> None:
         planned = available
     total = sum(planned.values())
     for source in sources:
+        if source.is_heldout:
+            ctx.journal.note(f"plan: {source.name}: held out whole, {len(source.heldout):,} rows")
+            continue
         asked, there = planned[source.name], available[source.name]
         source.planned = asked if params.amounts is not None else None
         ctx.journal.note(
@@ -296,6 +319,8 @@ def describe(sources: list[SourceRows], params: MixParams, *, has_tokens: bool) 
 def report(mixture: Mapping[str, Any], ledger: Ledger, ctx: Context) -> None:
     """Tells the user what became of the plan."""
     for name, source in mixture["sources"].items():
+        if not source["available"]["rows"]:
+            continue
         parts = ", ".join(f"{amount:,} {unit}" for unit, amount in source["train"].items())
         ctx.journal.note(
             f"drawn: {name}: {parts}, {source['epochs']:.2f} times over, {source['share']:.1%} of the training data"

@@ -15,7 +15,7 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.settings.resources import Resources
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Kind
-from stages.data.mix import STAGE, MixParams
+from stages.data.mix import STAGE, MixParams, check
 from stages.lib.curation.mixing import amounts_by_weight
 from tests.unit.running_stages import Ran, params_of, problems_of, run_stage
 
@@ -72,6 +72,43 @@ def sides(ran: Ran) -> tuple[list[Row], list[Row]]:
 
 
 # The held-out side
+
+
+def test_an_official_test_set_is_held_out_whole(tmp_path: Path) -> None:
+    """None of it is trained on, nor what says the same or begins with its prompts; nothing else is held out."""
+    train = [chat(f"q {index}", "a") for index in range(60)]
+    test = [chat("new", "a"), chat("q 3", "b"), chat("q 7", "a"), chat("new", "a")]
+    ran = mix(tmp_path / "whole", {"train": train, "test": test}, heldout_sources=["test"])
+    trained, heldout = sides(ran)
+    said = {json.dumps(row["messages"]) for row in heldout}
+    assert said == {json.dumps(row["messages"]) for row in test} and len(heldout) == 3
+    assert {row["source"] for row in trained} == {"train"}
+    assert len(trained) == 58
+    assert ran.json("ledger.json")["dropped"]["also_held_out"]["count"] == 2
+    assert any(note == "plan: test: held out whole, 3 rows" for note in ran.notes)
+    weighted = mix(
+        tmp_path / "weighted", {"train": train, "test": test}, heldout_sources=["test"], weights={"train": 1.0}
+    )
+    assert sides(weighted)[1] == heldout
+    beside = mix(tmp_path / "beside", {"train": train, "test": test}, heldout_sources=["test"], heldout_fraction=0.3)
+    assert {row["source"] for row in sides(beside)[1]} == {"train", "test"}
+
+
+def test_what_is_said_of_sources_that_are_held_out_must_fit(tmp_path: Path) -> None:
+    def problems(*sources: str, **params: Any) -> list[str]:
+        inputs = {f"sources.{name}": Estimate() for name in sources}
+        return [str(each) for each in check(Forecast(params_of(MixParams, params, tmp_path), Resources(), inputs))]
+
+    assert problems("train", "test", heldout_sources=["test"], weights={"train": 1.0}) == []
+    assert problems("train", "test", heldout_sources=["tst"]) == [
+        "params.heldout_sources: 'tst' is no source of this stage. Did you mean 'test'?"
+    ]
+    assert problems("test", heldout_sources=["test"]) == [
+        "params.heldout_sources: leaves no source to train on. Add one to the inputs."
+    ]
+    assert problems("train", "test", heldout_sources=["test"], budgets={"train": 1, "test": 1}) == [
+        "params.budgets.test: is held out whole. Remove it here."
+    ]
 
 
 def test_the_held_out_side_is_a_pure_function_of_salt_and_content(tmp_path: Path) -> None:

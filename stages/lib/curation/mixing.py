@@ -43,6 +43,8 @@ class SourceRows:
     name: str
     path: Path
     rows: list[SourceRow]
+    is_heldout: bool = False
+    """Whether it is held out whole."""
     heldout: list[SourceRow] = field(default_factory=list)
     training: list[SourceRow] = field(default_factory=list)
     planned: int | None = None
@@ -58,12 +60,12 @@ def split(sources: list[SourceRows], fraction: float, most: int | None, ledger: 
     for source in sources:
         repeated: list[SourceRow] = []
         for row in source.rows:
-            if row.rank < fraction:
+            if source.is_heldout or row.rank < fraction:
                 (repeated if row.content in contents else source.heldout).append(row)
                 contents.add(row.content)
                 shared.add(row.shared)
         drop(ledger, "held_out_twice", source, repeated)
-    for source in sources:
+    for source in (each for each in sources if not each.is_heldout):
         leaking: list[SourceRow] = []
         for row in source.rows:
             if row.rank >= fraction:

@@ -43,7 +43,7 @@ class Ledger:
                 for reason in sorted(self.dropped)
             },
             "repaired": dict(sorted(self.repaired.items())),
-            "noticed": dict(sorted(self.noticed.items())),
+            **({"noticed": dict(sorted(self.noticed.items()))} if self.noticed else {}),
         }
 
     def write(self, folder: Path) -> None:
