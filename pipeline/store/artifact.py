@@ -32,6 +32,7 @@ class Kind(StrEnum):
 
     TEXT_ROWS = "text_rows"
     CHAT_ROWS = "chat_rows"
+    PROMPT_ROWS = "prompt_rows"
     PREFERENCE_ROWS = "preference_rows"
     LABEL_ROWS = "label_rows"
     SPAN_ROWS = "span_rows"
@@ -40,6 +41,7 @@ class Kind(StrEnum):
 
     TEXT = "text"
     CHATS = "chats"
+    PROMPTS = "prompts"
     PREFERENCES = "preferences"
     LABELS = "labels"
     SPANS = "spans"

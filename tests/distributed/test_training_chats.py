@@ -66,6 +66,13 @@ def test_any_number_of_processes_makes_the_same_rows(tmp_path: Path, tokenizer: 
     assert dict(ledgers[0].repaired) == {"oldest_turns_dropped": 1}
 
 
+def test_a_last_question_that_nobody_answers_is_left_out(tokenizer: Any) -> None:
+    """It stays in the data, for a policy to be asked; nothing is to be learned from it."""
+    how = tokenizing_chats(tokenizer, 24)
+    whole, asked = (how.make(chat(*turns)) for turns in (("q", "one"), ("q", "one", "r")))
+    assert asked.sequences == whole.sequences and not asked.shortened
+
+
 def test_the_assistants_words_and_their_end_are_asked(tmp_path: Path, tokenizer: Any) -> None:
     rows = Chats(tokenized(tmp_path, tokenizer, 1))
     batch = collate_chats(padding_id=2)([rows[0], rows[2]])

@@ -176,6 +176,28 @@ def test_chats_cannot_be_continued_raw(world: OnPolicyWorld, tmp_path: Path) -> 
         align("grpo", world.inputs, tmp_path, {"rendering": "raw"})
 
 
+def test_prompts_with_history_are_asked_their_last_question(world: OnPolicyWorld, tmp_path: Path) -> None:
+    """As rows of prompts, and as chats that end with a question: what is carried answers that one, and no other."""
+    turns = [
+        [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": f"and {name}"},
+        ]
+        for name, _ in docstrings()[:20]
+    ]
+    changes = {"rollouts": 1, "completions_per_prompt": 2}
+    for field in ("prompt", "messages"):
+        rows = [{field: asked, "columns": {"answer": asked[-1]["content"]}} for asked in turns]
+        prompts = write_prompts(tmp_path / field / "rows", rows, rows[:4])
+        seen = align("grpo", {"model": world.model, "prompts": prompts}, tmp_path / field / "run", changes)
+        episode = seen.experiences[0].episodes[0]
+        asked = turns[episode.row_index][-1]["content"]
+        sample = seen.lines("rollout")[0]["samples"][0]
+        assert sample["prompt"] == f"<s><|user|>hello<|end|><|assistant|>Yes.<|end|><|user|>{asked}<|end|><|assistant|>"
+        assert rows[episode.row_index]["columns"]["answer"] == asked
+
+
 def test_prompts_of_preferences_and_a_chat_without_a_question(world: OnPolicyWorld, tmp_path: Path) -> None:
     """Of a pair what stands before the answers; a chat that the assistant begins has no question and is dropped."""
     said = {"role": "assistant", "content": "Yes."}

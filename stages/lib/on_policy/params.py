@@ -22,7 +22,7 @@ from stages.lib.training.params import OptimizerParams, derive_batch
 
 INPUTS: dict[str, Input] = {
     "model": accepts(Kind.CAUSAL_LM),
-    "prompts": accepts(Kind.CHATS, Kind.PREFERENCES, Kind.TEXT),
+    "prompts": accepts(Kind.PROMPTS, Kind.CHATS, Kind.PREFERENCES, Kind.TEXT),
     "reward": accepts(Kind.REWARD_MODEL, optional=True),
     "reference": accepts(Kind.CAUSAL_LM, optional=True),
     "chats": accepts(Kind.CHATS, optional=True),

@@ -2,6 +2,7 @@
 
     text         {"text"}
     chats        {"messages": [{"role", "content"}, ...]}
+    prompts      {"prompt": [messages]}, the last of them the user's
     preferences  {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
     labels       {"text", "label"}
     spans        {"text", "spans": [{"start", "end", "label"}]}, half-open character offsets
@@ -89,6 +90,15 @@ FORMATS: dict[str, Format] = {
         default_split="prompt",
         shared={"prompt": first_user_message("messages")},
         rewritten=("messages",),
+    ),
+    "prompts": Format(
+        rows_kind=Kind.PROMPT_ROWS,
+        mixed_kind=Kind.PROMPTS,
+        fields=("prompt",),
+        texts=texts_of_messages("prompt"),
+        default_split="prompt",
+        shared={"prompt": first_user_message("prompt")},
+        rewritten=("prompt",),
     ),
     "preferences": Format(
         rows_kind=Kind.PREFERENCE_ROWS,

@@ -35,7 +35,9 @@ REASONS: dict[str, Reason] = {
     "empty_field": Reason("has an empty text where there must be one"),
     "unknown_role": Reason("has a turn whose role is none of user, assistant, system, tool or their synonyms"),
     "bad_turn_order": Reason("does not alternate between user and assistant"),
-    "no_assistant_turn": Reason("has no assistant turn to learn from"),
+    "no_assistant_turn": Reason(
+        "has no assistant turn to learn from (for what a policy is asked there is format: prompts)"
+    ),
     "bad_history": Reason("has a history pair with other than two texts, or only one of them empty"),
     "pair_differs_early": Reason("has chosen and rejected that differ before the last assistant turn"),
     "identical_pair": Reason("has the same chosen and rejected answer", broken=False),
@@ -58,7 +60,6 @@ REASONS: dict[str, Reason] = {
 REPAIRS: dict[str, str] = {
     "empty_history_pair": "a history pair of two empty texts, used as padding, was left out",
     "opening_assistant_turn": "an assistant turn before the first user turn was left out",
-    "trailing_user_turn": "a last user turn that nobody answers was left out",
     "empty_system_turn": "a system message that says nothing was left out",
     "reasoning_joined": "the reasoning of an assistant turn was put before its content, within <think> and </think>",
     "answers_between_best_and_worst": "of several ranked answers, those between the first and the last were left out",

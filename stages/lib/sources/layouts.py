@@ -16,6 +16,7 @@ from stages.lib.sources.conversion import Conversion, Dropped, type_name
 from stages.lib.sources.layouts_chats import alpaca, alpaca_rows, messages, rated_chat, sharegpt
 from stages.lib.sources.layouts_labels import label, relation, text
 from stages.lib.sources.layouts_preferences import preference_alpaca, preference_between, preference_turns
+from stages.lib.sources.layouts_prompts import prompts
 from stages.lib.sources.layouts_questions import squad, squad_rows
 from stages.lib.sources.layouts_spans import bio, pieces, spans
 
@@ -77,7 +78,8 @@ def convert_record(
 
 def unread(record: Row, raw: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> list[str]:
     """The columns that hold something and are read by nothing: of a raw row, and of its record those that renamed ones hide."""
-    read = {"id", *layout.columns, *layout.also, *columns, *columns.values(), *carry}
+    carried = {each.partition(".")[0] if each not in record else each for each in carry}
+    read = {"id", *layout.columns, *layout.also, *columns, *columns.values(), *carry, *carried}
     hidden = {name for name in columns if name in record} - {*columns.values(), *carry}
     found = {**{name: record[name] for name in hidden}, **{n: value for n, value in raw.items() if n not in read}}
     return [name for name, value in found.items() if value not in (None, "", [], {})]
@@ -85,15 +87,25 @@ def unread(record: Row, raw: Row, layout: Layout, columns: Mapping[str, str], ca
 
 def carried_columns(raw: Row, carry: Sequence[str]) -> Row:
     """The columns that `carry` names, as they are."""
-    for name in carry:
-        value = raw.get(name)
+    values = {name: column_in(raw, name) for name in carry}
+    for name, value in values.items():
         if value is None:
             raise Dropped("missing_field", f"{name}, which carry names")
         if not isinstance(value, str | int | float):
             raise Dropped("wrong_type", f"{name} is {type_name(value)}, which cannot be carried")
         if isinstance(value, float) and not math.isfinite(value):
             raise Dropped("wrong_type", f"{name} is {value}, which cannot be carried")
-    return {name: raw[name] for name in carry}
+    return values
+
+
+def column_in(raw: Row, name: str) -> Any:
+    """The value of a column, or, where there is none of this name, of what its dots lead to: `reward_model.ground_truth`."""
+    if name in raw:
+        return raw[name]
+    value: Any = raw
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def with_common_fields(row: Row, raw: Row, columns: Mapping[str, str], carried: Row) -> Row:
@@ -142,6 +154,13 @@ LAYOUTS: dict[str, Layout] = {
         rated_chat,
         (*SHAREGPT_COLUMNS, "answer", "label"),
         "a chat and whether it is good: the good ones",
+        options=("turns_in_text",),
+    ),
+    "prompts": Layout(
+        "prompts",
+        prompts,
+        ("prompt", "system", "tools", "functions", "history", "instruction", "input"),
+        "a prompt as text or turns, or instruction and input; system, tools, history",
         options=("turns_in_text",),
     ),
     "preference_alpaca": Layout(

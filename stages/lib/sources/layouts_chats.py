@@ -96,13 +96,9 @@ def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message
     if len(chat) > start and chat[start]["role"] == "assistant":
         conversion.repair("opening_assistant_turn")
         del chat[start]
-    if len(chat) > start and chat[-1]["role"] == "user":
-        if not any(message["role"] == "assistant" for message in chat):
-            raise Dropped("no_assistant_turn")
-        conversion.repair("trailing_user_turn")
-        chat.pop()
+    # A last question that nobody answers stays: a policy is asked it, and nothing is learned from it.
     require_order(chat)
-    if len(chat) == start:
+    if not any(message["role"] == "assistant" for message in chat):
         raise Dropped("no_assistant_turn")
     if not any(message["role"] == "assistant" and message.get("train", True) for message in chat):
         raise Dropped("not_trained_on")

@@ -82,17 +82,17 @@ class LaidOutSource(Strict):
     """What sources of raw rows have in common."""
 
     layout: str
-    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, preference_alpaca, preference_between, preference_chat, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
+    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, prompts, preference_alpaca, preference_between, preference_chat, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
     columns: dict[str, str] = {}
     """Renames columns: the layout's name -> the name in the data. `id` and `group` may be named too: rows with the same group stay on one side of the held-out split."""
     carry: list[str] = []
-    """Columns that travel along unchanged, by their names in the data: a row keeps them in its `columns`, where the reward exact_match reads them. They hold texts, numbers or truth values; a row that lacks one, or has something else in it, is dropped."""
+    """Columns that travel along unchanged, by their names in the data: a row keeps them in its `columns`, where the reward exact_match reads them; `reward_model.ground_truth` is what stands within another one. They hold texts, numbers or truth values; a row that lacks one, or has something else in it, is dropped."""
     token_separator: str | None = None
     """What stands between two tokens when a text is made of them (layouts bio and relation). null: one space; '' for Chinese characters."""
     strip_segment_digit: bool = False
     """Whether each token ends with a digit that is no part of it, as in the Weibo NER files (layout bio)."""
     turns_in_text: Literal["json", "transcript"] | None = None
-    """What texts hold where the layout takes texts or turns (rated_chat, preference_chat): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
+    """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
     max_row_bytes: int = Field(default=8 << 20, ge=1)
     """Rows of more bytes than this are dropped without being parsed."""
     max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)

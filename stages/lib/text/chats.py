@@ -40,13 +40,18 @@ class Chats(Sequence[dict[str, Any]]):
         return ends / len(self)
 
 
+def through_last_answer(messages: Sequence[Row]) -> Sequence[Row]:
+    """The chat without a last question that nobody answers."""
+    return messages[:-1] if messages[-1]["role"] == "user" else messages
+
+
 def tokenizing_chats(
     tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, limit: str = "max_length_tokens"
 ) -> Tokenizing:
     """Chats in at most `max_length_tokens` each, which is what the param `limit` says: longer ones lose their oldest turns."""
 
     def make(row: Row) -> TokenizedRow:
-        fitted = fit_chat(tokenizer, row["messages"], max_length_tokens)
+        fitted = fit_chat(tokenizer, through_last_answer(row["messages"]), max_length_tokens)
         if fitted.encoded is None:
             example = " | ".join(message["content"] for message in row["messages"])
             return TokenizedRow(reason=fitted.reason, example=example)

@@ -1,4 +1,4 @@
-"""Prompts as tokens: what a policy is asked to complete, from chats, preference pairs or texts."""
+"""Prompts as tokens: what a policy is asked to complete, from prompts, chats, preference pairs or texts."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def prompt_rows(path: Path, tokenized: TokenizedRows, rendering: Rendering) -> l
 
 
 def prompt_of(row: Row, rendering: Rendering) -> Prompt:
-    """What the policy is asked: the text itself, or the conversation up to where the assistant speaks last.
+    """What the policy is asked: the text itself, or the conversation up to where the assistant is to speak: at its end where
+    the user speaks last, else where the assistant spoke last.
 
     Empty where no user asks anything.
     """
@@ -114,10 +115,11 @@ def prompt_of(row: Row, rendering: Rendering) -> Prompt:
             return str(row["text"])
         case "text", "chat":
             return [{"role": "user", "content": row["text"]}]
-        case "preferences", "chat":
+        case "prompts" | "preferences", "chat":
             return list(row["prompt"])
         case "chats", "chat":
-            asked, _ = split_last_answer(row["messages"])
+            asks_last = row["messages"][-1]["role"] == "user"
+            asked = list(row["messages"]) if asks_last else split_last_answer(row["messages"])[0]
             return asked if any(message["role"] == "user" for message in asked) else []
         case format, _:
             raise DataError(

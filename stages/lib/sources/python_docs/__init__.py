@@ -35,9 +35,16 @@ def per_module(rows_of: Callable[[Module], Iterator[Row]]) -> Callable[[Iterable
     return rows
 
 
+def unanswered_rows(module: Module) -> Iterator[Row]:
+    """The chats without their answers."""
+    for row in chat_rows(module):
+        yield {"id": row["id"], "prompt": row["messages"][:-1]}
+
+
 FORMATS = {
     "text": RowMaker(per_module(text_rows), lambda row: row["text"]),
     "chats": RowMaker(per_module(chat_rows), lambda row: row["messages"][1]["content"]),
+    "prompts": RowMaker(per_module(unanswered_rows), lambda row: row["prompt"][0]["content"]),
     "preferences": RowMaker(per_module(preference_rows), lambda row: row["chosen"][0]["content"]),
     "labels": RowMaker(label_rows, lambda row: row["text"]),
     "spans": RowMaker(per_module(span_rows), lambda row: row["text"]),
