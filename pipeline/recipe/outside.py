@@ -15,12 +15,48 @@ SIZES = frozenset(
 """Fields of a config that a plan reckons with."""
 
 
+ADAPTER = "adapter_config.json"
+
+
+def weights_in(path: Path) -> list[Path]:
+    """The files with a model's weights in the form that is read here; an adapter's are none."""
+    return sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
+
+
+def is_an_adapter(path: Path) -> str:
+    """That a folder holds a peft adapter alone, and how to make a model of it."""
+    base = shown(read_json(path / ADAPTER).get("base_model_name_or_path"))
+    return (
+        f"{path} holds an adapter for {base}, and no model. Merge it into one: "
+        f"`from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(path)!r}).merge_and_unload()"
+        ".save_pretrained(FOLDER)`, and copy the tokenizer's files there."
+    )
+
+
+def weights_problem(path: Path) -> str | None:
+    """Why no weights can be read from a model's folder; None if they can, as far as the names of its files show."""
+    if weights_in(path):
+        return None
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern))
+    if not any(name.startswith("pytorch_model") for name in others):
+        there = f" (there is {', '.join(others[:3])})" if others else ""
+        return f"{path} holds a config.json and no weights in *.safetensors{there}. Get the whole folder."
+    name = (read_json(path / "config.json").get("architectures") or ["AutoModel"])[0]
+    return (
+        f"{path} holds its weights as pytorch_model.bin, which may run code when it is opened. Write them anew: "
+        f"`from transformers import {name} as M; M.from_pretrained({str(path)!r}).save_pretrained(FOLDER)`, and copy "
+        "the tokenizer's files there."
+    )
+
+
 def kind_of_folder(path: Path) -> Kind:
     """What a model or tokenizer folder that is no artifact of ours holds, read from its config.json.
 
     Raises `RecipeError` where that cannot be told, `PathError` where config.json cannot be read.
     """
     config = path / "config.json"
+    if is_file(path / ADAPTER) and not weights_in(path):
+        raise RecipeError(is_an_adapter(path))
     if not is_file(config):
         if is_file(path / "tokenizer.json"):
             return Kind.TOKENIZER

@@ -19,7 +19,7 @@ from pipeline.errors import (
     shown_path,
 )
 from pipeline.recipe.graph import in_order, needed_for
-from pipeline.recipe.outside import kind_of_folder
+from pipeline.recipe.outside import kind_of_folder, weights_problem
 from pipeline.recipe.overrides import apply_overrides
 from pipeline.recipe.recipe import (
     HUB,
@@ -183,7 +183,11 @@ class Reader:
             if is_file(path / MANIFEST):
                 manifest = read_manifest(path)
                 return Outside(path, manifest.artifact_kind, manifest.artifact_id)
-            return Outside(path, kind_of_folder(path))
+            kind = kind_of_folder(path)
+            if kind is not Kind.TOKENIZER and (problem := weights_problem(path)):
+                self.problem(where, problem)
+                return None
+            return Outside(path, kind)
         except SlipwayError as error:
             self.problem(where, str(error))
             return None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, RecipeError
+from pipeline.recipe.outside import kind_of_folder, weights_problem
+from pipeline.store.artifact import Kind
 from stages.lib.models.publishing import complete_generation_config
 from stages.lib.text.tokenizers import load_tokenizer
 
@@ -91,3 +96,58 @@ def test_where_a_model_stopped_it_stops_still(folder: Path, before: Any, after: 
     complete_generation_config(Model, load_tokenizer(folder), [1, 2])  # type: ignore[arg-type]
     assert Model.generation_config.eos_token_id == after
     assert Model.generation_config.temperature == 0.6
+
+
+def tiny_llama(folder: Path) -> Any:
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def follow(message: str, folder: Path) -> None:
+    """Does what a message says between backticks, into `folder`."""
+    (command,) = re.findall(r"`(from .*?)`", message)
+    exec(command.replace("FOLDER", repr(str(folder))), {})
+
+
+def test_weights_that_may_run_code_are_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    model = tiny_llama(old)
+    (old / "model.safetensors").unlink()
+    problem = weights_problem(old)
+    assert (
+        problem is not None and "holds a config.json and no weights in *.safetensors. Get the whole folder" in problem
+    )
+    torch.save(model.state_dict(), old / "pytorch_model.bin")
+    problem = weights_problem(old)
+    assert problem is not None and "holds its weights as pytorch_model.bin" in problem
+    follow(problem, new)
+    assert weights_problem(new) is None
+    again = LlamaForCausalLM.from_pretrained(new)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_is_no_model_and_the_way_out_works(tmp_path: Path) -> None:
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    model = tiny_llama(base)
+    model.name_or_path = str(base)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(adapter)
+    with pytest.raises(RecipeError, match=r"holds an adapter for '.*base', and no model\. Merge it") as caught:
+        kind_of_folder(adapter)
+    follow(str(caught.value), merged)
+    assert kind_of_folder(merged) is Kind.CAUSAL_LM and weights_problem(merged) is None
+    ids = torch.tensor([[1, 5, 9]])
+    assert torch.allclose(
+        LlamaForCausalLM.from_pretrained(merged).eval()(ids).logits, adapted.eval()(ids).logits, atol=1e-6
+    )
