@@ -51,12 +51,16 @@ class Ledger:
         (folder / "ledger.json").write_text(text + "\n", encoding="utf-8")
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for the manifest."""
-        counts = {f"dropped_{reason}": count for reason, count in sorted(self.dropped.items())}
-        counts |= {f"repaired_{reason}": count for reason, count in sorted(self.repaired.items())}
+        """Flat numbers for the manifest, the largest first."""
+        counts = {f"dropped_{reason}": count for reason, count in largest_first(self.dropped)}
+        counts |= {f"repaired_{reason}": count for reason, count in largest_first(self.repaired)}
         return {
             name: float(count) for name, count in {"rows_read": self.read, "rows_kept": self.kept, **counts}.items()
         }
+
+
+def largest_first(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def printable(example: str) -> str:
