@@ -15,7 +15,7 @@ from pipeline.settings.strict import Inlined, Strict
 from pipeline.stage import Context, Forecast, Result, Stage
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.curation.filters import Filters, build_judge
-from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_duplicates
+from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_clusters, near_duplicates
 from stages.lib.curation.normalization import Normalization, normalize_row
 from stages.lib.rows.canonical import FORMATS, FormatName, Row, content_digest, encode_row, judged_text
 from stages.lib.rows.ledger import Ledger
@@ -155,7 +155,9 @@ def find_near_duplicates(candidates: Path, scratch: Path, ctx: Context, params: 
         f"of pairs with similarity {minhash.similarity:.2f} and {buckets.chance(similar):.1%} of those with {similar:.2f}"
     )
     texts = (judged_text(row, params.format) for _, row in read_candidates(candidates))
-    return near_duplicates(texts, minhash, scratch)
+    clusters = near_clusters(texts, minhash, scratch)
+    parts = (FORMATS[params.format].parts(row) for _, row in read_candidates(candidates))
+    return near_duplicates(clusters, parts, minhash.similarity)
 
 
 def beyond_max_rows(candidates: Path, near: set[int], params: CleanParams) -> set[int]:

@@ -281,6 +281,41 @@ def test_minhash_of_chats_looks_at_all_messages(tmp_path: Path) -> None:
     assert clean(tmp_path, rows, format="chats", layout="messages", minhash={}).rows() == [rows[0], rows[2]]
 
 
+def test_rows_that_share_a_context_are_told_apart_by_what_they_ask(tmp_path: Path) -> None:
+    """The paragraph is most of the text; only the last question says the same as another."""
+    context = " ".join(words(200))
+    asked = [
+        "when was it built ?",
+        "who lives in the old house now ?",
+        "how many rooms does it have ?",
+        "When was it built?",
+    ]
+    rows = [{"id": str(i), "context": context, "question": q, "answers": []} for i, q in enumerate(asked)]
+    ran = clean(tmp_path / "questions", rows, format="questions", layout="squad", minhash={})
+    assert [row["id"] for row in ran.rows()] == ["0", "1", "2"]
+    elsewhere = " ".join(words(200, first=1_000))
+    other = [rows[0], {**rows[0], "id": "other", "context": elsewhere}]
+    assert len(clean(tmp_path / "contexts", other, format="questions", layout="squad", minhash={}).rows()) == 2
+
+
+def test_chats_and_pairs_that_share_most_of_their_text_are_told_apart(tmp_path: Path) -> None:
+    shared = " ".join(words(200))
+    system = {"role": "system", "content": shared}
+    said = [words(8, first=index * 100 + 2_000) for index in range(4)]
+    chats = [
+        {"messages": [system, {"role": "user", "content": " ".join(q)}, {"role": "assistant", "content": " ".join(a)}]}
+        for q, a in ((said[0], said[1]), (said[0], said[2]), (said[3], said[1]), ([*said[0], "again"], said[1]))
+    ]
+    kept = clean(tmp_path / "chats", chats, format="chats", layout="messages", minhash={}).rows()
+    assert kept == chats[:3]
+    pairs = [
+        {"prompt": shared, "chosen": " ".join(a), "rejected": " ".join(b)}
+        for a, b in ((said[0], said[1]), (said[1], said[0]), (said[2], said[3]), ([*said[0], "again"], said[1]))
+    ]
+    kept = clean(tmp_path / "pairs", pairs, format="preferences", layout="preference_chat", minhash={}).rows()
+    assert [row["chosen"][0]["content"] for row in kept] == [pair["chosen"] for pair in pairs[:3]]
+
+
 def test_buckets_follow_the_wanted_similarity() -> None:
     """1 - (1 - 0.5^5)^22 = 0.503 and 1 - (1 - 0.9^28)^4 = 0.195, against 1 - (1 - 0.9^22)^5 = 0.407."""
     assert choose_buckets(MinHash(similarity=0.5)) == Buckets(count=22, hashes=5)

@@ -10,8 +10,9 @@ import contextlib
 import io
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -48,8 +49,8 @@ def choose_buckets(minhash: MinHash) -> Buckets:
     return min(options, key=lambda buckets: (abs(buckets.chance(minhash.similarity) - 0.5), buckets.hashes))
 
 
-def near_duplicates(texts: Iterable[str], minhash: MinHash, scratch: Path) -> set[int]:
-    """Positions of the texts that are nearly the same as an earlier one. `scratch` is emptied and used."""
+def near_clusters(texts: Iterable[str], minhash: MinHash, scratch: Path) -> dict[int, int]:
+    """Position -> cluster, of the texts that are nearly the same as another one. `scratch` is emptied and used."""
     import loguru
     from datatrove.data import Document
     from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
@@ -77,15 +78,38 @@ def near_duplicates(texts: Iterable[str], minhash: MinHash, scratch: Path) -> se
         for bucket in range(buckets.count):
             MinhashDedupBuckets(signatures, pairs, config=config).run(None, bucket, buckets.count)
         MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True).run(None, 0, 1)
-    # datatrove would keep an arbitrary text of each cluster; the first one depends on nothing but the order of the data.
-    seen: set[int] = set()
-    found = set()
-    for position, cluster in sorted(read_clusters(scratch / "clusters")):
-        if cluster in seen:
-            found.add(position)
-        seen.add(cluster)
+    found = dict(sorted(read_clusters(scratch / "clusters")))
     shutil.rmtree(scratch)
     return found
+
+
+def near_duplicates(clusters: Mapping[int, int], parts: Iterable[Sequence[str]], similarity: float) -> set[int]:
+    """Positions of the rows to leave out: those that an earlier row of their cluster is like in each of its `parts`.
+
+    The parts are what tells rows apart that share most of their text: questions about one context are near in all their
+    text, and no duplicates. Of rows without parts the first of each cluster stays, which depends on nothing but the order
+    of the data (datatrove would keep an arbitrary one).
+    """
+    from stages.lib.curation.filters import any_script_words
+
+    words = any_script_words().word_tokenize
+    kept: dict[int, list[list[frozenset[str]]]] = {}
+    found = set()
+    for position, texts in enumerate(parts):
+        if position not in clusters:
+            continue
+        said = [frozenset(words(text.lower())) for text in texts]
+        others = kept.setdefault(clusters[position], [])
+        if any(all(map(partial(are_near, similarity), said, other)) for other in others):
+            found.add(position)
+        else:
+            others.append(said)
+    return found
+
+
+def are_near(similarity: float, one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether two sets of words overlap by `similarity` (Jaccard)."""
+    return len(one & other) >= similarity * len(one | other)
 
 
 def read_clusters(folder: Path) -> Iterator[tuple[int, int]]:

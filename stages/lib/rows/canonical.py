@@ -45,6 +45,8 @@ class Format:
     """What rows must share to be kept on one side of the held-out split, if nothing else is said."""
     shared: dict[str, Callable[[Row], str]]
     """Name -> what rows may be kept on one side by."""
+    parts: Callable[[Row], list[str]] = lambda row: []
+    """What tells apart rows that share most of their text, such as a context: near-duplicates are alike in each of these."""
     rewritten: tuple[str, ...] = ()
     """Fields whose texts may be normalized; none where offsets point into them."""
 
@@ -68,6 +70,18 @@ def first_user_message(name: str) -> Callable[[Row], str]:
     return lambda row: next(message["content"] for message in row[name] if message["role"] == "user")
 
 
+def said_in(name: str) -> Callable[[Row], list[str]]:
+    """What the user says in a chat, and what the assistant says: system messages are often shared by all rows."""
+
+    def parts(row: Row) -> list[str]:
+        return [
+            "\n\n".join(message["content"] for message in row[name] if message["role"] == role)
+            for role in ("user", "assistant")
+        ]
+
+    return parts
+
+
 def field_text(name: str) -> Callable[[Row], str]:
     return lambda row: str(row[name])
 
@@ -89,6 +103,7 @@ FORMATS: dict[str, Format] = {
         texts=texts_of_messages("messages"),
         default_split="prompt",
         shared={"prompt": first_user_message("messages")},
+        parts=said_in("messages"),
         rewritten=("messages",),
     ),
     "prompts": Format(
@@ -98,6 +113,7 @@ FORMATS: dict[str, Format] = {
         texts=texts_of_messages("prompt"),
         default_split="prompt",
         shared={"prompt": first_user_message("prompt")},
+        parts=said_in("prompt"),
         rewritten=("prompt",),
     ),
     "preferences": Format(
@@ -107,6 +123,7 @@ FORMATS: dict[str, Format] = {
         texts=texts_of_messages("prompt", "chosen", "rejected"),
         default_split="prompt",
         shared={"prompt": first_user_message("prompt")},
+        parts=lambda row: [row["prompt"][-1]["content"], *texts_of_messages("chosen", "rejected")(row)],
         rewritten=("prompt", "chosen", "rejected"),
     ),
     "labels": Format(
@@ -133,6 +150,7 @@ FORMATS: dict[str, Format] = {
         texts=texts_in("context", "question"),
         default_split="context",
         shared={"context": field_text("context"), "prompt": field_text("question")},
+        parts=texts_in("question"),
     ),
 }
 
