@@ -26,7 +26,7 @@ class SftParams(TrainingParams):
     max_length_tokens: int = Field(ge=8)
     """Tokens per chat. A longer one loses its oldest turns; one whose last exchange is too long is dropped and counted."""
     chat_template: Annotated[str, AfterValidator(text_if_file)] | None = None
-    """How a chat becomes text: a preset (slipway, chatml), the path of a Jinja file, or a name among the several templates of the model's tokenizer. A preset's special tokens must be in the vocabulary already. null: as the model's tokenizer says; where that has a template, it is replaced."""
+    """How a chat becomes text: a preset (slipway, chatml), the path of a Jinja file, or a name among the several templates of the model's tokenizer. It takes the place of a template that the tokenizer has. A preset's special tokens must be in the vocabulary already. null: the tokenizer's own."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
 
