@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "end token out of the mask",
         "stages/lib/text",
-        "mask[first:after] = [1] * (after - first)",
-        "mask[first : after - 1] = [1] * (after - first - 1)",
+        "return [1] * len(offsets)",
+        "return [1] * (len(offsets) - 1) + [0]",
         ("tests/unit/test_chat_template.py::test_ids_and_masks_are_those_of_apply_chat_template",),
     ),
     Mutation(

@@ -66,11 +66,12 @@ def run(ctx: Context, params: RewardParams) -> Result:
     from stages.lib.preferring.answers import accuracy_of_length
     from stages.lib.preferring.opening import Preferences
     from stages.lib.preferring.pairs import collate_pairs
-    from stages.lib.preferring.reward_models import HEAD_TYPE
+    from stages.lib.preferring.reward_models import HEAD_TYPE, require_fixed_prompts
     from stages.lib.training.loop import train
 
     causal = ctx.inputs["model"]
     preferences = Preferences.open(ctx, params, with_margins=params.margin_from == "column")
+    require_fixed_prompts(preferences.tokenizer)
     tokenizer, heldout_pairs = preferences.tokenizer, preferences.heldout
     own_padding_id = tokenizer.pad_token_id
     padding_id = choose_padding(tokenizer, preferences.train.last_ids() | heldout_pairs.last_ids())
@@ -103,7 +104,7 @@ def run(ctx: Context, params: RewardParams) -> Result:
 
 STAGE = Stage(
     kind="reward",
-    version=3,
+    version=4,
     summary="a reward model: which of two answers is better, as a score for each",
     params=RewardParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},

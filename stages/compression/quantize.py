@@ -155,7 +155,7 @@ def run(ctx: Context, params: QuantizeParams) -> Result:
 
 STAGE = Stage(
     kind="quantize",
-    version=2,
+    version=3,
     summary="a causal model in 8 or 4 bits per weight, with its perplexity before and after",
     params=QuantizeParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "calibration": accepts(Kind.TOKENS, Kind.CHATS)},
@@ -192,7 +192,7 @@ def heldout_rows(ctx: Context, params: QuantizeParams, tokenizer: Any, length: i
     """What perplexity is measured on: blocks of held-out tokens, document by document, or held-out chats."""
     from itertools import islice
 
-    from stages.lib.measuring.perplexity import chat_row, document_pieces
+    from stages.lib.measuring.perplexity import document_pieces, scored_chat
     from stages.lib.rows.canonical import read_rows
 
     folder = ctx.inputs["calibration"]
@@ -202,12 +202,11 @@ def heldout_rows(ctx: Context, params: QuantizeParams, tokenizer: Any, length: i
         rows = document_pieces(packed, blocks)
     else:
         chats = [row["messages"] for row in islice(read_rows(folder / "heldout.jsonl"), params.heldout_rows)]
-        fitting = [chat_row(tokenizer, messages, length or sys.maxsize) for messages in chats]
-        rows = [row for row in fitting if row is not None]
-        if len(rows) < len(chats):
-            ctx.journal.note(
-                f"left out {len(chats) - len(rows)} of {len(chats)} held-out chats: longer than the model reads"
-            )
+        fitting = [scored_chat(tokenizer, messages, length or sys.maxsize) for messages in chats]
+        rows = [row for of_chat in fitting for row in of_chat]
+        if left_out := fitting.count([]):
+            why = "longer than the model reads, or refused by its template"
+            ctx.journal.note(f"left out {left_out} of {len(chats)} held-out chats: {why}")
     if not rows:
         raise DataError(
             Problem(str(folder), "has no held-out rows to measure perplexity on", "Keep some back in the mix.")

@@ -133,7 +133,7 @@ def run(ctx: Context, params: EvaluateParams) -> Result:
 
 STAGE = Stage(
     kind="evaluate",
-    version=4,
+    version=5,
     summary="models side by side: perplexity, loss on chats, preference accuracy, sample replies, rewards of replies",
     params=EvaluateParams,
     inputs={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -27,6 +27,8 @@ class SftParams(TrainingParams):
     """Tokens per chat. A longer one loses its oldest turns; one whose last exchange is too long is dropped and counted."""
     chat_template: Annotated[str, AfterValidator(text_if_file)] | None = None
     """How a chat becomes text: a preset (slipway, chatml), the path of a Jinja file, or a name among the several templates of the model's tokenizer. It takes the place of a template that the tokenizer has. A preset's special tokens must be in the vocabulary already. null: the tokenizer's own."""
+    thinking: Literal["trained", "masked", "stripped"] = "trained"
+    """What becomes of the reasoning before an answer: learned like all that the assistant says; read, but nothing is learned from it; or taken out of every turn."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
 
@@ -69,7 +71,7 @@ def run(ctx: Context, params: SftParams) -> Result:
     if own_template and tokenizer.chat_template != own_template:
         ctx.journal.note("the chat template of the model's tokenizer is replaced by the one that chat_template names")
     check_chat_template(tokenizer, str(source))
-    how = tokenizing_chats(tokenizer, params.max_length_tokens)
+    how = tokenizing_chats(tokenizer, params.max_length_tokens, thinking=params.thinking)
     train_rows, heldout_rows, ledger = tokenize_input(ctx, "chats", how, params.max_dropped_fraction)
     chats, heldout = Chats(train_rows), Chats(heldout_rows)
     require_ends(chats, stop_token_ids(tokenizer))
@@ -109,7 +111,7 @@ def run(ctx: Context, params: SftParams) -> Result:
 
 STAGE = Stage(
     kind="sft",
-    version=2,
+    version=3,
     summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
     params=SftParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},

@@ -69,8 +69,8 @@ def test_any_number_of_processes_makes_the_same_rows(tmp_path: Path, tokenizer: 
 def test_a_last_question_that_nobody_answers_is_left_out(tokenizer: Any) -> None:
     """It stays in the data, for a policy to be asked; nothing is to be learned from it."""
     how = tokenizing_chats(tokenizer, 24)
-    whole, asked = (how.make(chat(*turns)) for turns in (("q", "one"), ("q", "one", "r")))
-    assert asked.sequences == whole.sequences and not asked.shortened
+    (whole,), (asked,) = (how.make(chat(*turns)) for turns in (("q", "one"), ("q", "one", "r")))
+    assert asked == whole and not asked.repaired
 
 
 def test_the_assistants_words_and_their_end_are_asked(tmp_path: Path, tokenizer: Any) -> None:

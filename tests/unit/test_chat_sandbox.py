@@ -13,8 +13,8 @@ from stages.lib.text import chat_sandbox
 from stages.lib.text.chat_budget import OverLimit
 from stages.lib.text.chat_presets import PRESETS
 from stages.lib.text.chat_probe import VERDICTS, probe
-from stages.lib.text.chat_rendering import apply_template
 from stages.lib.text.chat_sandbox import render_template
+from stages.lib.text.chat_template import apply_template
 
 CHAT = [
     {"role": "system", "content": " Be short.\n"},
@@ -80,10 +80,10 @@ SPANS = """\
 @pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("template", [LOOPS, CUTS, WRITTEN, SPANS, *(preset.template for preset in PRESETS.values())])
 def test_renders_as_transformers_does(template: str, asks: bool, last: int) -> None:
-    """transformers itself is the oracle, for texts and for the ranges of generation blocks."""
+    """transformers itself is the oracle."""
     if template is WRITTEN and last < 2:
         last = 2  # it looks at the second message
-    (expected,), spans = render_jinja_template(
+    (expected,), _ = render_jinja_template(
         conversations=[CHAT[:last]],
         chat_template=template,
         add_generation_prompt=asks,
@@ -91,7 +91,7 @@ def test_renders_as_transformers_does(template: str, asks: bool, last: int) -> N
         **NAMES,
     )
     given: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": asks, **NAMES}
-    assert render_template(template, CHAT[:last], given) == (expected, spans[0] if spans else [])
+    assert render_template(template, CHAT[:last], given) == expected
 
 
 class Template:
@@ -110,7 +110,7 @@ def rendered(template: str, *, tried: bool = True) -> str:
     if tried:
         VERDICTS[template] = ""
     tokenizer: Any = Template(template)
-    return apply_template(tokenizer, CHAT)[0]
+    return apply_template(tokenizer, CHAT)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_longer_chat_may_take_more() -> None:
     template = "{% for i in range(15) %}{% set ns.x = ns.x ~ messages[0].content %}{% endfor %}"
     template = "{% set ns = namespace(x='') %}" + template + "{{ ns.x }}"
     chat = [{"role": "user", "content": "x" * 2_000_000}]
-    assert len(render_template(template, chat, NAMES)[0]) == 30_000_000
+    assert len(render_template(template, chat, NAMES)) == 30_000_000
     with pytest.raises(OverLimit):
         render_template("{{ 'x' * 30000000 }}", CHAT, NAMES)
 
@@ -282,4 +282,4 @@ def test_every_day_is_the_same_day() -> None:
         "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
         '{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}{%- endif %}Today Date: {{ date_string }}'
     )
-    assert render_template(template, CHAT, NAMES)[0] == "Today Date: 26 Jul 2024"
+    assert render_template(template, CHAT, NAMES) == "Today Date: 26 Jul 2024"

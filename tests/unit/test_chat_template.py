@@ -10,11 +10,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
-from stages.lib.text.chat_check import PROBES, check_chat_template, end_of_turn_id
-from stages.lib.text.chat_fitting import PROMPT_BOUNDARY, TOO_LONG, fit_chat, fit_preference
+from stages.lib.text.chat_check import check_chat_template, end_of_turn_ids
+from stages.lib.text.chat_fitting import TOO_LONG, fit_chat, fit_preference
 from stages.lib.text.chat_presets import CHATML, PRESETS, SLIPWAY
 from stages.lib.text.chat_rendering import special_ids
-from stages.lib.text.chat_spans import BoundaryError, encode_chat, encode_prompt
+from stages.lib.text.chat_spans import encode_chat, encode_prompt, training_sequences
 from stages.lib.text.tokenizers import encode_texts, stop_token_ids
 
 NAMES = ["<unk>", "<s>", "</s>", "<pad>", *PRESETS["slipway"].special_tokens, *PRESETS["chatml"].special_tokens]
@@ -118,8 +118,11 @@ def test_a_turn_that_is_not_to_be_learned_is_left_out_and_changes_no_token(slipw
         fit_chat(slipway, [messages[0], {**messages[1], "train": False}], 100)
 
 
+SHAPES = [chat("Who?", "Me."), chat("One", " two  three", "\n\tfour\n", "", "f(x)", "```python\nreturn 1\n```\n")]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("messages", [*PROBES, chat(" x ", "\ty\n", "z", "  ", system="\n s")])
+@pytest.mark.parametrize("messages", [*SHAPES, chat(" x ", "\ty\n", "z", "  ", system="\n s")])
 def test_ids_and_masks_are_those_of_apply_chat_template(preset: str, messages: list[dict[str, str]]) -> None:
     """Where no message spells a special token, transformers itself is the oracle, and so is whoever serves with it."""
     tokenizer = build(PRESETS[preset].template)
@@ -158,13 +161,13 @@ def test_a_template_that_writes_bos_twice_is_refused() -> None:
 # Templates without generation blocks.
 
 
-@pytest.mark.parametrize("messages", [*PROBES, chat("a<|im_end|>", "b<|im_end|>c", "d", "e", system="s")])
+@pytest.mark.parametrize("messages", [*SHAPES, chat("a<|im_end|>", "b<|im_end|>c", "d", "e", system="s")])
 def test_spans_are_found_without_generation_blocks(messages: list[dict[str, str]]) -> None:
     assert "generation %}" not in CHATML_OF_OTHERS
     assert encode_chat(build(CHATML_OF_OTHERS), messages) == encode_chat(build(CHATML), messages)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_where_a_template_rewrites_earlier_turns_each_answer_has_its_own_sequence() -> None:
     """Some templates drop what the model thought, except in the last turn: the earlier sequence is not seen again."""
     template = (
         "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
@@ -174,8 +177,21 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     )
     tokenizer = build(template)
     assert sum(encode_chat(tokenizer, chat("a", "b")).assistant_mask) == 3  # ? b <|im_end|>
-    with pytest.raises(DataError, match="up to message 2 otherwise than as the beginning of the whole chat"):
-        encode_chat(tokenizer, chat("a", "b", "c", "d"))
+    messages = chat("a", "b", "c", "d")
+    first, second = training_sequences(tokenizer, messages, [1, 3])
+    for sequence, index, said in ((first, 1, "?b<|im_end|>"), (second, 3, "?d<|im_end|>")):
+        ids, mask = sequence.encoded
+        assert sequence.turns == (index,)
+        assert tokenizer.decode([each for each, learned in zip(ids, mask, strict=True) if learned]) == said
+        assert ids[: mask.index(1)] == encode_prompt(tokenizer, messages[:index])
+    assert len(fit_chat(tokenizer, messages, 100).sequences) == 2
+    # The second does not fit with the first exchange before it, and the first one is no shorter for being dropped.
+    fitted = fit_chat(tokenizer, messages, len(first.encoded.input_ids))
+    assert fitted.sequences == [first.encoded, encode_chat(tokenizer, messages[2:])] and fitted.dropped_messages == 2
+    lost = fit_chat(tokenizer, chat("a", "b", "c", "d" * 50), len(first.encoded.input_ids))
+    assert (lost.sequences, lost.lost_answers) == ([first.encoded], 1)
+    pair = fit_preference(tokenizer, chat("a"), messages[1:], chat("", "e")[1:], 100)
+    assert pair.reason == "rewritten_by_template"
 
 
 def test_a_template_without_end_token_is_refused() -> None:
@@ -191,12 +207,21 @@ MERGED_LINE_BREAKS = [("\n", "\n")]
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_OF_OTHERS])
-def test_an_answer_that_grows_into_its_header_is_refused(template: str) -> None:
-    """The header ends in a line break. With the answer's it makes one token, which no prompt ends with."""
+def test_an_answer_that_would_grow_into_its_header_is_learned_after_the_prompt(template: str) -> None:
+    """The header ends in a line break. With the answer's it makes one token, which no prompt ends with.
+
+    A server gives the model the prompt's own tokens, and the model goes on from there.
+    """
     tokenizer = build(template, MERGED_LINE_BREAKS)
-    with pytest.raises(BoundaryError, match="other than those of a prompt"):
-        encode_chat(tokenizer, chat("a", "\nb"))
-    assert fit_chat(tokenizer, chat("a", "\nb"), 100) == (None, 0, PROMPT_BOUNDARY)
+    messages = chat("a", "\nb", "c", "d", "e", "\n\n\n<s>")
+    sequences = training_sequences(tokenizer, messages, [1, 3, 5])
+    assert [each.turns for each in sequences] == [(1,), (3,), (5,)]
+    for (ids, mask), (index,), _ in sequences:
+        assert ids[: mask.index(1)] == encode_prompt(tokenizer, messages[:index])
+    said = [pieces(tokenizer, [i for i, k in zip(*each.encoded, strict=True) if k]) for each in sequences]
+    assert said == [["\n", "b", "<|im_end|>"], ["d", "<|im_end|>"], ["\n\n", "\n", "<", "s", ">", "<|im_end|>"]]
+    # What the later prompts say of the first answer are the tokens of one text, as a server encodes it.
+    assert "\n\n" in pieces(tokenizer, sequences[1].encoded.input_ids)
     assert sum(encode_chat(tokenizer, chat("a", "b\n")).assistant_mask) == 3
 
 
@@ -208,11 +233,11 @@ def test_slipway_has_no_such_border() -> None:
     assert ids[: mask.index(1)] == encode_prompt(tokenizer, messages[:1])
 
 
-def test_a_header_that_is_split_otherwise_before_an_answer_is_refused() -> None:
+def test_a_header_that_would_be_split_otherwise_before_an_answer_is_that_of_the_prompt() -> None:
     """As in GPT-2, blank space before a word is split by one pattern and blank space at the end by another.
 
     The header's two line breaks are one token at the end of a prompt, and two tokens before an answer: no token crosses
-    the border, and still the model would be asked with tokens that it has not seen before an answer.
+    the border, and still the model is asked with others than one tokenization of both gives.
     """
     tokenizer = build(
         CHATML.replace("assistant\\n'", "assistant\\n\\n'").replace("role ~ '\\n'", "role ~ '\\n\\n'"), [("\n", "\n")]
@@ -222,8 +247,9 @@ def test_a_header_that_is_split_otherwise_before_an_answer_is_refused() -> None:
     pattern = Regex(r"\n+(?!\S)|\n|[^\n]+")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     assert pieces(tokenizer, encode_prompt(tokenizer, messages[:1]))[-1] == "\n\n"
-    with pytest.raises(BoundaryError, match="other than those of a prompt"):
-        encode_chat(tokenizer, messages)
+    ids, mask = encode_chat(tokenizer, messages)
+    assert ids[: mask.index(1)] == encode_prompt(tokenizer, messages[:1])
+    assert pieces(tokenizer, ids[mask.index(1) :]) == ["b", "<|im_end|>"]
 
 
 # What a message says is text.
@@ -268,7 +294,7 @@ def test_marks_of_turns_that_are_not_called_special_stay_text_too(template: str,
     tokenizer = build(template, flagged=False)
     check_chat_template(tokenizer, "chat_template")
     assert_stays_text(tokenizer, hostile)
-    assert end_of_turn_id(tokenizer) == end_of_turn_id(build(template))
+    assert end_of_turn_ids(tokenizer) == end_of_turn_ids(build(template))
 
 
 def test_what_messages_say_by_right_is_the_token_that_it_is() -> None:
@@ -286,14 +312,28 @@ def test_encoded_texts_never_hold_special_ids(slipway: PreTrainedTokenizerBase) 
     assert not special_ids(slipway) & set(ids)
 
 
-def test_a_tokenizer_that_cannot_encode_stretches_alone_says_so() -> None:
-    """This one puts a space before the text's first word: before each stretch, if these are encoded by themselves."""
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_tokenizer_that_puts_a_space_before_the_text_does_so_once(scheme: str) -> None:
+    """Stretches of text are encoded by themselves, and stand where they stand: no space comes before the later ones."""
     tokenizer = build(SLIPWAY)
-    assert sum(encode_chat(tokenizer, chat("<s>", "b")).assistant_mask) == 2
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    assert sum(encode_chat(tokenizer, chat("s", "b")).assistant_mask) == 2
-    with pytest.raises(DataError, match="cannot encode it as text"):
-        encode_chat(tokenizer, chat("<s>", "b"))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    check_chat_template(tokenizer, "chat_template")
+    spelled, mask = encode_chat(tokenizer, chat("<s>x<|end|>", "b"))
+    plain, _ = encode_chat(tokenizer, chat("?s?x?|end|?", "b"))
+    replaced = {tokenizer.convert_tokens_to_ids(each) for each in "<>?"}
+    assert [i for i in spelled if i not in replaced] == [i for i in plain if i not in replaced]
+    assert len(spelled) == len(plain) and sum(mask) == 2 + (scheme == "always")
+
+
+def test_white_space_that_a_special_token_takes_along_is_no_text() -> None:
+    """Phi-3's role tokens strip what follows them."""
+    tokenizer = build(SLIPWAY)
+    for name in ("<|user|>", "<|end|>"):
+        tokenizer.backend_tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False, rstrip=True)])
+    plain = encode_chat(tokenizer, chat(" \n a", "b"))
+    assert pieces(tokenizer, plain.input_ids)[:3] == ["<s>", "<|user|>", "a"]
+    spelled = encode_chat(tokenizer, chat(" \n <s>", "b"))
+    assert pieces(tokenizer, spelled.input_ids)[:5] == ["<s>", "<|user|>", "<", "s", ">"]
 
 
 # Length.
@@ -304,16 +344,16 @@ def test_the_oldest_turns_are_dropped_first(slipway: PreTrainedTokenizerBase) ->
     messages = chat("1", "a", "2", "b", "3", "c", system="S")
     whole = encode_chat(slipway, messages)
     assert len(whole.input_ids) == 22
-    assert fit_chat(slipway, messages, 22) == (whole, 0, "")
+    assert fit_chat(slipway, messages, 22) == ([whole], 0, "", 0, 0)
     for limit, kept, dropped in [(21, "23", 2), (16, "23", 2), (15, "3", 4), (10, "3", 4)]:
-        encoded, count, reason = fit_chat(slipway, messages, limit)
-        assert encoded is not None and (count, reason) == (dropped, "")
+        (encoded,), count, reason, *_ = fit_chat(slipway, messages, limit)
+        assert (count, reason) == (dropped, "")
         text = slipway.decode(encoded.input_ids)
         assert text.startswith("<s><|system|>S<|end|><|user|>" + kept[0])
         assert text.endswith("<|user|>3<|end|><|assistant|>c<|end|>")
         assert len(encoded.input_ids) == 4 + 6 * len(kept)
         assert encoded == encode_chat(slipway, [messages[0], *messages[1 + dropped :]])
-    assert fit_chat(slipway, messages, 9) == (None, 0, TOO_LONG)
+    assert fit_chat(slipway, messages, 9).sequences == [] and fit_chat(slipway, messages, 9).reason == TOO_LONG
 
 
 def test_as_few_turns_are_dropped_as_possible(slipway: PreTrainedTokenizerBase) -> None:
@@ -322,11 +362,11 @@ def test_as_few_turns_are_dropped_as_possible(slipway: PreTrainedTokenizerBase) 
     lengths = [1 + sum(4 + 2 * i for i in range(first, 20)) for first in range(20)]
     for limit in (*lengths, *(length - 1 for length in lengths)):
         fewest = next((first for first in range(20) if lengths[first] <= limit), None)
-        encoded, dropped, reason = fit_chat(slipway, messages, limit)
+        sequences, dropped, reason, *_ = fit_chat(slipway, messages, limit)
         if fewest is None:
-            assert (encoded, reason) == (None, TOO_LONG)
+            assert (sequences, reason) == ([], TOO_LONG)
         else:
-            assert encoded is not None and dropped == 2 * fewest and len(encoded.input_ids) == lengths[fewest]
+            assert dropped == 2 * fewest and [len(each.input_ids) for each in sequences] == [lengths[fewest]]
 
 
 def test_a_question_its_calls_and_what_tools_return_are_dropped_together(slipway: PreTrainedTokenizerBase) -> None:
@@ -334,13 +374,13 @@ def test_a_question_its_calls_and_what_tools_return_are_dropped_together(slipway
     assert fit_chat(slipway, called, len(encode_chat(slipway, called).input_ids) - 1).reason == TOO_LONG
     fitted = fit_chat(slipway, [*called, *chat("r", "b")], 20)
     assert fitted.dropped_messages == 4
-    assert fitted.encoded == encode_chat(slipway, chat("r", "b"))
+    assert fitted.sequences == [encode_chat(slipway, chat("r", "b"))]
 
 
 def test_the_last_answered_exchange_is_kept_with_what_follows(slipway: PreTrainedTokenizerBase) -> None:
     messages = chat("1", "a", "2", "b", "3")
-    encoded, dropped, _ = fit_chat(slipway, messages, 10)
-    assert encoded is not None and dropped == 2
+    (encoded,), dropped, *_ = fit_chat(slipway, messages, 10)
+    assert dropped == 2
     assert slipway.decode(encoded.input_ids) == "<s><|user|>2<|end|><|assistant|>b<|end|><|user|>3<|end|>"
     with pytest.raises(DataError, match="has no assistant turn"):
         fit_chat(slipway, chat("1"), 10)
@@ -377,10 +417,8 @@ def test_presets_pass_the_check() -> None:
     [
         (SLIPWAY.replace("{{- '<|assistant|>' -}}", "{{- '<|user|>' -}}"), "is not how the training sequence begins"),
         (SLIPWAY.replace("message.content ~ '<|end|>' -}}\n        {%- endgen", "message.content ~ '!' -}}\n        {%- endgen"),
-         "does not end each assistant turn with a special token"),
-        (SLIPWAY.replace("{{- '<|' ~ message.role ~ '|>' -}}", "{{- bos_token ~ '<|' ~ message.role ~ '|>' -}}"),
-         "begins with <s> twice"),
-        (SLIPWAY.replace("== 'assistant'", "== 'nobody'"), "mark 0 stretches in a chat with 1 assistant turns"),
+         "does not end the assistant's turns with a special token"),
+        ("{{- bos_token -}}" + SLIPWAY, "begins with <s> twice"),
         (SLIPWAY.replace("['system', 'user', 'assistant']", "['user']"), "refuses it: unknown role 'assistant'"),
         ("{{ nothing.at.all }}", "cannot render chat 'Who\\?': UndefinedError: 'nothing' is undefined"),
         (None, "the tokenizer has none"),
@@ -410,7 +448,7 @@ def test_unusable_messages_are_named(slipway: PreTrainedTokenizerBase, messages:
 def test_stop_ids_are_end_of_text_and_end_of_turn() -> None:
     for template, end in [(SLIPWAY, "<|end|>"), (CHATML, "<|im_end|>"), (CHATML_OF_OTHERS, "<|im_end|>")]:
         tokenizer = build(template)
-        assert end_of_turn_id(tokenizer) == NAMES.index(end)
+        assert end_of_turn_ids(tokenizer) == [NAMES.index(end)]
         assert stop_token_ids(tokenizer) == [NAMES.index("</s>"), NAMES.index(end)]
     assert stop_token_ids(build(None)) == [NAMES.index("</s>")]
     # Where turns end with end of text, there is one id, not the same twice.

@@ -38,8 +38,18 @@ def assistant(content: str) -> Row:
     return {"role": "assistant", "content": content}
 
 
-def system(content: str) -> Row:
-    return {"role": "system", "content": content}
+def system(content: str, *tools: str) -> Row:
+    """A system message, and the names of the tools that it lists."""
+    listed = [{"type": "function", "function": {"name": name}} for name in tools]
+    return {"role": "system", "content": content, **({"tools": listed} if tools else {})}
+
+
+def calls(*called: Row, content: str = "") -> Row:
+    return {"role": "assistant", "content": content, "tool_calls": list(called)}
+
+
+def tool(content: str) -> Row:
+    return {"role": "tool", "content": content}
 
 
 GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
@@ -79,7 +89,7 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {"messages": [user("ab"), assistant("c")]},
     ),
     (
-        "OpenAI's tool calls: what the assistant says and calls is one turn, and so are the tools' answers",
+        "OpenAI's tool calls: what the assistant says and calls is one turn",
         "messages",
         {
             "messages": [
@@ -101,11 +111,13 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {
             "messages": [
                 user("weather?"),
-                assistant(
-                    'Let me look.\n<tool_call>\n{"name": "w", "arguments": {"at": "a"}}\n</tool_call>\n'
-                    '<tool_call>\n{"name": "w", "arguments": {"at": "b"}}\n</tool_call>'
+                calls(
+                    {"name": "w", "arguments": {"at": "a"}},
+                    {"name": "w", "arguments": {"at": "b"}},
+                    content="Let me look.",
                 ),
-                user("<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"),
+                tool("1"),
+                tool("2"),
                 assistant("1 and 2"),
             ]
         },
@@ -126,13 +138,56 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {},
         {
             "messages": [
-                system('Be kind.\n\n<tools>\n[{"name": "w"}]\n</tools>'),
+                system("Be kind.", "w"),
                 user("weather?"),
-                assistant('<tool_call>\n{"name": "w"}\n</tool_call>'),
-                user('<tool_response>\n{"rain": true}\n</tool_response>'),
+                calls({"name": "w", "arguments": {}}),
+                tool('{"rain": true}'),
                 assistant("Rain."),
             ]
         },
+    ),
+    (
+        "reasoning in a field of its own stays in one, whatever its name",
+        "messages",
+        {"messages": [user("a"), {**assistant("b"), "thinking": "c\n"}]},
+        {},
+        {"messages": [user("a"), {**assistant("b"), "reasoning_content": "c"}]},
+    ),
+    (
+        "calls in turns of their own are what the assistant says with them",
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "Let me see."},
+                {"from": "function_call", "value": '[{"name": "w", "parameters": {"at": 1}}, {"name": "v"}]'},
+                {"from": "observation", "value": [1]},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+        {},
+        {
+            "messages": [
+                user("a"),
+                calls({"name": "w", "arguments": {"at": 1}}, {"name": "v", "arguments": {}}, content="Let me see."),
+                tool("[1]"),
+                assistant("b"),
+            ]
+        },
+    ),
+    (
+        "a call without a name is text",
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "w(1)"}]},
+        {},
+        {"messages": [user("a"), assistant("<tool_call>\nw(1)\n</tool_call>")]},
+    ),
+    (
+        "what is said after a call leaves that as text",
+        "messages",
+        {"messages": [user("a"), {"role": "assistant", "content": "b", "tool_calls": [{"name": "w"}]}, assistant("c")]},
+        {},
+        {"messages": [user("a"), assistant('b\n<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>\nc')]},
     ),
     (
         "an empty list of tools says nothing",
@@ -174,7 +229,7 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         "prompts",
         {"question": "c", "system": "s", "tools": [{"name": "w"}], "history": [["a", "b"]]},
         {"columns": {"prompt": "question"}},
-        {"prompt": [system('s\n\n<tools>\n[{"name": "w"}]\n</tools>'), user("a"), assistant("b"), user("c")]},
+        {"prompt": [system("s", "w"), user("a"), assistant("b"), user("c")]},
     ),
     (
         "a prompt as instruction and input",
@@ -321,10 +376,10 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {},
         {
             "messages": [
-                system('<tools>\n[{"name": "w"}]\n</tools>'),
+                system("", "w"),
                 user("weather?"),
-                assistant('<tool_call>\n{"name": "w", "arguments": {"at": "a"}}\n</tool_call>'),
-                user("<tool_response>\n1\n</tool_response>"),
+                calls({"name": "w", "arguments": {"at": "a"}}),
+                tool("1"),
                 assistant("1"),
             ]
         },
@@ -573,13 +628,6 @@ REPAIRED: list[tuple[str, Row, str, int, Row]] = [
         "empty_system_turn",
         1,
         {"messages": [user("a"), assistant("b")]},
-    ),
-    (
-        "messages",
-        {"messages": [user("a"), {**assistant("b"), "reasoning_content": "c\n"}]},
-        "reasoning_joined",
-        1,
-        {"messages": [user("a"), assistant("<think>\nc\n</think>\n\nb")]},
     ),
     (
         # a browser counts the emoji as two: Tom stands at 7; and an end that is inclusive
@@ -883,14 +931,10 @@ def test_first_rows_of_real_files(shared_data: Path, tmp_path: Path) -> None:
         ],
     }
     tools = first("fixtures/glaive_toolcall_zh_demo.json", layout="sharegpt")
-    assert [message["role"] for message in tools["messages"][:5]] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
-    ]
-    assert tools["messages"][2]["content"].startswith('<tool_call>\n{"name": "generate_invoice"')
+    asked, called, returned = tools["messages"][1:4]
+    assert (asked["role"], called["role"], returned["role"]) == ("user", "assistant", "tool")
+    assert called["tool_calls"][0]["name"] == "generate_invoice"
+    assert tools["messages"][0]["tools"][0]["function"]["name"] == "generate_invoice"
     banking = first("encoder/banking77_train.csv", layout="label", columns={"label": "category"})
     assert banking == {"text": "I am still waiting on my card?", "label": "card_arrival"}
     history = read_files(tmp_path, paths=[str(shared_data / "chat/oasst_zh_history.json")], layout="alpaca")[0]

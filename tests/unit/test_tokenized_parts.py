@@ -61,7 +61,11 @@ class Counting:
         self.times += 1
         if row["n"] is None:
             return TokenizedRow(reason="no_number", example="x" * 300)
-        return TokenizedRow([([row["n"], row["n"] + 1], [0, 1])], {"name": f"row {row['n']}"}, shortened=row["n"] == 3)
+        return TokenizedRow(
+            [([row["n"], row["n"] + 1], [0, 1])],
+            {"name": f"row {row['n']}"},
+            repaired={"oldest_turns_dropped": 1} if row["n"] == 3 else {},
+        )
 
 
 def write_input(folder: Path, train: list[int | None], heldout: list[int | None]) -> Path:

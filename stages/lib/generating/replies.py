@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.errors import DataError, Problem
 from stages.lib.generating.sampling import Sampled, sample, uniforms_for
 from stages.lib.models.lengths import longest_text
-from stages.lib.text.chat_rendering import Messages
 from stages.lib.text.chat_spans import encode_prompt
+from stages.lib.text.chat_template import Messages
 from stages.lib.text.tokenizers import stop_token_ids
 
 REPLACEMENT = "\ufffd"

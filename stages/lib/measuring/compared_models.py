@@ -19,15 +19,15 @@ from pipeline.store.artifact import MANIFEST, read_manifest
 from stages.lib.formulas.calibration import wins
 from stages.lib.measuring.perplexity import (
     ScoredRow,
-    chat_row,
     document_pieces,
     encode_text_rows,
     heldout_text,
     pair_rows,
+    scored_chat,
 )
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import longest_text, require_length
-from stages.lib.rows.canonical import read_rows
+from stages.lib.rows.canonical import read_rows, text_of_message
 from stages.lib.text.packed import PackedTokens
 from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
 
@@ -100,7 +100,8 @@ class Rows:
     @property
     def chat_bytes(self) -> int:
         """Bytes of what the assistant says."""
-        return sum(len(m["content"].encode()) for messages in self.chats for m in messages if m["role"] == "assistant")
+        said = (text_of_message(m) for messages in self.chats for m in messages if m["role"] == "assistant")
+        return sum(len(text.encode()) for text in said)
 
 
 def add_text(rows: Rows, tokens: Path, num_blocks: int | None, subjects: Sequence[Subject]) -> None:
@@ -132,11 +133,11 @@ def add_chats(rows: Rows, chats: Path, num_chats: int | None, subjects: Sequence
     """The first held-out chats that every model reads whole."""
     read = list(islice(read_rows(chats / "heldout.jsonl"), num_chats))
     for row in read:
-        encoded = [chat_row(subject.tokenizer, row["messages"], subject.length()) for subject in subjects]
-        if all(each is not None for each in encoded):
+        encoded = [scored_chat(subject.tokenizer, row["messages"], subject.length()) for subject in subjects]
+        if all(encoded):
             rows.chats.append(row["messages"])
             for subject, each in zip(subjects, encoded, strict=True):
-                subject.chats.append(each)
+                subject.chats += each
     rows.chats_left_out = len(read) - len(rows.chats)
     require_rows("inputs.chats", len(read), len(rows.chats))
 

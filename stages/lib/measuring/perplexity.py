@@ -19,7 +19,7 @@ from stages.lib.preferring.reward_models import scores
 from stages.lib.rows.canonical import Row
 from stages.lib.text.batches import attention_mask, padded
 from stages.lib.text.chat_fitting import fit_chat, fit_preference
-from stages.lib.text.chat_rendering import Messages
+from stages.lib.text.chat_template import Messages
 from stages.lib.text.packed import PackedTokens
 from stages.lib.text.tokenizers import decode_ids, encode_texts
 
@@ -182,10 +182,14 @@ def encode_text_rows(
     return rows, num_tokens
 
 
-def chat_row(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length_tokens: int) -> ScoredRow | None:
-    """The whole chat, asked for what the assistant says and where its turns end. None if it is longer than that."""
+def scored_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length_tokens: int) -> list[ScoredRow]:
+    """The whole chat, asked for what the assistant says and where its turns end, in as many sequences as its template needs.
+
+    None if it is longer than that, or the template does not take it.
+    """
     fitted = fit_chat(tokenizer, messages, max_length_tokens)
-    return None if fitted.encoded is None or fitted.dropped_messages else ScoredRow(*fitted.encoded)
+    is_whole = not fitted.dropped_messages and not fitted.lost_answers
+    return [ScoredRow(*each) for each in fitted.sequences] if is_whole else []
 
 
 def pair_rows(

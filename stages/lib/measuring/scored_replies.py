@@ -23,8 +23,8 @@ from stages.lib.measuring.compared_models import Subject, require_rows
 from stages.lib.measuring.perplexity import ScoredRow, reward_rows
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_fitting import split_last_answer
-from stages.lib.text.chat_rendering import Messages, render
-from stages.lib.text.chat_spans import encode_prompt, tokenize
+from stages.lib.text.chat_spans import encode_chat, encode_prompt
+from stages.lib.text.chat_template import Messages
 
 NO_ROOM = "no_room_for_reply"
 """The prompt and the longest reply together are longer than one of the models reads."""
@@ -160,9 +160,8 @@ class ScoredReplies:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> list[int]:
-    """The ids of the whole chat, those of `encode_chat`. Its mask is not asked for, so no border of a turn is refused."""
-    ids: list[int] = tokenize(tokenizer, render(tokenizer, chat))[0]
-    return ids
+    """The ids of the chat as a reward model was trained on them: the prompt and the answer to it."""
+    return encode_chat(tokenizer, chat, mask_from=len(chat) - 1).input_ids
 
 
 def fits(judge: Subject, chat: Messages) -> bool:

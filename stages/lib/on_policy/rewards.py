@@ -33,7 +33,7 @@ from stages.lib.on_policy.reward_params import (
     reward_names,
 )
 from stages.lib.rows.canonical import Row
-from stages.lib.text.chat_rendering import Prompt
+from stages.lib.text.chat_template import Prompt
 
 
 @dataclass(frozen=True)

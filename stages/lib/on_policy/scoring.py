@@ -24,8 +24,8 @@ from stages.lib.on_policy.rewards import Sample, check_scores, combine, score_pr
 from stages.lib.preferring.reward_models import load_reward_model, scores
 from stages.lib.processes.collectives import from_main
 from stages.lib.text.batches import attention_mask, padded
-from stages.lib.text.chat_rendering import Messages, render
-from stages.lib.text.chat_spans import tokenize
+from stages.lib.text.chat_spans import encode_chat
+from stages.lib.text.chat_template import Messages
 from stages.lib.text.tokenizers import load_tokenizer
 from stages.lib.training.engine import freeze
 from stages.lib.training.layouts import split_while_loading, zero_stage_of
@@ -54,7 +54,7 @@ class RewardModelScorer:
 
     def encode(self, chat: Messages) -> list[int]:
         """The chat in the reward model's own template and tokens. Raises `DataError` if it reads no chat that long."""
-        ids = tokenize(self.tokenizer, render(self.tokenizer, chat))[0]
+        ids = encode_chat(self.tokenizer, chat, mask_from=len(chat) - 1).input_ids
         require_length(
             self.config,
             len(ids),

@@ -26,7 +26,7 @@ from stages.lib.rows.canonical import Row, is_margin, read_rows
 from stages.lib.rows.ledger import Ledger
 from stages.lib.text.batches import Collate, attention_mask, padded
 from stages.lib.text.chat_fitting import fit_preference
-from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
+from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 
 EQUAL = "chosen_equals_rejected"
 """Both answers are the same tokens: there is nothing to prefer."""
@@ -131,7 +131,8 @@ def tokenizing_pairs(
         columns: dict[str, str | float] = {name: category_name(row.get(name)) for name in CATEGORIES}
         if with_margins:
             columns["margin"] = float(row["margin"])
-        return TokenizedRow([pair.chosen, pair.rejected], columns, shortened=pair.dropped_messages > 0)
+        repaired = {SHORTENED: 1} if pair.dropped_messages else {}
+        return TokenizedRow([pair.chosen, pair.rejected], columns, repaired=repaired)
 
     return Tokenizing("pairs", tokenizer, make, "max_length_tokens", [max_length_tokens, with_margins])
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from pipeline.errors import ArtifactError, Problem
 from pipeline.store.artifact import MANIFEST, read_manifest
 from stages.lib.models.loading import load_model
-from stages.lib.text.chat_rendering import Messages
 from stages.lib.text.chat_spans import encode_chat
+from stages.lib.text.chat_template import Messages
 from stages.lib.text.tokenizers import load_tokenizer
 
 HEAD_TYPE = "reward"
@@ -30,7 +30,6 @@ FIXED_PROMPTS: dict[str, Messages] = {
         {"role": "assistant", "content": "Good morning! I am well, thank you. What can I do for you?"},
     ],
     "arithmetic": [
-        {"role": "system", "content": "You answer briefly."},
         {"role": "user", "content": "What is seven times eight?"},
         {"role": "assistant", "content": "56"},
     ],
@@ -41,7 +40,8 @@ FIXED_PROMPTS: dict[str, Messages] = {
         {"role": "assistant", "content": "I do not care. Look it up yourself."},
     ],
 }
-"""Chats whose scores stand in every reward model's manifest. Changing one means raising the reward stage's version."""
+"""Chats whose scores stand in every reward model's manifest. No system message: some templates refuse those. Changing one
+means raising the reward stage's version."""
 
 
 SCORE_TOLERANCE = 0.01
@@ -60,7 +60,7 @@ def score_chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat
     """The score of each chat, each one in a forward pass of its own, so that no other decides its last bits."""
     found = []
     for chat in chats:
-        ids = torch.tensor([encode_chat(tokenizer, chat).input_ids], device=model.device)
+        ids = torch.tensor([encode_chat(tokenizer, chat, mask_from=len(chat) - 1).input_ids], device=model.device)
         found.append(float(scores(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]))
     return found
 
@@ -81,6 +81,12 @@ def score_distribution(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> dict
         "heldout_score_deviation": float(scores_2N.std()),
         **{f"heldout_score_percentile_{p}": float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
     }
+
+
+def require_fixed_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `DataError` if one of `FIXED_PROMPTS` cannot be encoded: better before training than when all is done."""
+    for chat in FIXED_PROMPTS.values():
+        encode_chat(tokenizer, chat, mask_from=len(chat) - 1)
 
 
 def fixed_prompt_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:

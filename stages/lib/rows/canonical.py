@@ -8,6 +8,10 @@
     spans        {"text", "spans": [{"start", "end", "label"}]}, half-open character offsets
     questions    {"id", "context", "question", "answers": [{"start", "text"}]}
 
+A message has `role` (system, user, assistant or tool) and `content`, a text. An assistant's may have `reasoning_content`,
+`tool_calls` ([{"name", "arguments"}], the arguments by name) and `train: false` where nothing is to be learned from it; a
+tool's the `name` of the tool; the first system message the `tools` that may be called, as OpenAI lists them.
+
 Any row may also have `id`, `group` (rows of one group stay on one side of the held-out split) and `source`; one of
 preferences also `margin` (by how much the chosen answer is better) and `corruption` (how the rejected one was made).
 A row may carry `columns` too (name -> text, number or truth value): what the source's `carry` takes along unchanged, such
@@ -58,8 +62,18 @@ class Format:
         return self.content(row) if by == "content" and by not in self.shared else self.shared[by](row)
 
 
+def text_of_message(message: Row) -> str:
+    """All that a message holds as one text: reasoning, content, calls and tools."""
+    listed = [
+        json.dumps(each, ensure_ascii=False, allow_nan=False)
+        for key in ("tool_calls", "tools")
+        for each in message.get(key) or ()
+    ]
+    return "\n".join(part for part in (message.get("reasoning_content"), message["content"], *listed) if part)
+
+
 def texts_of_messages(*names: str) -> Callable[[Row], list[str]]:
-    return lambda row: [message["content"] for name in names for message in row[name]]
+    return lambda row: [text_of_message(message) for name in names for message in row[name]]
 
 
 def texts_in(*names: str) -> Callable[[Row], list[str]]:
@@ -75,7 +89,7 @@ def said_in(name: str) -> Callable[[Row], list[str]]:
 
     def parts(row: Row) -> list[str]:
         return [
-            "\n\n".join(message["content"] for message in row[name] if message["role"] == role)
+            "\n\n".join(text_of_message(message) for message in row[name] if message["role"] == role)
             for role in ("user", "assistant")
         ]
 
@@ -123,7 +137,7 @@ FORMATS: dict[str, Format] = {
         texts=texts_of_messages("prompt", "chosen", "rejected"),
         default_split="prompt",
         shared={"prompt": first_user_message("prompt")},
-        parts=lambda row: [row["prompt"][-1]["content"], *texts_of_messages("chosen", "rejected")(row)],
+        parts=lambda row: [text_of_message(row["prompt"][-1]), *texts_of_messages("chosen", "rejected")(row)],
         rewritten=("prompt", "chosen", "rejected"),
     ),
     "labels": Format(

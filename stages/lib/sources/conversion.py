@@ -61,7 +61,6 @@ REPAIRS: dict[str, str] = {
     "empty_history_pair": "a history pair of two empty texts, used as padding, was left out",
     "opening_assistant_turn": "an assistant turn before the first user turn was left out",
     "empty_system_turn": "a system message that says nothing was left out",
-    "reasoning_joined": "the reasoning of an assistant turn was put before its content, within <think> and </think>",
     "answers_between_best_and_worst": "of several ranked answers, those between the first and the last were left out",
     "inside_without_begin": "an I- tag that continues nothing began a new span",
     "span_moved": "a span's offsets were moved to the nearest place where its own text stands",
@@ -178,3 +177,11 @@ def type_name(value: Any) -> str:
 
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def one_of(turn: Row, keys: tuple[str, ...]) -> Any:
+    """What stands under the first of the keys that the turn has. Raises `Dropped` if another says something else."""
+    given = [turn[key] for key in keys if turn.get(key) is not None]
+    if any(value != given[0] for value in given[1:]):
+        raise Dropped("contradictory", " and ".join(key for key in keys if turn.get(key) is not None))
+    return given[0] if given else None

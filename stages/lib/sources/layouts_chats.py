@@ -6,15 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of, type_name
-from stages.lib.sources.turns import (
-    Message,
-    merge_tool_turns,
-    require_order,
-    system_text,
-    turns_of,
-    turns_or_text,
-    with_system,
-)
+from stages.lib.sources.tool_turns import Message, merge_tool_turns, system_turn
+from stages.lib.sources.turns import require_order, turns_of, turns_or_text, with_system
 
 
 def alpaca_rows(record: Row) -> Iterator[Row]:
@@ -68,7 +61,7 @@ def history_pairs(row: Row, conversion: Conversion) -> Iterator[tuple[str, str]]
 
 
 def messages(row: Row, conversion: Conversion) -> Row:
-    """A list of turns: role and content, or ShareGPT's from and value; tool calls and tools become marked text."""
+    """A list of turns: role and content, or ShareGPT's from and value; tool calls and tools stay apart from the text."""
     return {"messages": chat_of(row, "messages", conversion)}
 
 
@@ -91,7 +84,7 @@ def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message
     if row.get(name) is None:
         raise Dropped("missing_field", name)
     said = turns_or_text(row[name], name, "user", conversion) if extra else turns_of(row[name], name, conversion)
-    chat = with_system(merge_tool_turns([*said, *extra]), system_text(row))
+    chat = with_system(merge_tool_turns([*said, *extra]), system_turn(row, conversion))
     start = 1 if chat and chat[0]["role"] == "system" else 0
     if len(chat) > start and chat[start]["role"] == "assistant":
         conversion.repair("opening_assistant_turn")

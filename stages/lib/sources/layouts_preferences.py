@@ -5,14 +5,8 @@ from __future__ import annotations
 from stages.lib.rows.canonical import Row, is_margin
 from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of, type_name
 from stages.lib.sources.layouts_chats import alpaca_prompt
-from stages.lib.sources.turns import (
-    Message,
-    merge_tool_turns,
-    require_order,
-    system_text,
-    turns_or_text,
-    with_system,
-)
+from stages.lib.sources.tool_turns import Message, merge_tool_turns, system_turn
+from stages.lib.sources.turns import require_order, turns_or_text, with_system, without_train
 
 # Preferences
 
@@ -21,7 +15,7 @@ def preference_alpaca(row: Row, conversion: Conversion) -> Row:
     """instruction, input and history with chosen and rejected, or with output as a list of answers, best first."""
     prompt = alpaca_prompt(row, conversion)
     if row.get("chosen") is not None or row.get("rejected") is not None:
-        return preference(row, prompt, text_of(row, "chosen"), text_of(row, "rejected"))
+        return preference(row, prompt, *(assistant(text_of(row, name)) for name in ("chosen", "rejected")))
     answers = list_of(row, "output")
     if not all(isinstance(answer, str) for answer in answers):
         raise Dropped("wrong_type", "output holds something else than texts")
@@ -29,7 +23,7 @@ def preference_alpaca(row: Row, conversion: Conversion) -> Row:
         raise Dropped("one_answer")
     if is_blank(answers[0]) or is_blank(answers[-1]):
         raise Dropped("empty_field", "output")
-    pair = preference(row, prompt, answers[0], answers[-1])
+    pair = preference(row, prompt, assistant(answers[0]), assistant(answers[-1]))
     conversion.repair("answers_between_best_and_worst", len(answers) - 2)
     return pair
 
@@ -43,7 +37,7 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
         require_order(chosen)
         require_order(rejected)
         prompt, better, worse = split_at_difference(chosen, rejected)
-        prompt = with_system(after_prompt(row, prompt, conversion), system_text(row))
+        prompt = with_system(after_prompt(row, prompt, conversion), system_turn(row, conversion))
         return preference(row, prompt, *map(answer_in, (better, worse)))
     if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
@@ -69,13 +63,17 @@ def preference_between(row: Row, conversion: Conversion) -> Row:
         raise Dropped("tie")
     if not 1 <= preferred <= 2:
         raise Dropped("wrong_type", f"preference is {preferred}, not a number from 1 to 2")
-    answers = [text_of(row, "output_1"), text_of(row, "output_2")]
+    answers = [assistant(text_of(row, name)) for name in ("output_1", "output_2")]
     better, worse = answers if preferred < 1.5 else reversed(answers)
     margin = round(abs(2 * preferred - 3), 6)
     return preference({**row, "margin": row.get("margin", margin)}, alpaca_prompt(row, conversion), better, worse)
 
 
-def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> Row:
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def preference(row: Row, prompt: list[Message], chosen: Message, rejected: Message) -> Row:
     """The canonical row, with the raw row's `margin` where it has one."""
     if chosen == rejected:
         raise Dropped("identical_pair")
@@ -83,9 +81,9 @@ def preference(row: Row, prompt: list[Message], chosen: str, rejected: str) -> R
     if margin is not None and not is_margin(margin):
         raise Dropped("wrong_type", f"margin is {margin!r}, not a finite number of at least 0")
     return {
-        "prompt": [{"role": message["role"], "content": message["content"]} for message in prompt],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
+        "prompt": without_train(prompt),
+        "chosen": [chosen],
+        "rejected": [rejected],
         **({} if margin is None else {"margin": margin}),
     }
 
@@ -96,13 +94,13 @@ def prompt_in(row: Row, conversion: Conversion) -> list[Message]:
         hint = " (if chosen and rejected hold it as a transcript or as JSON, set turns_in_text)"
         raise Dropped("missing_field", "messages" + hint * (conversion.turns_in_text is None))
     turns = turns_or_text(row["messages"], "messages", "user", conversion)
-    prompt = with_system(merge_tool_turns(turns), system_text(row))
+    prompt = with_system(merge_tool_turns(turns), system_turn(row, conversion))
     start = 1 if prompt[0]["role"] == "system" else 0
     if len(prompt) > start + 1 and prompt[start]["role"] == "assistant":
         conversion.repair("opening_assistant_turn")
         del prompt[start]
     require_order(prompt)
-    if prompt[-1]["role"] != "user":
+    if prompt[-1]["role"] not in ("user", "tool"):
         raise Dropped("bad_turn_order", "the prompt does not end with the user's turn")
     return prompt
 
@@ -127,15 +125,15 @@ def after_prompt(row: Row, turns: list[Message], conversion: Conversion) -> list
     return together
 
 
-def said(turns: list[Message]) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
+def said(turns: list[Message]) -> list[Message]:
+    return [{**turn, "content": turn["content"].strip()} for turn in turns]
 
 
-def answer_in(turn: Message) -> str:
-    """What an answer of a pair says. Raises `Dropped` if nothing is to be learned from it."""
+def answer_in(turn: Message) -> Message:
+    """An answer of a pair. Raises `Dropped` if nothing is to be learned from it."""
     if not turn.get("train", True):
         raise Dropped("not_trained_on", "an answer of the pair")
-    return str(turn["content"])
+    return turn
 
 
 def answer_turns(row: Row, name: str, conversion: Conversion) -> list[Message]:

@@ -5,14 +5,8 @@ from __future__ import annotations
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.conversion import Conversion, Dropped
 from stages.lib.sources.layouts_chats import alpaca_prompt, history_pairs
-from stages.lib.sources.turns import (
-    Message,
-    merge_tool_turns,
-    require_order,
-    system_text,
-    turns_or_text,
-    with_system,
-)
+from stages.lib.sources.tool_turns import Message, merge_tool_turns, system_turn
+from stages.lib.sources.turns import require_order, turns_or_text, with_system, without_train
 
 
 def prompts(row: Row, conversion: Conversion) -> Row:
@@ -31,8 +25,8 @@ def prompts(row: Row, conversion: Conversion) -> Row:
     asked = merge_tool_turns(turns_or_text(row["prompt"], "prompt", "user", conversion))
     has_system = bool(asked) and asked[0]["role"] == "system"
     turns = [*asked[:1], *history, *asked[1:]] if has_system else [*history, *asked]
-    prompt = with_system(turns, system_text(row))
+    prompt = with_system(turns, system_turn(row, conversion))
     require_order(prompt)
-    if not prompt or prompt[-1]["role"] != "user":
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Dropped("bad_turn_order", "the prompt does not end with the user's turn")
-    return {"prompt": [{"role": message["role"], "content": message["content"]} for message in prompt]}
+    return {"prompt": without_train(prompt)}

@@ -1,4 +1,4 @@
-"""The turns of a conversation from outside: who speaks, what they say, and what tools do, in the words that are in use."""
+"""The turns of a conversation from outside: who speaks and what they say, in the words that are in use."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ import re
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, is_blank, text_of, type_name
-
-Message = dict[str, Any]
-"""`role` and `content`, both texts; `train: False` in turns of the assistant that nothing is to be learned from."""
-
+from stages.lib.sources.conversion import Conversion, Dropped, is_blank, one_of, text_of, type_name
+from stages.lib.sources.tool_turns import CALL_KEYS, Message, calls_in, compact_json, tool_calls, with_calls
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "agent"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("function_call", "tool_call"), "tool_call"),
-    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython", "api"), "tool_response"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython", "api"), "tool"),
 }
-"""Names of roles in the wild -> ours. Tool calls and responses become marked text of the assistant and of the user."""
+"""Names of roles in the wild -> ours."""
+
+
+FOLLOWING = {
+    "": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant", "user"),
+}
+"""Whose turn may follow upon whose."""
 
 
 def require_order(chat: list[Message]) -> None:
-    """Raises `Dropped` unless the chat is an optional system text, then user and assistant in turn."""
+    """Raises `Dropped` unless the chat is an optional system text, then user and assistant in turn, tools after calls."""
     turns = chat[1:] if chat and chat[0]["role"] == "system" else chat
+    before = ""
     for index, message in enumerate(turns):
-        if message["role"] != ("user", "assistant")[index % 2]:
+        if message["role"] not in FOLLOWING.get(before, ()):
             raise Dropped("bad_turn_order", f"turn {index + 1} is the {message['role']}'s")
+        before = message["role"]
 
 
 def turns_or_text(value: Any, name: str, role: str, conversion: Conversion) -> list[Message]:
@@ -58,7 +66,7 @@ def turns_in_json(value: str) -> Any:
 
 
 def turns_of(value: Any, name: str, conversion: Conversion) -> list[Message]:
-    """The turns in a field: a list of them, one of them, or either as JSON text. Roles may still be tool_call and tool_response."""
+    """The turns in a field: a list of them, one of them, or either as JSON text. Roles may still be tool_call."""
     if isinstance(value, str) and (value := turns_in_json(value)) is None:
         raise Dropped("wrong_type", f"{name} is a text, not a list of turns")
     if isinstance(value, dict):
@@ -72,16 +80,18 @@ def turns_of(value: Any, name: str, conversion: Conversion) -> list[Message]:
 
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text", "response")
-CALL_KEYS = ("tool_calls", "function_call", "api")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 TRAIN_KEYS = ("weight", "loss_weight", "train", "loss", "trainable")
 """Of OpenAI and Mistral, of others, of Axolotl, of ms-swift, of verl: whether an assistant turn is to be trained on."""
+
+NAME_KEYS = ("name", "tool_call_id")
+"""Of the tool that returned something, and of its call: the first is kept, the second told by the order."""
 
 TURN_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *CALL_KEYS, *REASONING_KEYS, *TRAIN_KEYS))
 
 
 def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
-    """One turn as messages: an assistant turn with tool calls gives its text and its calls."""
+    """One turn as a message; none for a system turn that says nothing."""
     if not isinstance(turn, dict):
         raise Dropped("wrong_type", f"a turn is {type_name(turn)}, not a mapping")
     role = one_of(turn, ROLE_KEYS)
@@ -90,31 +100,34 @@ def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Dropped("unknown_role", repr(role))
     role = ROLES[role.lower()]
-    calls = [{"role": "tool_call", "content": compact_json(call)} for call in tool_calls(turn)]
-    content = one_of(turn, CONTENT_KEYS)
+    content, calls = one_of(turn, CONTENT_KEYS), tool_calls(turn)
     if content is None and not calls:
         raise Dropped("missing_field", "content")
-    content = content_text(content, role)
-    for key in turn.keys() - TURN_KEYS:
-        if turn[key] not in (None, "", [], {}):
-            conversion.notice(f"turns have '{key}', which is not read")
+    notice_unread(turn, role, conversion)
+    message: Message = {"role": role, "content": content_text(content, role)}
+    if role == "tool_call":
+        message = {"role": role, "content": "", **calls_in(message["content"], conversion)}
+    elif calls:
+        message = with_calls(message, calls, conversion)
+    if role == "tool" and isinstance(turn.get("name"), str) and turn["name"]:
+        message["name"] = turn["name"]
     if role == "assistant":
-        content = with_reasoning(turn, content, conversion)
-    if is_blank(content) and not calls:
+        message |= reasoning_in(turn, message["content"])
+    if is_blank(message["content"]) and "tool_calls" not in message:
         if role == "system":
             conversion.repair("empty_system_turn")
             return []
         raise Dropped("empty_field", "content")
-    said = [*([] if is_blank(content) else [{"role": role, "content": content}]), *calls]
-    return [{**each, "train": False} for each in said] if role == "assistant" and not is_trained(turn) else said
+    if role in ("assistant", "tool_call") and not is_trained(turn):
+        message["train"] = False
+    return [message]
 
 
-def one_of(turn: Row, keys: tuple[str, ...]) -> Any:
-    """What stands under the first of the keys that the turn has. Raises `Dropped` if another says something else."""
-    given = [turn[key] for key in keys if turn.get(key) is not None]
-    if any(value != given[0] for value in given[1:]):
-        raise Dropped("contradictory", " and ".join(key for key in keys if turn.get(key) is not None))
-    return given[0] if given else None
+def notice_unread(turn: Row, role: str, conversion: Conversion) -> None:
+    read = {*TURN_KEYS, *(NAME_KEYS if role == "tool" else ())}
+    for key in turn.keys() - read:
+        if turn[key] not in (None, "", [], {}):
+            conversion.notice(f"turns have '{key}', which is not read")
 
 
 def is_trained(turn: Row) -> bool:
@@ -130,41 +143,18 @@ def is_trained(turn: Row) -> bool:
     return all(flags.values())
 
 
-def with_reasoning(turn: Row, content: str, conversion: Conversion) -> str:
-    """The content after the turn's reasoning, which servers answer in a field of its own, in the marks most models write."""
+def reasoning_in(turn: Row, content: str) -> Message:
+    """The turn's reasoning, which servers answer in a field of its own, as that field of the message; nothing if it has none."""
     reasoning = one_of(turn, REASONING_KEYS)
     if reasoning is None:
-        return content
+        return {}
     if not isinstance(reasoning, str):
         raise Dropped("wrong_type", f"the reasoning is {type_name(reasoning)}, not a text")
     if is_blank(reasoning):
-        return content
+        return {}
     if "<think>" in content or "</think>" in content:
         raise Dropped("contradictory", "a turn has its reasoning in a field and within its content")
-    conversion.repair("reasoning_joined")
-    return f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
-
-
-def tool_calls(turn: Row) -> list[Any]:
-    """What the turn asks tools to do, in any of the usual places."""
-    if (calls := turn.get("tool_calls")) is None:
-        calls = [turn[key] for key in ("function_call", "api") if turn.get(key) is not None]
-    if not isinstance(calls, list):
-        raise Dropped("wrong_type", f"tool_calls is {type_name(calls)}, not a list")
-    return [
-        with_arguments(call["function"] if isinstance(call, dict) and "function" in call else call) for call in calls
-    ]
-
-
-def with_arguments(call: Any) -> Any:
-    """The call with its arguments as a mapping: OpenAI writes them as JSON text, and JSON within JSON is another call."""
-    if not isinstance(call, dict) or not isinstance(call.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(call["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    return {"reasoning_content": reasoning.strip()}
 
 
 def content_text(content: Any, role: str) -> str:
@@ -173,7 +163,7 @@ def content_text(content: Any, role: str) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if role in ("tool_call", "tool_response") and not is_list_of_parts(content):
+    if role in ("tool_call", "tool") and not is_list_of_parts(content):
         return compact_json(content)
     if not isinstance(content, list):
         raise Dropped("wrong_type", f"content is {type_name(content)}, not a text")
@@ -191,60 +181,19 @@ def is_list_of_parts(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
 
 
-def compact_json(value: Any) -> str:
-    """JSON as text; a text is taken to be JSON already."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-TOOL_MARKS = {"tool_call": ("assistant", "tool_call"), "tool_response": ("user", "tool_response")}
-"""Role of a tool turn -> who says it in the canonical chat, and the tag around it."""
-
-
-def merge_tool_turns(turns: list[Message]) -> list[Message]:
-    """The turns with tool turns as marked text; what one side says in a row because of tools is one message."""
-    merged: list[Message] = []
-    was_tool = False
-    for turn in turns:
-        is_tool = turn["role"] in TOOL_MARKS
-        role, content = turn["role"], turn["content"]
-        if is_tool:
-            role, tag = TOOL_MARKS[turn["role"]]
-            content = f"<{tag}>\n{content}\n</{tag}>"
-        if merged and merged[-1]["role"] == role and (is_tool or was_tool):
-            if merged[-1].get("train", True) != turn.get("train", True):
-                raise Dropped("partial_weight", "what the assistant says in a row is to be trained on in part")
-            merged[-1] = {**merged[-1], "content": f"{merged[-1]['content']}\n{content}"}
-        else:
-            merged.append({**turn, "role": role, "content": content})
-        was_tool = is_tool
-    return merged
-
-
-TOOL_COLUMNS = ("tools", "functions")
-"""`functions` is OpenAI's older name."""
-
-
-def listed_tools(value: Any) -> Any:
-    """The tools, or None where the column names none."""
-    return None if isinstance(value, str) and value.strip() in ("", "[]", "null") else value or None
-
-
-def system_text(row: Row) -> str:
-    """The row's own system text and its tools, which a chat's system message must name."""
-    parts = [text_of(row, "system", optional=True)]
-    tools = one_of({name: listed_tools(row.get(name)) for name in TOOL_COLUMNS}, TOOL_COLUMNS)
-    if tools:
-        parts.append(f"<tools>\n{compact_json(tools)}\n</tools>")
-    return "\n\n".join(part for part in parts if not is_blank(part))
-
-
-def with_system(chat: list[Message], system: str) -> list[Message]:
-    """The chat with `system` before whatever system text it starts with."""
-    if not system:
+def with_system(chat: list[Message], system: Message) -> list[Message]:
+    """The chat with what `system` says before whatever system text it starts with."""
+    if not system["content"] and "tools" not in system:
         return chat
     if chat and chat[0]["role"] == "system":
-        return [{"role": "system", "content": f"{system}\n\n{chat[0]['content']}"}, *chat[1:]]
-    return [{"role": "system", "content": system}, *chat]
+        content = "\n\n".join(part for part in (system["content"], chat[0]["content"]) if part)
+        return [{**system, "content": content}, *chat[1:]]
+    return [system, *chat]
+
+
+def without_train(chat: list[Message]) -> list[Message]:
+    """The messages of a prompt, from which nothing is learned whatever they say of it."""
+    return [{key: value for key, value in message.items() if key != "train"} for message in chat]
 
 
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_rendering import Messages, RefusedChat, about, is_learned
-from stages.lib.text.chat_spans import BoundaryError, EncodedChat, encode_chat
+from stages.lib.text.chat_answers import Unlearnable
+from stages.lib.text.chat_rendering import is_learned, learned_turns
+from stages.lib.text.chat_spans import EncodedChat, Thinking, TrainingSequence, training_sequences
+from stages.lib.text.chat_template import Messages, RefusedChat, about
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def split_last_answer(messages: Messages) -> tuple[list[Mapping[str, str]], str]:
+def split_last_answer(messages: Messages) -> tuple[list[Mapping[str, Any]], str]:
     """The conversation up to the assistant's last turn, and what that turn says; all of it and "" if there is no such turn."""
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return (list(messages[: turns[-1]]), messages[turns[-1]]["content"]) if turns else (list(messages), "")
@@ -24,24 +26,28 @@ TOO_LONG = "too_long"
 """The last exchange alone is longer than the limit."""
 
 
-PROMPT_BOUNDARY = "prompt_boundary"
-"""A token reaches from the assistant's header into its answer: no prompt could lead to these tokens."""
-
-
 REFUSED = "refused_by_template"
 """The chat template itself refuses the chat, such as one with a system message."""
 
 
+REWRITTEN = "rewritten_by_template"
+"""The template rewrites earlier turns, so that no one sequence holds all that is to be learned of an answer."""
+
+
 TOOL_ANSWER = "<tool_response>"
-"""How the text form of what a tool returns begins: `stages/lib/sources/turns.py` writes it."""
+"""How the text form of what a tool returns begins: `chat_dialect` writes it, and rows may come with it."""
 
 
 class FittedChat(NamedTuple):
-    """A chat of at most so many tokens. `encoded` is None where that cannot be done, and `reason` then says why."""
+    """The sequences of a chat, each of at most so many tokens. None where that cannot be done, and `reason` then says why."""
 
-    encoded: EncodedChat | None
+    sequences: list[EncodedChat]
     dropped_messages: int
     reason: str
+    lost_answers: int = 0
+    """Answers whose own sequence does not fit, though others do."""
+    trimmed_answers: int = 0
+    """Answers off whose ends the template took spaces."""
 
 
 class FittedPreference(NamedTuple):
@@ -56,22 +62,75 @@ class FittedPreference(NamedTuple):
     reason: str
 
 
-def fit_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length_tokens: int) -> FittedChat:
-    """The chat in at most `max_length_tokens`, its oldest turns dropped as far as needed.
+def fit_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    max_length_tokens: int,
+    thinking: Thinking = "trained",
+) -> FittedChat:
+    """The chat in sequences of at most `max_length_tokens`, the oldest turns of each dropped as far as needed.
 
-    The system message stays, and so does the last exchange with an answer to learn from; nothing is cut in the middle.
+    One sequence, or several where the template rewrites earlier turns. The system message stays, and so does the last
+    exchange with an answer to learn from; nothing is cut in the middle.
     """
-    system, exchanges = split_exchanges(messages)
-    answered = [index for index, each in enumerate(exchanges) if any(map(is_learned, each))]
-    if not answered:
+    if not learned_turns(messages):
         what = "has no assistant turn that is to be learned from"
         raise DataError(Problem(about(messages), what, "Such a chat teaches nothing."))
+    try:
+        return fitted_chat(tokenizer, messages, max_length_tokens, thinking)
+    except (Unlearnable, RefusedChat) as error:
+        return FittedChat([], 0, reason_of(error))
 
-    def attempt(dropped: int) -> list[EncodedChat]:
-        return [encode_chat(tokenizer, [*system, *joined(exchanges[dropped:])])]
 
-    fitted, dropped, reason = fit(attempt, answered[-1], max_length_tokens)
-    return FittedChat(fitted[0] if fitted else None, len(joined(exchanges[:dropped])), reason)
+def fitted_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length_tokens: int, thinking: Thinking
+) -> FittedChat:
+    """As `fit_chat`. Raises `Unlearnable` or `RefusedChat` where the template does not let it be learned."""
+    whole = sequences_of(tokenizer, messages, thinking)
+    fitted: list[TrainingSequence] = []
+    dropped = lost = 0
+    for number, sequence in enumerate(whole):
+        ends = len(messages) if number == len(whole) - 1 else sequence.turns[-1] + 1
+        shorter = messages[:ends]
+        if len(whole) > 1:
+            shorter = [unless(each, index not in sequence.turns) for index, each in enumerate(shorter)]
+        found, without = without_oldest(tokenizer, shorter, sequence, max_length_tokens, thinking)
+        fitted += found
+        dropped = max(dropped, without)
+        lost += 0 if found else len(sequence.turns)
+    trimmed = sum(each.trimmed for each in fitted)
+    return FittedChat([each.encoded for each in fitted], dropped, "" if fitted else TOO_LONG, lost, trimmed)
+
+
+def sequences_of(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: Thinking = "trained", *, mask_from: int = 0
+) -> list[TrainingSequence]:
+    """The sequences of all answers from message `mask_from` on that are to be learned from."""
+    return training_sequences(tokenizer, messages, learned_turns(messages, mask_from), thinking=thinking)
+
+
+def unless(message: Mapping[str, Any], is_unlearned: bool) -> Mapping[str, Any]:
+    return {**message, "train": False} if is_unlearned and message["role"] == "assistant" else message
+
+
+def without_oldest(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    sequence: TrainingSequence,
+    max_length_tokens: int,
+    thinking: Thinking,
+) -> tuple[list[TrainingSequence], int]:
+    """The sequence of these messages without as few of the oldest as needed, and how many those are; none if none does."""
+    if len(sequence.encoded.input_ids) <= max_length_tokens:
+        return [sequence], 0
+    system, exchanges = split_exchanges(messages)
+    answered = [index for index, each in enumerate(exchanges) if any(map(is_learned, each))]
+
+    def attempt(dropped: int) -> list[TrainingSequence]:
+        return sequences_of(tokenizer, [*system, *joined(exchanges[dropped:])], thinking)
+
+    found, dropped = fewest_dropped(attempt, answered[-1], max_length_tokens)
+    return found or [], len(joined(exchanges[:dropped]))
 
 
 def fit_preference(
@@ -87,43 +146,50 @@ def fit_preference(
     """
     system, exchanges = split_exchanges(prompt)
 
-    def attempt(dropped: int) -> list[EncodedChat]:
+    def attempt(dropped: int) -> list[TrainingSequence]:
         kept = [*system, *joined(exchanges[dropped:])]
-        return [encode_chat(tokenizer, [*kept, *answer], mask_from=len(kept)) for answer in (chosen, rejected)]
+        both = [sequences_of(tokenizer, [*kept, *answer], mask_from=len(kept)) for answer in (chosen, rejected)]
+        if any(len(each) > 1 for each in both):
+            problem = Problem(about(kept), "the chat template rewrites what an answer of several turns says first")
+            raise Unlearnable(REWRITTEN, problem)
+        return [each for (each,) in both]
 
-    fitted, dropped, reason = fit(attempt, max(len(exchanges) - 1, 0), max_length_tokens)
-    chosen_ids, rejected_ids = fitted or (None, None)
-    return FittedPreference(chosen_ids, rejected_ids, len(joined(exchanges[:dropped])), reason)
+    try:
+        found, dropped = fewest_dropped(attempt, max(len(exchanges) - 1, 0), max_length_tokens, start=0)
+    except (Unlearnable, RefusedChat) as error:
+        return FittedPreference(None, None, 0, reason_of(error))
+    if found is None:
+        return FittedPreference(None, None, 0, TOO_LONG)
+    return FittedPreference(found[0].encoded, found[1].encoded, len(joined(exchanges[:dropped])), "")
 
 
-def fit(
-    attempt: Callable[[int], list[EncodedChat]], droppable: int, max_length_tokens: int
-) -> tuple[list[EncodedChat] | None, int, str]:
-    """What `attempt(k)` gives for the smallest k up to `droppable` at which everything fits, k, and else a reason."""
-    results: dict[int, list[EncodedChat]] = {}
+def fewest_dropped(
+    attempt: Callable[[int], list[TrainingSequence]], droppable: int, max_length_tokens: int, start: int = 1
+) -> tuple[list[TrainingSequence] | None, int]:
+    """What `attempt(k)` gives for the smallest k from `start` to `droppable` at which everything fits, and that k."""
+    results: dict[int, list[TrainingSequence]] = {}
 
     def fits(dropped: int) -> bool:
         results[dropped] = attempt(dropped)
-        return all(len(each.input_ids) <= max_length_tokens for each in results[dropped])
+        return all(len(each.encoded.input_ids) <= max_length_tokens for each in results[dropped])
 
-    try:
-        fewest = 0 if fits(0) else 1 + bisect_left(range(1, droppable + 1), True, key=fits)
-    except BoundaryError:
-        return None, 0, PROMPT_BOUNDARY
-    except RefusedChat:
-        return None, 0, REFUSED
-    if fewest > droppable:
-        return None, 0, TOO_LONG
-    return results[fewest], fewest, ""
+    if start == 0 and fits(0):
+        return results[0], 0
+    fewest = 1 + bisect_left(range(1, droppable + 1), True, key=fits)
+    return (results[fewest], fewest) if fewest <= droppable else (None, 0)
 
 
-def split_exchanges(messages: Messages) -> tuple[list[Mapping[str, str]], list[list[Mapping[str, str]]]]:
+def reason_of(error: Unlearnable | RefusedChat) -> str:
+    return error.reason if isinstance(error, Unlearnable) else REFUSED
+
+
+def split_exchanges(messages: Messages) -> tuple[list[Mapping[str, Any]], list[list[Mapping[str, Any]]]]:
     """The leading system messages, and the rest in groups that each begin with a user message that asks something.
 
     What a tool returns stands in a user message too, and belongs to the question that it was called for.
     """
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    exchanges: list[list[Mapping[str, str]]] = []
+    exchanges: list[list[Mapping[str, Any]]] = []
     for message in messages[first:]:
         if (message["role"] == "user" and not is_tool_answer(message)) or not exchanges:
             exchanges.append([])
@@ -135,5 +201,5 @@ def is_tool_answer(message: Mapping[str, Any]) -> bool:
     return str(message["content"]).startswith(TOOL_ANSWER)
 
 
-def joined(exchanges: Sequence[Sequence[Mapping[str, str]]]) -> list[Mapping[str, str]]:
+def joined(exchanges: Sequence[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
     return [message for exchange in exchanges for message in exchange]

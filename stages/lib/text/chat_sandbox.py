@@ -6,6 +6,7 @@ processor's time is looked at.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -68,7 +69,7 @@ class Formatter(SandboxedFormatter):
 
 
 class GenerationBlocks(Extension):
-    """`{% generation %}`: marks what the assistant says."""
+    """`{% generation %}`: marks what the assistant says. It is found out otherwise, also where a template has no such marks."""
 
     tags = {"generation"}
 
@@ -78,10 +79,7 @@ class GenerationBlocks(Extension):
         return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
 
     def said(self, caller: Callable[[], str]) -> str:
-        text = caller()
-        environment: Any = self.environment
-        environment.spans.append((environment.length, environment.length + len(text)))
-        return text
+        return caller()
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
@@ -97,9 +95,6 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             finalize=self.written,
         )
         self.budget = Budget(0)
-        self.spans: list[tuple[int, int]] = []
-        self.length = 0
-        """Characters rendered so far."""
         for name in LEFT_OUT_FILTERS:
             del self.filters[name]
         for name in LEFT_OUT_GLOBALS:
@@ -204,20 +199,13 @@ def compiled(template: str) -> Any:
     return environment.template_class.from_code(environment, environment.compile(tree), environment.make_globals(None))
 
 
-def render_template(
-    template: str, messages: list[dict[str, str]], variables: Mapping[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered chat, and the character ranges of its generation blocks.
+def render_template(template: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+    """The rendered chat.
 
     Raises `Refusal` where the template refuses the chat, `OverLimit` where it takes too much, and whatever else happens
     in it.
     """
     program = compiled(template)
     environment: ChatEnvironment = program.environment
-    environment.budget = Budget(sum(len(value) for message in messages for value in message.values()))
-    environment.spans, environment.length = [], 0
-    pieces = []
-    for piece in program.generate(messages=messages, **variables):
-        pieces.append(piece)
-        environment.length += len(piece)
-    return "".join(pieces), environment.spans
+    environment.budget = Budget(len(json.dumps(messages, ensure_ascii=False, allow_nan=False)))
+    return "".join(program.generate(messages=messages, **variables))

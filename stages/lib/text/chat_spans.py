@@ -1,35 +1,27 @@
 """Chats as tokens, and which of them the assistant says.
 
-The ids of a chat come from one tokenization of its rendered text, and what the assistant says is found as a range of
-characters in that text: tokens are never glued together from separately encoded turns. What a message says is text,
-also where it spells a special token.
+What is learned of an answer is what the model would have had to say: the tokens before it are exactly those of the prompt
+that a server asks with. Answers share a sequence as long as each prompt continues what stands there already. Where a template
+rewrites earlier turns, as those do that drop old thoughts, or where the border between prompt and answer runs through a
+token, an answer gets a sequence of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_rendering import (
-    Messages,
-    Rendered,
-    about,
-    apply_template,
-    guard_special,
-    is_learned,
-    render,
-    special_pattern,
-    special_tokens,
-)
-from stages.lib.text.turn_marks import marks_of
+from stages.lib.text.chat_answers import ChatAnswer, answer_at, require_asked
+from stages.lib.text.chat_rendering import Rendered, guard_special, learned_turns, render, render_guarded
+from stages.lib.text.chat_template import Messages, about
+from stages.lib.text.chat_tokens import ends_with_special, tokenize, tokenize_stretches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-class BoundaryError(DataError):
-    """In training the tokens before an answer would be others than those of the prompt that asks for it."""
+Thinking = Literal["trained", "masked", "stripped"]
+"""What becomes of reasoning: it carries loss, it is read but carries none, or it is taken out."""
 
 
 class EncodedChat(NamedTuple):
@@ -39,28 +31,124 @@ class EncodedChat(NamedTuple):
     assistant_mask: list[int]
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, mask_from: int = 0) -> EncodedChat:
-    """The ids of the whole chat, and a mask over the assistant's turns from message `mask_from` on that are to be learned.
+class TrainingSequence(NamedTuple):
+    """One sequence of a chat, the messages whose answers are learned from it, and how many of those lost outer spaces."""
 
-    A turn's mask covers its content and the special token that ends it, not its header. The tokens before each answer
-    are exactly those of the prompt that `encode_prompt` makes for it. Raises `BoundaryError` where the tokenizer cannot
-    give both, and `DataError` where the template does not say which part the assistant says.
+    encoded: EncodedChat
+    turns: tuple[int, ...]
+    trimmed: int
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, mask_from: int = 0) -> EncodedChat:
+    """The last sequence of the chat: all of it, with a mask over the assistant's turns from message `mask_from` on.
+
+    A turn's mask covers its content and the special token that ends it, not its header. Turns that the template rewrites
+    later are not in the mask. Nothing is asked of the template but that it can be rendered.
     """
-    chat = render_spans(tokenizer, messages)
-    ids, offsets = tokenize(tokenizer, chat.rendered)
+    turns = learned_turns(messages, mask_from)
+    return training_sequences(tokenizer, messages, turns, strict=False)[-1].encoded
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """The ids of the chat so far and the header of the assistant's next turn: what a model is asked with."""
+    return tokenize(tokenizer, render(tokenizer, messages, add_generation_prompt=True))[0]
+
+
+def training_sequences(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    turns: Collection[int],
+    *,
+    thinking: Thinking = "trained",
+    strict: bool = True,
+) -> list[TrainingSequence]:
+    """The sequences from which the assistant's messages `turns` are learned, in their order; the last goes on to the end
+    of the chat. One without any loss where there are no turns.
+
+    With `strict`, raises `Unlearnable` where the template does not write what is said, exactly once. Raises `DataError`
+    where it refuses or fails.
+    """
+    guarded, guard = guard_special(tokenizer, messages)
+    if thinking == "stripped":
+        guarded = [{key: value for key, value in each.items() if key != "reasoning_content"} for each in guarded]
+    answers = [answer_at(tokenizer, guarded, index, strict=strict) for index in sorted(turns)]
+    if not answers:
+        ids, _ = tokenize(tokenizer, Rendered(render_guarded(tokenizer, guarded), guard))
+        return [TrainingSequence(once_begun(tokenizer, messages, EncodedChat(ids, [0] * len(ids))), (), 0)]
+    sequences = []
+    for group in continued(sorted(turns), answers):
+        last = group[-1][1]
+        if strict:
+            require_asked(guarded[: group[-1][0]], last.prompt)
+        text = last.whole + last.tail
+        if last is answers[-1] and len(guarded) > group[-1][0] + 1:
+            following = render_guarded(tokenizer, guarded)
+            text = following if following.startswith(last.whole) else text
+        sequences += encoded_group(tokenizer, group, Rendered(text, guard), thinking == "masked")
+    for each in sequences:
+        once_begun(tokenizer, messages, each.encoded)
+    return sequences
+
+
+NumberedAnswers = list[tuple[int, ChatAnswer]]
+"""Answers, each with the number of its message."""
+
+
+def continued(turns: Sequence[int], answers: Sequence[ChatAnswer]) -> list[NumberedAnswers]:
+    """The answers in groups, in each of which every prompt begins with all that stands before it."""
+    groups: list[NumberedAnswers] = []
+    for index, answer in zip(turns, answers, strict=True):
+        if groups and answer.prompt.startswith(groups[-1][-1][1].whole):
+            groups[-1].append((index, answer))
+        else:
+            groups.append([(index, answer)])
+    return groups
+
+
+def encoded_group(
+    tokenizer: PreTrainedTokenizerBase, group: NumberedAnswers, rendered: Rendered, masks_thoughts: bool
+) -> list[TrainingSequence]:
+    """The group as one sequence, or, where a token reaches across a border, each answer after the tokens of its prompt."""
+    ids, offsets = tokenize(tokenizer, rendered)
     mask = [0] * len(ids)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    for index, (start, end) in zip(turns, chat.spans, strict=True):
+    for _, answer in group:
+        start, end = len(answer.prompt), len(answer.whole)
         first = next(token for token, (_, stop) in enumerate(offsets) if stop > start)
         after = next((token for token, (begin, _) in enumerate(offsets) if begin >= end), len(ids))
-        if offsets[first][0] < start or offsets[after - 1][1] > end:
-            raise boundary_error(tokenizer, messages, ids[first])
+        header = Rendered(answer.prompt, rendered.guard)
+        is_clean = offsets[first][0] >= start and offsets[after - 1][1] <= end
         # Between special tokens a text is encoded by itself; elsewhere what follows can change what stands before.
-        header = chat.rendered.upto(start)
-        if not ends_with_special(tokenizer, header.text) and tokenize(tokenizer, header)[0] != ids[:first]:
-            raise boundary_error(tokenizer, messages, ids[first])
-        if index >= mask_from and is_learned(messages[index]):
-            mask[first:after] = [1] * (after - first)
+        if not is_clean or (
+            not ends_with_special(tokenizer, header.text) and tokenize(tokenizer, header)[0] != ids[:first]
+        ):
+            return [encoded_after_prompt(tokenizer, each, rendered.guard, masks_thoughts) for each in group]
+        mask[first:after] = said_mask(answer, offsets[first:after], start, masks_thoughts)
+    turns = tuple(index for index, _ in group)
+    return [TrainingSequence(EncodedChat(ids, mask), turns, sum(answer.trimmed for _, answer in group))]
+
+
+def encoded_after_prompt(
+    tokenizer: PreTrainedTokenizerBase, numbered: tuple[int, ChatAnswer], guard: str, masks_thoughts: bool
+) -> TrainingSequence:
+    """The tokens of the prompt, and after them those of the answer, as a model says them that was given that prompt."""
+    index, answer = numbered
+    prompt, _ = tokenize(tokenizer, Rendered(answer.prompt, guard))
+    ids, offsets = tokenize_stretches(tokenizer, Rendered(answer.text, guard), begins=not prompt)
+    mask = [0] * len(prompt) + said_mask(answer, offsets, 0, masks_thoughts)
+    return TrainingSequence(EncodedChat([*prompt, *ids], mask), (index,), int(answer.trimmed))
+
+
+def said_mask(answer: ChatAnswer, offsets: Sequence[tuple[int, int]], shift: int, masks_thoughts: bool) -> list[int]:
+    """1 for each token of an answer that begins at character `shift`, and 0 for those of its thought if these are masked."""
+    if not masks_thoughts or answer.thought is None:
+        return [1] * len(offsets)
+    start, end = (place + shift for place in answer.thought)
+    return [int(stop <= start or begin >= end) for begin, stop in offsets]
+
+
+def once_begun(tokenizer: PreTrainedTokenizerBase, messages: Messages, encoded: EncodedChat) -> EncodedChat:
+    """The sequence. Raises `DataError` if it begins twice."""
+    ids = encoded.input_ids
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         raise DataError(
             Problem(
@@ -69,139 +157,4 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, mask_
                 "The chat template must write it once, and nothing else may.",
             )
         )
-    return EncodedChat(ids, mask)
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """The ids of the chat so far and the header of the assistant's next turn: what a model is asked with."""
-    return tokenize(tokenizer, render(tokenizer, messages, add_generation_prompt=True))[0]
-
-
-@dataclass(frozen=True)
-class RenderedSpans:
-    """A rendered chat, and for each assistant turn the characters from its content to the end of its last token."""
-
-    rendered: Rendered
-    spans: list[tuple[int, int]]
-
-
-def render_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> RenderedSpans:
-    """The rendered chat and its assistant spans, from the template's generation blocks or from rendering prefixes."""
-    guarded, guard = guard_special(tokenizer, messages)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    text, spans = apply_template(tokenizer, guarded)
-    if spans is None:
-        spans = [span_by_prefixes(tokenizer, guarded, index, text) for index in turns]
-    if len(spans) != len(turns) or any(start >= end for start, end in spans):
-        raise DataError(
-            Problem(
-                "chat_template",
-                f"its generation blocks mark {len(spans)} stretches in a chat with {len(turns)} assistant turns",
-                "Put one {% generation %} block around the content and end token of each.",
-            )
-        )
-    return RenderedSpans(Rendered(text, guard), spans)
-
-
-def span_by_prefixes(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], index: int, text: str
-) -> tuple[int, int]:
-    """Where in `text` the assistant's message `index` begins after its header, and where its end token ends."""
-    header, _ = apply_template(tokenizer, messages[:index], add_generation_prompt=True)
-    through, _ = apply_template(tokenizer, messages[: index + 1])
-    if not text.startswith(header) or not text.startswith(through) or not through.startswith(header):
-        raise DataError(
-            Problem(
-                "chat_template",
-                f"renders the chat up to message {index + 1} otherwise than as the beginning of the whole chat",
-                "Which tokens the assistant says cannot be known: add {% generation %} blocks to the template.",
-            )
-        )
-    ends = [match.end() for match in special_pattern(tokenizer).finditer(through, len(header))]
-    if not ends:
-        raise DataError(
-            Problem(
-                "chat_template",
-                "does not end the assistant's turns with a special token",
-                "A model trained on it would never learn to stop: use another template.",
-            )
-        )
-    return len(header), ends[-1]
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a rendered chat and the characters of its text that each stands for.
-
-    One tokenization, as every server does it. Where a message spells special tokens, the stretches between those of
-    the template are encoded one by one as plain text instead, once it is seen that this gives the same ids.
-    """
-    ids, offsets = tokenize_whole(tokenizer, rendered.text)
-    if not rendered.guard:
-        return ids, offsets
-    if tokenize_stretches(tokenizer, rendered.text, "")[0] != ids:
-        raise DataError(
-            Problem(
-                "chat",
-                "a message spells a special token, and this tokenizer cannot encode it as text",
-                "Remove such rows in the cleaning stage.",
-            )
-        )
-    return tokenize_stretches(tokenizer, rendered.text, rendered.guard)
-
-
-def tokenize_whole(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, split_special_tokens: bool = False
-) -> tuple[list[int], list[tuple[int, int]]]:
-    if split_special_tokens and (plain := marks_of(tokenizer).plain):
-        said = plain.encode(text, add_special_tokens=False)
-        return said.ids, said.offsets
-    encoded = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=split_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return encoded["input_ids"], [(start, end) for start, end in encoded["offset_mapping"]]
-
-
-def tokenize_stretches(
-    tokenizer: PreTrainedTokenizerBase, text: str, guard: str
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """As `tokenize_whole`, stretch by stretch, and without the guard characters; the offsets still count them."""
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
-    position = 0
-    for match in [*special_pattern(tokenizer).finditer(text), None]:
-        stretch = text[position : match.start() if match else len(text)]
-        # Character of the text as it is encoded -> character of the guarded text.
-        places = [position + place for place, character in enumerate(stretch) if not guard or character != guard]
-        if places:
-            plain = stretch.replace(guard, "") if guard else stretch
-            inner, ranges = tokenize_whole(tokenizer, plain, split_special_tokens=True)
-            ids += inner
-            offsets += [
-                (places[start], places[end - 1] + 1) if end > start else (places[start],) * 2 for start, end in ranges
-            ]
-        if match:
-            ids += tokenizer.convert_tokens_to_ids([match[0]])
-            offsets.append(match.span())
-            position = match.end()
-    return ids, offsets
-
-
-def ends_with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return any(text.endswith(token.content) for token in special_tokens(tokenizer))
-
-
-def boundary_error(tokenizer: PreTrainedTokenizerBase, messages: Messages, token: int) -> BoundaryError:
-    piece = tokenizer.convert_ids_to_tokens(token)
-    return BoundaryError(
-        Problem(
-            about(messages),
-            f"the tokens around {piece!r} are other than those of a prompt and of the answer to it",
-            "Use a chat template whose turns stand between special tokens, or drop the row.",
-        )
-    )
+    return encoded

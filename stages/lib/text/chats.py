@@ -12,7 +12,8 @@ from stages.lib.formulas.token_losses import TARGETS, Tensors, next_tokens
 from stages.lib.rows.canonical import Row
 from stages.lib.text.batches import Collate, attention_mask, padded
 from stages.lib.text.chat_fitting import fit_chat
-from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing
+from stages.lib.text.chat_spans import Thinking
+from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing
 
 
 class Chats(Sequence[dict[str, Any]]):
@@ -41,23 +42,45 @@ class Chats(Sequence[dict[str, Any]]):
 
 
 def through_last_answer(messages: Sequence[Row]) -> Sequence[Row]:
-    """The chat without a last question that nobody answers."""
-    return messages[:-1] if messages[-1]["role"] == "user" else messages
+    """The chat without a last question, or a last call of tools, that nobody answers."""
+    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    return messages[: last + 1]
+
+
+APART = "one_sequence_per_answer"
+"""Chats whose answers do not share a sequence, because the template rewrites earlier turns or a token crosses a border."""
+
+LOST = "answers_too_long"
+"""Answers that are not learned, because their own sequence is too long."""
+
+TRIMMED = "answers_trimmed_by_template"
+"""Answers off whose ends the template takes spaces or line breaks."""
 
 
 def tokenizing_chats(
-    tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, limit: str = "max_length_tokens"
+    tokenizer: PreTrainedTokenizerBase,
+    max_length_tokens: int,
+    limit: str = "max_length_tokens",
+    thinking: Thinking = "trained",
 ) -> Tokenizing:
     """Chats in at most `max_length_tokens` each, which is what the param `limit` says: longer ones lose their oldest turns."""
 
-    def make(row: Row) -> TokenizedRow:
-        fitted = fit_chat(tokenizer, through_last_answer(row["messages"]), max_length_tokens)
-        if fitted.encoded is None:
+    def make(row: Row) -> TokenizedRow | list[TokenizedRow]:
+        fitted = fit_chat(tokenizer, through_last_answer(row["messages"]), max_length_tokens, thinking)
+        if not fitted.sequences:
             example = " | ".join(message["content"] for message in row["messages"])
             return TokenizedRow(reason=fitted.reason, example=example)
-        return TokenizedRow([fitted.encoded], shortened=fitted.dropped_messages > 0)
+        counts = {
+            SHORTENED: int(fitted.dropped_messages > 0),
+            APART: int(len(fitted.sequences) + fitted.lost_answers > 1),
+            LOST: fitted.lost_answers,
+            TRIMMED: fitted.trimmed_answers,
+        }
+        repaired = {name: count for name, count in counts.items() if count}
+        first, *rest = fitted.sequences
+        return [TokenizedRow([first], repaired=repaired), *(TokenizedRow([each]) for each in rest)]
 
-    return Tokenizing("chats", tokenizer, make, limit, [max_length_tokens])
+    return Tokenizing("chats", tokenizer, make, limit, [max_length_tokens, thinking])
 
 
 def collate_chats(padding_id: int) -> Collate:

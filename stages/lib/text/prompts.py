@@ -14,8 +14,8 @@ from pipeline.stage import Context
 from stages.lib.rows.canonical import Row, format_of_row, read_rows
 from stages.lib.rows.ledger import Ledger
 from stages.lib.text.chat_fitting import REFUSED, split_last_answer
-from stages.lib.text.chat_rendering import Prompt, RefusedChat
 from stages.lib.text.chat_spans import encode_prompt
+from stages.lib.text.chat_template import Prompt, RefusedChat
 from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 from stages.lib.text.tokenizers import encode_texts
 
@@ -118,7 +118,7 @@ def prompt_of(row: Row, rendering: Rendering) -> Prompt:
         case "prompts" | "preferences", "chat":
             return list(row["prompt"])
         case "chats", "chat":
-            asks_last = row["messages"][-1]["role"] == "user"
+            asks_last = row["messages"][-1]["role"] != "assistant"
             asked = list(row["messages"]) if asks_last else split_last_answer(row["messages"])[0]
             return asked if any(message["role"] == "user" for message in asked) else []
         case format, _:

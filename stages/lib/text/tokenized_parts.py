@@ -14,6 +14,7 @@ What a row becomes is the caller's to say: chats, pairs and prompts differ in no
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,7 +36,7 @@ from stages.lib.rows.canonical import Row, read_rows
 from stages.lib.rows.ledger import Ledger, add_ledgers
 from stages.lib.text.tokenizers import chat_template_digest, tokenizer_digest
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when parts are written in another way: those from before a restart are then made anew."""
 
 
@@ -57,8 +58,8 @@ class TokenizedRow:
     """The ids and the mask of each; as many in every row."""
     columns: Mapping[str, str | float] = field(default_factory=dict)
     """What else is known of it; the same names in every row."""
-    shortened: bool = False
-    """Whether its oldest turns were dropped, so that it fits."""
+    repaired: Mapping[str, int] = field(default_factory=dict)
+    """What was done to it, in words for the ledger, and how often."""
     reason: str = ""
     example: str = ""
 
@@ -70,7 +71,8 @@ class Tokenizing:
     what: str
     """What the rows are called, in messages and in the work folder."""
     tokenizer: PreTrainedTokenizerBase
-    make: Callable[[Row], TokenizedRow]
+    make: Callable[[Row], TokenizedRow | Sequence[TokenizedRow]]
+    """What a row becomes: one of the data set, or several."""
     limit: str
     """The param that says how long they may be, for messages."""
     settings: Sequence[Any]
@@ -94,15 +96,19 @@ class TokenizedPart:
         self.dropped: list[tuple[int, str, str]] = []
         """(row of the file, reason, example)."""
         self.read = 0
-        self.shortened = 0
+        self.repaired: Counter[str] = Counter()
 
-    def add(self, index: int, row: TokenizedRow) -> None:
-        """Takes row number `index` of the file."""
+    def add(self, index: int, made: TokenizedRow | Sequence[TokenizedRow]) -> None:
+        """Takes what row number `index` of the file became."""
         self.read += 1
+        for row in [made] if isinstance(made, TokenizedRow) else made:
+            self.add_row(index, row)
+
+    def add_row(self, index: int, row: TokenizedRow) -> None:
         if row.reason:
             self.dropped.append((index, row.reason, row.example[:EXAMPLE_CHARACTERS]))
             return
-        self.shortened += row.shortened
+        self.repaired.update(row.repaired)
         begins = []
         for ids, mask in row.sequences:
             begins.append(len(self.ids))
@@ -114,7 +120,7 @@ class TokenizedPart:
 
     def write(self, folder: Path) -> None:
         """Writes the part as a whole or not at all."""
-        counts = {name: getattr(self, name) for name in ("dropped", "read", "shortened")}
+        counts = {name: getattr(self, name) for name in ("dropped", "read", "repaired")}
         with replacing_folder(folder) as part:
             np.save(part / "ids.npy", np.asarray(self.ids, dtype=np.int32))
             np.save(part / "mask.npy", np.asarray(self.mask, dtype=np.uint8))
@@ -137,7 +143,7 @@ class TokenizedRows:
         filled = [number for number, table in enumerate(tables) if len(table)]
         tables = [np.insert(tables[number], 0, number, axis=1) for number in filled]
         together = np.concatenate(tables) if tables else np.zeros((0, 3), dtype=np.int64)
-        order = np.argsort(together[:, 1])
+        order = np.argsort(together[:, 1], kind="stable")
         self.table: NDArray[np.int64] = together[order]
         """Part, row of the file, where each sequence begins in the part, and the end."""
         names = counts[filled[0]]["columns"] if filled else []
@@ -145,7 +151,7 @@ class TokenizedRows:
             name: np.concatenate([np.load(folders[number] / f"{name}.npy") for number in filled])[order]
             for name in names
         }
-        self.ledger = ledger_of(counts, kept=len(self))
+        self.ledger = ledger_of(counts, kept=len(np.unique(self.numbers)))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -157,7 +163,7 @@ class TokenizedRows:
 
     @property
     def numbers(self) -> NDArray[np.int64]:
-        """The number of each row in the file."""
+        """The number in the file of the row that each comes from."""
         return self.table[:, 1]
 
     @property
@@ -171,8 +177,8 @@ def ledger_of(counts: Sequence[Mapping[str, Any]], kept: int) -> Ledger:
     ledger = Ledger(read=sum(each["read"] for each in counts), kept=kept)
     for _, reason, example in sorted(tuple(drop) for each in counts for drop in each["dropped"]):
         ledger.drop(reason, example)
-    if shortened := sum(each["shortened"] for each in counts):
-        ledger.repaired[SHORTENED] = shortened
+    for each in counts:
+        ledger.repaired.update(each["repaired"])
     return ledger
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactError, Problem
 from pipeline.store.artifact import canonical_json, digest_bytes
-from stages.lib.text.chat_check import end_of_turn_id
+from stages.lib.text.chat_check import end_of_turn_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +158,7 @@ def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids at which generation ends: end of text first, then the end of an assistant's turn."""
-    ids = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
+    ids = (tokenizer.eos_token_id, *end_of_turn_ids(tokenizer))
     return list(dict.fromkeys(each for each in ids if each is not None))
 
 

@@ -7,10 +7,11 @@ any text, and a user who spells one begins a turn of somebody else.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from pipeline.errors import DataError
+from stages.lib.text.chat_dialect import ASKED, CALLED, dialect_of, written_as
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,9 +20,15 @@ if TYPE_CHECKING:
 SAID = frozenset(f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response", "tools") for slash in ("", "/"))
 """What messages say by right, also where it is one token: our own text form of reasoning and tools is written in these."""
 
+BREAK = "\ufdef"
+"""A noncharacter: what is encoded after it stands in the middle of a text, and begins none."""
+
 CHATS = (
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
     [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+    [ASKED, {"role": "assistant", "content": "b"}, ASKED],
+    CALLED,
+    CALLED[:3],
 )
 
 
@@ -30,25 +37,34 @@ class Marks(NamedTuple):
 
     state: tuple[str, int]
     tokens: list[Any]
-    plain: Tokenizer | None
+    """Added tokens without the flag `special` that the template writes around what is said."""
+    pattern: re.Pattern[str]
+    """Matches these and all special ones."""
 
 
 KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, Marks] = WeakKeyDictionary()
 
+PLAIN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[str, int], Tokenizer]] = WeakKeyDictionary()
+
 
 def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
-    """The added tokens without the flag `special` that the template writes around what is said; found once per tokenizer."""
-    state = (str(tokenizer.chat_template), len(tokenizer.added_tokens_decoder))
+    """The marks of turns; found once per tokenizer and template."""
+    state = state_of(tokenizer)
     known = KNOWN.get(tokenizer)
     if known is None or known.state != state:
         tokens = found_marks(tokenizer)
-        known = KNOWN[tokenizer] = Marks(state, tokens, plain_tokenizer(tokenizer, tokens) if tokens else None)
+        flagged = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        names = sorted((token.content for token in (*flagged, *tokens)), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        known = KNOWN[tokenizer] = Marks(state, tokens, pattern)
     return known
 
 
-def found_marks(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    from stages.lib.text.chat_rendering import apply_template
+def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    return str(tokenizer.chat_template), len(tokenizer.added_tokens_decoder)
 
+
+def found_marks(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     candidates = [
         token
         for token in tokenizer.added_tokens_decoder.values()
@@ -57,26 +73,29 @@ def found_marks(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     ]
     if not candidates or not tokenizer.chat_template:
         return []
-    written = ""
-    for chat in CHATS:
-        for prompt in (False, True):
-            try:
-                written += apply_template(tokenizer, list(chat), add_generation_prompt=prompt)[0]
-            except DataError:  # a template may know no system messages; what is wrong with it is told elsewhere
-                continue
+    dialect = dialect_of(tokenizer)
+    written = "".join(
+        written_as(tokenizer, chat, dialect, add_generation_prompt=prompt) for chat in CHATS for prompt in (False, True)
+    )
     return [token for token in candidates if token.content in written]
 
 
-def plain_tokenizer(tokenizer: PreTrainedTokenizerBase, marks: list[Any]) -> Tokenizer:
-    """The tokenizer for what is said: it takes no mark and nothing special for more than its characters."""
-    from tokenizers import Tokenizer
+def plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer for what is said: it takes no mark and nothing special for more than its characters, and `BREAK` for a
+    token. Made once per tokenizer and template."""
+    from tokenizers import AddedToken, Tokenizer
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    contents = {token.content for token in marks}
-    for token in state["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in contents
-    plain = Tokenizer.from_str(json.dumps(state, allow_nan=False))
-    plain.encode_special_tokens = True
-    plain.no_truncation()
-    plain.no_padding()
-    return plain
+    state = state_of(tokenizer)
+    known = PLAIN.get(tokenizer)
+    if known is None or known[0] != state:
+        written = json.loads(tokenizer.backend_tokenizer.to_str())
+        contents = {token.content for token in marks_of(tokenizer).tokens}
+        for token in written["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in contents
+        plain = Tokenizer.from_str(json.dumps(written, allow_nan=False))
+        plain.encode_special_tokens = True
+        plain.no_truncation()
+        plain.no_padding()
+        plain.add_tokens([AddedToken(BREAK, special=False, normalized=False)])
+        known = PLAIN[tokenizer] = (state, plain)
+    return known[1]

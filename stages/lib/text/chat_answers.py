@@ -1,0 +1,252 @@
+"""An answer as a server would see it given: the prompt that it is asked with, and all that the model says from there to the
+token that ends its turn.
+
+    <|im_start|>user\\nWho?<|im_end|>\\n<|im_start|>assistant\\n   <think>\\n\\n</think>\\n\\nMe.<|im_end|>   \\n
+    prompt: what add_generation_prompt writes                     text                                    tail
+
+The template writes both: the chat up to the answer as a prompt, and the chat that ends with it. Where the second is no
+continuation of the first (DeepSeek's and Nemotron's prompts open a thought that finished turns do not show), the thought is
+closed here, and what the template would cut out of it stands in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from pipeline.errors import DataError, Problem
+from stages.lib.text.chat_dialect import ASKED, CALLED, LAST, REPLY, USER, dialect_of, json_of, written_as
+from stages.lib.text.chat_rendering import render_guarded
+from stages.lib.text.chat_template import Messages, about
+from stages.lib.text.turn_marks import marks_of, state_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Unlearnable(DataError):
+    """The template does not let the answer be learned as it is said. `reason` is a word for the ledger."""
+
+    def __init__(self, reason: str, problem: Problem) -> None:
+        super().__init__(problem)
+        self.reason = reason
+
+
+LEFT_OUT = "left_out_by_template"
+"""A part of what is said or asked does not reach the text."""
+
+REPEATED = "repeated_by_template"
+"""What is said stands in the text more than once."""
+
+OTHER_PROMPT = "prompt_differs"
+"""The chat with the answer does not begin with the prompt that asks for it."""
+
+NO_END = "no_end_of_turn"
+"""No special token ends the answer."""
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """One answer of a chat, as text. `guard` characters are still within."""
+
+    prompt: str
+    text: str
+    tail: str
+    thought: tuple[int, int] | None
+    """Where in `text` the reasoning stands, its marks not included."""
+    trimmed: bool
+    """Whether the template took spaces off the ends of what is said."""
+
+    @property
+    def whole(self) -> str:
+        return self.prompt + self.text
+
+
+def answer_at(tokenizer: PreTrainedTokenizerBase, guarded: Messages, index: int, *, strict: bool = True) -> ChatAnswer:
+    """The answer that message `index` of a chat from `guard_special` is.
+
+    Raises `Unlearnable` where the template leaves a part of it out, says it twice, asks for it otherwise or never ends it;
+    with `strict` off only where it cannot be told apart at all.
+    """
+    message = guarded[index]
+    prompt = render_guarded(tokenizer, guarded[:index], add_generation_prompt=True) if index else ""
+    said = continuation(tokenizer, guarded[: index + 1], prompt)
+    text, tail = split_at_end(tokenizer, said, message)
+    if strict:
+        require_said(guarded, message, text)
+    reasoning = str(message.get("reasoning_content") or "").strip()
+    start = text.find(reasoning) if reasoning else -1
+    content = message["content"]
+    trimmed = bool(content) and content not in text and content.strip() in text
+    return ChatAnswer(prompt, text, tail, (start, start + len(reasoning)) if start >= 0 else None, trimmed)
+
+
+OPENED = re.compile(r"<think>\s*$")
+"""The end of a prompt that opens a thought."""
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: str) -> str:
+    """What follows upon the prompt in the chat that ends with the answer, with the reasoning that belongs to the answer."""
+    reasoning = str(through[-1].get("reasoning_content") or "").strip()
+    written = render_guarded(tokenizer, through)
+    knows = bool(dialect_of(tokenizer).reasoning)
+    opened = OPENED.search(prompt)
+    if written.startswith(prompt):
+        said = written[len(prompt) :]
+        if knows or not reasoning:
+            return said
+        return f"{reasoning}\n</think>\n\n{said}" if opened else f"<think>\n{reasoning}\n</think>\n\n{said}"
+    if opened and written.startswith(before := prompt[: opened.start()]):
+        said = written[len(before) :]
+        if said.startswith("<think>"):
+            return said.removeprefix("<think>").lstrip()
+        return f"{reasoning}\n</think>\n\n{said}"
+    raise Unlearnable(
+        OTHER_PROMPT,
+        Problem(
+            about(through),
+            "the chat template's prompt for an answer is not how the training sequence begins",
+            "What add_generation_prompt writes must be what stands before the answer; without reasoning "
+            "(`thinking: stripped`) some templates do so.",
+        ),
+    )
+
+
+# Where an answer ends.
+
+
+class Ends(NamedTuple):
+    """How the template ends turns of the assistant."""
+
+    tail: str
+    """What it writes after the end token of the last turn."""
+    of_text: str
+    """The token that ends an answer, where the template leaves it to what comes next."""
+    of_calls: str
+    """The same for calls of tools."""
+
+
+KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[str, int], Ends]] = WeakKeyDictionary()
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase) -> Ends:
+    """Found once per tokenizer and template, from a short chat and from how it goes on."""
+    state = state_of(tokenizer)
+    known = KNOWN.get(tokenizer)
+    if known is None or known[0] != state:
+        known = KNOWN[tokenizer] = (state, found_ends(tokenizer))
+    return known[1]
+
+
+def found_ends(tokenizer: PreTrainedTokenizerBase) -> Ends:
+    dialect, special = dialect_of(tokenizer), marks_of(tokenizer).pattern.pattern
+    ending = re.compile(rf"\s*((?:{special})*)({special})")
+    replied = [ASKED, {"role": "assistant", "content": REPLY}]
+    after = written_as(tokenizer, replied, dialect).rpartition(REPLY)[2]
+    if found := ending.match(after):
+        return Ends(after[found.end() :], "", "")
+    asked_on = written_as(tokenizer, [*replied, {"role": "user", "content": LAST}], dialect)
+    found = ending.match(asked_on.partition(REPLY)[2])
+    called = written_as(tokenizer, CALLED[:3], dialect)
+    answered = written_as(tokenizer, CALLED[:4], dialect)
+    next_turn = re.compile(special).search(answered, len(called)) if called and answered.startswith(called) else None
+    return Ends("", found[2] if found else "", next_turn[0] if next_turn else "")
+
+
+def split_at_end(tokenizer: PreTrainedTokenizerBase, said: str, message: Mapping[str, Any]) -> tuple[str, str]:
+    """What is said with the special token that ends it, and what the template writes after that."""
+    ends = ends_of(tokenizer)
+    special = re.compile(rf"(?:{marks_of(tokenizer).pattern.pattern})\Z")
+    body = said.removesuffix(ends.tail) if ends.tail else said
+    for text in (body, said.rstrip()):
+        if special.search(text):
+            return text, said[len(text) :]
+    if end := ends.of_calls if message.get("tool_calls") else ends.of_text:
+        return said + end, ""
+    raise Unlearnable(
+        NO_END,
+        Problem(
+            "chat_template",
+            "does not end the assistant's turns with a special token",
+            "A model trained on it would never learn to stop: use another template.",
+        ),
+    )
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that end an answer, and calls of tools where the template knows such. None where it cannot be told."""
+    found = []
+    for chat, index in (([{"role": "user", "content": USER}, {"role": "assistant", "content": REPLY}], 1), (CALLED, 2)):
+        if index == 2 and not dialect_of(tokenizer).calls:
+            continue
+        try:
+            text = answer_at(tokenizer, chat, index, strict=False).text
+        except DataError:
+            continue
+        ends = [match[0] for match in marks_of(tokenizer).pattern.finditer(text) if match.end() == len(text)]
+        found += ends[-1:]
+    return list(dict.fromkeys(found))
+
+
+# What is said must be there.
+
+
+def require_said(messages: Messages, message: Mapping[str, Any], text: str) -> None:
+    """Raises `Unlearnable` unless each part of what the assistant says stands in the text, and stands there once."""
+    content = message["content"].strip()
+    for part in (content, str(message.get("reasoning_content") or "").strip()):
+        if part not in text:
+            raise left_out(messages, part)
+    if len(content) >= LONG_ENOUGH and text.count(content) > 1:
+        raise Unlearnable(
+            REPEATED, Problem(about(messages), f"the chat template writes {content[:40]!r} more than once")
+        )
+    for call in message.get("tool_calls") or ():
+        for part in (call["name"], *leaves(call["arguments"])):
+            require_written(messages, part, text)
+
+
+LONG_ENOUGH = 16
+"""Characters of a text that does not stand twice somewhere by chance."""
+
+
+def require_asked(messages: Messages, text: str) -> None:
+    """Raises `Unlearnable` unless what everyone says before the last answer, and each tool, stands in the text."""
+    for message in messages:
+        if message["content"].strip() not in text:
+            raise left_out(messages, message["content"].strip())
+        for tool in message.get("tools") or ():
+            require_written(messages, tool.get("function", tool).get("name", ""), text)
+
+
+def require_written(messages: Messages, part: Any, text: str) -> None:
+    """As `require_said`, of a value within calls or tools, which templates write as JSON, Python or XML."""
+    value = str(part)
+    if not any(form in text for form in (value, json_of(value)[1:-1], json_of(part), repr(value)[1:-1])):
+        raise left_out(messages, value)
+
+
+def leaves(value: Any) -> Iterator[str | float]:
+    """The texts and numbers in a nested value."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from leaves(inner)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for inner in value:
+            yield from leaves(inner)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value
+
+
+def left_out(messages: Messages, part: str) -> Unlearnable:
+    return Unlearnable(
+        LEFT_OUT,
+        Problem(
+            about(messages),
+            f"the chat template leaves {part[:60]!r} out",
+            "Use a template that writes it (chat_template), or drop the row.",
+        ),
+    )

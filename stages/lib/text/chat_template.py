@@ -1,0 +1,89 @@
+"""Chat templates as they are: a tokenizer's own, rendered in bounds. Nothing here imports torch or transformers before it is
+called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import DataError, Preempted, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Messages = Sequence[Mapping[str, Any]]
+"""Canonical messages: `stages/lib/rows/canonical.py` says what they hold."""
+
+Prompt = Messages | str
+"""A conversation up to the assistant's turn, or raw text."""
+
+TemplateMessage = dict[str, Any]
+"""A message as one template reads it."""
+
+Tool = Mapping[str, Any]
+"""The JSON schema of a function that the assistant may call, as OpenAI writes it."""
+
+
+class RefusedChat(DataError):
+    """The template itself refuses the chat, such as one with a system message."""
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[TemplateMessage],
+    tools: Sequence[Tool] | None = None,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The rendered text.
+
+    Raises `RefusedChat` where the template refuses the chat, and `DataError` where it fails on it, or takes more time or
+    memory than it may.
+    """
+    from stages.lib.text.chat_probe import require_bounded
+    from stages.lib.text.chat_sandbox import Refusal, render_template
+
+    template = template_of(tokenizer)
+    variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    variables |= {"tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    try:
+        require_bounded(template, messages, variables)
+        return render_template(template, messages, variables)
+    except Preempted:
+        raise
+    except Refusal as error:
+        raise RefusedChat(Problem(about(messages), f"the chat template refuses it: {error}")) from None
+    except Exception as error:  # a template is anybody's program
+        raise DataError(
+            Problem(
+                "chat_template",
+                f"cannot render {about(messages)}: {what_happened(error)}",
+                "Correct the template, or use a model or tokenizer with another one.",
+            )
+        ) from None
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template, the default one where it has several. Raises `DataError` if there is none."""
+    hint = "Use a tokenizer that was made or trained for chats."
+    if not tokenizer.chat_template:
+        raise DataError(Problem("chat_template", "the tokenizer has none", hint))
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(Problem("chat_template", str(error).splitlines()[0], hint)) from None
+
+
+def what_happened(error: Exception) -> str:
+    from stages.lib.text.chat_budget import OverLimit
+
+    said = (str(error).splitlines() or [""])[0][:200]
+    return said if isinstance(error, OverLimit) else f"{type(error).__name__}: {said}"
+
+
+def about(messages: Messages) -> str:
+    """A few words by which the reader finds the chat again."""
+    first = next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
+    return f"chat {first[:60]!r}" if isinstance(first, str) else f"chat {str(first[0].get('text', ''))[:60]!r}"

@@ -1,0 +1,420 @@
+"""Chat templates as models are published with them: those that TRL ships, with a byte-level tokenizer that has their tokens.
+
+`S`, `M`, `Y`, `T` and `R` are a single exchange, two of them, a system message, a tool that is used, and reasoning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pipeline.errors import DataError
+from stages.lib.text.chat_answers import OTHER_PROMPT, Unlearnable
+from stages.lib.text.chat_check import check_chat_template, end_of_turn_ids
+from stages.lib.text.chat_dialect import dialect_of
+from stages.lib.text.chat_spans import encode_prompt, training_sequences
+from stages.lib.text.chat_template import RefusedChat
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+TOKENS = re.compile(
+    r"<[|｜][^<>\s'\"{}]*[|｜]>|<\w+_of_\w+>|</?think>|</?tool_call>|<\|?\w+\|?>(?=['\"])|\[/?[A-Z_]{3,}\]|<\|\w+>|<\w+\|>"
+)
+"""What looks like a special token in the text of a template."""
+
+SAID = ("think>", "tool_call>", "tool_response>", "tools>")
+"""Ends of tokens that models are published with, and which are not called special."""
+
+
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """A token for each byte, for two line breaks, and for each special token that the template spells."""
+    template = (FOLDER / f"{name}.jinja").read_text("utf-8")
+    base = ["<unk>", "<s>", "</s>", "<pad>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    line = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")[0][0]
+    vocabulary = {piece: index for index, piece in enumerate([*base, *letters, line * 2])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(line, line)], unk_token="<unk>"))
+    # Line breaks stay together whatever follows, as with Llama 3 and Qwen.
+    together = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|[^\r\n]+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([together, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    found = sorted(set(TOKENS.findall(template)))
+    backend.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in base])
+    for is_said, add in ((False, backend.add_special_tokens), (True, backend.add_tokens)):
+        chosen = [each for each in found if each.endswith(SAID) == is_said]
+        add([AddedToken(each, special=not is_said, normalized=False) for each in chosen])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "One."}}},
+    },
+}
+
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "S": [user("Who?"), assistant("Me.")],
+    "M": [user("Who?"), assistant("Me."), user("One?"), assistant("Two.\nThree.")],
+    "Y": [{"role": "system", "content": "Be brief."}, user("Who?"), assistant("Me.")],
+    "T": [
+        {"role": "system", "content": "", "tools": [ADD]},
+        user("1+2?"),
+        assistant("", tool_calls=[{"name": "add", "arguments": {"a": 12}}]),
+        {"role": "tool", "content": "37"},
+        assistant("It is 37."),
+    ],
+    "R": [user("Who?"), assistant("Me.", reasoning_content="I ponder."), user("One?"), assistant("Two.", reasoning_content="Hm.")],
+}  # fmt: skip
+
+NO_SYSTEM = {"gemma", "gemma_training"}
+"""These refuse system messages, and with them the list of tools."""
+
+NO_REASONING = {"qwen3_5_nothink", "qwen3_5_nothink_training"}
+"""These close the thought within the prompt: no answer after it can think."""
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], **options: Any) -> list[list[str]]:
+    """The decoded stretches that carry loss, one list for each sequence."""
+    turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+    return [
+        [tokenizer.decode(stretch) for stretch in stretches(*each.encoded)]
+        for each in training_sequences(tokenizer, chat, turns, **options)
+    ]
+
+
+def stretches(ids: list[int], mask: list[int]) -> Iterator[list[int]]:
+    """Each run of tokens that carry loss."""
+    run: list[int] = []
+    for token, said in zip([*ids, 0], [*mask, 0], strict=True):
+        if said:
+            run.append(token)
+        elif run:
+            yield run
+            run = []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_template_trains(name: str) -> None:
+    """What is said carries loss, the end of the turn does, and what it stands after is what a server asks with."""
+    tokenizer = tokenizer_of(name)
+    check_chat_template(tokenizer, name)
+    ends = end_of_turn_ids(tokenizer)
+    for kind, chat in CHATS.items():
+        turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+        if name in NO_SYSTEM and kind in "YT":
+            with pytest.raises(RefusedChat, match="System role not supported"):
+                training_sequences(tokenizer, chat, turns)
+            continue
+        if name in NO_REASONING and kind == "R":
+            with pytest.raises(Unlearnable) as caught:
+                training_sequences(tokenizer, chat, turns)
+            assert caught.value.reason == OTHER_PROMPT
+            assert learned(tokenizer, chat, thinking="stripped")
+            continue
+        sequences = training_sequences(tokenizer, chat, turns)
+        assert [turn for each in sequences for turn in each.turns] == turns
+        for encoded, of_sequence, _ in sequences:
+            runs = list(stretches(*encoded))
+            assert len(runs) == len(of_sequence)
+            starts = [i for i in range(1, len(encoded.input_ids)) if encoded.assistant_mask[i - 1 : i + 1] == [0, 1]]
+            for run, start, index in zip(runs, starts, of_sequence, strict=True):
+                assert run[-1] in ends
+                text, message = tokenizer.decode(run), chat[index]
+                assert all(part in text for part in (message["content"], message.get("reasoning_content", "")))
+                assert encoded.input_ids[:start] == encode_prompt(tokenizer, chat[:index])
+                assert tokenizer.decode(encoded.input_ids[:start]) == served(tokenizer, chat[:index])
+
+
+def served(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> str:
+    """The prompt that transformers makes of the chat as OpenAI's interface takes it."""
+    dialect, tools = dialect_of(tokenizer), chat[0].get("tools") if chat else None
+    messages: list[dict[str, Any]] = []
+    for message in chat:
+        plain = {key: value for key, value in message.items() if key not in ("tools", "reasoning_content")}
+        if reasoning := message.get("reasoning_content"):
+            if dialect.reasoning not in ("", "content"):
+                plain[dialect.reasoning] = reasoning
+            elif dialect.reasoning:
+                plain["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+        if tools and not dialect.tools and message["role"] == "system":
+            plain["content"] = (
+                '<tools>\n[{"type": "function", "function": {"name": "add", "description": "Adds two numbers.", '
+            )
+            plain["content"] += '"parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "One."}}}}}]\n</tools>'  # fmt: skip
+        if message.get("tool_calls") and dialect.calls:
+            arguments = {"a": 12} if dialect.calls == "mapping" else '{"a": 12}'
+            function = {"name": "add", "arguments": arguments}
+            plain["tool_calls"] = [{"id": "call00001", "type": "function", "function": function}]
+        elif message.get("tool_calls"):
+            plain = assistant('<tool_call>\n{"name": "add", "arguments": {"a": 12}}\n</tool_call>')
+        if message["role"] == "tool" and dialect.calls:
+            plain |= {"name": "add", "tool_call_id": "call00001"}
+        elif message["role"] == "tool":
+            plain = user("<tool_response>\n37\n</tool_response>")
+        if dialect.parts:
+            plain["content"] = [{"type": "text", "text": plain["content"]}]
+        if plain["content"] or plain["role"] != "system":
+            messages.append(plain)
+    # The date that templates are told is always the same one; where transformers tells today's, it is taken back.
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools if dialect.tools else None, add_generation_prompt=True, tokenize=False
+    )
+    assert isinstance(text, str)
+    today = date.today()
+    return text.replace(today.isoformat(), "2024-07-26").replace(today.strftime("%d %b %Y"), "26 Jul 2024")
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 12}}\n</tool_call>'
+
+INLINE = "<think>\nI ponder.\n</think>\n\nMe.{0}", "<think>\nHm.\n</think>\n\nTwo.{0}"
+
+
+def plain(end: str, call: str = CALL, before: str = "") -> dict[str, list[list[str]]]:
+    """What is learned with a template that writes what it is given, and ends each answer with `end`."""
+    return {
+        "S": [[f"{before}Me.{end}"]],
+        "M": [[f"{before}Me.{end}", f"{before}Two.\nThree.{end}"]],
+        "Y": [[f"{before}Me.{end}"]],
+        "T": [[f"{before}{call}{end}", f"{before}It is 37.{end}"]],
+        "R": [[before + each.format(end) for each in INLINE]],
+    }
+
+
+XML_CALL = "<tool_call>\n<function=add>\n<parameter=a>\n12\n</parameter>\n</function>\n</tool_call>"
+
+GLM_CALL = "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>12</arg_value>\n</tool_call>"
+
+ATEM_CALL = (
+    '<atem:function_calls>\n<atem:invoke name="add">\n<atem:parameter name="a">12</atem:parameter>\n</atem:invoke>\n'
+    "</atem:function_calls>"
+)
+
+R1, HARMONY, QWEN = "\n</think>\n\n{0}<｜end▁of▁sentence｜>", "<|channel|>final<|message|>{0}<|return|>", "<|im_end|>"
+
+GOLDEN: dict[str, dict[str, list[list[str]]]] = {
+    "llama3_1": plain("<|eot_id|>", '{"name": "add", "parameters": {"a": 12}}'),
+    "llama3_2": plain("<|eot_id|>", '{"name": "add", "parameters": {"a": 12}}'),
+    "qwen2_5": plain("<|im_end|>"),
+    "phi3": plain("<|end|>"),
+    "phi3_5_training": plain("<|end|>"),
+    "cohere2": plain("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    "lfm2_v2": plain("<|im_end|>", "<|tool_call_start|>[add(a=12)]<|tool_call_end|>"),
+    "gemma3": plain("<end_of_turn>"),
+    "llava_next": plain("</s>", before=" "),
+    "smolvlm": plain("<end_of_utterance>", before=" "),
+    "gemma": {key: value for key, value in plain("<end_of_turn>").items() if key in "SMR"},
+    # Written anew in the last turn only: each answer for itself.
+    "qwen3": {
+        "S": [["<think>\n\n</think>\n\nMe.<|im_end|>"]],
+        "M": [["<think>\n\n</think>\n\nMe.<|im_end|>"], ["<think>\n\n</think>\n\nTwo.\nThree.<|im_end|>"]],
+        "Y": [["<think>\n\n</think>\n\nMe.<|im_end|>"]],
+        "T": [[f"<think>\n\n</think>\n\n{CALL}{QWEN}"], ["<think>\n\n</think>\n\nIt is 37.<|im_end|>"]],
+        "R": [["<think>\nI ponder.\n</think>\n\nMe.<|im_end|>"], ["<think>\nHm.\n</think>\n\nTwo.<|im_end|>"]],
+    },
+    # For training: nothing is written anew.
+    "qwen3_training": {
+        "S": [["<think>\n\n</think>\n\nMe.<|im_end|>"]],
+        "M": [["<think>\n\n</think>\n\nMe.<|im_end|>", "<think>\n\n</think>\n\nTwo.\nThree.<|im_end|>"]],
+        "Y": [["<think>\n\n</think>\n\nMe.<|im_end|>"]],
+        "T": [[f"<think>\n\n</think>\n\n{CALL}{QWEN}", "<think>\n\n</think>\n\nIt is 37.<|im_end|>"]],
+        "R": [["<think>\nI ponder.\n</think>\n\nMe.<|im_end|>", "<think>\nHm.\n</think>\n\nTwo.<|im_end|>"]],
+    },
+    # The prompt opens the thought, and its line break must not grow together with that of the answer.
+    "qwen3_5_think": {
+        "S": [["\n</think>\n\nMe.<|im_end|>"]],
+        "M": [["\n</think>\n\nMe.<|im_end|>"], ["\n</think>\n\nTwo.\nThree.<|im_end|>"]],
+        "Y": [["\n</think>\n\nMe.<|im_end|>"]],
+        "T": [[f"\n</think>\n\n{XML_CALL}{QWEN}"], ["\n</think>\n\nIt is 37.<|im_end|>"]],
+        "R": [["I ponder.\n</think>\n\nMe.<|im_end|>"], ["Hm.\n</think>\n\nTwo.<|im_end|>"]],
+    },
+    # Finished turns show no thought, and prompts open one.
+    "deepseek_r1_distill": {
+        "S": [[R1.format("Me.")]],
+        "M": [[R1.format("Me.")], [R1.format("Two.\nThree.")]],
+        "Y": [[R1.format("Me.")]],
+        "T": [[R1.format(CALL)], [R1.format("It is 37.")]],
+        "R": [["I ponder." + R1.format("Me.")], ["Hm." + R1.format("Two.")]],
+    },
+    "deepseekv3": {
+        "S": [[R1.format("Me.")]],
+        "M": [[R1.format("Me.")], [R1.format("Two.\nThree.")]],
+        "Y": [[R1.format("Me.")]],
+        "T": [
+            [
+                R1.format(
+                    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 12}\n```'
+                    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+                )
+            ],
+            ["It is 37.<｜end▁of▁sentence｜>"],
+        ],
+        "R": [["I ponder." + R1.format("Me.")], ["Hm." + R1.format("Two.")]],
+    },
+    "nemotron_3_nano": {
+        "S": [["</think>Me.<|im_end|>"]],
+        "M": [["</think>Me.<|im_end|>"], ["</think>Two.\nThree.<|im_end|>"]],
+        "Y": [["</think>Me.<|im_end|>"]],
+        "T": [[f"</think>\n{XML_CALL}\n<|im_end|>"], ["</think>It is 37.<|im_end|>"]],
+        "R": [["I ponder.\n</think>\nMe.<|im_end|>"], ["Hm.\n</think>\nTwo.<|im_end|>"]],
+    },
+    # What comes next ends a turn.
+    "glm4moe": {
+        "S": [["\n<think></think>\nMe.<|user|>"]],
+        "M": [["\n<think></think>\nMe.<|user|>", "\n<think></think>\nTwo.\nThree.<|user|>"]],
+        "Y": [["\n<think></think>\nMe.<|user|>"]],
+        "T": [
+            [
+                f"\n<think></think>\n{GLM_CALL}<|observation|>",
+                "\n<think></think>\nIt is 37.<|user|>",
+            ]
+        ],
+        "R": [["\n<think>I ponder.</think>\nMe.<|user|>"], ["\n<think>Hm.</think>\nTwo.<|user|>"]],
+    },
+    # The last turn ends otherwise than earlier ones do.
+    "gptoss": {
+        "S": [[HARMONY.format("Me.")]],
+        "M": [[HARMONY.format("Me.")], [HARMONY.format("Two.\nThree.")]],
+        "Y": [[HARMONY.format("Me.")]],
+        "T": [
+            [
+                ' to=functions.add<|channel|>commentary json<|message|>{"a": 12}<|call|>',
+                HARMONY.format("It is 37."),
+            ]
+        ],
+        "R": [
+            ["<|channel|>analysis<|message|>I ponder.<|end|><|start|>assistant" + HARMONY.format("Me.")],
+            ["<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant" + HARMONY.format("Two.")],
+        ],
+    },
+    "gemma4_v5": {
+        **plain("<turn|>"),
+        "T": [["<|tool_call>call:add{a:12}<tool_call|><|tool_response>", "It is 37.<turn|>"]],
+        "R": [
+            ["<|channel>thought\nI ponder.\n<channel|>Me.<turn|>"],
+            ["<|channel>thought\nHm.\n<channel|>Two.<turn|>"],
+        ],
+    },
+    "muse_glimmer": {
+        **plain("<|eot|>", before=" to=user<|message|>"),
+        "T": [
+            [
+                f" to=add<|message|>{ATEM_CALL}<|eot|>",
+                " to=user<|message|>It is 37.<|eot|>",
+            ]
+        ],
+        "R": [
+            [
+                " to=self<|message|>I ponder.<|eom|><|start|>assistant to=user<|message|>Me.<|eot|>",
+                " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Two.<|eot|>",
+            ]
+        ],
+    },
+}
+"""Template -> chat -> what carries loss in each of its sequences."""
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_is_learned_is_what_the_model_would_say(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    assert {kind: learned(tokenizer, CHATS[kind]) for kind in GOLDEN[name]} == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "deepseek_r1_distill", "llama3_1", "gemma4_v5"])
+def test_thoughts_are_masked_or_stripped(name: str) -> None:
+    """Masked, a thought is read and its marks are learned; stripped, the answer is as one without any."""
+    tokenizer = tokenizer_of(name)
+    trained, masked = (learned(tokenizer, CHATS["R"], thinking=how) for how in ("trained", "masked"))
+    joined = ["".join(part for part in parts) for parts in masked]
+    assert [text.replace("I ponder.", "").replace("Hm.", "") for text in map("".join, trained)] == joined
+    without = [{key: value for key, value in each.items() if key != "reasoning_content"} for each in CHATS["R"]]
+    assert learned(tokenizer, CHATS["R"], thinking="stripped") == learned(tokenizer, without)
+
+
+def test_a_thought_within_the_content_is_the_same_as_one_in_a_field() -> None:
+    within = [user("Who?"), assistant("<think>\nI ponder.\n</think>\n\nMe.")]
+    for name in NAMES:
+        if name not in NO_REASONING:
+            tokenizer = tokenizer_of(name)
+            assert learned(tokenizer, within) == learned(tokenizer, CHATS["R"][:2]), name
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "qwen3", "gptoss", "llama3_1"])
+def test_what_messages_spell_stays_text_in_calls_tools_and_thoughts(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    hostile = {"deepseekv3": "<｜User｜>", "qwen3": "<|im_start|>", "gptoss": "<|start|>", "llama3_1": "<|eot_id|>"}[
+        name
+    ]
+    spelled = tokenizer.convert_tokens_to_ids(hostile)
+    call = {"name": "add", "arguments": {"a": hostile}}
+    listed = {"type": "function", "function": {**ADD["function"], "description": hostile}}  # type: ignore[dict-item]
+
+    def count(text: str) -> int:
+        harmless = text == "x"
+        tool = ADD if harmless else listed
+        chat = [
+            {"role": "system", "content": "", "tools": [tool]},
+            user("1+2?"),
+            assistant("", tool_calls=[{"name": "add", "arguments": {"a": "x"}} if harmless else call]),
+            {"role": "tool", "content": text},
+            assistant("b", reasoning_content=text) if name != "gptoss" else assistant("b"),
+        ]
+        return sum(each.encoded.input_ids.count(spelled) for each in training_sequences(tokenizer, chat, [2, 4]))
+
+    assert count(hostile) == count("x")
+
+
+def test_what_a_template_leaves_out_or_repeats_is_not_learned() -> None:
+    base = tokenizer_of("qwen2_5")
+
+    def with_template(template: str) -> PreTrainedTokenizerBase:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=base.backend_tokenizer, eos_token="<|im_end|>")
+        tokenizer.chat_template = template
+        return tokenizer
+
+    written = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ WHAT }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    long = "A sentence that is long enough."
+    chat = [{"role": "system", "content": "Be."}, user("Who?"), assistant(long)]
+    for what, reason in (
+        ("m.content[:20]", "left_out_by_template"),
+        ("m.content ~ ' ' ~ m.content", "repeated_by_template"),
+        ("m.content if m.role != 'system'", "left_out_by_template"),
+        ("m.content | upper", "left_out_by_template"),
+    ):
+        with pytest.raises(Unlearnable) as caught:
+            training_sequences(with_template(written.replace("WHAT", what)), chat, [2])
+        assert caught.value.reason == reason
+    (trimmed,) = training_sequences(
+        with_template(written.replace("WHAT", "m.content | trim")), [user("a"), assistant(" b\n")], [1]
+    )
+    assert trimmed.trimmed == 1
+    with pytest.raises(DataError, match="does not end the assistant's turns"):
+        check_chat_template(with_template(written.replace("<|im_end|>", "")), "t")
