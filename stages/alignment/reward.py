@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Weight
 from stages.lib.models.arithmetic import completed, field_of
+from stages.lib.models.families import scoring_problems
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 
 if TYPE_CHECKING:
@@ -56,6 +58,11 @@ def estimate(forecast: Forecast) -> Estimate:
         return known
     language_head = 0 if (completed(architecture) or architecture).get("tie_word_embeddings") else hidden * vocabulary
     return replace(known, parameters=known.parameters - language_head + hidden)
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    architecture = forecast.inputs.get("model", Estimate()).architecture or {}
+    return [*check_preference_training(forecast), *scoring_problems(architecture)]
 
 
 def run(ctx: Context, params: RewardParams) -> Result:
@@ -113,7 +120,7 @@ STAGE = Stage(
     headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
     distributed=True,
     estimate=estimate,
-    check=check_preference_training,
+    check=check,
 )
 
 

@@ -20,6 +20,7 @@ from stages.lib.models.architectures import (
     vocabulary_problems,
 )
 from stages.lib.models.arithmetic import BYTES
+from stages.lib.models.families import mixing_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -84,6 +85,8 @@ def estimate(forecast: Forecast) -> Estimate:
 
 def check(forecast: Forecast) -> list[Problem]:
     problems = check_training(forecast) + starting_problems(forecast.params.architecture, "student", forecast)
+    student = forecast.params.architecture or forecast.inputs.get("student", Estimate()).architecture or {}
+    problems += mixing_problems(student, forecast.params.isolate_documents)
     hint = "Teacher, student and tokens must be of the same tokenizer: pack with the teacher's."
     for role in ("teacher", "student"):
         problems += vocabulary_problems(forecast, role, "tokens", hint)

@@ -17,6 +17,7 @@ from pipeline.store.artifact import Facts, Kind
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.bounds import Weight
 from stages.lib.models.columns import group_problems, is_ignored, planned_columns
+from stages.lib.models.families import quantization_problems
 from stages.lib.models.lengths import longest_text, require_length
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ def check(forecast: Forecast) -> list[Problem]:
     """What the architecture alone shows: layers that cannot be quantized, or whose columns the group size does not divide."""
     params: QuantizeParams = forecast.params
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
-    if architecture.get("model_type") == "gpt2":
-        what = "is a GPT-2, whose layers are of a class that llm-compressor does not quantize"
-        return [Problem("inputs.model", what, "Choose another architecture (llama, mistral and qwen3 work).")]
+    if problems := quantization_problems(architecture):
+        return problems
     if params.group_size is None:
         return []
     return group_problems(planned_columns(architecture, params.ignore), params.group_size)

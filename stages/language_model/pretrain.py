@@ -16,6 +16,7 @@ from stages.lib.models.architectures import (
     starting_problems,
     vocabulary_problems,
 )
+from stages.lib.models.families import mixing_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -100,6 +101,8 @@ def check(forecast: Forecast) -> list[Problem]:
             problems += check_training(forecast, blocks_per_step(params, tokens.sequence_length or 1))
         except RecipeError as error:
             problems += [problem for problem in error.problems if isinstance(problem, Problem)]
+    architecture = params.architecture or forecast.inputs.get("model", Estimate()).architecture or {}
+    problems += mixing_problems(architecture, params.isolate_documents)
     problems += starting_problems(
         params.architecture,
         "model",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     CompressedTensorsConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +25,7 @@ from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
 from pipeline.store.durable import replacing_folder
 from stages.lib.formulas.seeds import NUMPY_BITS, bounded_seed
+from stages.lib.models.classifiers import provide_classifier
 from stages.lib.models.config import read_config
 from stages.lib.processes.collectives import from_main
 from stages.lib.processes.joining import join_processes
@@ -57,6 +59,8 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
 
 def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model in `folder` as an `auto_class`, and what its weights lack: from safetensors only, without code from there."""
+    if auto_class is AutoModelForSequenceClassification:
+        provide_classifier(folder)
     model, report = auto_class.from_pretrained(
         folder,
         local_files_only=True,

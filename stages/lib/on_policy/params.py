@@ -14,6 +14,7 @@ from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
 from stages.lib.models.adapters import LoraParams
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
+from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.training.forecast import check_training, estimate_training
@@ -170,6 +171,8 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
         problems.append(Problem("inputs.reference", "is not used while kl_coefficient is 0", "Remove it."))
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
     problems += room_problems(architecture, params)
+    if params.lora is not None:
+        problems += adapter_problems(architecture, params.lora.target_modules)
     size = params.rollout_batch_size
     if size % forecast.resources.world_size:
         problems.append(

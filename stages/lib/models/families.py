@@ -1,0 +1,69 @@
+"""What models of some families cannot do, so that `plan` says it. Tests try each on a tiny model of its family, and print
+what works into `stages/MODELS.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import Problem
+
+MIXING = frozenset(
+    (
+        *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "jamba", "rwkv", "recurrent_gemma", "xlstm"),
+        *("lfm2", "lfm2_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "nemotron_h", "granitemoehybrid"),
+        *("opt", "falcon", "bloom", "gpt_oss"),
+    )
+)
+"""Families in which a document changes what the model makes of the next one in its block: a state goes through all tokens, or
+places are counted from the mask."""
+
+WITHOUT_ATTENTION = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"})
+"""Families whose models take no attention mask for each token's place, so that no score can be read off a padded chat."""
+
+UNQUANTIZABLE = {
+    **dict.fromkeys(("gpt2",), "whose layers are of a class that llm-compressor does not quantize"),
+    **dict.fromkeys(("mixtral", "gpt_oss"), "whose experts are one tensor, which llm-compressor does not quantize"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "whose layers llm-compressor does not quantize"),
+    **dict.fromkeys(("falcon",), "whose output layer llm-compressor does not save apart from its embeddings"),
+}
+"""Family -> why llm-compressor 0.14 makes no model of it."""
+
+
+def mixing_problems(architecture: Mapping[str, Any], isolate_documents: bool) -> list[Problem]:
+    """Of training on packed blocks, where the family is known not to keep their documents apart."""
+    kind = architecture.get("model_type")
+    if not isolate_documents or kind not in MIXING:
+        return []
+    what = f"is true, and models of the type {kind} do not keep the documents of a block apart"
+    hint = "Set isolate_documents: false, or choose another model_type (llama, qwen3, gpt2 and gpt_neox can)."
+    return [Problem("params.isolate_documents", what, hint)]
+
+
+def scoring_problems(architecture: Mapping[str, Any], where: str = "inputs.model") -> list[Problem]:
+    """Of a reward model, where the family has no place for its head."""
+    kind = architecture.get("model_type")
+    if kind not in WITHOUT_ATTENTION:
+        return []
+    what = f"is a {kind} model, off whose padded chats no score can be read"
+    return [Problem(where, what, "Choose another architecture (llama, mistral and qwen3 work).")]
+
+
+def adapter_problems(architecture: Mapping[str, Any], target_modules: list[str] | None) -> list[Problem]:
+    """Of an adapter on all linear layers, where peft refuses some of the family's."""
+    kind = architecture.get("model_type")
+    if target_modules is not None or kind not in ("mamba", "mamba2", "falcon_mamba"):
+        return []
+    what = f"is null, and peft adapts not all linear layers of {kind} models"
+    return [
+        Problem("params.lora.target_modules", what, "Name them: [in_proj, x_proj] for mamba, [in_proj] for mamba2.")
+    ]
+
+
+def quantization_problems(architecture: Mapping[str, Any]) -> list[Problem]:
+    kind = architecture.get("model_type")
+    if kind not in UNQUANTIZABLE:
+        return []
+    what = f"is a {kind} model, {UNQUANTIZABLE[kind]}"
+    return [Problem("inputs.model", what, "Choose another architecture (llama, mistral and qwen3 work).")]
