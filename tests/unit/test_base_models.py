@@ -14,6 +14,7 @@ from pipeline.errors import ArtifactError, DataError
 from pipeline.running.estimates import architecture_of
 from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Estimate, Forecast, Result
+from stages import STAGES
 from stages.language_model import sft
 from stages.language_model.sft import STAGE, SftParams, give_template
 from stages.lib.models.embeddings import grow_embeddings
@@ -121,6 +122,27 @@ def test_without_the_option_plan_and_stage_name_it(tmp_path: Path, chats: Path) 
         assert str(caught.value) == problem
     assert planned(model, chat_template="chatml", add_tokens=True) == []
     assert planned(model, chat_template="chatml", add_tokens=["<|im_start|>", "<|im_end|>"]) == []
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "grpo"])
+def test_plan_sees_it_in_every_stage_that_reads_chats(tmp_path: Path, kind: str) -> None:
+    stage = STAGES[kind]
+    common = {"global_batch_size": 4, "learning_rate": 1e-3}
+    params: dict[str, Any] = {
+        "grpo": {
+            "rollouts": 1,
+            "rollout_batch_size": 4,
+            "completions_per_prompt": 2,
+            "max_prompt_tokens": 64,
+            "max_new_tokens": 8,
+            "rewards": [{"kind": "regular_expression", "pattern": "a"}],
+        }
+    }.get(kind, {"max_steps": 1, "max_length_tokens": 100})
+    for tokens, what in ((500, "has no chat template. Teach it chats first, in a stage sft"), (499, "embeds 499")):
+        folder = write_base_model(tmp_path / str(tokens), "gpt-2", rows=tokens)
+        known = Estimate(architecture=architecture_of(folder), folder=folder)
+        forecast = Forecast(stage.params(**common, **params), Resources(), {"model": known})
+        assert any(what in str(problem) and "`add_tokens: true`" in str(problem) for problem in stage.check(forecast))
 
 
 def test_a_tokenizer_larger_than_the_embeddings_grows_them(tmp_path: Path, chats: Path) -> None:

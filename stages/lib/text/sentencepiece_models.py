@@ -63,8 +63,8 @@ def from_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
 
     content, config = model.read_bytes(), optional_json(model.with_name("tokenizer_config.json"))
     try:
-        processor = SentencePieceProcessor(model_proto=content)
         specification = read_specification(content)
+        processor = SentencePieceProcessor(model_proto=content)
     except (RuntimeError, IndexError) as error:
         what = "is no model of sentencepiece, and there is no tokenizer.json beside it"
         raise ArtifactError(Problem(str(model), what, "Add the tokenizer.json that belongs to it.")) from error
@@ -159,14 +159,16 @@ def require_same_ids(
 # The model's file, of which only a few fields count (sentencepiece_model.proto).
 
 
-TRAINER, NORMALIZER = 2, 3
+PIECE, TRAINER, NORMALIZER = 1, 2, 3
 KIND, UNIGRAM = 3, 1
 CHARACTERS, DUMMY_PREFIX, EXTRA_SPACES = 2, 3, 4
 
 
 def read_specification(content: bytes) -> Specification:
     """What the bytes of a sentencepiece model say. Raises `IndexError` for bytes that are none."""
-    parts = {number: value for number, value in fields_of(content) if number in (TRAINER, NORMALIZER)}
+    parts = dict(fields_of(content))
+    if not isinstance(parts.get(PIECE), bytes):
+        raise IndexError("holds no piece")
     trainer, normalizer = (dict(fields_of(parts.get(number, b""))) for number in (TRAINER, NORMALIZER))
     return Specification(
         is_unigram=trainer.get(KIND, UNIGRAM) == UNIGRAM,

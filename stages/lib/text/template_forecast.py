@@ -27,12 +27,12 @@ def embedding_problems(model: Estimate, files: TokenizerFiles | None, hint: str)
     return [Problem("inputs.model", what, hint)]
 
 
-def untaught_problems(forecast: Forecast) -> list[Problem]:
+def untaught_problems(forecast: Forecast, *, reads_chats: bool = True) -> list[Problem]:
     """What is wrong if the input `model` of a stage that reads chats knows none, or has tokens that it does not embed."""
     model = forecast.inputs.get("model", Estimate())
     files = known_tokenizer(model.folder)
     problems = embedding_problems(model, files, "Give it to sft first, with `add_tokens: true`, or mend the folder.")
-    if files is not None and not files.templates:
+    if reads_chats and files is not None and not files.templates:
         hint = "Teach it chats first, in a stage sft with `chat_template: chatml` and `add_tokens: true`."
         problems.append(Problem("inputs.model", "its tokenizer has no chat template", hint))
     return problems
