@@ -63,6 +63,8 @@ class Estimate:
     accumulation: int | None = None
     memory_bytes_per_rank: int | None = None
     disk_bytes: int | None = None
+    folder: Path | None = None
+    """Where it lies, if it is there already: what its files say of it can be read."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,9 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     """The plan for programs."""
     steps = []
     for step in plan.steps:
-        estimate = {k: v for k, v in vars(step.estimate).items() if v is not None and k != "architecture"}
+        estimate = {
+            k: v for k, v in vars(step.estimate).items() if v is not None and k not in ("architecture", "folder")
+        }
         steps.append(
             {
                 "name": step.name,

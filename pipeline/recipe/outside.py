@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import RecipeError, shown
 from pipeline.settings.paths import is_file, read_json
@@ -16,6 +18,13 @@ SIZES = frozenset(
 
 
 ADAPTER = "adapter_config.json"
+
+
+READABLE_QUANTIZATION = "compressed-tensors"
+
+
+SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "sentencepiece.model", "spm.model")
+"""What a tokenizer is called that has no tokenizer.json."""
 
 
 def weights_in(path: Path) -> list[Path]:
@@ -49,6 +58,47 @@ def weights_problem(path: Path) -> str | None:
     )
 
 
+def is_quantized(path: Path) -> str:
+    """How to make a model that can be trained of a quantized one whose numbers transformers unpacks."""
+    return (
+        "Its weights are quantized: name the model that it was made from, or unpack them: `from transformers import "
+        "AutoModelForCausalLM as M, CompressedTensorsConfig as C; "
+        f"m = M.from_pretrained({str(path)!r}, quantization_config=C(dequantize=True)); "
+        "m.save_pretrained(FOLDER, state_dict={k: v for k, v in m.state_dict().items() "
+        "if not k.rpartition('.')[2].startswith('weight_')})`, and copy the tokenizer's files there."
+    )
+
+
+def quantization_problem(config: Path, block: Mapping[str, Any]) -> str | None:
+    """Why weights that a config says are quantized cannot be read; None if they can."""
+    said = block["quantization_config"]
+    method = said.get("quant_method") if isinstance(said, Mapping) else said
+    if method == READABLE_QUANTIZATION:
+        return None
+    return (
+        f"{config} says that the weights are quantized ({shown(method)}), which no stage reads but as "
+        f"{READABLE_QUANTIZATION}. Name the model that it was made from."
+    )
+
+
+def tokenizer_problem(path: Path) -> str | None:
+    """Why the tokenizer of a folder would be opened as another one, as far as its JSON files show; None if they do not."""
+    files = [path / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if not all(map(is_file, files)):
+        return None
+    model_type = read_json(path / "config.json").get("model_type") if is_file(path / "config.json") else None
+    declared = read_json(files[1]).get("tokenizer_class")
+    if declared not in ("LlamaTokenizer", "LlamaTokenizerFast") or model_type not in (None, "llama"):
+        return None
+    if "'ByteLevel'" not in str(read_json(files[0]).get("pre_tokenizer")):
+        return None
+    return (
+        f"{files[1]} names {declared}, which splits text at spaces of its own, and the tokenizer.json beside it is of "
+        'bytes: all spaces and line breaks would be lost. Write "tokenizer_class": "PreTrainedTokenizerFast" there: '
+        "then the file is opened as it is."
+    )
+
+
 def kind_of_folder(path: Path) -> Kind:
     """What a model or tokenizer folder that is no artifact of ours holds, read from its config.json.
 
@@ -58,7 +108,7 @@ def kind_of_folder(path: Path) -> Kind:
     if is_file(path / ADAPTER) and not weights_in(path):
         raise RecipeError(is_an_adapter(path))
     if not is_file(config):
-        if is_file(path / "tokenizer.json"):
+        if any(is_file(path / name) for name in ("tokenizer.json", *SENTENCEPIECE)):
             return Kind.TOKENIZER
         raise RecipeError(
             f"{path} is no artifact, model or tokenizer folder. It has neither manifest.json nor config.json."
@@ -75,7 +125,9 @@ def kind_of_folder(path: Path) -> Kind:
             f"{config} has {shown(architectures)} as `architectures`, which is a list. Save the model again."
         )
     architecture = str(architectures[0])
-    if "quantization_config" in block:
+    if block.get("quantization_config") is not None:
+        if problem := quantization_problem(config, block):
+            raise RecipeError(problem)
         return Kind.QUANTIZED_LM
     endings = {
         "ForCausalLM": Kind.CAUSAL_LM,

@@ -19,7 +19,7 @@ from pipeline.errors import (
     shown_path,
 )
 from pipeline.recipe.graph import in_order, needed_for
-from pipeline.recipe.outside import kind_of_folder, weights_problem
+from pipeline.recipe.outside import is_quantized, kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.recipe.overrides import apply_overrides
 from pipeline.recipe.recipe import (
     HUB,
@@ -184,7 +184,8 @@ class Reader:
                 manifest = read_manifest(path)
                 return Outside(path, manifest.artifact_kind, manifest.artifact_id)
             kind = kind_of_folder(path)
-            if kind is not Kind.TOKENIZER and (problem := weights_problem(path)):
+            problem = weights_problem(path) if kind is not Kind.TOKENIZER else None
+            if problem := problem or tokenizer_problem(path):
                 self.problem(where, problem)
                 return None
             return Outside(path, kind)
@@ -324,7 +325,9 @@ class Reader:
                 self.problem(
                     f"stages.{name}.inputs.{role}",
                     f"needs {wanted}, and {given} {kind}",
-                    kind_hint(declared, kinds, name),
+                    is_quantized(source.path)
+                    if isinstance(source, Outside) and kind is Kind.QUANTIZED_LM
+                    else kind_hint(declared, kinds, name),
                 )
         for role, declared in stage.inputs.items():
             if not declared.optional and role not in spec.inputs:

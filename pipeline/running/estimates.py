@@ -24,6 +24,7 @@ def estimate_of(manifest: Manifest, folder: Path) -> Estimate:
         sequence_length=facts.max_length_tokens,
         optimizer_steps=facts.optimizer_steps,
         disk_bytes=manifest.total_bytes,
+        folder=folder,
     )
 
 

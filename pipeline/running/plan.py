@@ -245,7 +245,7 @@ class StepPlanner:
             if isinstance(source, Upstream):
                 estimates[role] = self.planned[source.step].estimate
             elif isinstance(source, Outside):
-                estimates[role] = Estimate(architecture=architecture_of(source.path))
+                estimates[role] = Estimate(architecture=architecture_of(source.path), folder=source.path)
             else:
                 estimates[role] = Estimate()
         return estimates

@@ -94,6 +94,8 @@ class Facts(BaseModel):
     heldout_tokens: int | None = None
     dropped_rows: dict[str, int] | None = None
     optimizer_steps: int | None = None
+    added_tokens: list[str] | None = None
+    """Tokens that the vocabulary gained in this stage, in the order of their ids."""
     fixed_prompt_scores: dict[str, float] | None = None
 
 

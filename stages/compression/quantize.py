@@ -91,6 +91,12 @@ def check(forecast: Forecast) -> list[Problem]:
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
     if problems := quantization_problems(architecture):
         return problems
+    if architecture.get("model_type") in ("mamba", "falcon_mamba"):
+        mixer = (f"backbone.layers.0.mixer.{name}" for name in ("dt_proj", "out_proj"))
+        if not all(is_ignored(name, params.ignore) for name in mixer):
+            what = "leaves layers dt_proj and out_proj to be quantized, which a Mamba can then not be read with again"
+            hint = 'Write `ignore: ["lm_head", "re:.*dt_proj", "re:.*out_proj"]`.'
+            return [Problem("params.ignore", what, hint)]
     if params.group_size is None:
         return []
     return group_problems(planned_columns(architecture, params.ignore), params.group_size)

@@ -24,6 +24,7 @@ from pipeline.store.artifact import Facts, Kind
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_check import check_chat_template
 from stages.lib.text.chat_presets import PRESETS, is_template, text_if_file
+from stages.lib.text.sentencepiece_models import find_merges
 from stages.lib.text.sentencepiece_parity import BUILT_IN_TEXTS, SPACE_SIGN, Escape, compare
 from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer
 
@@ -314,25 +315,6 @@ def fast_tokenizer(processor: SentencePieceProcessor, params: Params, template: 
     )
     tokenizer.chat_template = template
     return tokenizer
-
-
-def find_merges(processor: SentencePieceProcessor, pieces: list[str]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, in the order in which sentencepiece would join them.
-
-    Special and byte tokens are left out: no pair may make them, however their names are spelled.
-    """
-    ordinary = {
-        piece: index
-        for index, piece in enumerate(pieces)
-        if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index))
-    }
-    merges = []
-    for piece, index in ordinary.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in ordinary and right in ordinary:
-                merges.append((-processor.get_score(index), index, cut, left, right))
-    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def heldout_texts(path: Path, params: Params, seed: int) -> Iterator[tuple[str, str]]:

@@ -117,6 +117,7 @@ def run(ctx: Context, params: PretrainParams) -> Result:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     from stages.lib.formulas.token_losses import TokenObjective, measure_tokens, token_metrics
+    from stages.lib.models.asking import require_attention
     from stages.lib.models.isolation import plain_ids, require_isolation
     from stages.lib.models.loading import load_model
     from stages.lib.text.blocks import Blocks
@@ -134,6 +135,8 @@ def run(ctx: Context, params: PretrainParams) -> Result:
     auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     new = {"causal": causal, "vocabulary_multiple": params.vocabulary_multiple}
     source, config = starting_model(ctx, "model", params.architecture, auto_class, length, **new)
+    if kernel := attention_of(params).get("attn_implementation"):
+        require_attention(auto_class, source, kernel, "params.isolate_documents", "Set isolate_documents: false.")
     collate, heldout_collate = collates(ctx, params, tokenizer, config, length)
 
     def evaluate(evaluator: Evaluator) -> Metrics:

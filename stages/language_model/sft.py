@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.architectures import grown_rows
 from stages.lib.models.lengths import length_problems, require_length
-from stages.lib.text.chat_presets import text_if_file
+from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
+from stages.lib.text.template_forecast import embedded_rows, template_problems_ahead, tokens_ahead
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.lib.models.embeddings import Grown
     from stages.lib.text.chats import Chats
 
 
@@ -25,8 +31,12 @@ class SftParams(TrainingParams):
 
     max_length_tokens: int = Field(ge=8)
     """Tokens per chat. A longer one loses its oldest turns; one whose last exchange is too long is dropped and counted."""
-    chat_template: Annotated[str, AfterValidator(text_if_file)] | None = None
-    """How a chat becomes text: a preset (slipway, chatml), the path of a Jinja file, or a name among the several templates of the model's tokenizer. It takes the place of a template that the tokenizer has. A preset's special tokens must be in the vocabulary already. null: the tokenizer's own."""
+    chat_template: Annotated[str | TemplateOfTokenizer, AfterValidator(template_if_named)] | None = None
+    """How a chat becomes text: a preset (slipway, chatml), the path of a Jinja file, a name among the several templates of the model's tokenizer, or the path of another tokenizer's or model's folder, whose template is taken. It takes the place of a template that the tokenizer has. The tokens that it is written with must be in the vocabulary, or come into it by `add_tokens`. null: the tokenizer's own."""
+    add_tokens: bool | list[Annotated[str, Field(min_length=2)]] = False
+    """Tokens that the vocabulary gains, and the model embeddings for them, each the mean of the old ones. true: those that the template of a preset or another tokenizer is written with and the vocabulary lacks. A list: these. With either, a model that embeds fewer tokens than its tokenizer has gains the rest as well. false: none."""
+    vocabulary_multiple: int | None = Field(default=None, ge=1)
+    """Where embeddings are added, their number becomes a multiple of this. null: of the largest power of two, up to 64, that it was a multiple of."""
     thinking: Literal["trained", "masked", "stripped"] = "trained"
     """What becomes of the reasoning before an answer: learned like all that the assistant says; read, but nothing is learned from it; or taken out of every turn."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
@@ -35,6 +45,8 @@ class SftParams(TrainingParams):
 
 def estimate(forecast: Forecast) -> Estimate:
     model, chats = forecast.inputs.get("model", Estimate()), forecast.inputs.get("chats", Estimate())
+    if forecast.params.add_tokens is not False:
+        model = with_added_tokens(model, forecast.params)
     return estimate_training(
         forecast,
         architecture=model.architecture,
@@ -46,8 +58,12 @@ def estimate(forecast: Forecast) -> Estimate:
 
 
 def check(forecast: Forecast) -> list[Problem]:
-    architecture = forecast.inputs.get("model", Estimate()).architecture or {}
-    return [*check_training(forecast), *length_problems(architecture, forecast.params.max_length_tokens)]
+    model, params = forecast.inputs.get("model", Estimate()), forecast.params
+    return [
+        *check_training(forecast),
+        *length_problems(model.architecture or {}, params.max_length_tokens),
+        *template_problems_ahead(model, params.chat_template, params.add_tokens),
+    ]
 
 
 def run(ctx: Context, params: SftParams) -> Result:
@@ -57,20 +73,15 @@ def run(ctx: Context, params: SftParams) -> Result:
     from stages.lib.models.config import read_config
     from stages.lib.models.loading import load_model
     from stages.lib.text.batches import padding_of
-    from stages.lib.text.chat_check import check_chat_template
     from stages.lib.text.chats import Chats, collate_chats, tokenizing_chats
     from stages.lib.text.tokenized_parts import tokenize_input
-    from stages.lib.text.tokenizers import load_tokenizer, stop_token_ids, tokenizer_facts
+    from stages.lib.text.tokenizers import stop_token_ids, tokenizer_facts
     from stages.lib.training.loop import train
 
     source = ctx.inputs["model"]
     require_length(read_config(source), params.max_length_tokens)
-    tokenizer = load_tokenizer(source)
-    own_template = tokenizer.chat_template
-    give_template(tokenizer, params.chat_template)
-    if own_template and tokenizer.chat_template != own_template:
-        ctx.journal.note("the chat template of the model's tokenizer is replaced by the one that chat_template names")
-    check_chat_template(tokenizer, str(source))
+    start = with_template(ctx, params)
+    source, tokenizer = start.model, start.tokenizer
     how = tokenizing_chats(tokenizer, params.max_length_tokens, thinking=params.thinking)
     train_rows, heldout_rows, ledger = tokenize_input(ctx, "chats", how, params.max_dropped_fraction)
     chats, heldout = Chats(train_rows), Chats(heldout_rows)
@@ -81,7 +92,7 @@ def run(ctx: Context, params: SftParams) -> Result:
         ctx,
         params,
         make_model=lambda: load_model(AutoModelForCausalLM, source),
-        tokenizer=source if tokenizer.chat_template == own_template else tokenizer,
+        tokenizer=start.published,
         data=chats,
         collate=collate,
         objective=TokenObjective(),
@@ -92,6 +103,7 @@ def run(ctx: Context, params: SftParams) -> Result:
         **{f"{name}_base": value for name, value in trained.before.items()},
         "train_loss": trained.train_loss,
         **ledger.metrics(),
+        **start.metrics,
     }
     facts = Facts(
         **tokenizer_facts(ctx.out if ctx.world.is_main else source),
@@ -105,6 +117,7 @@ def run(ctx: Context, params: SftParams) -> Result:
         heldout_tokens=heldout.num_tokens,
         dropped_rows=dict(ledger.dropped),
         optimizer_steps=trained.steps,
+        added_tokens=start.added or None,
     )
     return Result(metrics, facts)
 
@@ -128,42 +141,107 @@ MIN_SHARE_OF_ENDS = 0.95
 """A model learns to stop from the chats whose last turn is asked for with its end."""
 
 
-def give_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
-    """Sets the chat template: a preset, one of the tokenizer's own by its name, or a text; None for the one that it has.
+class ChatStart(NamedTuple):
+    """Where teaching a model chats begins."""
+
+    model: Path
+    """The folder with its weights: the input's, or one with embeddings for the tokens that were added."""
+    tokenizer: PreTrainedTokenizerBase
+    published: PreTrainedTokenizerBase | Path
+    """The same tokenizer, as the folder that it lies in where it is unchanged there."""
+    added: list[str]
+    metrics: dict[str, float]
+
+
+def with_template(ctx: Context, params: SftParams) -> ChatStart:
+    """The input model with the chat template, and with embeddings for the tokens, that the params ask for.
+
+    All processes call it. Raises `DataError` or `ArtifactError` if that cannot be, or the template is not fit for training.
+    """
+    from stages.lib.models.embeddings import with_embeddings
+    from stages.lib.text.chat_check import check_chat_template
+    from stages.lib.text.tokenizers import load_tokenizer
+
+    source = ctx.inputs["model"]
+    tokenizer = load_tokenizer(source, embedded=params.add_tokens is False)
+    own_template, old_ids = tokenizer.chat_template, set(tokenizer.get_vocab().values())
+    added = give_template(tokenizer, params.chat_template, params.add_tokens)
+    if own_template and tokenizer.chat_template != own_template:
+        ctx.journal.note("the chat template of the model's tokenizer is replaced by the one that chat_template names")
+    check_chat_template(tokenizer, str(source))
+    if params.add_tokens is not False:
+        grown = with_embeddings(ctx, source, tokenizer, old_ids, params.vocabulary_multiple)
+        ctx.journal.note(what_was_added(added, grown))
+        if grown:
+            counts = {"added_tokens": float(len(added)), "added_embeddings": float(grown.rows - grown.rows_before)}
+            return ChatStart(grown.folder, tokenizer, grown.folder, added, counts)
+    return ChatStart(source, tokenizer, source if tokenizer.chat_template == own_template else tokenizer, added, {})
+
+
+def with_added_tokens(model: Estimate, params: SftParams) -> Estimate:
+    """What is known of the model once it embeds the tokens that its vocabulary gains."""
+    size, rows = tokens_ahead(model, params.chat_template, params.add_tokens), embedded_rows(model)
+    if size is None or rows is None:
+        return replace(model, parameters=None, architecture=None, vocabulary_size=None)
+    architecture = {**(model.architecture or {}), "vocab_size": grown_rows(rows, size, params.vocabulary_multiple)}
+    return replace(model, parameters=None, architecture=architecture, vocabulary_size=size)
+
+
+def give_template(
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: str | TemplateOfTokenizer | None,
+    add_tokens: bool | Sequence[str] = False,
+) -> list[str]:
+    """Sets the chat template: a preset, one of the tokenizer's own by its name, another tokenizer's, or a text; None for the
+    one that it has. Adds the tokens that it lacks, or that are listed, if `add_tokens` says so; returns what is new.
 
     Raises `DataError` if that cannot be, or none is there.
     """
-    from stages.lib.text.chat_presets import PRESETS
-    from stages.lib.text.chat_rendering import special_tokens
+    from stages.lib.text.added_tokens import (
+        GIVE_ONE,
+        add_to_vocabulary,
+        chosen_tokens,
+        lacking,
+        needed_tokens,
+    )
+    from stages.lib.text.chat_presets import PRESETS, TokenToAdd
+    from stages.lib.text.turn_marks import what_is_written
 
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {}
     where = "params.chat_template"
+    needed: list[TokenToAdd] = []
+    asked_of = wanted
     if wanted is None:
         if not own:
-            what = "its tokenizer has no chat template"
-            hint = (
-                "Give the tokenizer stage one, or set chat_template here to a preset whose tokens the vocabulary has."
-            )
-            raise DataError(Problem("inputs.model", what, hint))
+            raise DataError(Problem("inputs.model", "its tokenizer has no chat template", GIVE_ONE))
         if named and "default" not in named:
             what = f"the model's tokenizer has several chat templates and none called default: {', '.join(named)}"
             raise DataError(Problem(where, what, "Set it to one of these names, to a preset or to a file."))
+    elif isinstance(wanted, TemplateOfTokenizer):
+        tokenizer.chat_template = wanted.template
+        needed = needed_tokens(wanted, what_is_written(tokenizer))
     elif wanted in named:
-        tokenizer.chat_template = named[wanted]
+        tokenizer.chat_template, asked_of = named[wanted], None
     elif wanted in PRESETS:
-        preset = PRESETS[wanted]
-        tokenizer.chat_template = preset.template
-        present = {token.content for token in special_tokens(tokenizer)}
-        if missing := [token for token in preset.special_tokens if token not in present]:
-            what = f"'{wanted}' is written with {', '.join(missing)}, which the model's vocabulary does not have"
-            hint = "Train the tokenizer with this preset: a model learns no tokens that it has no embeddings for."
-            raise DataError(Problem(where, what, hint))
+        tokenizer.chat_template = PRESETS[wanted].template
+        needed = needed_tokens(wanted)
     elif "{{" in wanted or "{%" in wanted:
         tokenizer.chat_template = wanted
     else:
         what = f"no preset, no file and no template of the model's tokenizer has the name {wanted!r}"
         raise DataError(Problem(where, what, did_you_mean(wanted, [*PRESETS, *named])))
+    known = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return add_to_vocabulary(tokenizer, chosen_tokens(asked_of, lacking(tokenizer, needed), add_tokens, known))
+
+
+def what_was_added(added: Sequence[str], grown: Grown | None) -> str:
+    """What became of the param add_tokens, as a line of the journal."""
+    if grown is None:
+        return "add_tokens adds none: the vocabulary has what the chat template needs, and the model embeds all of it"
+    rows = f"{grown.rows:,}, instead of {grown.rows_before:,}" if grown.rows != grown.rows_before else f"{grown.rows:,}"
+    new = f"{len(added)} tokens ({', '.join(added[:8])}{', ...' if len(added) > 8 else ''})" if added else "no tokens"
+    return f"the vocabulary gains {new}; the model embeds {rows}; what is new begins as the mean of the old embeddings"
 
 
 def require_ends(chats: Chats, stop_ids: list[int]) -> None:

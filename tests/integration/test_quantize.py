@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from pipeline.errors import ArtifactError, DataError, GateError
+from launch import LAUNCHERS
+from pipeline.errors import ArtifactError, DataError, GateError, RecipeError
+from pipeline.recipe.reader import load_recipe
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import validate
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Kind, digest_file
+from stages import STAGES
 from stages.compression.quantize import STAGE, QuantizeParams, require_quality
 from tests.integration.tiny_language_model import (
     TinyWorld,
@@ -328,6 +334,30 @@ def test_a_quantized_model_is_not_quantized_again(world: TinyWorld, tmp_path: Pa
     (tmp_path / "twice").mkdir()
     with pytest.raises(ArtifactError, match="is quantized already"):
         run_stage(STAGE, {"model": out, "calibration": world.tokens}, {"group_size": 32}, tmp_path / "twice")
+
+
+def test_a_quantized_model_is_not_trained_and_the_way_out_works(world: TinyWorld, tmp_path: Path) -> None:
+    """What `plan` says to run gives a model that computes the same, and of which no stage finds anything left over."""
+    from stages.lib.models.heads import add_reward_head
+    from stages.lib.models.loading import load_model
+
+    _, out = quantize(world, tmp_path, bits=8, group_size=32, **NEAREST)
+    with pytest.raises(ArtifactError, match="holds quantized weights, which are not trained"):
+        load_model(AutoModelForCausalLM, out)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: recipe\nseed: 1\noutputs: [chat]\nstages:\n  chat: {kind: sft, params: {global_batch_size: 1, max_steps: 1,"
+        f" learning_rate: 1e-3, max_length_tokens: 64}}, inputs: {{model: {out}, chats: {world.chats}}}}}\n"
+    )
+    with pytest.raises(RecipeError, match="needs causal_lm, and the folder holds quantized_lm") as caught:
+        load_recipe(recipe, STAGES, LAUNCHERS)
+    (command,) = re.findall(r"`(from transformers .*?)`", str(caught.value))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        exec(command.replace("FOLDER", repr(str(tmp_path / "whole"))), {})
+    ids = some_ids(world)
+    assert torch.equal(load_model(AutoModelForCausalLM, tmp_path / "whole")(ids).logits, load(out)(ids).logits)
+    add_reward_head(tmp_path / "whole", 0)
 
 
 def test_tokens_of_another_tokenizer_are_refused(world: TinyWorld, tmp_path: Path) -> None:

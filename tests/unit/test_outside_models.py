@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.recipe.outside import kind_of_folder, weights_problem
+from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.store.artifact import Kind
 from stages.lib.models.publishing import complete_generation_config
 from stages.lib.text.tokenizers import load_tokenizer
+from tests.families import write_tokenizer
 
 TEXT = " A  cat,\n\tx == 10"
 
@@ -57,17 +58,21 @@ def test_a_class_that_opens_another_tokenizer_is_refused_and_the_way_out_works(
     ) as caught:
         load_tokenizer(folder)
     assert '"tokenizer_class": "PreTrainedTokenizerFast"' in str(caught.value)
+    seen = tokenizer_problem(folder)  # by `plan`, of all that such a folder is published as
+    assert model_type == "gpt2" or (seen is not None and '"tokenizer_class": "PreTrainedTokenizerFast"' in seen)
     write(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     tokenizer = load_tokenizer(folder)
     written = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == written
     assert tokenizer.decode(written) == TEXT
+    assert tokenizer_problem(folder) is None
 
 
 @pytest.mark.parametrize("declared", ["Qwen2TokenizerFast", "GPT2TokenizerFast"])
 def test_a_class_that_opens_what_the_file_says_is_taken(folder: Path, declared: str) -> None:
     write(folder, "config.json", model_type="llama", vocab_size=320)
     write(folder, "tokenizer_config.json", tokenizer_class=declared)
+    assert tokenizer_problem(folder) is None
     assert load_tokenizer(folder).decode(load_tokenizer(folder)(TEXT)["input_ids"]) == TEXT
 
 
@@ -151,3 +156,27 @@ def test_an_adapter_is_no_model_and_the_way_out_works(tmp_path: Path) -> None:
     assert torch.allclose(
         LlamaForCausalLM.from_pretrained(merged).eval()(ids).logits, adapted.eval()(ids).logits, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", None])
+def test_weights_that_no_stage_unpacks_are_refused(folder: Path, method: str | None) -> None:
+    write(folder, "config.json", architectures=["LlamaForCausalLM"], quantization_config={"quant_method": method})
+    with pytest.raises(
+        RecipeError, match=rf"quantized \({method if method is None else repr(method)}\).*made from"
+    ) as caught:
+        kind_of_folder(folder)
+    assert "config.json says that the weights are quantized" in str(caught.value)
+    write(folder, "config.json", architectures=["LlamaForCausalLM"], quantization_config=None)
+    assert kind_of_folder(folder) is Kind.CAUSAL_LM
+
+
+def test_a_sentencepiece_model_alone_is_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is no artifact, model or tokenizer folder"):
+        kind_of_folder(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    assert kind_of_folder(tmp_path) is Kind.TOKENIZER
+
+
+def test_llamas_class_over_a_sentencepiece_born_file_is_taken(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "llama-2")
+    assert tokenizer_problem(tmp_path) is None and load_tokenizer(tmp_path)

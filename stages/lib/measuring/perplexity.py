@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.lib.formulas.token_losses import IGNORE, next_tokens, token_logps
+from stages.lib.models.asking import without_cache
 from stages.lib.preferring.reward_models import scores
 from stages.lib.rows.canonical import Row
 from stages.lib.text.batches import attention_mask, padded
@@ -94,7 +95,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[ScoredRow], batch_size: in
     scores = [Score(0.0, 0)] * len(rows)
     for batch in batches_by_length(rows, batch_size, model.device):
         targets_BT = next_tokens(batch.ids, batch.asked)
-        logits_BTV = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        logits_BTV = model(input_ids=batch.ids, attention_mask=batch.mask, **without_cache(model)).logits
         nats_B = -token_logps(logits_BTV, targets_BT).double().sum(1)
         tokens_B = (targets_BT != IGNORE).sum(1)
         for index, nats, tokens in zip(batch.indices, nats_B.tolist(), tokens_B.tolist(), strict=True):

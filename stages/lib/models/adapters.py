@@ -57,19 +57,32 @@ ADAPTERS: dict[type[Strict], Callable[[Any, str], Any]] = {LoraParams: lora_conf
 
 
 def with_adapter(model: Any, adapter: LoraParams, seed: int, task: str) -> Any:
-    """The model frozen under a fresh adapter, which is the same in every process and every memory layout."""
+    """The model frozen under a fresh adapter, which is the same in every process and every memory layout.
+
+    Raises `DataError` where the method does not fit the model's layers.
+    """
     import torch
     from peft import get_peft_model
 
     torch.manual_seed(bounded_seed(seed, TORCH_BITS))
-    return get_peft_model(model, ADAPTERS[type(adapter)](adapter, task))
+    known = sorted({name.rpartition(".")[2] for name, each in model.named_modules() if is_linear(each)})
+    try:
+        return get_peft_model(model, ADAPTERS[type(adapter)](adapter, task))
+    except ValueError as error:
+        what = f"does not fit this model: {str(error).splitlines()[0]:.300}"
+        hint = f"Name layers that do: some of {', '.join(known)}."
+        raise DataError(Problem("params.lora.target_modules", what, hint)) from error
+
+
+def is_linear(module: nn.Module) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.Linear)
 
 
 def require_layers(backbone: nn.Module, names: list[str]) -> None:
     """Raises `DataError` if one of the names is that of no linear layer; peft would pass over it while others are found."""
-    from torch import nn
-
-    layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name for name, module in backbone.named_modules() if is_linear(module)]
     known = sorted({layer.rpartition(".")[2] for layer in layers})
     problems = [
         Problem("params.lora.target_modules", f"the model has no linear layer '{name}'", did_you_mean(name, known))

@@ -6,6 +6,7 @@ from the tokenizer. What `plan` asks is answered without torch or transformers f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,23 @@ if TYPE_CHECKING:
 WHERE = "params.architecture"
 
 
+USUAL_MULTIPLE = 64
+"""Numbers of embeddings are padded to a multiple of this, because kernels like it."""
+
+
 TOKENIZER_DECIDES = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
 def rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def grown_rows(rows: int, needed: int, multiple: int | None) -> int:
+    """How many tokens a model embeds that embeds `rows` and needs `needed`: at least that, in a multiple of `multiple`.
+
+    None: of the largest power of two, up to `USUAL_MULTIPLE`, that divides `rows`: who padded them once wanted that.
+    """
+    return rows if needed <= rows else rounded_up(needed, multiple or math.gcd(rows, USUAL_MULTIPLE))
 
 
 def planned_architecture(

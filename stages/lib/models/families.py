@@ -25,7 +25,7 @@ WITHOUT_ATTENTION = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm
 UNQUANTIZABLE = {
     **dict.fromkeys(("gpt2",), "whose layers are of a class that llm-compressor does not quantize"),
     **dict.fromkeys(("mixtral", "gpt_oss"), "whose experts are one tensor, which llm-compressor does not quantize"),
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "whose layers llm-compressor does not quantize"),
+    **dict.fromkeys(("mamba2",), "whose layers llm-compressor does not quantize"),
     **dict.fromkeys(("falcon",), "whose output layer llm-compressor does not save apart from its embeddings"),
 }
 """Family -> why llm-compressor 0.14 makes no model of it."""

@@ -75,8 +75,11 @@ def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrai
 def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
     """The model in `folder` as an `auto_class` in float32, from safetensors only, without code from the folder.
 
-    Raises `ArtifactError` if weights that the class needs are not in the folder, or have another shape.
+    Raises `ArtifactError` if weights that the class needs are not in the folder, have another shape, or are quantized.
     """
+    if read_config(folder).get("quantization_config"):
+        what, hint = "holds quantized weights, which are not trained", "Name the model that it was made from."
+        raise ArtifactError(Problem(str(folder), what, hint))
     model, report = read_weights(auto_class, folder, dtype=torch.float32, **options)
     holes = [*sorted(report["missing_keys"]), *(str(key) for key in report.get("mismatched_keys", ()))]
     if holes:

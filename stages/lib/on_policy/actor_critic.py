@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from stages.lib.formulas.policy_gradient import logprobs_and_entropy
 from stages.lib.formulas.token_losses import cross_entropy_sum
 from stages.lib.models.adapters import LoraParams, require_layers, sharing_weights, with_adapter
+from stages.lib.models.asking import innermost, without_cache
 
 
 class Judged(NamedTuple):
@@ -65,11 +66,12 @@ class ActorCritic(nn.Module):
         DeepSpeed see only this one.
         """
         if targets_BT is not None:
-            output = self.policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = self.policy(input_ids=input_ids, attention_mask=attention_mask, **without_cache(self.policy))
             nats = cross_entropy_sum(output.logits, targets_BT)
             return nats if self.value is None else nats + self.no_part_of_critic(input_ids)
         model = self.reference if by_reference else self.policy
-        options = {**positions(model, attention_mask), "attention_mask": attention_mask, "use_cache": False}
+        masked = {"attention_mask": attention_mask}
+        options = {**positions(model, attention_mask), **masked, **without_cache(model)}
         logits_BKV = next_token_logits(model, input_ids, num_new_tokens, options)
         new_BK = input_ids[:, -num_new_tokens:]
         logp_BK, entropy_BK = logprobs_and_entropy(
@@ -77,7 +79,9 @@ class ActorCritic(nn.Module):
         )
         if by_reference or self.value is None:
             return Judged(logp_BK, entropy_BK, None)
-        hidden_BTH = self.value.base_model(input_ids=input_ids, **options).last_hidden_state
+        backbone = self.value.base_model
+        options = {**positions(backbone, attention_mask), **masked, **without_cache(backbone)}
+        hidden_BTH = backbone(input_ids=input_ids, **options).last_hidden_state
         # V of the state before a token is read off the token that stands there.
         values_BK1 = self.value.score(hidden_BTH[:, -num_new_tokens - 1 : -1])
         return Judged(logp_BK, entropy_BK, values_BK1.squeeze(-1).float())
@@ -85,7 +89,9 @@ class ActorCritic(nn.Module):
     def no_part_of_critic(self, input_ids: Tensor) -> Tensor:
         """0, with gradients of 0 for the critic: where a step begins with none, ZeRO-3 goes on with those of the step before."""
         assert self.value is not None
-        hidden_11H = self.value.base_model(input_ids=input_ids[:1, :1], use_cache=False).last_hidden_state
+        hidden_11H = self.value.base_model(
+            input_ids=input_ids[:1, :1], **without_cache(self.value.base_model)
+        ).last_hidden_state
         return 0.0 * self.value.score(hidden_11H).float().sum()
 
 
@@ -116,15 +122,13 @@ def adapted(base: PreTrainedModel, lora: LoraParams, seed: int, *, critic: bool,
 
 def positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
     """The places of the tokens, counted from the first that is no padding, for models that are told places."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" not in inspect.signature(base.forward).parameters:
+    if "position_ids" not in inspect.signature(innermost(model).forward).parameters:
         return {}
     return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 
 def next_token_logits(model: Any, input_ids: Tensor, num_new_tokens: int, options: dict[str, Any]) -> Tensor:
     """The logits that each of the last `num_new_tokens` tokens was drawn from, B x K x V; the prompt's are not computed."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if "logits_to_keep" in inspect.signature(innermost(model).forward).parameters:
         options = options | {"logits_to_keep": num_new_tokens + 1}
     return model(input_ids=input_ids, **options).logits[:, -num_new_tokens - 1 : -1]

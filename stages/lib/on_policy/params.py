@@ -17,6 +17,7 @@ from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
+from stages.lib.text.template_forecast import untaught_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import read_layout
 from stages.lib.training.params import OptimizerParams, derive_batch
@@ -173,6 +174,7 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     problems += room_problems(architecture, params)
     if params.lora is not None:
         problems += adapter_problems(architecture, params.lora.target_modules)
+    problems += untaught_problems(forecast, reads_chats=params.rendering == "chat")
     size = params.rollout_batch_size
     if size % forecast.resources.world_size:
         problems.append(

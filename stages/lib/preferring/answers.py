@@ -15,12 +15,14 @@ from torch.nn.functional import cross_entropy
 
 from stages.lib.formulas.calibration import wins
 from stages.lib.formulas.token_losses import IGNORE, Tensors, next_tokens
+from stages.lib.models.asking import without_cache
 from stages.lib.training.evaluating import Metrics
 
 
 def answer_logprobs(model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
     """log p(answer | prompt) of each of the 2N sequences: the sum over the answer's tokens, in float32."""
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    options = {"attention_mask": batch["attention_mask"], **without_cache(model)}
+    logits_BTV = model(input_ids=batch["input_ids"], **options).logits
     targets_BT = next_tokens(batch["input_ids"], batch["answer_mask"])
     asked_BT = targets_BT != IGNORE
     # Only the answers' positions are brought to float32: with long prompts most of the logits are not needed.

@@ -9,6 +9,7 @@ from pydantic import Field
 from pipeline.errors import Problem
 from pipeline.stage import Estimate, Forecast
 from stages.lib.models.lengths import length_problems
+from stages.lib.text.template_forecast import untaught_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -23,9 +24,13 @@ class PreferenceParams(TrainingParams):
 
 
 def check_preference_training(forecast: Forecast) -> list[Problem]:
-    """What is wrong with batch, memory layout and length, found before the step runs."""
+    """What is wrong with batch, memory layout, length and the model's chat template, found before the step runs."""
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
-    return [*check_training(forecast), *length_problems(architecture, forecast.params.max_length_tokens)]
+    return [
+        *check_training(forecast),
+        *length_problems(architecture, forecast.params.max_length_tokens),
+        *untaught_problems(forecast),
+    ]
 
 
 def estimate_preference_training(forecast: Forecast) -> Estimate:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from pipeline.errors import ArtifactError, Problem
 from pipeline.store.artifact import MANIFEST, read_manifest
+from stages.lib.models.asking import without_cache
 from stages.lib.models.loading import load_model
 from stages.lib.text.chat_spans import encode_chat
 from stages.lib.text.chat_template import Messages
@@ -51,7 +52,7 @@ less; a head that was not loaded, or other special tokens, by far more."""
 
 def scores(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """One score per sequence, in float32."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **without_cache(model))
     return output.logits.squeeze(-1).float()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ArtifactError, Problem
 from pipeline.store.artifact import canonical_json, digest_bytes
 from stages.lib.text.chat_check import end_of_turn_ids
+from stages.lib.text.sentencepiece_models import from_sentencepiece, sentencepiece_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,42 +54,82 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder / "tokenizer" if (folder / "tokenizer" / "tokenizer.json").exists() else folder
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, embedded: bool = True) -> PreTrainedTokenizerBase:
     """The fast tokenizer of the artifact or model in `folder`, without code from the folder and without network.
 
-    Raises `ArtifactError` if there is none, or if it would not be the one that its files describe: for some kinds of
-    model transformers puts another class in its place, and an empty vocabulary is opened without a word.
+    It is that of its tokenizer.json, whatever lies beside it. Raises `ArtifactError` if there is none, if it would not be
+    the one that its files describe (for some kinds of model transformers puts another class in its place, and an empty
+    vocabulary is opened without a word), or, if it must be `embedded`, if a model beside it does not embed all its tokens.
     """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
     home = tokenizer_folder(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise ArtifactError(
-            Problem(str(home), f"holds no tokenizer that can be opened: {str(error).splitlines()[0]:.200}")
-        ) from error
+    written = (home / "tokenizer.json").exists()
+    pieces = None if written or has_vocabulary(home) else sentencepiece_model(home)
+    tokenizer = from_sentencepiece(pieces) if pieces else open_by_name(home)
     if not tokenizer.is_fast:
         raise ArtifactError(
             Problem(
                 str(home), "holds no fast tokenizer, which alone gives the offsets of tokens", "Add a tokenizer.json."
             )
         )
-    ids = tokenizer(PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if not ids:
+    if not plain_probe(tokenizer, PROBE):
         raise ArtifactError(
             Problem(
                 str(home), "holds a tokenizer with an empty vocabulary", "Add the tokenizer.json that belongs to it."
             )
         )
-    if (home / "tokenizer.json").exists() and type(tokenizer).__name__ not in GENERIC_CLASSES:
-        written = Tokenizer.from_file(str(home / "tokenizer.json"))
-        written.encode_special_tokens = True
-        if written.encode(PROBE, add_special_tokens=False).ids != ids:
-            raise opens_as_another(home, type(tokenizer).__name__)
-    require_embedded(home, len(tokenizer))
+    if written:
+        tokenizer = as_written(home, tokenizer)
+    if embedded:
+        require_embedded(home, len(tokenizer))
     return tokenizer
+
+
+def has_vocabulary(home: Path) -> bool:
+    """Whether its tokens stand in files of their own, as those of BERT and GPT-2 do."""
+    return any((home / name).exists() for name in ("vocab.json", "vocab.txt"))
+
+
+def open_by_name(home: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as whoever uses transformers opens it. Raises `ArtifactError` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise ArtifactError(
+            Problem(str(home), f"holds no tokenizer that can be opened: {str(error).splitlines()[0]:.200}")
+        ) from error
+
+
+def plain_probe(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def as_written(home: Path, opened: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer of tokenizer.json: `opened` itself, or what takes its place where its class reads a text's beginning
+    otherwise, as that of Llama does with the files that Llama-2 and Mistral come with.
+
+    Raises `ArtifactError` if that class gives other ids for texts as a whole.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if type(opened).__name__ in GENERIC_CLASSES:
+        return opened
+    written = Tokenizer.from_file(str(home / "tokenizer.json"))
+    written.encode_special_tokens = True
+
+    def differs(text: str) -> bool:
+        ids: list[int] = written.encode(text, add_special_tokens=False).ids
+        return ids != plain_probe(opened, text)
+
+    if differs(PROBE.lstrip()):
+        raise opens_as_another(home, type(opened).__name__)
+    if not differs(PROBE):
+        return opened
+    named = {name: value for name, value in opened.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast.from_pretrained(home, local_files_only=True, **named)
 
 
 def opens_as_another(home: Path, opened: str) -> ArtifactError:
@@ -110,7 +151,10 @@ def require_embedded(folder: Path, num_tokens: int) -> None:
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if isinstance(rows, int) and num_tokens > rows:
         what = f"its tokenizer has {num_tokens} tokens, and the model embeds {rows}"
-        hint = "Use the tokenizer that the model was trained with, or save the model after `resize_token_embeddings`."
+        hint = (
+            "Use the tokenizer that the model was trained with, save the model after `resize_token_embeddings`, "
+            "or give it to sft with `add_tokens: true`."
+        )
         raise ArtifactError(Problem(str(folder), what, hint))
 
 
@@ -123,10 +167,12 @@ def declared_class(folder: Path) -> str | None:
 def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
     """Puts the tokenizer of the artifact or model in `source` into `target`, file by file; returns `tokenizer_facts`.
 
-    What `target` had of another tokenizer is removed. Raises `ArtifactError` if the copy, seen beside what else lies in
-    `target` (a model's config.json), does not open as the same tokenizer.
+    What `target` had of another tokenizer is removed. Where transformers would open the files as another one beside what
+    else lies in `target` (another model's config.json, or none), they are written such that it does not: a tokenizer is
+    one, wherever it lies. Raises `ArtifactError` if that cannot be.
     """
     home = tokenizer_folder(source)
+    tokenizer = load_tokenizer(source)
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         old, new = target / name, home / name
@@ -138,8 +184,15 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
             shutil.copytree(new, old)
         elif new.exists():
             shutil.copyfile(new, old)
+    if not (target / "tokenizer.json").exists() or not opens_alike(tokenizer, target):
+        tokenizer.save_pretrained(target)
     require_same_tokenizer(source, target, str(target))
     return tokenizer_facts(target)
+
+
+def opens_alike(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether transformers by itself opens the files in `folder` as this tokenizer."""
+    return tokenizer_digest(open_by_name(folder)) == tokenizer_digest(tokenizer)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

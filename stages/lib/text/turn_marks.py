@@ -73,11 +73,16 @@ def found_marks(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     ]
     if not candidates or not tokenizer.chat_template:
         return []
+    written = what_is_written(tokenizer)
+    return [token for token in candidates if token.content in written]
+
+
+def what_is_written(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Chats as the tokenizer's template renders them, one after the other; those that it refuses are left out."""
     dialect = dialect_of(tokenizer)
-    written = "".join(
+    return "".join(
         written_as(tokenizer, chat, dialect, add_generation_prompt=prompt) for chat in CHATS for prompt in (False, True)
     )
-    return [token for token in candidates if token.content in written]
 
 
 def plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

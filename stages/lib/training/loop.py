@@ -329,6 +329,9 @@ def prepare(model: PreTrainedModel, ctx: Context) -> None:
     """The model ready to be trained: without a cache of keys and values, and with checkpointing where it is asked for."""
     model.config.use_cache = False
     if ctx.resources.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            what = f"is true, and {type(model).__name__} has no such thing"
+            raise RecipeError(Problem("resources.gradient_checkpointing", what, "Set it to false."))
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
 

@@ -1,0 +1,64 @@
+"""What `plan` sees of chat templates and vocabularies: models that know no chats, and tokens that no model embeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.errors import Problem
+from pipeline.stage import Estimate, Forecast
+from stages.lib.text.added_tokens import GIVE_ONE, GROW, missing_problem, needed_tokens
+from stages.lib.text.chat_presets import TemplateOfTokenizer
+from stages.lib.text.tokenizer_files import TokenizerFiles, known_tokenizer
+
+
+def embedded_rows(model: Estimate) -> int | None:
+    """How many tokens the model embeds, where its config says so."""
+    config = model.architecture or {}
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def embedding_problems(model: Estimate, files: TokenizerFiles | None, hint: str) -> list[Problem]:
+    """What is wrong if the tokenizer beside a model has more tokens than the model embeds."""
+    rows = embedded_rows(model)
+    if files is None or rows is None or files.num_tokens <= rows:
+        return []
+    what = f"its tokenizer has {files.num_tokens} tokens, and the model embeds {rows}"
+    return [Problem("inputs.model", what, hint)]
+
+
+def untaught_problems(forecast: Forecast, *, reads_chats: bool = True) -> list[Problem]:
+    """What is wrong if the input `model` of a stage that reads chats knows none, or has tokens that it does not embed."""
+    model = forecast.inputs.get("model", Estimate())
+    files = known_tokenizer(model.folder)
+    problems = embedding_problems(model, files, "Give it to sft first, with `add_tokens: true`, or mend the folder.")
+    if reads_chats and files is not None and not files.templates:
+        hint = "Teach it chats first, in a stage sft with `chat_template: chatml` and `add_tokens: true`."
+        problems.append(Problem("inputs.model", "its tokenizer has no chat template", hint))
+    return problems
+
+
+def template_problems_ahead(
+    model: Estimate, wanted: str | TemplateOfTokenizer | None, asked: bool | Sequence[str]
+) -> list[Problem]:
+    """What is wrong with the params chat_template and add_tokens of `sft`, as far as the files beside its model show."""
+    files = known_tokenizer(model.folder)
+    if files is None:
+        return []
+    problems = [] if asked else embedding_problems(model, files, GROW)
+    if wanted is None and not files.templates:
+        problems.append(Problem("inputs.model", "its tokenizer has no chat template", GIVE_ONE))
+    missing = [token.content for token in needed_tokens(wanted) if token.content not in files.added]
+    left = [] if asked is True else [text for text in missing if text not in (asked or ())]
+    if left and not (isinstance(wanted, str) and wanted in files.templates):
+        problems.append(missing_problem(wanted, left))
+    return problems
+
+
+def tokens_ahead(model: Estimate, wanted: str | TemplateOfTokenizer | None, asked: bool | Sequence[str]) -> int | None:
+    """How many tokens the model's tokenizer has once the missing ones are added; None where that is not known."""
+    files = known_tokenizer(model.folder)
+    if files is None:
+        return None
+    texts = asked if isinstance(asked, Sequence) else [token.content for token in needed_tokens(wanted) if asked]
+    return files.num_tokens + len({text for text in texts if text not in files.added})
