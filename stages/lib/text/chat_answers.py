@@ -159,7 +159,7 @@ def found_ends(tokenizer: PreTrainedTokenizerBase) -> Ends:
 def split_at_end(tokenizer: PreTrainedTokenizerBase, said: str, message: Mapping[str, Any]) -> tuple[str, str]:
     """What is said with the special token that ends it, and what the template writes after that."""
     ends = ends_of(tokenizer)
-    special = re.compile(rf"(?:{marks_of(tokenizer).pattern.pattern})\Z")
+    special = marks_of(tokenizer).at_end
     body = said.removesuffix(ends.tail) if ends.tail else said
     for text in (body, said.rstrip()):
         if special.search(text):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_rendering import Rendered, special_tokens
+from stages.lib.text.chat_rendering import Rendered
 from stages.lib.text.turn_marks import BREAK, marks_of, plain_tokenizer
 
 if TYPE_CHECKING:
@@ -55,14 +55,13 @@ def tokenize_stretches(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, *
     `begins`: the text stands at the beginning of what the model reads. Elsewhere no tokenizer puts a space before it.
     """
     text, guard = rendered.text, rendered.guard
-    plain = plain_tokenizer(tokenizer)
-    swallowing = {token.content: token for token in special_tokens(tokenizer) if token.lstrip or token.rstrip}
+    plain, marks = plain_tokenizer(tokenizer), marks_of(tokenizer)
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     position = 0
-    for match in [*marks_of(tokenizer).pattern.finditer(text), None]:
+    for match in [*marks.pattern.finditer(text), None]:
         start, end = match.span() if match else (len(text), len(text))
-        token = swallowing.get(match[0]) if match else None
+        token = marks.swallowing.get(match[0]) if match else None
         stretch = text[position:start]
         if token is not None and token.lstrip:
             stretch = stretch.rstrip()
@@ -89,4 +88,4 @@ def tokenize_stretches(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, *
 
 
 def ends_with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return any(text.endswith(token.content) for token in special_tokens(tokenizer))
+    return text.endswith(marks_of(tokenizer).names)

@@ -40,6 +40,12 @@ class Marks(NamedTuple):
     """Added tokens without the flag `special` that the template writes around what is said."""
     pattern: re.Pattern[str]
     """Matches these and all special ones."""
+    at_end: re.Pattern[str]
+    """The same, at the end of a text."""
+    names: tuple[str, ...]
+    """The texts of these and of all special ones."""
+    swallowing: dict[str, Any]
+    """Text -> token, of those that take white space beside them along."""
 
 
 KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, Marks] = WeakKeyDictionary()
@@ -54,9 +60,11 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
     if known is None or known.state != state:
         tokens = found_marks(tokenizer)
         flagged = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        names = sorted((token.content for token in (*flagged, *tokens)), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        known = KNOWN[tokenizer] = Marks(state, tokens, pattern)
+        names = tuple(sorted((token.content for token in (*flagged, *tokens)), key=len, reverse=True))
+        any_of = "|".join(map(re.escape, names)) or "(?!)"
+        swallowing = {token.content: token for token in (*flagged, *tokens) if token.lstrip or token.rstrip}
+        patterns = re.compile(any_of), re.compile(rf"(?:{any_of})\Z")
+        known = KNOWN[tokenizer] = Marks(state, tokens, *patterns, names, swallowing)
     return known
 
 
