@@ -87,9 +87,9 @@ def test_texts_are_measured_as_english_ones() -> None:
     measured = measure("今天天气很好 ok 天气")
     assert measured.text == "今今今天天天 天天天气气气 很很很好好好 ok 天天天气气气"
     assert measured.scale == 1.0
-    # Three words of 9 letters besides marks say as much as 9 / 4.5 = 2
+    # Three words of 10 letters besides marks say as much as 10 / 4.9 = 2.04
     measured = measure("ภาษาไทยและ")
     assert measured.text == "ภาษา ไทย และ"
-    assert measured.scale == pytest.approx(3 / (10 / 4.5))
+    assert measured.scale == pytest.approx(3 / (10 / 4.9))
     assert measure("nothing changes, here 1").text == "nothing changes, here 1"
     assert measure("").scale == measure("...").scale == 1.0
