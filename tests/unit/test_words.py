@@ -92,4 +92,6 @@ def test_texts_are_measured_as_english_ones() -> None:
     assert measured.text == "ภาษา ไทย และ"
     assert measured.scale == pytest.approx(3 / (10 / 4.9))
     assert measure("nothing changes, here 1").text == "nothing changes, here 1"
-    assert measure("").scale == measure("...").scale == 1.0
+    for no_word in ("", "...", "\u0e35", "។", "\u0301"):
+        assert measure(no_word).scale == 1.0
+        assert not any(word.says for word in words_in(no_word))

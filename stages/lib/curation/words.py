@@ -177,7 +177,7 @@ def measure(text: str) -> MeasuredText:
         return " ".join("".join(character * times for character in word) for word in cut)
 
     spaced = patterns().words.sub(spread, text)
-    return MeasuredText(spaced, max(1.0, words / content))
+    return MeasuredText(spaced, max(1.0, words / max(content, 1.0)))
 
 
 @lru_cache(maxsize=2)
