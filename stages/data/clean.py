@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -17,8 +18,12 @@ from pipeline.store.artifact import Facts, Kind
 from stages.lib.curation.filters import Filters, build_judge
 from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_clusters, near_duplicates
 from stages.lib.curation.normalization import Normalization, normalize_row
+from stages.lib.curation.rule_params import Rules, misplaced_rules
+from stages.lib.curation.rules import Ruled, Ruling, build_rules, count_ruled
+from stages.lib.curation.said import MESSAGE_FIELDS, TEXT_FIELDS, is_speech
 from stages.lib.rows.canonical import FORMATS, FormatName, Row, content_digest, encode_row, judged_text
 from stages.lib.rows.ledger import Ledger
+from stages.lib.sources.conversion import is_blank
 from stages.lib.sources.params import FilesSource, Source
 
 
@@ -31,6 +36,8 @@ class CleanParams(Strict):
     """Where the rows come from: a block, or the path of a YAML file in data_recipes/ that holds it."""
     normalization: Inlined[Normalization] | None = Normalization()
     """What is made uniform in texts, before anything else looks at them. null: nothing. Spans and questions are never rewritten."""
+    rules: Rules = []
+    """What is dropped and rewritten by rule, after normalization and before the filters, in this order: data_recipes/README.md shows each kind. A row is counted by the first rule that drops it, and by each that rewrites it."""
     filters: Inlined[Filters] = Filters()
     """What a row's text must be like. By default only empty texts go; quality and repetition suit web text and are off."""
     drop_exact_duplicates: bool = True
@@ -55,15 +62,19 @@ def output_kind(params: CleanParams, inputs: Mapping[str, Kind]) -> Kind:
 
 
 def check(forecast: Forecast) -> list[Problem]:
-    """Files whose type cannot be told, and options that none of the files uses."""
-    source = forecast.params.source
+    """Files whose type cannot be told, options that none of the files uses, and rules that are not for the format."""
+    params = forecast.params
+    found = [
+        replace(problem, where=f"params.rules.{problem.where}")
+        for problem in misplaced_rules(params.rules, params.format)
+    ]
     try:
-        if isinstance(source, FilesSource):
-            source.files()
+        if isinstance(params.source, FilesSource):
+            params.source.files()
     except DataError as error:
-        found = [problem for problem in error.problems if isinstance(problem, Problem)]
-        return [replace(problem, where=f"params.source: {problem.where}") for problem in found]
-    return []
+        problems = [problem for problem in error.problems if isinstance(problem, Problem)]
+        found += [replace(problem, where=f"params.source: {problem.where}") for problem in problems]
+    return found
 
 
 def run(ctx: Context, params: CleanParams) -> Result:
@@ -71,8 +82,9 @@ def run(ctx: Context, params: CleanParams) -> Result:
     scratch = ctx.work / "clean"
     scratch.mkdir(exist_ok=True)
     candidates = scratch / "candidates.jsonl"
-    count = write_candidates(candidates, ctx, params, ledger)
-    ctx.journal.note(f"read {ledger.read:,} rows; {count:,} are whole, pass the filters and are said once")
+    ruling = Ruling(params.rules)
+    count = write_candidates(candidates, ctx, params, ledger, ruling)
+    ctx.journal.note(f"read {ledger.read:,} rows; {count:,} are whole, pass rules and filters and are said once")
     near = find_near_duplicates(candidates, scratch / "minhash", ctx, params)
     left_out = beyond_max_rows(candidates, near, params)
     characters = write_kept(ctx.out / "rows.jsonl", candidates, near, left_out, params, ledger)
@@ -83,11 +95,11 @@ def run(ctx: Context, params: CleanParams) -> Result:
             Problem(
                 "source",
                 f"no row of {ledger.read:,} is left ({reasons})",
-                "Look at the source's layout, columns and carry, and at the filters.",
+                "Look at the source's layout, columns and carry, and at the rules and filters.",
             )
         )
     ledger.write(ctx.out)
-    report(ctx, ledger)
+    report(ctx, ledger, ruling)
     metrics = {**ledger.metrics(), "characters_kept": float(characters)}
     return Result(metrics, Facts(dropped_rows=dict(sorted(ledger.dropped.items()))))
 
@@ -104,43 +116,81 @@ STAGE = Stage(
 )
 
 
-def write_candidates(path: Path, ctx: Context, params: CleanParams, ledger: Ledger) -> int:
-    """Writes (where, row) of every row that passes normalization, filters and exact deduplication; returns how many."""
+def write_candidates(path: Path, ctx: Context, params: CleanParams, ledger: Ledger, ruling: Ruling) -> int:
+    """Writes (where, row) of every row that passes rules, filters and exact deduplication; returns how many."""
     from stages.lib.sources.read import read_source
 
-    judge = build_judge(params.filters)
+    verdict = build_verdict(params)
     seen: set[bytes] = set()
     count = 0
     with path.open("wb") as file:
         for where, raw in read_source(params.source, params.format, ledger):
-            row = normalize_row(raw, params.format, params.normalization)
-            text = judged_text(row, params.format)
-            if reason := emptied(row, params.format) or judge(text):
+            ruled, reason = verdict(raw)
+            ruling.add(where, ruled)
+            text = judged_text(ruled.row, params.format)
+            if reason:
                 ledger.drop(reason, f"{where}: {text}")
                 continue
             if params.drop_exact_duplicates:
-                digest = content_digest(row, params.format)
+                digest = content_digest(ruled.row, params.format)
                 if digest in seen:
                     ledger.drop("exact_duplicate", f"{where}: {text}")
                     continue
                 seen.add(digest)
-            file.write(json.dumps([where, row], ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            candidate = [where, ruled.row, [*ruled.rewritten_by], ruled.not_judged_by]
+            file.write(json.dumps(candidate, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             count += 1
             if count % 10_000 == 0:
                 ctx.journal.write("progress", done=count, what="rows that pass the filters")
     return count
 
 
-def emptied(row: Row, format: str) -> str | None:
-    """`empty_field` if a text of the row, all of which are needed, is empty after normalization."""
-    return None if all(text.strip() for text in FORMATS[format].texts(row)) else "empty_field"
+def build_verdict(params: CleanParams) -> Callable[[Row], tuple[Ruled, str | None]]:
+    """A function of a row from the source: what normalization and rules make of it, and why it is dropped, or None."""
+    judge = build_judge(params.filters)
+    rules = build_rules(params.rules, params.format)
+
+    def verdict(raw: Row) -> tuple[Ruled, str | None]:
+        row = normalize_row(raw, params.format, params.normalization)
+        if reason := emptied(row):
+            return Ruled(row), reason
+        ruled = rules(row)
+        if ruled.dropped_by:
+            return ruled, f"rule_{ruled.dropped_by}"
+        if ruled.rewritten_by:
+            ruled.row = normalize_row(ruled.row, params.format, params.normalization)
+        reason = emptied(ruled.row) or alike(ruled.row) or judge(judged_text(ruled.row, params.format))
+        return ruled, reason
+
+    return verdict
 
 
-def read_candidates(path: Path) -> Iterator[tuple[str, Row]]:
+def emptied(row: Row) -> str | None:
+    """`empty_field` if a text of the row, all of which are needed, shows nothing; a turn that calls a tool needs none."""
+    texts = [row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)]
+    turns = [message for name in MESSAGE_FIELDS for message in row.get(name, ()) if is_speech(message)]
+    texts += [message["content"] for message in turns if not message.get("tool_calls")]
+    return "empty_field" if any(map(is_blank, texts)) else None
+
+
+def alike(row: Row) -> str | None:
+    """`identical_pair` if the answers of a pair have become the same."""
+    return "identical_pair" if "rejected" in row and row["chosen"] == row["rejected"] else None
+
+
+class Candidate(NamedTuple):
+    """A row that is whole, passes rules and filters, and is said once."""
+
+    where: str
+    row: Row
+    rewritten_by: list[str]
+    not_judged_by: list[str]
+
+
+def read_candidates(path: Path) -> Iterator[Candidate]:
     with path.open("rb") as file:
         for line in file:
-            where, row = json.loads(line)
-            yield where, row
+            yield Candidate(*json.loads(line))
 
 
 def find_near_duplicates(candidates: Path, scratch: Path, ctx: Context, params: CleanParams) -> set[int]:
@@ -154,9 +204,9 @@ def find_near_duplicates(candidates: Path, scratch: Path, ctx: Context, params: 
         f"near-duplicates: {buckets.count} buckets of {buckets.hashes} hashes find {buckets.chance(minhash.similarity):.0%} "
         f"of pairs with similarity {minhash.similarity:.2f} and {buckets.chance(similar):.1%} of those with {similar:.2f}"
     )
-    texts = (judged_text(row, params.format) for _, row in read_candidates(candidates))
+    texts = (judged_text(each.row, params.format) for each in read_candidates(candidates))
     clusters = near_clusters(texts, minhash, scratch)
-    parts = (FORMATS[params.format].parts(row) for _, row in read_candidates(candidates))
+    parts = (FORMATS[params.format].parts(each.row) for each in read_candidates(candidates))
     return near_duplicates(clusters, parts, minhash.similarity)
 
 
@@ -165,8 +215,8 @@ def beyond_max_rows(candidates: Path, near: set[int], params: CleanParams) -> se
     if params.max_rows is None:
         return set()
     hashed = [
-        (content_digest(row, params.format), position)
-        for position, (_, row) in enumerate(read_candidates(candidates))
+        (content_digest(each.row, params.format), position)
+        for position, each in enumerate(read_candidates(candidates))
         if position not in near
     ]
     kept = {position for _, position in heapq.nsmallest(params.max_rows, hashed)}
@@ -179,7 +229,7 @@ def write_kept(
     """Writes the rows that are kept, in the order of the source; returns their characters."""
     characters = 0
     with path.open("wb") as file:
-        for position, (where, row) in enumerate(read_candidates(candidates)):
+        for position, (where, row, *ruled) in enumerate(read_candidates(candidates)):
             text = judged_text(row, params.format)
             if position in near:
                 ledger.drop("near_duplicate", f"{where}: {text}")
@@ -188,11 +238,12 @@ def write_kept(
             else:
                 file.write(encode_row(row))
                 ledger.kept += 1
+                count_ruled(ledger, *ruled)
                 characters += len(text)
     return characters
 
 
-def report(ctx: Context, ledger: Ledger) -> None:
+def report(ctx: Context, ledger: Ledger, ruling: Ruling) -> None:
     """Tells the user what was kept and why the rest was not."""
     ctx.journal.note(f"kept {ledger.kept:,} of {ledger.read:,} rows ({ledger.kept / ledger.read:.1%})")
     for reason, count in ledger.dropped.most_common():
@@ -202,6 +253,8 @@ def report(ctx: Context, ledger: Ledger) -> None:
         ctx.journal.note(f"repaired {count:,}: {reason}")
     for what, count in ledger.noticed.most_common():
         ctx.journal.note(f"{count:,} rows: {what}")
+    for note in ruling.notes():
+        ctx.journal.note(note)
     if damaged := ledger.dropped["damaged_file"]:
         ctx.journal.note(
             f"{damaged:,} files break off, and what stood after is lost: {'; '.join(ledger.examples['damaged_file'])}"

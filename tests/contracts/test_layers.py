@@ -15,7 +15,7 @@ from pipeline.settings.strict import CHECKOUT
 
 HEAVY = frozenset(
     "torch transformers datasets datatrove llmcompressor compressed_tensors numpy deepspeed accelerate trl peft "
-    "sentencepiece tokenizers safetensors pandas pyarrow spacy huggingface_hub".split()
+    "sentencepiece tokenizers safetensors pandas pyarrow spacy huggingface_hub py3langid icu4py".split()
 )
 """Libraries that take long to load: planning must do without them."""
 COMPOSITION_ROOTS = frozenset({"pipeline.command.cli", "pipeline.running.worker"})

@@ -1,1 +1,1 @@
-"""Which rows stay, and in what shares: normalization, filters, duplicates, mixing. No tokens here."""
+"""Which rows stay, and in what shares: normalization, rules, filters, duplicates, mixing. No tokens here."""

@@ -57,7 +57,7 @@ def near_clusters(texts: Iterable[str], minhash: MinHash, scratch: Path) -> dict
     from datatrove.pipeline.dedup.minhash import MinhashConfig
     from datatrove.utils.hashing import HashConfig
 
-    from stages.lib.curation.filters import any_script_words
+    from stages.lib.curation.words import any_script_words
 
     buckets = choose_buckets(minhash)
     config = MinhashConfig(
@@ -90,7 +90,7 @@ def near_duplicates(clusters: Mapping[int, int], parts: Iterable[Sequence[str]],
     text, and no duplicates. Of rows without parts the first of each cluster stays, which depends on nothing but the order
     of the data (datatrove would keep an arbitrary one).
     """
-    from stages.lib.curation.filters import any_script_words
+    from stages.lib.curation.words import any_script_words
 
     words = any_script_words().word_tokenize
     kept: dict[int, list[list[frozenset[str]]]] = {}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from pipeline.settings.strict import Strict
+from stages.lib.curation.said import change_message
 from stages.lib.rows.canonical import FORMATS, Row
 
 
@@ -33,7 +35,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 CONTROL_BUT_RETURN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 
 
-TRAILING = re.compile(r"[^\S\r\n]+(?=\r?$)", re.MULTILINE)
+TRAILING = re.compile(r"(?<![^\S\r\n])[^\S\r\n]+(?=\r?$)", re.MULTILINE)
 
 
 def normalize_text(text: str, how: Normalization) -> str:
@@ -52,11 +54,11 @@ def normalize_row(row: Row, format: str, how: Normalization | None) -> Row:
     """The row with its texts made uniform; itself where the format has offsets."""
     if how is None:
         return row
-    rewritten = {name: rewrite(row[name], lambda text: normalize_text(text, how)) for name in FORMATS[format].rewritten}
+    change = partial(normalize_text, how=how)
+    rewritten = {name: normalized(row[name], change) for name in FORMATS[format].rewritten}
     return {**row, **rewritten}
 
 
-def rewrite(value: str | list[dict[str, str]], change: Callable[[str], str]) -> str | list[dict[str, str]]:
-    if isinstance(value, str):
-        return change(value)
-    return [{**message, "content": change(message["content"])} for message in value]
+def normalized(value: str | list[dict[str, Any]], change: Callable[[str], str]) -> str | list[dict[str, Any]]:
+    """The text, or the messages with their texts, made uniform."""
+    return change(value) if isinstance(value, str) else [change_message(message, change) for message in value]
