@@ -22,9 +22,9 @@ from stages.lib.generating.replies import Reply
 from stages.lib.measuring.compared_models import Subject, require_rows
 from stages.lib.measuring.perplexity import ScoredRow, reward_rows
 from stages.lib.rows.canonical import read_rows
-from stages.lib.text.chat_fitting import split_last_answer
+from stages.lib.text.chat_fitting import REFUSED, split_last_answer
 from stages.lib.text.chat_spans import encode_chat, encode_prompt
-from stages.lib.text.chat_template import Messages
+from stages.lib.text.chat_template import Messages, RefusedChat
 
 NO_ROOM = "no_room_for_reply"
 """The prompt and the longest reply together are longer than one of the models reads."""
@@ -32,6 +32,10 @@ NO_ROOM = "no_room_for_reply"
 
 UNREAD = "unread_by_reward_model"
 """With one of the replies the prompt is longer than one of the reward models reads, or cannot be encoded for it."""
+
+
+NO_TEXT = "no_text_held_out"
+"""The turn that was held out says nothing in words: it calls a tool."""
 
 
 MEASURES = ("heldout_reward", "heldout_reward_deviation", "heldout_reward_win_rate")
@@ -81,11 +85,16 @@ class ScoredReplies:
         read = list(islice(read_rows(chats / "heldout.jsonl"), num_prompts))
         for index, row in enumerate(read):
             prompt = HeldoutPrompt(index, *split_last_answer(row["messages"]))
-            if any(
-                len(encode_prompt(model.tokenizer, prompt.prompt)) + max_new_tokens > model.length() for model in models
-            ):
+            try:
+                lengths = [len(encode_prompt(model.tokenizer, prompt.prompt)) for model in models]
+            except RefusedChat:
+                chosen.left_out[REFUSED] += 1
+                continue
+            if not prompt.reference.strip():
+                chosen.left_out[NO_TEXT] += 1
+            elif any(length + max_new_tokens > model.length() for model, length in zip(models, lengths, strict=True)):
                 chosen.left_out[NO_ROOM] += 1
-            elif not all(fits(judge, prompt.with_reply(prompt.reference)) for judge in reward_models):
+            elif not all(readable(judge, prompt.with_reply(prompt.reference)) for judge in reward_models):
                 chosen.left_out[UNREAD] += 1
             else:
                 chosen.prompts.append(prompt)

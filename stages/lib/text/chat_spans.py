@@ -49,9 +49,15 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, mask_
     return training_sequences(tokenizer, messages, turns, strict=False)[-1].encoded
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """The ids of the chat so far and the header of the assistant's next turn: what a model is asked with."""
-    return tokenize(tokenizer, render(tokenizer, messages, add_generation_prompt=True))[0]
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, strict: bool = False) -> list[int]:
+    """The ids of the chat so far and the header of the assistant's next turn: what a model is asked with.
+
+    With `strict`, raises `Unlearnable` where the template leaves out a part of what is said.
+    """
+    rendered = render(tokenizer, messages, add_generation_prompt=True)
+    if strict:
+        require_asked(guard_special(tokenizer, messages)[0], rendered.text)
+    return tokenize(tokenizer, rendered)[0]
 
 
 def training_sequences(

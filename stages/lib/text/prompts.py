@@ -13,7 +13,8 @@ from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.rows.canonical import Row, format_of_row, read_rows
 from stages.lib.rows.ledger import Ledger
-from stages.lib.text.chat_fitting import REFUSED, split_last_answer
+from stages.lib.text.chat_answers import Unlearnable
+from stages.lib.text.chat_fitting import reason_of, split_last_answer
 from stages.lib.text.chat_spans import encode_prompt
 from stages.lib.text.chat_template import Prompt, RefusedChat
 from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
@@ -84,8 +85,8 @@ def tokenizing_prompts(tokenizer: PreTrainedTokenizerBase, rendering: Rendering,
             return TokenizedRow(reason=NO_QUESTION, example=example)
         try:
             ids = encode_prompt_or_text(tokenizer, prompt)
-        except RefusedChat:
-            return TokenizedRow(reason=REFUSED, example=example)
+        except (RefusedChat, Unlearnable) as error:
+            return TokenizedRow(reason=reason_of(error), example=example)
         if len(ids) > max_prompt_tokens:
             return TokenizedRow(reason=TOO_LONG, example=example)
         # Nothing of it is what the policy says.
@@ -130,6 +131,6 @@ def prompt_of(row: Row, rendering: Rendering) -> Prompt:
 def encode_prompt_or_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The ids that the policy continues: of a text with the token that begins one, if the tokenizer has such a token."""
     if not isinstance(prompt, str):
-        return encode_prompt(tokenizer, prompt)
+        return encode_prompt(tokenizer, prompt, strict=True)
     (ids,) = encode_texts(tokenizer, [prompt])
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
