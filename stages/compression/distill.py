@@ -85,8 +85,8 @@ def estimate(forecast: Forecast) -> Estimate:
 
 def check(forecast: Forecast) -> list[Problem]:
     problems = check_training(forecast) + starting_problems(forecast.params.architecture, "student", forecast)
-    student = forecast.params.architecture or forecast.inputs.get("student", Estimate()).architecture or {}
-    problems += mixing_problems(student, forecast.params.isolate_documents)
+    for known in (forecast.params.architecture, *(each.architecture for each in forecast.inputs.values())):
+        problems += mixing_problems(known or {}, forecast.params.isolate_documents)
     hint = "Teacher, student and tokens must be of the same tokenizer: pack with the teacher's."
     for role in ("teacher", "student"):
         problems += vocabulary_problems(forecast, role, "tokens", hint)

@@ -15,6 +15,8 @@ from stages.lib.text.chat_fitting import TOO_LONG, fit_chat, fit_preference
 from stages.lib.text.chat_presets import CHATML, PRESETS, SLIPWAY
 from stages.lib.text.chat_rendering import special_ids
 from stages.lib.text.chat_spans import encode_chat, encode_prompt, training_sequences
+from stages.lib.text.prompts import tokenizing_prompts
+from stages.lib.text.tokenized_parts import TokenizedRow
 from stages.lib.text.tokenizers import encode_texts, stop_token_ids
 
 NAMES = ["<unk>", "<s>", "</s>", "<pad>", *PRESETS["slipway"].special_tokens, *PRESETS["chatml"].special_tokens]
@@ -453,3 +455,16 @@ def test_stop_ids_are_end_of_text_and_end_of_turn() -> None:
     assert stop_token_ids(build(None)) == [NAMES.index("</s>")]
     # Where turns end with end of text, there is one id, not the same twice.
     assert stop_token_ids(build(SLIPWAY.replace("<|end|>", "</s>"))) == [NAMES.index("</s>")]
+
+
+def test_a_prompt_of_which_a_template_leaves_a_part_out_is_dropped_by_name() -> None:
+    """A policy would be asked something else than the row says."""
+    tokenizer = build(
+        SLIPWAY.replace(
+            "{%- for message in messages -%}", "{%- for message in messages if message.role != 'system' -%}"
+        )
+    )
+    make = tokenizing_prompts(tokenizer, "chat", 100).make
+    asked, left_out = make({"prompt": chat("a")}), make({"prompt": chat("a", system="Be brief.")})
+    assert isinstance(asked, TokenizedRow) and isinstance(left_out, TokenizedRow)
+    assert asked.sequences and (left_out.reason, left_out.example) == ("left_out_by_template", "Be brief. | a")

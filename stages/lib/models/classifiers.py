@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -14,27 +16,24 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 
-def has_classifier(folder: Path) -> bool:
-    """Whether plain transformers has a sequence classifier for the model in `folder`."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    return known is not None and known.__module__ != __name__
+def classifier_class(folder: Path) -> Any:
+    """What opens the model in `folder` as a sequence classifier: transformers' own class, or one like that of Llama.
 
-
-def provide_classifier(folder: Path) -> None:
-    """Makes `AutoModelForSequenceClassification` know the family of the model in `folder`, if it does not.
-
-    The class is that of transformers for Llama and its like: the family's body under a linear layer without bias, read at
-    the last token that is no padding. Does nothing for a family without causal model.
+    Without a causal model of its family there is none to be like: transformers then says that it knows no such class.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    kind = type(config)
+    kind = type(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+        return AutoModelForSequenceClassification
+    return generic_classifier(kind)
+
+
+@cache
+def generic_classifier(config_class: Any) -> Any:
+    """The family's body under a linear layer without bias, read at the last token that is no padding."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     body = next(
         each for each in causal.__mro__ if each.__name__.endswith("PreTrainedModel") and each is not PreTrainedModel
     )
     name = f"{body.__name__.removesuffix('PreTrainedModel')}ForSequenceClassification"
     parts = {"__module__": __name__, "base_model_prefix": causal.base_model_prefix}
-    AutoModelForSequenceClassification.register(kind, type(name, (GenericForSequenceClassification, body), parts))
+    return type(name, (GenericForSequenceClassification, body), parts)

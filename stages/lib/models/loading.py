@@ -25,7 +25,7 @@ from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
 from pipeline.store.durable import replacing_folder
 from stages.lib.formulas.seeds import NUMPY_BITS, bounded_seed
-from stages.lib.models.classifiers import provide_classifier
+from stages.lib.models.classifiers import classifier_class
 from stages.lib.models.config import read_config
 from stages.lib.processes.collectives import from_main
 from stages.lib.processes.joining import join_processes
@@ -60,7 +60,7 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
 def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model in `folder` as an `auto_class`, and what its weights lack: from safetensors only, without code from there."""
     if auto_class is AutoModelForSequenceClassification:
-        provide_classifier(folder)
+        auto_class = classifier_class(folder)
     model, report = auto_class.from_pretrained(
         folder,
         local_files_only=True,
