@@ -114,7 +114,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
 
 STAGE = Stage(
     kind="dpo",
-    version=3,
+    version=4,
     summary="direct preference optimization of a causal model on pairs of answers",
     params=DPOParams,
     inputs={

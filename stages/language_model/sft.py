@@ -95,7 +95,7 @@ def run(ctx: Context, params: SftParams) -> Result:
         **tokenizer_facts(ctx.out if ctx.world.is_main else source),
         max_length_tokens=params.max_length_tokens,
         head_type="causal_lm",
-        dtype=params.precision,
+        dtype=trained.dtype,
         parameters=trained.parameters,
         train_rows=len(chats),
         heldout_rows=len(heldout),
@@ -109,7 +109,7 @@ def run(ctx: Context, params: SftParams) -> Result:
 
 STAGE = Stage(
     kind="sft",
-    version=2,
+    version=3,
     summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
     params=SftParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},
