@@ -26,7 +26,8 @@ from pipeline.store.artifact import Kind
 from pipeline.store.job import Job
 from stages import STAGES
 from stages.lib.rows.canonical import write_rows
-from stages.lib.text.tokenizers import load_tokenizer, tokenizer_digest
+from stages.lib.text.frames import open_tokenizer
+from stages.lib.text.tokenizers import copy_left_out, load_tokenizer, tokenizer_digest
 from tests import rows
 from tests.integration.tiny_language_model import make_tokenizer, run_stage
 
@@ -264,6 +265,18 @@ def test_a_tokenizer_saved_anew_keeps_what_converters_read(sentencepiece_born: T
     assert tokenizer_digest(load_tokenizer(again)) == tokenizer_digest(load_tokenizer(model))
     gguf = pytest.importorskip("gguf", reason="the extra `dev` brings gguf")
     assert gguf.vocab.SentencePieceVocab(again).added_tokens_list == ["<|tool|>"]
+
+
+def test_what_an_encoders_task_puts_around_texts_stays(own_tokenizer: Path, tmp_path: Path) -> None:
+    """It is given to a tokenizer that says that it adds nothing; published so, it would be lost where it is opened."""
+    tokenizer = open_tokenizer(own_tokenizer, 64)
+    framed = [tokenizer(*texts)["input_ids"] for texts in (("one",), ("one", "two"))]
+    assert framed[0][0] == tokenizer.bos_token_id
+    tokenizer.save_pretrained(tmp_path)
+    copy_left_out(tokenizer, tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert [again(*texts)["input_ids"] for texts in (("one",), ("one", "two"))] == framed
+    assert (tmp_path / "tokenizer.model").exists()
 
 
 # lm-eval

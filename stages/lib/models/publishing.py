@@ -56,7 +56,7 @@ def publish(
         copy_tokenizer(tokenizer, out)
     else:
         tokenizer.save_pretrained(out)
-        copy_left_out(Path(tokenizer.name_or_path), out)
+        copy_left_out(tokenizer, out)
     shapes = {name: shape for name, shape in parameter_shapes(model).items() if name not in tied}
     check_weights(out, shapes, may_be_zero)
 

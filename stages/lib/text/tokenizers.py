@@ -153,15 +153,14 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
     return tokenizer_facts(target)
 
 
-def copy_left_out(source: Path, target: Path) -> None:
-    """Puts beside a tokenizer saved to `target` what saving left out of what lies in `source`: the sentencepiece model, and
-    that no bos or eos is added, which converters would otherwise assume.
+def copy_left_out(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Puts beside `tokenizer`, saved to `target`, what saving left out of the folder that it was loaded from: the
+    sentencepiece model, and that no bos or eos is added (if that still holds), which converters would otherwise assume.
 
     Tokens that the sentencepiece model lacks are listed in added_tokens.json, where converters look for them.
     """
-    home = tokenizer_folder(source)
-    before = read_tokenizer_config(home)
-    say_in_config(target, {name: before[name] for name in ADDS if name in before})
+    home = tokenizer_folder(Path(tokenizer.name_or_path))
+    say_in_config(target, {name: tokenizer.init_kwargs[name] for name in ADDS if name in tokenizer.init_kwargs})
     names = [name for name in SENTENCEPIECE_FILES if (home / name).is_file() and not (target / name).exists()]
     for name in names:
         shutil.copyfile(home / name, target / name)
