@@ -15,6 +15,9 @@ from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
 from pipeline.store.numbers import require_finite
 
+BASE_ROLES = ("model", "encoder", "student")
+"""The roles of the model that a step goes on from, and whose number format, licence and origin its own model has."""
+
 
 @dataclass(frozen=True)
 class Input:
@@ -114,6 +117,17 @@ class Context:
     world: World
     stop_requested: Callable[[], bool]
     """True once this process was asked to save and stop. Ranks must agree before they act on it."""
+    hub: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Role -> (repository, revision) of the inputs that were brought from the hub."""
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the model that this step goes on from; None where it makes a new one."""
+        return next((self.inputs[role] for role in BASE_ROLES if role in self.inputs), None)
+
+    def origin(self, role: str) -> tuple[str, str | None]:
+        """What others may find an input under: repository and revision of the hub, or its folder on this machine."""
+        return self.hub.get(role) or (str(self.inputs[role]), None)
 
     def group(self, role: str) -> dict[str, Path]:
         """Name -> folder for a role that takes several."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from pipeline.cards.card import write_cards
 from pipeline.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -121,13 +122,18 @@ def fetch(place: str) -> Path:
     repository, _, revision = place.removeprefix(HUB).partition("@")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def hub_inputs(places: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Role -> (repository, revision) of the inputs that come from the hub."""
+    of_hub = {role: place.removeprefix(HUB).split("@") for role, place in places.items() if place.startswith(HUB)}
+    return {role: (repository, revision) for role, (repository, revision) in of_hub.items()}
 
 
 def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSignals, lifeline: Lifeline) -> None:
     """Runs the job in this rank; rank 0 commits the artifact. Raises what went wrong."""
-    stage = stages[job.kind]
     if world.size != job.resources.world_size:
         hint = "Start it with the command that `slipway job` printed, or change `resources` in the recipe."
         wanted = job.resources.world_size
@@ -141,11 +147,13 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSigna
         if world.is_main:
             stack.enter_context(job.files.locked())
             stack.enter_context(job.files.time_kept())
-        run_locked(job, stage, world, store, stop, lifeline)
+        run_locked(job, stages, world, store, stop, lifeline)
 
 
-def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSignals, lifeline: Lifeline) -> None:
-    work, files = job.work_folder, job.files
+def run_locked(
+    job: Job, stages: Mapping[str, Stage], world: World, store: Store, stop: StopSignals, lifeline: Lifeline
+) -> None:
+    stage, work, files = stages[job.kind], job.work_folder, job.files
     params, problems = validate(stage.params, job.params, f"{files.job_file}: params", Reading([work]))
     if params is None:
         raise LaunchError(*problems)
@@ -178,6 +186,7 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSig
         journal=journal,
         world=world,
         stop_requested=stop_requested,
+        hub=hub_inputs(job.inputs),
     )
     started = time.monotonic()
     with failed_output_removed(job, world):
@@ -188,6 +197,7 @@ def run_locked(job: Job, stage: Stage, world: World, store: Store, stop: StopSig
             stop.at_once = False
         if world.is_main:
             lifeline.commit()
+            write_cards(job, context.inputs, files.out, result, {kind: each.params for kind, each in stages.items()})
             manifest = store.commit(
                 job, result.metrics, result.facts, environment=environment,
                 wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,

@@ -148,7 +148,7 @@ def run(ctx: Context, params: DistillParams) -> Result:
         **tokenizer_facts(ctx.out if ctx.world.is_main else folder),
         **facts_of_tokens(packed, heldout),
         head_type="causal_lm",
-        dtype=params.precision,
+        dtype=trained.dtype,
         parameters=trained.parameters,
         optimizer_steps=trained.steps,
     )
@@ -157,7 +157,7 @@ def run(ctx: Context, params: DistillParams) -> Result:
 
 STAGE = Stage(
     kind="distill",
-    version=1,
+    version=2,
     summary="a small causal model that learns a large one's predictions on packed tokens",
     params=DistillParams,
     inputs={

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.errors import ArtifactError, DataError, GateError, Problem, did_you_mean
-from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from pipeline.store.numbers import require_finite
@@ -19,6 +18,7 @@ from stages.lib.formulas.bounds import Weight
 from stages.lib.models.columns import group_problems, is_ignored, planned_columns
 from stages.lib.models.families import quantization_problems
 from stages.lib.models.lengths import longest_text, require_length
+from stages.lib.models.published import PublishedParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stages.lib.text.packed import PackedTokens, Split
 
 
-class QuantizeParams(Strict):
+class QuantizeParams(PublishedParams):
     method: Literal["round_to_nearest", "gptq"] = "gptq"
     """round_to_nearest: each weight by itself; needs no calibration. gptq: column by column, spreading each one's
     rounding error over those not yet rounded, by second-order statistics of the layer's inputs (Frantar et al.,

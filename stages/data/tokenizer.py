@@ -26,7 +26,7 @@ from stages.lib.text.chat_check import check_chat_template
 from stages.lib.text.chat_presets import PRESETS, is_template, text_if_file
 from stages.lib.text.sentencepiece_models import find_merges
 from stages.lib.text.sentencepiece_parity import BUILT_IN_TEXTS, SPACE_SIGN, Escape, compare
-from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer
+from stages.lib.text.tokenizers import ADDS, facts_of_tokenizer, load_tokenizer, say_in_config
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -37,6 +37,10 @@ BASE_TOKENS = (UNK, BOS, EOS, PAD, MASK)
 """The first ids of every tokenizer, in this order."""
 
 BYTES = 256
+
+MODEL_FILES = {"bpe": "tokenizer.model", "unigram": "sentencepiece.model"}
+"""What the sentencepiece model is called. Converters to GGUF look for `tokenizer.model`, and join its pieces as bpe does: of a
+unigram model that would be other ids, so they must not find it."""
 
 
 def read_template(value: str, info: ValidationInfo) -> str:
@@ -106,7 +110,9 @@ def run(ctx: Context, params: Params) -> Result:
     preset = PRESETS.get(params.chat_template)
     tokenizer = fast_tokenizer(processor, params, preset.template if preset else params.chat_template)
     tokenizer.save_pretrained(ctx.out)
-    (ctx.out / "sentencepiece.model").write_bytes(model)
+    # Converters assume both of a sentencepiece model that says nothing.
+    say_in_config(ctx.out, dict.fromkeys(ADDS, False))
+    (ctx.out / MODEL_FILES[params.algorithm]).write_bytes(model)
 
     # Everything below looks at what a consumer will open, not at what was saved.
     tokenizer = load_tokenizer(ctx.out)
@@ -131,7 +137,7 @@ def run(ctx: Context, params: Params) -> Result:
 
 STAGE = Stage(
     kind="tokenizer",
-    version=1,
+    version=2,
     summary="Trains a sentencepiece vocabulary and publishes it as a fast tokenizer with a chat template.",
     params=Params,
     inputs={"text": accepts(Kind.TEXT)},
@@ -311,6 +317,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, params: Params, template: 
         mask_token=MASK,
         extra_special_tokens=names[len(BASE_TOKENS) :],
         clean_up_tokenization_spaces=False,
+        add_prefix_space=False,  # converters assume one
         model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.chat_template = template

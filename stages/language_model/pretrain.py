@@ -165,7 +165,7 @@ def run(ctx: Context, params: PretrainParams) -> Result:
         **tokenizer_facts(ctx.out if ctx.world.is_main else folder),
         **facts_of_tokens(packed, heldout),
         head_type="causal_lm" if causal else "masked_lm",
-        dtype=params.precision,
+        dtype=trained.dtype,
         attention_kernel=attention_of(params).get("attn_implementation"),
         parameters=trained.parameters,
         optimizer_steps=trained.steps,
@@ -175,7 +175,7 @@ def run(ctx: Context, params: PretrainParams) -> Result:
 
 STAGE = Stage(
     kind="pretrain",
-    version=1,
+    version=2,
     summary="Trains a language model on packed tokens, from scratch or continued, causal or masked.",
     params=PretrainParams,
     inputs={

@@ -109,7 +109,7 @@ def run(ctx: Context, params: SftParams) -> Result:
         **tokenizer_facts(ctx.out if ctx.world.is_main else source),
         max_length_tokens=params.max_length_tokens,
         head_type="causal_lm",
-        dtype=params.precision,
+        dtype=trained.dtype,
         parameters=trained.parameters,
         train_rows=len(chats),
         heldout_rows=len(heldout),

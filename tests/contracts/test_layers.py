@@ -39,7 +39,8 @@ ROOMS: dict[str, str] = {
     "pipeline.store": f"{SETTINGS} pipeline.figures pipeline.processes",
     "pipeline.stage": f"{SETTINGS} pipeline.store",
     "pipeline.recipe": CORE,
-    "pipeline.running": f"{CORE} pipeline.processes pipeline.recipe",
+    "pipeline.cards": CORE,
+    "pipeline.running": f"{CORE} pipeline.processes pipeline.recipe pipeline.cards",
     "pipeline.command": f"{CORE} pipeline.recipe pipeline.running",
     # How a job becomes processes.
     "launch": f"{SETTINGS} pipeline.processes pipeline.store.job",

@@ -151,9 +151,9 @@ def watching(experiences: list[Any], parts: list[Any]) -> Iterator[None]:
         collect(self, rollout)
         experiences.append(self.progress.experience)
 
-    def watched_publish(ctx: Any, params: Any, made: Any) -> None:
+    def watched_publish(ctx: Any, params: Any, made: Any, formats: Any) -> None:
         parts.append(made)
-        publish(ctx, params, made)
+        publish(ctx, params, made, formats)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_policy.Aligner, "collect", watched_collect)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from pipeline.cards.card import write_cards
 from pipeline.errors import DataError
+from pipeline.running.worker import hub_inputs
+from pipeline.settings.resources import Resources
+from pipeline.store.job import Job
+from stages.lib.models.adapters import save_adapter
 from tests.integration.on_policy_world import OnPolicyWorld, Seen, align, make_on_policy_world, write_policy
 
 pytestmark = pytest.mark.slow
@@ -110,6 +118,55 @@ def test_the_critic_is_published_as_an_adapter_and_a_head(trained: Seen, world: 
         expected = critic.score(critic.base_model(ids).last_hidden_state).squeeze(-1)
     assert torch.allclose(found, expected, atol=1e-5)
     assert float(expected.abs().max()) > 1e-3
+
+
+def test_the_lines_of_the_cards_run(trained: Seen, world: OnPolicyWorld) -> None:
+    """On the base that they ask for: the adapter gives the merged model's logits, the critic those of the critic."""
+    out = trained.context.out
+    assert list(out.glob("*/README.md")) == [], "peft's card, which says nothing"
+    job = Job(
+        recipe="r", step="s", kind="ppo", stage_version=1, artifact_id="a" * 64, artifact_kind="causal_lm", params={},
+        inputs={}, input_ids={"model": "sha256:" + "1" * 64}, source_digests={}, seed=0, resources=Resources(),
+        store="/", work="/",
+    )  # fmt: skip
+    try:
+        write_cards(job, {"model": world.model}, out, trained.result, {})
+        found = {name: lines_of_card(out / name, world.model) for name in ("adapter", "value")}
+    finally:
+        for card in out.rglob("README.md"):
+            card.unlink()
+    published = logits(AutoModelForCausalLM.from_pretrained(out), world)
+    assert torch.allclose(logits(found["adapter"]["model"], world), published, rtol=0, atol=1e-5)
+    ids = torch.tensor([world.tokenizer.encode("What does this return?")])
+    critic = trained.parts.module.value.eval()
+    with torch.no_grad():
+        values = found["value"]["body"].eval()(ids).last_hidden_state @ found["value"]["head"][0]
+        expected = critic.score(critic.base_model(ids).last_hidden_state).squeeze(-1)
+    assert torch.allclose(values, expected, atol=1e-5)
+
+
+def lines_of_card(folder: Path, base: Path) -> dict[str, Any]:
+    """What the Python of a card has made, run in the folder that it stands in."""
+    text = (folder / "README.md").read_text()
+    assert str(base) not in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(code.replace("path/to/the/base", str(base)), names)
+    return names
+
+
+def test_an_adapter_on_a_model_of_the_hub_names_it_as_the_hub_does(trained: Seen, tmp_path: Path) -> None:
+    """Not by where this machine keeps what it brought from there."""
+    policy = trained.parts.module.policy
+    place = f"hub:someone/some-model@{'0' * 40}"
+    context = replace(trained.context, hub=hub_inputs({"model": place, "prompts": "/somewhere"}))
+    save_adapter(policy, trained.parts.engine.state_of(policy), context.origin("model"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/some-model", "0" * 40)
+    assert context.origin("prompts") == (str(trained.context.inputs["prompts"]), None)
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_the_reference_stays_the_base(trained: Seen, world: OnPolicyWorld) -> None:

@@ -80,7 +80,7 @@ def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(made: Path) -> SentencePieceProcessor:
-    return SentencePieceProcessor(model_file=str(made / "sentencepiece.model"))
+    return SentencePieceProcessor(model_file=str(made / "tokenizer.model"))
 
 
 def run(text: Path, made: Path, out: Path, **params: Any) -> Result:
@@ -189,7 +189,7 @@ def test_batches_change_nothing(
 def test_the_tokenizer_travels_along(packed: tuple[Path, Result], made: Path) -> None:
     copied = list_files(packed[0] / "tokenizer")
     assert copied == list_files(made)
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "sentencepiece.model"} == set(copied)
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"} == set(copied)
     assert load_tokenizer(packed[0])("a ship")["input_ids"] == load_tokenizer(made)("a ship")["input_ids"]
 
 

@@ -134,13 +134,19 @@ def small(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def sentencepiece_model(folder: Path) -> str:
+    """The sentencepiece model that the stage published beside the fast tokenizer."""
+    (path,) = folder.glob("*.model")
+    return str(path)
+
+
 # What is published.
 
 
 def test_metrics_count_the_heldout_text(made: Made, text: Path) -> None:
     """Characters and tokens counted here anew: the characters of the file, the ids of sentencepiece."""
     out, result = made
-    processor = SentencePieceProcessor(model_file=str(out / "sentencepiece.model"))
+    processor = SentencePieceProcessor(model_file=sentencepiece_model(out))
     texts = [row["text"] for row in read_rows(text / "heldout.jsonl")]
     ids = [token for each in texts for token in processor.encode(each)]
     metrics = result.metrics
@@ -168,7 +174,7 @@ def test_any_consumer_opens_the_same_tokenizer(made: Made) -> None:
     """AutoTokenizer, as every other program uses it, against sentencepiece, on texts that no check of the stage saw."""
     out, _ = made
     tokenizer = AutoTokenizer.from_pretrained(out)
-    processor = SentencePieceProcessor(model_file=str(out / "sentencepiece.model"))
+    processor = SentencePieceProcessor(model_file=sentencepiece_model(out))
     rng = random.Random(1)
     for _ in range(200):
         each = "".join(rng.choices("  \n\tabz09.,:(){}'\"\u00e9\u4e2d\u6587\u3002\u0434\u05d0\U0001f680", k=60))
@@ -219,11 +225,7 @@ def test_facts_are_those_of_the_folder(made: Made) -> None:
     assert [facts.bos_token_id, facts.eos_token_id, facts.pad_token_id] == [1, 2, 3]
     assert tokenizer.convert_ids_to_tokens(facts.stop_token_ids) == ["</s>", "<|end|>"]
     assert tokenizer.mask_token_id == 4
-    assert (
-        facts.vocabulary_size
-        == len(tokenizer)
-        == len(SentencePieceProcessor(model_file=str(out / "sentencepiece.model")))
-    )
+    assert facts.vocabulary_size == len(tokenizer) == len(SentencePieceProcessor(model_file=sentencepiece_model(out)))
     assert set(tokenizer("a b")) == {"input_ids", "attention_mask"}
 
 
@@ -353,7 +355,7 @@ def test_text_full_of_reserved_names(tmp_path: Path) -> None:
 def compared(folder: Path, change: Callable[[Any], None]) -> None:
     tokenizer = load_tokenizer(folder)
     change(tokenizer)
-    processor = SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
+    processor = SentencePieceProcessor(model_file=sentencepiece_model(folder))
     compare(processor, tokenizer, Escape("bpe", []), [("text 1", "the"), ("text 2", "a ship  of data")])
 
 
@@ -410,7 +412,7 @@ def test_folders_without_a_usable_tokenizer_are_refused(small: Path, tmp_path: P
     with pytest.raises(ArtifactError, match="holds no tokenizer that can be opened"):
         load_tokenizer(tmp_path)
     # A known trap: the class takes the sentencepiece model without a word, and knows no text.
-    LlamaTokenizer(vocab_file=str(small / "sentencepiece.model")).save_pretrained(tmp_path / "llama")
+    LlamaTokenizer(vocab_file=sentencepiece_model(small)).save_pretrained(tmp_path / "llama")
     assert AutoTokenizer.from_pretrained(tmp_path / "llama")("a ship")["input_ids"] == []
     with pytest.raises(ArtifactError, match="holds a tokenizer with an empty vocabulary"):
         load_tokenizer(tmp_path / "llama")

@@ -118,7 +118,7 @@ def train_task(
         **of_tokenizer,
         max_length_tokens=max_length_tokens,
         head_type=head.head_type,
-        dtype=params.precision,
+        dtype=trained.dtype,
         labels=head.labels,
         parameters=trained.parameters,
         train_rows=num_rows[0],

@@ -97,9 +97,15 @@ ADAPTER_FOLDER = "adapter"
 """Where an artifact keeps the adapter alone."""
 
 
-def save_adapter(adapted_model: Any, state: dict[str, torch.Tensor], base: Path, folder: Path) -> None:
-    """Writes the adapter alone, with where its base lies; the same bytes in every process."""
+def save_adapter(
+    adapted_model: Any, state: dict[str, torch.Tensor], base: tuple[str, str | None], folder: Path
+) -> None:
+    """Writes the adapter alone, with what its base is called: (folder, None), or repository and revision of the hub.
+
+    The same bytes in every process. Without peft's model card, which says nothing.
+    """
     config = adapted_model.peft_config["default"]
-    config.base_model_name_or_path = str(base)
+    config.base_model_name_or_path, config.revision = base
     config.target_modules = sorted(config.target_modules)  # peft holds a set, whose order differs from run to run
     adapted_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ArtifactError, Problem
+from stages.lib.models.formats import Formats
 from stages.lib.models.loading import DTYPES, parameter_shapes
-from stages.lib.text.tokenizers import copy_tokenizer, load_tokenizer, stop_token_ids
+from stages.lib.text.tokenizers import copy_left_out, copy_tokenizer, load_tokenizer, stop_token_ids
 
 
 def publish(
@@ -21,7 +22,7 @@ def publish(
     tokenizer: PreTrainedTokenizerBase | Path,
     out: Path,
     *,
-    precision: str = "fp32",
+    formats: Formats | None = None,
     stop_ids: list[int] | None = None,
     may_be_zero: Callable[[str], bool] = lambda name: False,
 ) -> None:
@@ -31,25 +32,31 @@ def publish(
     process, gathered from wherever a memory layout had put them. `may_be_zero` says which matrices training began with as
     zeros.
     """
-    dtype = DTYPES[precision]
+    formats = formats or Formats()
     opened = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     # Gathering clones tied weights: each is written once, under the name that owns it, whatever the layout.
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     weights = {
-        name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().to("cpu"))
+        name: (
+            tensor.detach().to("cpu", formats.dtype_of(name))
+            if tensor.is_floating_point()
+            else tensor.detach().to("cpu")
+        )
         for name, tensor in state.items()
         if name not in tied
     }
     model.config.use_cache = True
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         complete_generation_config(model, opened, stop_ids or stop_token_ids(opened))
+        agree_on_stops(model)
     model.save_pretrained(out, state_dict=dict(weights))
-    model.config.dtype = dtype
+    model.config.dtype = DTYPES[formats.main]
     model.config.save_pretrained(out)
     if isinstance(tokenizer, Path):
         copy_tokenizer(tokenizer, out)
     else:
         tokenizer.save_pretrained(out)
+        copy_left_out(tokenizer, out)
     shapes = {name: shape for name, shape in parameter_shapes(model).items() if name not in tied}
     check_weights(out, shapes, may_be_zero)
 
@@ -68,6 +75,18 @@ def complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedToke
     if all_ids := list(dict.fromkeys([*stop_ids, *known])):
         said["eos_token_id"] = all_ids if len(all_ids) > 1 else all_ids[0]
     model.generation_config = GenerationConfig(**said)
+
+
+def agree_on_stops(model: PreTrainedModel) -> None:
+    """Says in config.json too where generation stops: who makes a generation config anew derives it from there."""
+    config, stops = model.config.get_text_config(), model.generation_config.eos_token_id
+    if stops is None:
+        return
+    try:
+        config.eos_token_id = stops
+        config.to_dict()
+    except Exception:  # some classes take one id only, and check it in ways of their own
+        config.eos_token_id = stops[0] if isinstance(stops, list) else stops
 
 
 def zeros_of(folder: Path) -> Callable[[str], bool]:

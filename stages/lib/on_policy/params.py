@@ -95,7 +95,7 @@ class OnPolicyParams(OptimizerParams):
     lora: LoraParams | None = None
     """Train low-rank adapters on frozen weights. null: all weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the forward and backward pass, and of the weights that are published. Ratios of probabilities are too fine for fp16."""
+    """Number format of the forward and backward pass. Ratios of probabilities are too fine for fp16."""
 
     @property
     def group_size(self) -> int:

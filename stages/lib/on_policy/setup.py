@@ -20,6 +20,7 @@ from stages.lib.generating.transformers import TransformersGenerator
 from stages.lib.generating.vllm import VllmEngine, VllmGenerator, require_vllm
 from stages.lib.models.adapters import with_adapter
 from stages.lib.models.config import hidden_size, read_config, text_config
+from stages.lib.models.formats import formats_to_publish
 from stages.lib.models.heads import fresh_value, load_policy, load_value
 from stages.lib.models.loading import count_parameters, initial_weights
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
@@ -74,10 +75,11 @@ def run_on_policy(
         value_learning_rate=value_learning_rate,
     )
     build = functools.partial(build_parts, ctx, params, opened)
+    formats = formats_to_publish(ctx, params.precision, params.published_dtype)
     aligned, parts = align(ctx, params, algorithm, build, prompts)
-    publish_policy(ctx, params, parts)
+    publish_policy(ctx, params, parts, formats)
     if getattr(params, "publish_critic", False):
-        publish_critic(ctx, params, parts)
+        publish_critic(ctx, parts, formats)
     metrics = {
         **aligned.after,
         **{f"{name}_base": value for name, value in aligned.before.items()},
@@ -87,7 +89,7 @@ def run_on_policy(
     facts = Facts(
         **facts_of_tokenizer(tokenizer),
         head_type="causal_lm",
-        dtype=params.precision,
+        dtype=formats.main,
         max_length_tokens=params.max_prompt_tokens + params.max_new_tokens,
         parameters=parts.policy_parameters,
         train_rows=len(prompts),

@@ -44,7 +44,7 @@ class Preferences:
         """What the consumers of the trained model check."""
         return Facts(
             **facts_of_tokenizer(self.tokenizer),
-            dtype=params.precision,
+            dtype=trained.dtype,
             max_length_tokens=params.max_length_tokens,
             parameters=trained.parameters,
             train_rows=len(self.train),

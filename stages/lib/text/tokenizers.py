@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactError, Problem
 from pipeline.store.artifact import canonical_json, digest_bytes
+from pipeline.store.numbers import json_text
 from stages.lib.text.chat_check import end_of_turn_ids
 from stages.lib.text.sentencepiece_models import from_sentencepiece, sentencepiece_model
 
@@ -35,6 +36,10 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 """What belongs to the tokenizer in a model's folder."""
+
+
+SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model", "spiece.model", "spm.model")
+"""Under these names the sentencepiece model lies that a fast tokenizer was made from. Converters (llama.cpp's, say) read it."""
 
 
 SET_BY_CALLERS = ("truncation", "padding", "post_processor")
@@ -158,10 +163,16 @@ def require_embedded(folder: Path, num_tokens: int) -> None:
         raise ArtifactError(Problem(str(folder), what, hint))
 
 
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What stands in tokenizer_config.json; {} if there is none."""
+    path = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    return config
+
+
 def declared_class(folder: Path) -> str | None:
     """The class that tokenizer_config.json names."""
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_bytes()).get("tokenizer_class") if path.exists() else None
+    return read_tokenizer_config(folder).get("tokenizer_class")
 
 
 def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
@@ -193,6 +204,40 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
 def opens_alike(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     """Whether transformers by itself opens the files in `folder` as this tokenizer."""
     return tokenizer_digest(open_by_name(folder)) == tokenizer_digest(tokenizer)
+
+
+def copy_left_out(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Puts beside `tokenizer`, saved to `target`, what saving left out of the folder that it was loaded from: the
+    sentencepiece model, and that no bos or eos is added (if that still holds), which converters would otherwise assume.
+
+    Tokens that the sentencepiece model lacks are listed in added_tokens.json, where converters look for them.
+    """
+    home = tokenizer_folder(Path(tokenizer.name_or_path))
+    say_in_config(target, {name: tokenizer.init_kwargs[name] for name in ADDS if name in tokenizer.init_kwargs})
+    names = [name for name in SENTENCEPIECE_FILES if (home / name).is_file() and not (target / name).exists()]
+    for name in names:
+        shutil.copyfile(home / name, target / name)
+    if names and not (target / "added_tokens.json").exists() and (target / "tokenizer.json").exists():
+        from sentencepiece import SentencePieceProcessor
+
+        known = SentencePieceProcessor(model_file=str(target / names[0])).vocab_size()
+        added = json.loads((target / "tokenizer.json").read_bytes()).get("added_tokens") or []
+        if beyond := {token["content"]: token["id"] for token in added if token["id"] >= known}:
+            write_object(target / "added_tokens.json", beyond)
+
+
+ADDS = ("add_bos_token", "add_eos_token")
+
+
+def say_in_config(folder: Path, said: Mapping[str, Any]) -> None:
+    """Writes fields into tokenizer_config.json that do not stand there: transformers leaves out what it takes for granted."""
+    config = read_tokenizer_config(folder)
+    if config and said.keys() - config.keys():
+        write_object(folder / "tokenizer_config.json", {**said, **config})
+
+
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json_text(value, path.name, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from pipeline.errors import DataError, Preempted, Problem, RecipeError
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.models.formats import formats_to_publish
 from stages.lib.models.loading import count_parameters
 from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
@@ -64,6 +65,8 @@ class Trained:
     parameters: int
     train_loss: float
     """Mean training loss per unit over the steps that the last line of the journal covers."""
+    dtype: str = "fp32"
+    """The number format of the published weights, or of most of them."""
 
 
 @dataclass
@@ -268,6 +271,7 @@ def train(
         "data": fingerprint(data),
     }
     saved = find_saved(ctx, identity)
+    formats = formats_to_publish(ctx, params.precision, params.published_dtype)
     passes = steps * batch.global_batch_size / len(data)
     ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")
     engine, model, rates = make_engine(ctx, params, batch, make_model, device)
@@ -291,8 +295,8 @@ def train(
     )
     trained = training.run()
     state = engine.state_of(model)
-    from_main(lambda: publish(model, state, tokenizer, ctx.out, precision=params.precision, stop_ids=stop_ids))
-    return trained
+    from_main(lambda: publish(model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
+    return replace(trained, dtype=formats.main)
 
 
 def require_sound(params: TrainingParams, steps: int, device: torch.device) -> None:

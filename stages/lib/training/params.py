@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.settings.resources import Resources
-from pipeline.settings.strict import Strict
 from stages.lib.formulas.bounds import LearningRate, Scale, Weight
+from stages.lib.models.published import PublishedDtype, PublishedParams
 
 
-class OptimizerParams(Strict):
+class OptimizerParams(PublishedParams):
     """How a stage that trains steps: learning rate, AdamW, precision."""
 
     learning_rate: LearningRate
@@ -36,7 +36,9 @@ class OptimizerParams(Strict):
     max_gradient_norm: Scale = 1.0
     """Gradients are scaled down to this global L2 norm when they exceed it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the forward and backward pass, and of the weights that are published."""
+    """Number format of the forward and backward pass."""
+    published_dtype: PublishedDtype | None = None
+    """Number format of the weights that are published. null: where precision is fp32, that of the model that training starts from, and fp32 of a new model; else as precision says."""
 
 
 class TrainingParams(OptimizerParams):

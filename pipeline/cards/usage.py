@@ -1,0 +1,159 @@
+"""How a model is used: the lines of Python that a card shows. Tests run each of them on a model that was published."""
+
+from __future__ import annotations
+
+from pipeline.store.artifact import Kind
+
+FOLDER = 'folder = "."  # this folder, or the repository that it was uploaded to\n'
+
+
+GENERATE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+"""
+
+
+CHAT = """\
+messages = [{"role": "user", "content": "Good morning! What can you do?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=100)
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+"""
+
+
+CONTINUE = """\
+inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs, max_new_tokens=100)
+answer = tokenizer.decode(output[0], skip_special_tokens=True)
+print(answer)
+"""
+
+
+SCORE = """\
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+messages = [
+    {{"role": "user", "content": "Good morning! How are you?"}},
+    {{"role": "assistant", "content": "Good morning! I am well, thank you. What can I do for you?"}},
+]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+with torch.no_grad():
+    score = model(**inputs).logits[0, 0].item()
+print(score)
+"""
+
+
+PIPELINE = """\
+from transformers import pipeline
+
+{folder}task = pipeline("{tag}", model=folder{options})
+{call}print(answer)
+"""
+
+
+FILL_MASK = """\
+answer = task(f"The {task.tokenizer.mask_token} sat on the mat.")
+"""
+
+
+CLASSIFY = """\
+answer = task("Wake me up at seven tomorrow.", truncation=True)
+"""
+
+
+EXTRACT = """\
+answer = task("Wake me up at seven tomorrow in Paris.")
+"""
+
+
+READ = """\
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForQuestionAnswering.from_pretrained(folder)
+question, context = "Who wrote the book?", "The book was written by Jane in the winter of 1811."
+inputs = tokenizer(question, context, return_offsets_mapping=True, return_tensors="pt")
+offsets = inputs.pop("offset_mapping")[0].tolist()
+with torch.no_grad():
+    output = model(**inputs)
+in_context = [index for index, of in enumerate(inputs.sequence_ids(0)) if of == 1]
+scores = {{
+    (start, end): float(output.start_logits[0, start] + output.end_logits[0, end])
+    for start in in_context
+    for end in in_context
+    if start <= end < start + 30
+}}
+start, end = max(scores, key=scores.get)
+answer = context[offsets[start][0] : offsets[end][1]]
+print(answer)
+"""
+
+
+ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+{folder}base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, folder)
+"""
+
+
+CRITIC = """\
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+inputs = tokenizer("Good morning!", return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+    values = model.score(model.base_model(**inputs).last_hidden_state)[0, :, 0].tolist()  # one for each token
+print(values)
+"""
+
+
+ADAPTED_CRITIC = """\
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+{folder}base = AutoModel.from_pretrained({base})
+body = PeftModel.from_pretrained(base, folder)
+head = load_file(f"{{folder}}/value_head.safetensors")["weight"]  # values: body(...).last_hidden_state @ head[0]
+"""
+
+
+def usage(kind: Kind, *, chats: bool) -> str:
+    """The lines that use a model of this kind; `chats` says whether a causal one has learned to."""
+    match kind:
+        case Kind.CAUSAL_LM | Kind.QUANTIZED_LM:
+            needs = "" if kind is Kind.CAUSAL_LM else "# pip install compressed-tensors\n"
+            return needs + GENERATE.format(folder=FOLDER) + (CHAT if chats else CONTINUE)
+        case Kind.REWARD_MODEL:
+            return SCORE.format(folder=FOLDER)
+        case Kind.READER:
+            return READ.format(folder=FOLDER)
+        case Kind.ENCODER:
+            return PIPELINE.format(folder=FOLDER, tag="fill-mask", options="", call=FILL_MASK)
+        case Kind.CLASSIFIER:
+            return PIPELINE.format(folder=FOLDER, tag="text-classification", options="", call=CLASSIFY)
+        case Kind.EXTRACTOR:
+            options = ', aggregation_strategy="simple"'
+            return PIPELINE.format(folder=FOLDER, tag="token-classification", options=options, call=EXTRACT)
+    raise AssertionError(f"{kind} is no model")
+
+
+def adapter_usage(base: str, *, critic: bool) -> str:
+    """The lines that put an adapter on its base; `base` is the Python that names the base, with a comment where it must."""
+    return (ADAPTED_CRITIC if critic else ADAPTER).format(folder=FOLDER, base=base)
+
+
+def critic_usage() -> str:
+    """The lines that ask a critic for its values."""
+    return CRITIC.format(folder=FOLDER)
