@@ -66,12 +66,12 @@ class CsvLines:
 
 def read_csv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a CSV file, under the header's names; without header under their positions."""
-    yield from read_table(path, name, source, limits, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+    yield from read_table(path, name, source, limits, delimiter=source.delimiter or ",", quoting=csv.QUOTE_MINIMAL)
 
 
 def read_tsv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a file with tabs between the fields. Quotes have no meaning in it."""
-    yield from read_table(path, name, source, limits, delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from read_table(path, name, source, limits, delimiter=source.delimiter or "\t", quoting=csv.QUOTE_NONE)
 
 
 def read_table(
@@ -89,7 +89,11 @@ def read_table(
                 first_line = found
             elif isinstance(found, Broken):
                 yield found
-            elif names is None and source.has_header:
+                continue
+            most = source.max_fields
+            if most and len(found) > most:
+                found = [*found[: most - 1], delimiter.join(found[most - 1 :])]
+            if names is None and source.has_header:
                 names = found
             else:
                 snippet = snippet_of(lines.record[0].content)
