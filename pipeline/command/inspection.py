@@ -76,7 +76,7 @@ def data_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     if not proposals:
         yield Line("")
         yield Line(
-            "no layout fits. What comes nearest lacks:" if report["missing"] else "no layout fits, and none comes near"
+            "no layout fits. What comes nearest:" if report["missing"] else "no layout fits, and none comes near"
         )
         yield from plain(f"  {sentence}" for sentence in report["missing"])
         yield Line("Rename columns with `--set columns.OURS=THEIRS`, or write the rows anew in one of the layouts.")
@@ -87,6 +87,8 @@ def data_lines(report: Mapping[str, Any]) -> Iterator[Line]:
         title = "proposed" if position == 0 else "as good"
         yield Line(f"{title}: layout {proposal['layout']}, which gives {proposal['format']}")
         yield from plain(f"  {reason}" for reason in proposal["why"])
+        sample = proposal["of_sample"]
+        yield Line(f"  {sample['converted']:,} of the first {sample['read']:,} rows convert")
         yield Line("")
         yield from plain(recipe_lines(report["paths"][0], proposal))
         yield Line("")

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from pipeline.errors import ArtifactError, PathError, Problem, StoreError, shown, shown_path
+from pipeline.errors import ArtifactError, Problem, StoreError, shown, shown_path
 from pipeline.recipe.outside import kind_of_folder
-from pipeline.settings.paths import holds_file, status
+from pipeline.settings.paths import expanded, holds_file, status
 from pipeline.store.artifact import MANIFEST
 from pipeline.store.digests import outside_files
 from pipeline.store.disk import MOVE
@@ -39,12 +39,13 @@ def model_folder(name: str, store: Path | None) -> Path:
 
 
 def place_of(name: str, store: Store) -> str:
-    """The path that is meant: what lies there, a pattern, or the folder of an artifact or step of this name."""
-    try:
-        if status(Path(name).expanduser()) is not None or re.search(r"[*?\[]", name):
-            return name
-    except (PathError, RuntimeError, ValueError):
-        pass  # what cannot be a path may be an artifact's name, or is told below
+    """The path that is meant: what lies there, a pattern, or the folder of an artifact or step of this name.
+
+    Raises `PathError` or `ArtifactError` where it can be none of these.
+    """
+    path = expanded(name)
+    if name and (re.search(r"[*?\[]", name) or status(path) is not None):
+        return str(path)
     try:
         return str(store.resolve(name)[1])
     except ArtifactError as error:

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.errors import DataError, PathError, Problem, shown_path
 from pipeline.settings.paths import expanded, is_file, kind_of_file, matching, read_json, status
+from pipeline.settings.strict import Reading, validate
 from pipeline.store.artifact import files_below
-from stages.lib.sources.params import SUFFIXES, is_visible, type_of
+from stages.lib.sources.params import SUFFIXES, DatasetSource, FilesSource, LaidOutSource, is_visible, type_of
 from stages.lib.sources.proposing.json_places import SPLITS
 from stages.lib.sources.proposing.looking import ReaderChoice, choices_for
 
@@ -41,6 +42,11 @@ def readings_of(names: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[st
             chosen, rest = files_of_one_type(path, given)
             files += chosen
             others += rest
+    # What is given is tried before anything is read with it.
+    reader_options = FilesSource.model_fields.keys() - LaidOutSource.model_fields.keys()
+    source_of(
+        {"kind": "files", "layout": "text", **{n: v for n, v in given.items() if n in reader_options}, "paths": places}
+    )
     choices = choices_for(files[0], given, alone=len(files) == 1)
     notes = []
     if len(files) > 1:
@@ -115,3 +121,12 @@ def saved_data_set(folder: Path, given: Mapping[str, Any]) -> tuple[dict[str, An
         block["split"] = given.get("split", ranked[0])
         notes.append(f"its splits are {', '.join(splits)}; {block['split']} is looked at")
     return block, [ReaderChoice({}, ["`datasets` saved it"])], notes
+
+
+def source_of(block: Mapping[str, Any]) -> LaidOutSource:
+    """The source that a block means. Raises `DataError` with everything that is wrong with it."""
+    model = DatasetSource if block.get("kind") == "dataset" else FilesSource
+    source, problems = validate(model, dict(block), "source", Reading([]))
+    if source is None or problems:
+        raise DataError(*problems)
+    return source

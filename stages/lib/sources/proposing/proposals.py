@@ -9,18 +9,17 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from pipeline.errors import DataError
-from pipeline.settings.strict import Reading, validate
 from stages.lib.rows.canonical import Row
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.conversion import REASONS
 from stages.lib.sources.layouts import LAYOUTS
 from stages.lib.sources.lines import Broken, Record
-from stages.lib.sources.params import DatasetSource, FilesSource, LaidOutSource
+from stages.lib.sources.params import LaidOutSource
 from stages.lib.sources.proposing.columns import TEXTS, WORDS, Column, columns_of, token_options
 from stages.lib.sources.proposing.forms import CARRIED, GROUPS, Form, Matched, forms_of, plain_name
 from stages.lib.sources.proposing.looking import ReaderChoice
 from stages.lib.sources.proposing.matching import match, renames, unnamed
+from stages.lib.sources.proposing.places import source_of
 from stages.lib.sources.read import convert_records, read_records
 
 EQUALLY_GOOD = 0.05
@@ -106,15 +105,6 @@ def sample_of(block: Mapping[str, Any], choice: ReaderChoice, num_rows: int) -> 
     records = read_records(source)
     first = list(islice(records, num_rows) if num_rows else records)
     return SampledRecords(chosen, first, choice.why, choice.likelihood)
-
-
-def source_of(block: Mapping[str, Any]) -> LaidOutSource:
-    """The source that a block means. Raises `DataError` with everything that is wrong with it."""
-    model = DatasetSource if block.get("kind") == "dataset" else FilesSource
-    source, problems = validate(model, dict(block), "source", Reading([]))
-    if source is None or problems:
-        raise DataError(*problems)
-    return source
 
 
 def proposals_for(
