@@ -88,7 +88,8 @@ def data_lines(report: Mapping[str, Any]) -> Iterator[Line]:
         yield Line(f"{title}: layout {proposal['layout']}, which gives {proposal['format']}")
         yield from plain(f"  {reason}" for reason in proposal["why"])
         sample = proposal["of_sample"]
-        yield Line(f"  {sample['converted']:,} of the first {sample['read']:,} rows convert")
+        more = f", {sample['of_its_form']:,} more have its form" if sample["of_its_form"] else ""
+        yield Line(f"  {sample['converted']:,} of the first {sample['read']:,} rows convert{more}")
         yield Line("")
         yield from plain(recipe_lines(report["paths"][0], proposal))
         yield Line("")

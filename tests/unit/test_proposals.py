@@ -317,6 +317,13 @@ def test_each_file_is_told_by_its_content(form: str, tmp_path: Path) -> None:
     ("encoding", "text", "wanted"),
     [
         ("gb18030", "\u8d28\u91cf\u5f88\u597d", "gb18030"),
+        ("big5", "\u54c1\u8cea\u5f88\u597d\uff0c\u975e\u5e38\u6eff\u610f", "big5"),
+        ("shift_jis", "\u54c1\u8cea\u306f\u3068\u3066\u3082\u826f\u3044\u3067\u3059", "shift_jis"),
+        ("euc_jp", "\u54c1\u8cea\u306f\u3068\u3066\u3082\u826f\u3044\u3067\u3059", "euc_jp"),
+        ("euc_kr", "\ud488\uc9c8\uc774 \uc544\uc8fc \uc88b\uc544\uc694", "euc_kr"),
+        ("cp1251", "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e", "cp1251"),
+        ("koi8_r", "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e", "koi8_r"),
+        ("cp1253", "\u03c0\u03bf\u03bb\u03cd \u03ba\u03b1\u03bb\u03ac", "cp1253"),
         ("latin-1", "caf\u00e9 au lait", "cp1252"),
         ("utf-16", "caf\u00e9", "utf-16"),
         ("utf-16-le", "plain words", "utf-16-le"),

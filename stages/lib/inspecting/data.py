@@ -111,7 +111,11 @@ def summary_of(proposal: Proposal) -> dict[str, Any]:
         "format": proposal.format,
         "source": proposal.block,
         "score": round(proposal.score, 3),
-        "of_sample": {"read": proposal.ledger.read, "converted": len(proposal.rows)},
+        "of_sample": {
+            "read": proposal.ledger.read,
+            "converted": len(proposal.rows),
+            "of_its_form": proposal.num_in_form,
+        },
     }
 
 

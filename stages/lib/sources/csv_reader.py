@@ -89,15 +89,19 @@ def read_table(
                 first_line = found
             elif isinstance(found, Broken):
                 yield found
-                continue
-            most = source.max_fields
-            if most and len(found) > most:
-                found = [*found[: most - 1], delimiter.join(found[most - 1 :])]
-            if names is None and source.has_header:
-                names = found
+            elif names is None and source.has_header:
+                names = cut_fields(found, source.max_fields, delimiter)
             else:
+                fields = cut_fields(found, source.max_fields, delimiter)
                 snippet = snippet_of(lines.record[0].content)
-                yield table_row(where, found, names or [str(position) for position in range(len(found))], snippet)
+                yield table_row(where, fields, names or [str(position) for position in range(len(fields))], snippet)
+
+
+def cut_fields(fields: list[str], most: int | None, delimiter: str) -> list[str]:
+    """The fields, what follows the last one that may be as a part of it."""
+    if most is None or len(fields) <= most:
+        return fields
+    return [*fields[: most - 1], delimiter.join(fields[most - 1 :])]
 
 
 def table_records(

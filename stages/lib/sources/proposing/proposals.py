@@ -83,13 +83,19 @@ class Proposal:
         return self.source.laid_out.format
 
     @property
+    def num_in_form(self) -> int:
+        """Rows that are dropped and have the layout's form all the same."""
+        return sum(count for reason, count in self.ledger.dropped.items() if reason not in STRUCTURAL)
+
+    @property
     def fit(self) -> float:
-        """The share of the rows that convert; one that has the form and cannot be used counts less."""
-        counts = self.ledger.dropped.items()
-        unfit = sum(count for reason, count in counts if reason in STRUCTURAL)
-        in_form = sum(count for reason, count in counts if reason not in STRUCTURAL and REASONS[reason].broken)
-        whole = self.ledger.read - unfit - in_form
-        return (whole + ONLY_IN_FORM * in_form) / max(self.ledger.read, 1)
+        """The share of the rows that convert. One that is dropped as it should be counts like them, one that has the form and
+        is broken less.
+        """
+        dropped = self.ledger.dropped.items()
+        broken = sum(count for reason, count in dropped if reason not in STRUCTURAL and REASONS[reason].broken)
+        whole = len(self.rows) + self.num_in_form - broken
+        return (whole + ONLY_IN_FORM * broken) / max(self.ledger.read, 1)
 
     @property
     def score(self) -> float:
