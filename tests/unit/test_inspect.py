@@ -21,7 +21,7 @@ from stages.data.clean import CleanParams
 from stages.lib.inspecting.artifacts import inspect_folder
 from stages.lib.inspecting.data import Asked, inspect_data
 from stages.lib.inspecting.inspection import inspect_places
-from stages.lib.inspecting.row_views import marked_pieces, parts_of_row, spread
+from stages.lib.inspecting.row_views import marked_pieces, parts_of_row, shows_nothing, spread
 from stages.lib.inspecting.token_views import ModelView
 from stages.lib.text.chat_presets import PRESETS
 from tests.unit.running_stages import params_of, run_stage
@@ -159,6 +159,21 @@ def test_marks_of_spans_and_answers() -> None:
     context, _, answers = parts_of_row(row, "questions")
     assert context["pieces"] == [["one ", False], ["two", True]]
     assert answers["pieces"] == [["two", True]]
+
+
+def test_what_turns_hold_beside_their_content_is_shown() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    (seen,) = parts_of_row({"messages": [call]}, "chats")
+    assert seen == {"name": "assistant", "pieces": [['tool_calls: [{"name": "f"}]', True]]}
+
+
+def test_rows_that_show_nothing() -> None:
+    """A turn may say nothing where it calls a tool."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    assert not shows_nothing({"messages": [call]}, "chats")
+    assert shows_nothing({"messages": [{"role": "assistant", "content": "\u200b"}]}, "chats")
+    assert shows_nothing({"text": " ", "label": "a"}, "labels")
+    assert not shows_nothing({"id": "a", "context": "b", "question": "c", "answers": []}, "questions")
 
 
 def test_percentiles_are_lengths_that_occur() -> None:

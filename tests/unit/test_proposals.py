@@ -106,6 +106,17 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         },
         {"layout": "preference_chat"},
     ),
+    "pairs beside the whole chosen chat": (
+        lambda n: {
+            "prompt": f"Where is house {n}?",
+            "prompt_id": f"p{n}",
+            "chosen": turns(n),
+            "rejected": [turns(n)[0], assistant("No.")],
+            "messages": turns(n),
+            "score_chosen": 8.5,
+        },
+        {"layout": "preference_chat", "columns": {"messages": "prompt"}},
+    ),
     "pairs with a system text": (
         lambda n: {"system": "Be brief.", "question": saying(n), "chosen": f"Yes, {n}.", "rejected": f"No, {n}!"},
         {"layout": ("preference_alpaca", "preference_chat")},
@@ -269,6 +280,18 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "eng.txt",
         "-DOCSTART- -X- -X- O\n\n" + "Mira NNP B-NP B-PER\nsings VBZ B-VP O\n\nTom NNP B-NP B-PER\nruns VBZ B-VP O\n",
         {"file_type": "conll", "layout": "bio"},
+    ),
+    "marks and an empty column": (
+        "cola.tsv",
+        "".join(
+            f"{('gj04', 'bc01', 'cj99')[n % 3]}\t{n % 2}\t{'*' if n % 2 else ''}\t{saying(n)}\n" for n in range(40)
+        ),
+        {"has_header": False, "layout": "label", "columns": {"text": "3", "label": "1"}},
+    ),
+    "entries by name": (
+        "rows.json",
+        json.dumps({f"e{n}": {"question": saying(n), "answer": f"It is {n}."} for n in range(9)}),
+        {"records": "*", "layout": "alpaca", "columns": {"instruction": "question", "output": "answer"}},
     ),
     "comments and numbers": (
         "eng.conll",

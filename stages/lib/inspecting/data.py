@@ -10,9 +10,9 @@ from typing import Any
 
 from pipeline.errors import DataError
 from stages.lib.curation.normalization import Normalization, normalize_row
-from stages.lib.inspecting.row_views import Part, parts_of_row, spread
+from stages.lib.inspecting.row_views import Part, parts_of_row, shows_nothing, spread
 from stages.lib.inspecting.token_views import ModelView
-from stages.lib.rows.canonical import FORMATS, Row, content_digest, judged_text
+from stages.lib.rows.canonical import Row, content_digest, judged_text
 from stages.lib.rows.ledger import Ledger, largest_first
 from stages.lib.sources.conversion import REASONS, REPAIRS
 from stages.lib.sources.lines import Broken, Record
@@ -151,8 +151,10 @@ class Examined:
         for where, raw in convert_records(self.records(), self.source, self.ledger):
             row = normalize_row(raw, self.format, Normalization())
             text = judged_text(row, self.format)
-            if not all(each.strip() for each in FORMATS[self.format].texts(row)):
+            if shows_nothing(row, self.format):
                 self.ledger.drop("empty_field", f"{where}: {text}")
+            elif "rejected" in row and row["chosen"] == row["rejected"]:
+                self.ledger.drop("identical_pair", f"{where}: {text}")
             elif (digest := content_digest(row, self.format)) in seen:
                 self.ledger.drop("exact_duplicate", f"{where}: {text}")
             else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stages.lib.rows.canonical import FORMATS, Row
+from stages.lib.sources.conversion import is_blank
 
 Piece = tuple[str, bool]
 """Some text, and whether it is marked: learned from, an entity, an answer."""
@@ -34,23 +36,46 @@ def parts_of_row(row: Row, format: str) -> list[Part]:
         case "spans":
             return [part("text", *marked_pieces(row["text"], row["spans"], "label"))]
         case "questions":
-            spans = [
-                {"start": answer["start"], "end": answer["start"] + len(answer["text"])} for answer in row["answers"]
+            answers = row["answers"] or []
+            spans = [{"start": each["start"], "end": each["start"] + len(each["text"])} for each in answers]
+            said = " | ".join(dict.fromkeys(each["text"] for each in answers))
+            none = "not known yet" if row["answers"] is None else "none: the context does not answer it"
+            return [
+                part("context", *marked_pieces(row["context"], spans, None)),
+                part("question", (row["question"], False)),
+                part("answers", (said, True) if answers else (none, False)),
             ]
-            answers = [part("answers", (" | ".join(dict.fromkeys(a["text"] for a in row["answers"])), True))]
-            none = [part("answers", ("none: cannot be answered", False))]
-            context = part("context", *marked_pieces(row["context"], spans, None))
-            return [context, part("question", (row["question"], False)), *(answers if row["answers"] else none)]
+        case "labels":
+            pair = [part("text_pair", (row["text_pair"], False))] if row.get("text_pair") else []
+            label = ("not known yet", False) if row["label"] is None else (row["label"], True)
+            return [part("text", (row["text"], False)), *pair, part("label", label)]
         case _:
-            learned = {"label"}
-            return [part(name, (str(row[name]), name in learned)) for name in FORMATS[format].fields]
+            return [part(name, (str(row[name]), False)) for name in FORMATS[format].fields]
+
+
+def shows_nothing(row: Row, format: str) -> bool:
+    """Whether a text of the row, all of which are needed, shows nothing; a turn that calls a tool needs none."""
+    for name in FORMATS[format].fields:
+        if isinstance(row[name], str) and is_blank(row[name]):
+            return True
+        for message in row[name] if isinstance(row[name], list) else []:
+            if "content" in message and is_blank(message["content"] or "") and not message.get("tool_calls"):
+                return True
+    return False
 
 
 def said_parts(messages: Sequence[Row]) -> list[Part]:
+    """What each message says, and below it whatever else it holds: calls of tools, reasoning."""
     return [
-        part(message["role"], (message["content"], message["role"] == "assistant" and message.get("train", True)))
+        part(message["role"], (said_in_message(message), message["role"] == "assistant" and message.get("train", True)))
         for message in messages
     ]
+
+
+def said_in_message(message: Row) -> str:
+    others = {name: value for name, value in message.items() if name not in ("role", "content", "train") and value}
+    told = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in others.items()]
+    return "\n".join(filter(None, [message.get("content"), *told]))
 
 
 def extra_part(row: Row, name: str) -> list[Part]:

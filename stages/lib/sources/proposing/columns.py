@@ -36,7 +36,7 @@ WORDS = {
     "texts": "lists of texts",
     "numbers": "lists of numbers",
     "pairs": "lists of pairs of texts",
-    "spans": "lists of spans",
+    "spans": "lists of spans (start, end, label)",
     "pieces": "texts in pieces, some of them entities",
     "answers": "answers with their offsets",
     "documents": "paragraphs with questions",

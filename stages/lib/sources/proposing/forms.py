@@ -21,7 +21,9 @@ class Slot:
     names: tuple[str, ...] = ()
     """What others call it, the likeliest first."""
     also: tuple[str, ...] = ()
-    """Other names that the layout reads by itself."""
+    """Other names that the layout reads by itself where there is no column of ours, in its order."""
+    likeliest: tuple[str, ...] = ()
+    """Of `ours` and `also` the order in which they are likely what is meant, where it is another."""
     optional: bool = False
     fixed: bool = False
     """Whether `columns` cannot rename it."""
@@ -29,6 +31,8 @@ class Slot:
     """Whether it names classes: few different values, short ones."""
     by_position: bool = False
     """Whether it is looked for by what it holds where columns have no names."""
+    in_order: bool = False
+    """Whether it is then the first text, and not the longest."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ RATING = Slot(
     ),
 )
 LABEL = Slot("label", LABELS, LABEL_NAMES, few_values=True, by_position=True)
+FIRST_NAMES = tuple("sentence1 premise question1 text1 sentence_1 text_1 text_a sentence_a sentence query s1 a".split())
+SECOND_NAMES = tuple("sentence2 hypothesis question2 text2 sentence_2 text_2 text_b sentence_b passage s2 b".split())
 PAIRS = (
     Slot("chosen", TEXTS | TURNS, ("preferred", "better", "response_chosen", "accepted", "win", "chosen_response")),
     Slot(
@@ -140,7 +146,13 @@ FORMS: tuple[Form, ...] = (
     Form(
         "preference_chat",
         (
-            Slot("messages", TEXTS | TURNS, (*QUESTION_NAMES, *CHAT_NAMES), also=("conversations", "prompt")),
+            Slot(
+                "messages",
+                TEXTS | TURNS,
+                (*QUESTION_NAMES, *CHAT_NAMES),
+                also=("conversations", "prompt"),
+                likeliest=("prompt", "conversations", "messages"),
+            ),
             *PAIRS,
             SYSTEM,
             *TOOLS,
@@ -152,26 +164,8 @@ FORMS: tuple[Form, ...] = (
     Form(
         "label",
         (
-            Slot(
-                "text",
-                TEXTS,
-                ("sentence1", "premise", "question1", "text1", "sentence_1", "text_a", "sentence_a", "query", "s1"),
-            ),
-            Slot(
-                "text_pair",
-                TEXTS,
-                (
-                    "sentence2",
-                    "hypothesis",
-                    "question2",
-                    "text2",
-                    "sentence_2",
-                    "text_b",
-                    "sentence_b",
-                    "passage",
-                    "s2",
-                ),
-            ),
+            Slot("text", TEXTS, FIRST_NAMES, by_position=True, in_order=True),
+            Slot("text_pair", TEXTS, SECOND_NAMES, by_position=True, in_order=True),
             LABEL,
         ),
     ),

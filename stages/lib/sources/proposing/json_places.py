@@ -32,6 +32,8 @@ def places_in(path: Path, encoding: str | None) -> list[tuple[str | None, str]]:
     found: list[tuple[str | None, str]] = []
     if len(entries) > 1 and len(entries) == len(document) and not any(is_split(name) for name, _ in entries):
         found.append(("*", f"each of its {len(entries):,} entries is a list of rows, whose name becomes their `key`"))
+    elif len(document) > 1 and are_alike(list(document.values())):
+        found.append(("*", f"each of its {len(document):,} entries is a row, whose name becomes its `key`"))
     lists.sort(key=lambda place: (rank_of(place[0]), -place[1]))
     for name, count in lists[: 1 if found else MOST_PLACES]:
         others = [f"{other} ({size:,})" for other, size in lists if other != name]
@@ -39,6 +41,13 @@ def places_in(path: Path, encoding: str | None) -> list[tuple[str | None, str]]:
         more = f" and {len(others) - MOST_LISTED:,} more" if len(others) > MOST_LISTED else ""
         found.append((name, f"{count:,} rows stand in '{name}'{beside}{more}"))
     return [(None, "it is one record"), *found]
+
+
+def are_alike(values: list[Any]) -> bool:
+    """Whether all are mappings, and most have the keys of the first."""
+    if not all(isinstance(value, dict) and value for value in values):
+        return False
+    return sum(value.keys() == values[0].keys() for value in values) > len(values) / 2
 
 
 def read_whole(path: Path, encoding: str | None) -> Any:

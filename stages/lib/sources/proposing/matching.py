@@ -42,7 +42,7 @@ def match(form: Form, columns: Sequence[Column], given: Mapping[str, str], num_r
 def best_column(slot: Slot, columns: Sequence[Column], num_rows: int, num_columns: int) -> tuple[Column | None, float]:
     """The column that fits the slot best, and how sure that is; of the `num_columns`, these are free."""
     fitting = [column for column in columns if slot_takes(slot, column, num_rows)]
-    for own in (slot.ours, *slot.also):
+    for own in slot.likeliest or (slot.ours, *slot.also):
         for column in fitting:
             if column.name == own:
                 return column, OWN_NAME
@@ -56,8 +56,12 @@ def best_column(slot: Slot, columns: Sequence[Column], num_rows: int, num_column
         return None, 0.0
     fitting = [column for column in fitting if column.name not in IDENTITIES]
     if slot.by_position and all(column.name.isdigit() for column in columns):
-        any_of_them = slot.few_values or slot.ours == "text"
-        said = [column for column in fitting if any_of_them or (num_columns == 2 and says_something(column))]
+        any_of_them = slot.few_values or (slot.ours == "text" and not slot.in_order)
+        said = [
+            column
+            for column in fitting
+            if any_of_them or ((slot.in_order or num_columns == 2) and says_something(column))
+        ]
         return (by_content(slot, said), BY_POSITION) if said else (None, 0.0)
     if len(fitting) != 1 or slot.few_values:
         return None, 0.0
@@ -81,18 +85,27 @@ def says_something(column: Column) -> bool:
 
 
 def by_content(slot: Slot, columns: Sequence[Column]) -> Column:
-    """Of columns without names: the one of the fewest and shortest values for classes, the first long one else."""
+    """Of columns without names: the one of the fewest and shortest values for classes, the longest text, or the first."""
     if slot.few_values:
-        return min(columns, key=lambda column: (column.distinct, column.mean_characters))
-    if slot.ours == "text":
+        filled = max(column.filled for column in columns)
+        return min(
+            columns,
+            key=lambda column: (column.filled < filled, column.distinct < 2, column.distinct, column.mean_characters),
+        )
+    if slot.ours == "text" and not slot.in_order:
         return max(columns, key=lambda column: column.mean_characters)
     return columns[0]
 
 
-def renames(matched: Matched) -> dict[str, str]:
-    """What `columns` must say: our names whose columns are called otherwise."""
-    known = {slot.ours: {slot.ours, *slot.also} for slot in matched.form.slots}
-    return {ours: theirs for ours, theirs in matched.columns.items() if theirs not in known.get(ours, {ours})}
+def renames(matched: Matched, names: Sequence[str]) -> dict[str, str]:
+    """What `columns` must say where the data has these names: our names whose columns the layout would not read by itself."""
+    slots = {slot.ours: slot for slot in matched.form.slots}
+    found = {}
+    for ours, theirs in matched.columns.items():
+        own = (ours, *slots[ours].also) if ours in slots else (ours,)
+        if theirs != next((name for name in own if name in names), ours):
+            found[ours] = theirs
+    return found
 
 
 def unnamed(columns: Sequence[Column]) -> Iterator[Column]:

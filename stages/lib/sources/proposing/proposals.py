@@ -167,7 +167,10 @@ def tried(sample: SampledRecords, form: Form, given: Mapping[str, Any]) -> Itera
         return
     for options, why in options_for(form, matched, sample.columns, given):
         block = {**sample.block, "layout": form.layout}
-        names = {**renames(matched), **group_of(sample.columns, matched, len(sample.rows))}
+        names = {
+            **renames(matched, [column.name for column in sample.columns]),
+            **group_of(sample.columns, matched, len(sample.rows)),
+        }
         block |= {"columns": names} if names else {}
         block |= options
         block |= {name: value for name, value in given.items() if name != "columns"}
