@@ -209,7 +209,7 @@ def head_lines(report: Mapping[str, Any]) -> list[str]:
 
 def model_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield from plain(head_lines(report))
-    for title in ("architecture", "facts", "tokenizer"):
+    for title in ("architecture", "adapter", "facts", "tokenizer"):
         if report.get(title):
             yield Line(title)
             yield from plain(f"  {name}: {value}" for name, value in report[title].items())

@@ -15,10 +15,10 @@ from stages.lib.inspecting.data import Asked, inspect_data
 from stages.lib.sources.layouts import LAYOUTS
 from tests.unit.running_stages import run_stage
 
-LARGE_BYTES = 400_000
+LARGE_BYTES = 150_000
 """Of larger files (as they lie there) only the first rows are counted."""
-ROWS_OF_LARGE_FILES = 500
-SMALL_BYTES = 30_000
+ROWS_OF_LARGE_FILES = 200
+SMALL_BYTES = 10_000
 """Smaller files are given to `clean` as well, as it was proposed."""
 
 CHAT = {"layout": "messages"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from pipeline.command import cli
 from pipeline.command.inspection import report_lines, source_fields
-from pipeline.errors import DataError, RecipeError
+from pipeline.errors import DataError, RecipeError, SlipwayError
 from pipeline.store.artifact import FileEntry, Kind, Manifest
 from stages.data.clean import STAGE as CLEAN
 from stages.data.clean import CleanParams
@@ -219,6 +220,32 @@ def test_rows_of_an_artifact_are_shown_with_what_was_dropped(chats: Path, tmp_pa
     assert "[[say 0<|end|>]]" in said
     with pytest.raises(DataError, match="--layout, --format and --set say nothing of it"):
         inspect_folder(out, Asked(layout="messages"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "what"),
+    [
+        ("rows.jsonl", "{", "rows.jsonl:1: is not JSON"),
+        ("rows.jsonl", '{"text": "a"}', "rows.jsonl:1: is no row of chats"),
+        ("rows.jsonl", '{"messages": [1]}', "rows.jsonl:1: is no row of chats"),
+        ("ledger.json", '{"read": 3}', "ledger.json: is no ledger"),
+        ("ledger.json", "[]", "ledger.json: is not a JSON object"),
+    ],
+)
+def test_a_damaged_artifact_is_told(file: str, content: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(CHATS[0]) + "\n")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(SlipwayError, match=re.escape(what)):
+        inspect_folder(artifact_of(tmp_path, Kind.CHAT_ROWS), Asked())
+
+
+def test_an_adapter_is_shown_with_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "some/base", "peft_type": "LORA", "r": 8}'
+    )
+    report = inspect_folder(tmp_path, Asked())
+    assert report["adapter"] == {"base_model_name_or_path": "some/base", "peft_type": "LORA", "r": 8}
+    assert "its tokenizer cannot be used" in printed(report)
 
 
 def test_a_model_is_shown_with_its_template_and_an_example(model: Path) -> None:

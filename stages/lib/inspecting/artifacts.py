@@ -16,7 +16,8 @@ from stages.lib.rows.canonical import FORMATS, Row, format_of_kind, read_rows
 from stages.lib.text.tokenizers import tokenizer_folder
 
 ROW_FILES = ("rows.jsonl", "train.jsonl", "heldout.jsonl")
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+ADAPTER = "adapter_config.json"
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", ADAPTER)
 
 
 def is_described(folder: Path) -> bool:
@@ -70,7 +71,10 @@ def inspect_rows(folder: Path, manifest: Manifest, asked: Asked) -> dict[str, An
         looks = RowLooks(format, view, asked)
         count = 0
         for where, row in first_rows(checked_rows(folder / name, format), asked.num_rows):
-            looks.add(where, row)
+            try:
+                looks.add(where, row)
+            except (AttributeError, IndexError, KeyError, TypeError):
+                raise ArtifactError(damaged(folder / name, count + 1, f"is no row of {format}")) from None
             count += 1
         complete = not asked.num_rows or count < asked.num_rows
         files.append({"file": name, "looked_at": count, "complete": complete, **looks.data()})
@@ -106,6 +110,15 @@ def ledger_in(folder: Path) -> dict[str, Any]:
     if not is_file(folder / "ledger.json"):
         return {}
     ledger = read_json(folder / "ledger.json")
+    try:
+        return {"rows": counts_in(ledger)}
+    except (AttributeError, KeyError, TypeError):
+        hint = "`slipway verify` tells what else is damaged; run its recipe again."
+        raise ArtifactError(Problem(shown_path(folder / "ledger.json"), "is no ledger", hint)) from None
+
+
+def counts_in(ledger: dict[str, Any]) -> dict[str, Any]:
+    """The ledger in the form of `counts_of`."""
     reasons = [
         {
             "reason": reason,
@@ -116,15 +129,13 @@ def ledger_in(folder: Path) -> dict[str, Any]:
         for reason, entry in sorted(ledger["dropped"].items(), key=lambda item: -item[1]["count"])
     ]
     return {
-        "rows": {
-            "read": ledger["read"],
-            "kept": ledger["kept"],
-            "dropped": sum(reason["count"] for reason in reasons),
-            "reasons": reasons,
-            "repaired": [{"what": what, "count": count, "meaning": ""} for what, count in ledger["repaired"].items()],
-            "noticed": [{"what": what, "count": count} for what, count in ledger.get("noticed", {}).items()],
-            "complete": True,
-        }
+        "read": ledger["read"],
+        "kept": ledger["kept"],
+        "dropped": sum(reason["count"] for reason in reasons),
+        "reasons": reasons,
+        "repaired": [{"what": what, "count": count, "meaning": ""} for what, count in ledger["repaired"].items()],
+        "noticed": [{"what": what, "count": count} for what, count in ledger.get("noticed", {}).items()],
+        "complete": True,
     }
 
 
@@ -137,6 +148,11 @@ def inspect_model(folder: Path, manifest: Manifest | None) -> dict[str, Any]:
             name: config[name]
             for name in ("architectures", "model_type", "vocab_size", "torch_dtype", "dtype")
             if name in config
+        }
+    if is_file(folder / ADAPTER):
+        adapter = read_json(folder / ADAPTER)
+        found["adapter"] = {
+            name: adapter[name] for name in ("base_model_name_or_path", "peft_type", "r") if name in adapter
         }
     if is_file(folder / "generation_config.json"):
         ends = read_json(folder / "generation_config.json").get("eos_token_id")

@@ -74,7 +74,7 @@ def said_parts(messages: Sequence[Row]) -> list[Part]:
 
 def said_in_message(message: Row) -> str:
     others = {name: value for name, value in message.items() if name not in ("role", "content", "train") and value}
-    told = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in others.items()]
+    told = [f"{name}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}" for name, value in others.items()]
     return "\n".join(filter(None, [message.get("content"), *told]))
 
 

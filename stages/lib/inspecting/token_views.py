@@ -96,7 +96,8 @@ class ModelView:
         stops = facts.pop("stop_token_ids")
         facts["stop_tokens"] = {str(each): decode_ids(self.tokenizer, [each]) for each in stops}
         template = self.tokenizer.chat_template
-        facts["chat_templates"] = sorted(template) if isinstance(template, dict) else int(bool(template))
+        if isinstance(template, dict):
+            facts["chat_templates"] = sorted(template)
         return facts
 
     def example(self) -> dict[str, Any]:

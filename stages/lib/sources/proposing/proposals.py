@@ -28,6 +28,8 @@ LEAST_FIT = 0.05
 """Share of the rows that must convert, or at least have the layout's form, for it to be proposed."""
 
 MOST_SENTENCES = 3
+MOST_CHARACTERS = 32 << 20
+"""Of a sample, as Python writes it: rows may be books."""
 
 PARTS_OF_A_FILE = frozenset({"records", "split_text"})
 """Options that only say which rows a file has."""
@@ -105,12 +107,16 @@ class Proposal:
 
 
 def sample_of(block: Mapping[str, Any], choice: ReaderChoice, num_rows: int) -> SampledRecords:
-    """The first `num_rows` records (all, where it is 0). Raises `DataError` where they cannot be read."""
+    """The first `num_rows` records, or as many as fit into memory. Raises `DataError` where they cannot be read."""
     chosen = {**block, **choice.options}
-    source = source_of({**chosen, "layout": "text"})
-    records = read_records(source)
-    first = list(islice(records, num_rows) if num_rows else records)
-    return SampledRecords(chosen, first, choice.why, choice.likelihood)
+    records: list[Record | Broken] = []
+    characters = 0
+    for record in islice(read_records(source_of({**chosen, "layout": "text"})), num_rows):
+        records.append(record)
+        characters += len(repr(record))
+        if characters > MOST_CHARACTERS:
+            break
+    return SampledRecords(chosen, records, choice.why, choice.likelihood)
 
 
 def proposals_for(
