@@ -229,6 +229,13 @@ def test_forms_of_pairs_are_proposed_where_the_layout_knows_them(tmp_path: Path)
         "layout": "label",
         "columns": {"text": "premise", "text_pair": "hypothesis"},
     }
+    table = tmp_path / "pairs.tsv"
+    table.write_text("".join(f"{saying(n)}\t{saying(n + 1)}\t{n % 2}\n" for n in range(30)))
+    assert source(table) == {
+        "has_header": False,
+        "layout": "label",
+        "columns": {"text": "0", "text_pair": "1", "label": "2"},
+    }
 
 
 FILES: dict[str, tuple[str, str, dict[str, Any]]] = {

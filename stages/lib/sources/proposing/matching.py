@@ -15,6 +15,7 @@ LESS_PER_NAME = 0.01
 LONGEST_LABEL_CHARACTERS = 60
 FEW_ROWS = 20
 SHORTEST_SAYING_CHARACTERS = 5
+MOST_UNLIKE = 3.0
 
 
 def match(form: Form, columns: Sequence[Column], given: Mapping[str, str], num_rows: int) -> Matched:
@@ -36,7 +37,16 @@ def match(form: Form, columns: Sequence[Column], given: Mapping[str, str], num_r
         taken.add(column.name)
         if not slot.optional:
             strengths.append(strength)
+    missing += unlike_pair(form, columns, found)
     return Matched(form, found, sum(strengths) / max(len(strengths), 1), tuple(missing))
+
+
+def unlike_pair(form: Form, columns: Sequence[Column], found: Mapping[str, str]) -> list[Slot]:
+    """The second text of a pair that is told by position alone, where the first is much longer or shorter: a title, say."""
+    by_name = {column.name: column for column in columns}
+    pair = [slot for slot in form.slots if slot.in_order and found.get(slot.ours, "").isdigit()]
+    lengths = sorted(by_name[found[slot.ours]].mean_characters for slot in pair)
+    return pair[1:] if len(pair) == 2 and lengths[1] > MOST_UNLIKE * lengths[0] else []
 
 
 def best_column(slot: Slot, columns: Sequence[Column], num_rows: int, num_columns: int) -> tuple[Column | None, float]:
