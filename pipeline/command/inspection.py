@@ -111,7 +111,7 @@ LOCATING = ("kind", "paths", "path")
 def column_lines(columns: Sequence[Mapping[str, Any]]) -> list[str]:
     if not columns:
         return []
-    rows = [[each["name"], each["holds"], f"{each['filled']:,}"] for each in columns[:40]]
+    rows = [[short(each["name"]), each["holds"], f"{each['filled']:,}"] for each in columns[:40]]
     more = [f"... and {len(columns) - 40:,} more columns"] if len(columns) > 40 else []
     return ["", *table(rows, ("column", "holds", "in rows")), *more]
 

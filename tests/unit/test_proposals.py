@@ -401,6 +401,8 @@ def test_what_is_no_data_is_told_in_a_sentence(tmp_path: Path) -> None:
     assert "Rename it to rows.jsonl.gz" in refused(tmp_path / "rows.jsonl")
     assert "cannot be decompressed" in refused(tmp_path / "cut.jsonl.gz")
     assert "is not there" in refused(tmp_path / "none.jsonl")
+    (tmp_path / "header.csv").write_text("text,label\n")
+    assert "holds no rows" in refused(tmp_path / "header.csv")
     (tmp_path / "rows.csv").write_text("text\na\n")
     assert "several types" in refused(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -438,6 +440,27 @@ def test_what_the_user_decides_stays(tmp_path: Path) -> None:
         "layout": "text",
         "columns": {"text": "answer"},
     }
+    assert source(
+        path, layout="label", given={"columns": {"label": "answer", "text": "question"}, "max_row_bytes": 99}
+    ) == {
+        "layout": "label",
+        "columns": {"label": "answer", "text": "question"},
+        "max_row_bytes": 99,
+    }
+
+
+def test_what_the_user_decides_leaves_layouts_out_that_have_no_such_thing(tmp_path: Path) -> None:
+    rows = [{"prompt": saying(n), "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(9)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert source(path, given={"turns_in_text": "json"}) == {"layout": "preference_chat", "turns_in_text": "json"}
+    assert source(path, given={"columns": {"instruction": "prompt"}})["layout"] == "preference_alpaca"
+
+
+def test_columns_that_are_not_there_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": saying(n)} for n in range(9)])
+    for layout, ours in (("label", "label"), ("bio", "tokens")):
+        report = proposed(path, layout=layout, given={"columns": {ours: "9"}})
+        assert report["proposals"] == [] and report["missing"][0].startswith(f"{layout}: ")
 
 
 def test_rows_that_are_dropped_are_counted_with_their_reasons(tmp_path: Path) -> None:

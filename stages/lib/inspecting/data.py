@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, Problem
 from stages.lib.curation.normalization import Normalization, normalize_row
 from stages.lib.inspecting.row_views import Part, parts_of_row, shows_nothing, spread
 from stages.lib.inspecting.token_views import ModelView
@@ -65,6 +65,9 @@ def inspect_data(names: Sequence[str], asked: Asked) -> dict[str, Any]:
             problems.append(error)
     if not samples:
         raise problems[0]
+    samples = [sample for sample in samples if sample.records]
+    if not samples:
+        raise DataError(Problem(", ".join(names), "holds no rows", "Look at what stands below its header."))
     tried = proposals_for(samples, asked.given, layout=asked.layout, format=asked.format)
     proposals = [proposal for proposal in tried if proposal.fit >= LEAST_FIT]
     report: dict[str, Any] = {"what": "data", "paths": list(names), "notes": notes}
@@ -72,8 +75,7 @@ def inspect_data(names: Sequence[str], asked: Asked) -> dict[str, Any]:
         best = max(samples, key=lambda sample: len(sample.rows))
         return {**report, **without_proposal(best, samples, tried, asked)}
     best = equally_good(proposals)
-    used = next(sample for sample in samples if sample.block.items() <= best[0].block.items())
-    report["columns"] = [column_data(column) for column in used.columns]
+    report["columns"] = [column_data(column) for column in best[0].sample.columns]
     view = ModelView(asked.model) if asked.model else None
     report["proposals"] = [proposal_data(each, asked, view) for each in best]
     report["also_fit"] = [

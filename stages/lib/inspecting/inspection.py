@@ -49,5 +49,12 @@ def refuse_unknown(layout: str | None, format: str | None, given: Mapping[str, A
     fields = {*FilesSource.model_fields, *DatasetSource.model_fields} - {"kind", "paths", "path", "layout"}
     for name in given.keys() - fields:
         problems.append(Problem(f"--set {name}", "a source has no such field to set", did_you_mean(name, fields)))
+    columns = given.get("columns", {})
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
+        problems.append(Problem("--set columns", "is not a mapping of names", "Write --set columns.text=body."))
+    else:
+        names = {"id", "group", *(name for known in LAYOUTS.values() for name in known.columns)}
+        for name in columns.keys() - names:
+            problems.append(Problem(f"--set columns.{name}", "no layout has such a column", did_you_mean(name, names)))
     if problems:
         raise DataError(*problems)

@@ -44,7 +44,9 @@ def match(form: Form, columns: Sequence[Column], given: Mapping[str, str], num_r
 def unlike_pair(form: Form, columns: Sequence[Column], found: Mapping[str, str]) -> list[Slot]:
     """The second text of a pair that is told by position alone, where the first is much longer or shorter: a title, say."""
     by_name = {column.name: column for column in columns}
-    pair = [slot for slot in form.slots if slot.in_order and found.get(slot.ours, "").isdigit()]
+    pair = [
+        slot for slot in form.slots if slot.in_order and found.get(slot.ours) in by_name and found[slot.ours].isdigit()
+    ]
     lengths = sorted(by_name[found[slot.ours]].mean_characters for slot in pair)
     return pair[1:] if len(pair) == 2 and lengths[1] > MOST_UNLIKE * lengths[0] else []
 

@@ -25,6 +25,10 @@ ABOUT_DATA = frozenset({"README", "LICENSE", "LICENCE", "CHANGELOG", "NOTICE"})
 """Files with these names say something of the data beside them."""
 
 
+READER_OPTIONS = (FilesSource.model_fields.keys() - LaidOutSource.model_fields.keys()) | {"max_row_bytes"}
+"""Fields of a source that say how files are read; the others say what rows mean."""
+
+
 def readings_of(names: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[ReaderChoice], list[str]]:
     """(fields that name the data, how it may be read, what to know of that).
 
@@ -43,11 +47,9 @@ def readings_of(names: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[st
             files += chosen
             others += rest
     # What is given is tried before anything is read with it.
-    reader_options = FilesSource.model_fields.keys() - LaidOutSource.model_fields.keys()
-    source_of(
-        {"kind": "files", "layout": "text", **{n: v for n, v in given.items() if n in reader_options}, "paths": places}
-    )
-    choices = choices_for(files[0], given, alone=len(files) == 1)
+    read_with = {name: value for name, value in given.items() if name in READER_OPTIONS}
+    source_of({"kind": "files", "layout": "text", **read_with, "paths": places})
+    choices = choices_for(files[0], read_with, alone=len(files) == 1)
     notes = []
     if len(files) > 1:
         notes.append(f"{len(files):,} files; how they are read is told by the first, {files[0].name}")

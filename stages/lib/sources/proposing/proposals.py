@@ -12,7 +12,7 @@ from typing import Any
 from stages.lib.rows.canonical import Row
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.conversion import REASONS
-from stages.lib.sources.layouts import LAYOUTS
+from stages.lib.sources.layouts import LAYOUTS, Layout
 from stages.lib.sources.lines import Broken, Record
 from stages.lib.sources.params import LaidOutSource
 from stages.lib.sources.proposing.columns import TEXTS, WORDS, Column, columns_of, token_options
@@ -68,12 +68,12 @@ class Proposal:
     source: LaidOutSource
     block: dict[str, Any]
     """The source's fields as a recipe has them."""
+    sample: SampledRecords
     matched: Matched
     ledger: Ledger
     rows: list[tuple[str, Row]]
     read_share: float
     specificity: float
-    likelihood: float
     why: list[str] = field(default_factory=list)
 
     @property
@@ -103,7 +103,7 @@ class Proposal:
     def score(self) -> float:
         """From 0 to 1: rows that convert, times what is read, how well its columns are known and how special its form is."""
         known = 0.5 * self.read_share + 0.3 * self.matched.strength + 0.2 * self.specificity
-        return self.likelihood * self.fit * known
+        return self.sample.likelihood * self.fit * known
 
 
 def sample_of(block: Mapping[str, Any], choice: ReaderChoice, num_rows: int) -> SampledRecords:
@@ -168,6 +168,8 @@ def equally_good(proposals: Sequence[Proposal]) -> list[Proposal]:
 def tried(sample: SampledRecords, form: Form, given: Mapping[str, Any]) -> Iterator[Proposal]:
     """The form with the columns that it may have, with each of the options that may be right."""
     columns = list(unnamed(sample.columns))
+    if not can_have(LAYOUTS[form.layout], given):
+        return
     matched = match(form, columns, given.get("columns", {}), len(sample.rows))
     if matched.missing:
         return
@@ -185,7 +187,15 @@ def tried(sample: SampledRecords, form: Form, given: Mapping[str, Any]) -> Itera
         rows = list(convert_records(sample.records, source, ledger))
         read, special = read_share(columns, matched, options), specificity(matched, sample.columns)
         told = [*sample.why, *reasons(matched, sample.columns), *why]
-        yield Proposal(source, block, matched, ledger, rows, read, special, sample.likelihood, told)
+        yield Proposal(source, block, sample, matched, ledger, rows, read, special, told)
+
+
+def can_have(layout: Layout, given: Mapping[str, Any]) -> bool:
+    """Whether the layout has the columns and options that somebody has decided."""
+    options = {name for each in LAYOUTS.values() for name in each.options}
+    return given.get("columns", {}).keys() <= {*layout.columns, "id", "group"} and not (given.keys() & options) - {
+        *layout.options
+    }
 
 
 def options_for(
@@ -197,8 +207,8 @@ def options_for(
     held = [by_name[name] for name in matched.columns.values() if name in by_name]
     options: dict[str, Any] = {}
     why: list[str] = []
-    if "token_separator" in layout.options:
-        for option, value, reason in token_options(by_name[matched.columns["tokens"]]):
+    if "token_separator" in layout.options and (tokens := by_name.get(matched.columns["tokens"])):
+        for option, value, reason in token_options(tokens):
             if option in layout.options and option not in given:
                 options[option] = value
                 why.append(reason)
@@ -300,7 +310,7 @@ def nearest_layouts(
     format: str | None = None,
 ) -> list[str]:
     """Of data that no layout fits: what the layouts that come nearest lack. `unfit` have the columns, and no row converts."""
-    found = [(1.0, sentence_of_rows(proposal)) for proposal in unfit]
+    found = [(1.0, sentence_of_rows(proposal)) for proposal in unfit if proposal.ledger.dropped]
     for sample in samples:
         columns = list(unnamed(sample.columns))
         for name, known in LAYOUTS.items():
