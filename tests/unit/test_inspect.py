@@ -138,8 +138,11 @@ def test_turns_without_loss_and_last_questions_carry_none(model: Path) -> None:
     assert [piece for piece, marked in view.part_of(seen)["pieces"] if marked] == ["d<|end|>"]
     (asked,) = view.views_of({"prompt": turns}, "prompts")
     assert not any(asked.carries_loss)
-    pair = {"prompt": turns[:1], "chosen": [turns[3]], "rejected": [{"role": "assistant", "content": "x"}]}
-    assert [each.name for each in view.views_of(pair, "preferences")] == ["chosen", "rejected"]
+    pair = {"prompt": turns[2:5], "chosen": [turns[3]], "rejected": [{"role": "assistant", "content": "x"}]}
+    sides = view.views_of(pair, "preferences")
+    assert [each.name for each in sides] == ["chosen", "rejected"]
+    learned = [[piece for piece, marked in view.part_of(each)["pieces"] if marked] for each in sides]
+    assert learned == [["d<|end|>"], ["x<|end|>"]]  # and not the answer that stands in the prompt
 
 
 def test_rows_that_the_template_refuses_are_counted(chats: Path, tmp_path: Path) -> None:

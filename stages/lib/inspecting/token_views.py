@@ -49,22 +49,24 @@ class ModelView:
         """The sequences that stages make of the row. Raises `DataError` where its template cannot render it."""
         match format:
             case "chats":
-                return [self.chat_view("chat", row["messages"])]
+                return self.chat_views("chat", row["messages"])
             case "prompts":
                 return [self.prompt_view(row["prompt"])]
             case "preferences":
-                return [self.chat_view(side, [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]
+                asked = len(row["prompt"])
+                sides = [(side, [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]
+                return [view for side, messages in sides for view in self.chat_views(side, messages, mask_from=asked)]
             case _:
                 return [self.text_view("text", "\n".join(FORMATS[format].texts(row)), learned=format == "text")]
 
-    def chat_view(self, name: str, messages: Sequence[Row]) -> TokenView:
+    def chat_views(self, name: str, messages: Sequence[Row], *, mask_from: int = 0) -> list[TokenView]:
+        """The sequences from which a chat's answers from message `mask_from` on are learned."""
         from stages.lib.text.chat_spans import encode_chat
 
-        answered = list(messages)
-        while len(answered) > 1 and answered[-1]["role"] == "user":
-            answered.pop()  # nothing is learned from a last question
-        encoded = encode_chat(self.tokenizer, answered)
-        return TokenView(name, encoded.input_ids, encoded.assistant_mask)
+        last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+        # Nothing is learned from what stands after the last answer.
+        encoded = encode_chat(self.tokenizer, list(messages[: last + 1]), mask_from=mask_from)
+        return [TokenView(name, encoded.input_ids, encoded.assistant_mask)]
 
     def prompt_view(self, messages: Sequence[Row]) -> TokenView:
         from stages.lib.text.chat_spans import encode_prompt
@@ -103,6 +105,6 @@ class ModelView:
     def example(self) -> dict[str, Any]:
         """The example chat as the template renders it, or why it does not."""
         try:
-            return {"parts": [self.part_of(self.chat_view("example chat", EXAMPLE_CHAT))]}
+            return {"parts": [self.part_of(view) for view in self.chat_views("example chat", EXAMPLE_CHAT)]}
         except DataError as error:
             return {"problem": str(error)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.proposing.looking import BIO_TAG
-from stages.lib.sources.turns import CALL_KEYS, CONTENT_KEYS, ROLE_KEYS, ROLES, is_transcript, turns_in_json
+from stages.lib.sources.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, is_transcript, turns_in_json
 
 MAJORITY = 0.8
 """A column holds what at least this share of its values is."""
@@ -170,7 +170,7 @@ def kind_of_mappings(value: list[dict[str, Any]]) -> str:
 def is_a_turn(value: dict[str, Any]) -> bool:
     """Whether it says who speaks, and something beside that."""
     role = next((value[key] for key in ROLE_KEYS if value.get(key) is not None), None)
-    said = value.keys() & {*CONTENT_KEYS, *CALL_KEYS}
+    said = value.keys() & {*CONTENT_KEYS, "tool_calls", "function_call"}
     return isinstance(role, str) and (bool(said) or role.lower() in ROLES)
 
 
