@@ -375,6 +375,49 @@ def test_a_folder_of_texts_is_read_text_by_text(tmp_path: Path) -> None:
     assert "split_text" not in report["proposals"][0]["source"]
 
 
+def test_a_folder_with_a_word_about_its_data_is_read_without_it(tmp_path: Path) -> None:
+    """What is proposed names the type that is read, so that `clean` reads no more."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "rows.jsonl", [{"text": saying(n)} for n in range(3)])
+    (data / "README.md").write_text("What it is.")
+    (data / "log").write_text("when it was made")
+    report = proposed(data)
+    first = report["proposals"][0]
+    assert "2 files beside these are not read: 1 .md, 1 without suffix" in report["notes"]
+    ran = run_stage(CLEAN, {"format": first["format"], "source": first["source"]}, tmp_path / "ran")
+    assert len(ran.rows()) == 3
+
+
+def test_the_ways_out_of_a_folder_of_several_types_work(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner" / "rows.jsonl", [{"text": saying(n)} for n in range(3)])
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    said = refused(tmp_path)
+    assert f"slipway inspect '{tmp_path}/**/*.jsonl'" in said or f"slipway inspect '{tmp_path}/**/*.csv'" in said
+    assert proposed(Path(f"{tmp_path}/**/*.jsonl"))["proposals"][0]["rows"]["read"] == 3
+    assert proposed(tmp_path, given={"file_type": "jsonl"})["proposals"][0]["rows"]["read"] == 3
+
+
+def test_of_a_saved_data_set_with_splits_the_one_for_training_is_proposed(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {name: [{"text": f"{name} {n}", "label": n % 2} for n in range(9)] for name in ("test", "train")}
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    report = proposed(tmp_path / "saved")
+    first = report["proposals"][0]
+    assert (first["source"]["kind"], first["source"]["split"], first["source"]["layout"]) == (
+        "dataset",
+        "train",
+        "label",
+    )
+    assert report["notes"] == ["its splits are test, train; train is looked at"]
+    assert source(tmp_path / "saved", given={"split": "test"})["split"] == "test"
+    ran = run_stage(CLEAN, {"format": first["format"], "source": first["source"]}, tmp_path / "ran")
+    assert len(ran.rows()) == 9
+
+
 def test_names_with_marks_of_patterns_are_names(tmp_path: Path) -> None:
     path = write(tmp_path / "rows[1].jsonl", [{"text": saying(n)} for n in range(3)])
     first = proposed(path)["proposals"][0]

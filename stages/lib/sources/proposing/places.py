@@ -55,7 +55,7 @@ def readings_of(names: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[st
         notes.append(f"{len(files):,} files; how they are read is told by the first, {files[0].name}")
     if others and "file_type" not in given:
         options["file_type"] = type_of(files[0])
-        notes.append(f"{len(others):,} files are of no type that is known, and not read: {counted(others)}")
+        notes.append(f"{len(others):,} files beside these are not read: {counted(others)}")
     return {"kind": "files", "paths": list(places), **options}, choices, notes
 
 
