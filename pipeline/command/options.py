@@ -35,7 +35,7 @@ NameArgument = Annotated[
 PlacesArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="PLACE...",
+        metavar="PLACE",
         help="A data file, a folder of such or a pattern (several are read as one source); or an artifact's id, a step's name, a model's folder.",
     ),
 ]
