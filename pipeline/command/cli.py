@@ -9,13 +9,30 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from launch import LAUNCHERS
 from pipeline.command import reports
-from pipeline.command.options import JsonOption, NameArgument, RecipeArgument, SetOption, StoreOption
+from pipeline.command.ending import drop_output, refuse
+from pipeline.command.inspection import report_lines, source_fields
+from pipeline.command.naming import model_folder, open_store, place_of
+from pipeline.command.options import (
+    FormatOption,
+    InspectedModelOption,
+    InspectedRowsOption,
+    JsonOption,
+    LayoutOption,
+    LengthOption,
+    NameArgument,
+    PlacesArgument,
+    RecipeArgument,
+    SetOption,
+    ShownRowsOption,
+    SourceSetOption,
+    StoreOption,
+)
 from pipeline.errors import (
     EXIT_CRASH,
     EXIT_USER_ERROR,
@@ -23,26 +40,20 @@ from pipeline.errors import (
     Problem,
     RecipeError,
     SlipwayError,
-    StoreError,
     did_you_mean,
-    shown_path,
 )
-from pipeline.figures import printable
-from pipeline.recipe.outside import kind_of_folder
 from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
 from pipeline.running.plan import Action, Plan, make_plan
 from pipeline.running.unfinished import take_over
-from pipeline.settings.paths import holds_file, unusable
-from pipeline.store.artifact import MANIFEST
-from pipeline.store.digests import outside_files
-from pipeline.store.disk import MOVE, NO_ROOM, refusal
+from pipeline.settings.paths import unusable
+from pipeline.store.disk import NO_ROOM, refusal
 from pipeline.store.numbers import json_text
 from pipeline.store.store import Store
 from stages import STAGES
 
-LONGEST_STORE_BYTES = 3500
-"""The longest path that Linux takes has 4,095; what lies in a store takes some hundred of them."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""What keeps the libraries that open models from asking the network."""
 
 
 app = typer.Typer(
@@ -54,15 +65,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def open_store(path: Path | None) -> Store:
-    """The store, which need not be there yet. Raises `StoreError` or `PathError` where none can be."""
-    store = Store(path or Path(os.environ.get("SLIPWAY_STORE") or "runs"))
-    if len(os.fsencode(store.folder)) > LONGEST_STORE_BYTES:
-        what = "is too long for a store: paths below it could not be used"
-        raise StoreError(Problem(shown_path(store.folder), what, MOVE))
-    return store
 
 
 def planned(
@@ -262,14 +264,8 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a causal model with its own chat template and stop ids. /reset starts anew, /exit ends."""
-    path = Path(model)
-    if holds_file(path, "config.json"):
-        if not holds_file(path, MANIFEST):
-            kind_of_folder(path)
-        outside_files(path)
-    else:
-        _, path = open_store(store).resolve(model)
-    os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "1"})
+    path = model_folder(model, store)
+    os.environ.update(OFFLINE)
     from stages.lib.generating.chat import chat as talk
 
     def read_line() -> str | None:
@@ -283,6 +279,37 @@ def chat(
         sys.stdout.flush()
 
     talk(path, read_line, write, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+@app.command()
+def inspect(
+    places: PlacesArgument,
+    layout: LayoutOption = None,
+    format_: FormatOption = None,
+    set_: SourceSetOption = None,
+    model: InspectedModelOption = None,
+    rows: InspectedRowsOption = 1000,
+    show_: ShownRowsOption = 3,
+    max_length_tokens: LengthOption = None,
+    store: StoreOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Propose how a source must be written to read data, and show rows as a model sees them; or look at an artifact."""
+    from stages.lib.inspecting.inspection import inspect_places
+
+    the_store = open_store(store)
+    os.environ.update(OFFLINE)
+    report = inspect_places(
+        [place_of(place, the_store) for place in places],
+        layout=layout,
+        format=format_,
+        given=source_fields(set_ or ()),
+        model=None if model is None else Path(place_of(model, the_store)),
+        num_rows=rows,
+        num_shown=show_,
+        max_length_tokens=max_length_tokens,
+    )
+    print(json_text(report, "inspect", indent=2)) if json_ else print_lines(report_lines(report, sys.stdout))
 
 
 def main() -> None:
@@ -315,21 +342,6 @@ def main() -> None:
         if error.filename is None:
             raise
         refuse([str(problem) for problem in unusable(error.filename, error).problems])
-
-
-def refuse(problems: list[str]) -> NoReturn:
-    """Says what is wrong, and ends the process."""
-    for problem in problems:
-        print(f"error: {printable(problem, sys.stderr)}", file=sys.stderr)
-    if len(problems) > 1:
-        print(f"{len(problems)} problems; nothing was run.", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
-
-
-def drop_output() -> None:
-    """Has the interpreter's last flush succeed, whose failure would be printed otherwise."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -30,3 +30,50 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 NameArgument = Annotated[
     str, typer.Argument(help="An artifact's id (or its first digits), its folder, or a step's name.")
 ]
+
+
+PlacesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PLACE",
+        help="A data file, a folder of such or a pattern (several are read as one source); or an artifact's id, a step's name, a model's folder.",
+    ),
+]
+
+
+LayoutOption = Annotated[str | None, typer.Option("--layout", help="Look at the data as this layout only.")]
+
+
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="Propose only layouts that give this format: chats, labels, ...")
+]
+
+
+SourceSetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Decides a field of the source: records=test, columns.text=body, encoding=gb18030. Repeatable."
+    ),
+]
+
+
+InspectedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="A model's or tokenizer's folder or step: rows are shown as its template renders them."
+    ),
+]
+
+
+InspectedRowsOption = Annotated[
+    int, typer.Option("--rows", min=0, help="How many rows are counted and measured, from the first on. 0: all.")
+]
+
+
+ShownRowsOption = Annotated[int, typer.Option("--show", min=0, help="How many rows are shown in full.")]
+
+
+LengthOption = Annotated[
+    int | None,
+    typer.Option("--max-length-tokens", min=1, help="Count the rows that are longer; takes --model."),
+]

@@ -58,6 +58,7 @@ ROOMS: dict[str, str] = {
     "stages.lib.encoding": f"{GIVEN} {MIDDLE}",
     "stages.lib.on_policy": f"{GIVEN} {MIDDLE} stages.lib.generating stages.lib.preferring",
     "stages.lib.measuring": f"{GIVEN} {MIDDLE} stages.lib.generating stages.lib.preferring",
+    "stages.lib.inspecting": f"{GIVEN} stages.lib.rows stages.lib.sources stages.lib.curation stages.lib.text",
     # The stages: all rooms, never each other.
     **{
         f"stages.{group}": f"{GIVEN} stages.lib"

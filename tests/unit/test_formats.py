@@ -994,3 +994,11 @@ def test_texts_that_look_like_turns_are_said() -> None:
     ((_, found),) = convert_record(row, LAYOUTS["preference_chat"], {}, conversion)
     assert isinstance(found, dict) and found["chosen"] == [assistant(row["chosen"])]
     assert conversion.noticed == {"a text that looks like turns was taken as it stands: see turns_in_text": 1}
+
+
+@pytest.mark.parametrize("repeated", ["chosen", "rejected"])
+def test_a_conversation_of_the_pair_under_messages_is_no_prompt(repeated: str) -> None:
+    """As a widely used set of pairs repeats it: taken for a prompt, the answer would stand before the question."""
+    pair = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    found, _ = convert("preference_chat", {"prompt": "a", **pair, "messages": pair[repeated]})
+    assert found == {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}

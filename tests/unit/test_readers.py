@@ -625,3 +625,34 @@ def test_a_few_rows_in_another_encoding_are_said(tmp_path: Path) -> None:
     kept, dropped, ledger = read(tmp_path, "a.jsonl", content, max_broken_fraction=0.05)
     assert (len(kept), dropped) == (99, {"not_utf8": 1})
     assert ledger.noticed == {"dropped because they are no UTF-8: the file looks like encoding: cp1252": 1}
+
+
+def test_fields_stand_apart_by_what_the_source_says(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text|label\n"a|b, c"|x\n')
+    rows, _ = read_files(tmp_path, paths=["a.csv"], layout="label", delimiter="|")
+    assert rows == [{"text": "a|b, c", "label": "x"}]
+
+
+def test_a_line_may_be_a_label_and_a_text(tmp_path: Path) -> None:
+    """The second line has no text, and no field is lost of the first."""
+    (tmp_path / "a.txt").write_text("NUM:date When  was he born ?\nNUM:date\n")
+    how = {"file_type": "tsv", "has_header": False, "delimiter": " ", "max_fields": 2, "max_broken_fraction": 1.0}
+    rows, ledger = read_files(tmp_path, paths=["a.txt"], layout="label", columns={"label": "0", "text": "1"}, **how)
+    assert rows == [{"text": "When  was he born ?", "label": "NUM:date"}]
+    assert ledger.dropped == {"missing_field": 1}
+
+
+def test_comments_of_conll_files_are_no_tokens(tmp_path: Path) -> None:
+    """A token that is a hash sign alone has a tab behind it, and stays."""
+    (tmp_path / "a.conll").write_text("# text = Mira #\nMira\tB-PER\n#\tO\n\n# the end\n")
+    rows, _ = read_files(tmp_path, paths=["a.conll"], layout="bio", comment_prefix="# ")
+    assert rows == [{"text": "Mira #", "spans": [{"start": 0, "end": 4, "label": "PER"}]}]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("delimiter", ";"), ("max_fields", 2), ("comment_prefix", "#")], ids=lambda value: str(value)
+)
+def test_options_of_other_file_types_are_refused(option: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=f"{option}: is for .* files, and none of the files is one"):
+        read_files(tmp_path, paths=["a.jsonl"], layout="text", **{option: value})

@@ -66,12 +66,12 @@ class CsvLines:
 
 def read_csv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a CSV file, under the header's names; without header under their positions."""
-    yield from read_table(path, name, source, limits, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+    yield from read_table(path, name, source, limits, delimiter=source.delimiter or ",", quoting=csv.QUOTE_MINIMAL)
 
 
 def read_tsv(path: Path, name: str, source: FilesSource, limits: Limits) -> Iterator[Record | Broken]:
     """Rows of a file with tabs between the fields. Quotes have no meaning in it."""
-    yield from read_table(path, name, source, limits, delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from read_table(path, name, source, limits, delimiter=source.delimiter or "\t", quoting=csv.QUOTE_NONE)
 
 
 def read_table(
@@ -90,10 +90,18 @@ def read_table(
             elif isinstance(found, Broken):
                 yield found
             elif names is None and source.has_header:
-                names = found
+                names = cut_fields(found, source.max_fields, delimiter)
             else:
+                fields = cut_fields(found, source.max_fields, delimiter)
                 snippet = snippet_of(lines.record[0].content)
-                yield table_row(where, found, names or [str(position) for position in range(len(found))], snippet)
+                yield table_row(where, fields, names or [str(position) for position in range(len(fields))], snippet)
+
+
+def cut_fields(fields: list[str], most: int | None, delimiter: str) -> list[str]:
+    """The fields, what follows the last one that may be as a part of it."""
+    if most is None or len(fields) <= most:
+        return fields
+    return [*fields[: most - 1], delimiter.join(fields[most - 1 :])]
 
 
 def table_records(

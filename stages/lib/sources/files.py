@@ -87,6 +87,8 @@ def read_conll(path: Path, name: str, source: FilesSource, limits: Limits) -> It
             continue
         tokens, tags = [], []
         for line in record.row["text"].split("\n"):
+            if source.comment_prefix is not None and line.startswith(source.comment_prefix):
+                continue
             columns = line.rstrip("\r").split("\t") if "\t" in line else line.split()
             if columns[0].startswith("-DOCSTART-"):
                 continue

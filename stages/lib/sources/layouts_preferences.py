@@ -37,7 +37,7 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
         require_order(chosen)
         require_order(rejected)
         prompt, better, worse = split_at_difference(chosen, rejected)
-        prompt = with_system(after_prompt(row, prompt, conversion), system_turn(row, conversion))
+        prompt = with_system(after_prompt(row, prompt, (better, worse), conversion), system_turn(row, conversion))
         return preference(row, prompt, *map(answer_in, (better, worse)))
     if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
@@ -105,8 +105,12 @@ def prompt_in(row: Row, conversion: Conversion) -> list[Message]:
     return prompt
 
 
-def after_prompt(row: Row, turns: list[Message], conversion: Conversion) -> list[Message]:
-    """What whole conversations begin with, after the row's own prompt where that is no part of them already."""
+def after_prompt(
+    row: Row, turns: list[Message], answers: tuple[Message, Message], conversion: Conversion
+) -> list[Message]:
+    """What whole conversations begin with, after the row's own prompt where that is no part of them already. Some data sets
+    repeat one of the two conversations under `messages`: that is no prompt, and must not become one.
+    """
     if row.get("messages") is None:
         return turns
     before = merge_tool_turns(turns_or_text(row["messages"], "messages", "user", conversion))
@@ -114,6 +118,7 @@ def after_prompt(row: Row, turns: list[Message], conversion: Conversion) -> list
         said(turns),
         said(turns[: len(before)]),
         said([turn for turn in turns if turn["role"] != "system"]),
+        *(said([*turns, answer]) for answer in answers),
     ):
         return turns
     together = [*before, *turns]

@@ -142,11 +142,16 @@ class FilesSource(LaidOutSource):
     """Where in a JSON document the list of rows stands: names separated by dots. `*` is every name, which becomes the row's column `key`. null: the document is the list, or it is one record."""
     has_header: bool = True
     """Whether the first row of a CSV or TSV file names the columns. If not, they are called 0, 1, 2, ..."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """What stands between the fields of a CSV or TSV file, one character. null: a comma in CSV, a tab in TSV."""
+    max_fields: int | None = Field(default=None, ge=2)
+    """Into how many fields a line of a TSV file is cut at most; what follows is part of the last. With `delimiter: " "` and 2, a line is a label and a text: `NUM:date When was he born ?`. null: at every delimiter."""
     token_column: int = 0
     """Column of the token in a CoNLL file, from 0; negative ones count from the end."""
     tag_column: int = -1
     """Column of the tag in a CoNLL file, from 0; negative ones count from the end."""
-
+    comment_prefix: str | None = Field(default=None, min_length=1)
+    """How lines of a CoNLL file begin that are comments, such as `# `. null: it has none, and every line is a token."""
     allow_damaged_files: bool = False
     """Whether to go on with what stands before the place where a file breaks off, such as a .gz that was not copied whole. If not, such a file stops the stage."""
 
@@ -207,6 +212,9 @@ class FilesSource(LaidOutSource):
             ("encoding", self.encoding is not None, TEXT_TYPES),
             ("records", self.records is not None, {"json"}),
             ("has_header", not self.has_header, {"csv", "tsv"}),
+            ("delimiter", self.delimiter is not None, {"csv", "tsv"}),
+            ("max_fields", self.max_fields is not None, {"tsv"}),
+            ("comment_prefix", self.comment_prefix is not None, {"conll"}),
             ("token_column", self.token_column != 0, {"conll"}),
             ("tag_column", self.tag_column != -1, {"conll"}),
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipeline.errors import DataError, Problem
@@ -13,7 +13,7 @@ from stages.lib.sources.conversion import REASONS, Conversion, Dropped
 from stages.lib.sources.encodings import likely_encoding
 from stages.lib.sources.files import read_files
 from stages.lib.sources.layouts import convert_record
-from stages.lib.sources.lines import Broken, Limits
+from stages.lib.sources.lines import Broken, Limits, Record
 from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, LaidOutSource, PythonDocsSource
 
 
@@ -44,14 +44,24 @@ def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str,
 
 
 def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, Row]]:
+    yield from convert_records(read_records(source), source, ledger)
+
+
+def read_records(source: LaidOutSource) -> Iterator[Record | Broken]:
+    """The raw records of a source, in order, whatever their layout."""
     limits = Limits(row_bytes=source.max_row_bytes)
     if isinstance(source, FilesSource):
-        records = read_files(source, limits)
-    elif isinstance(source, DatasetSource):
-        records = read_dataset(source, limits)
-    else:
-        assert isinstance(source, HubSource)
-        records = read_hub(source, limits)
+        return read_files(source, limits)
+    if isinstance(source, DatasetSource):
+        return read_dataset(source, limits)
+    assert isinstance(source, HubSource)
+    return read_hub(source, limits)
+
+
+def convert_records(
+    records: Iterable[Record | Broken], source: LaidOutSource, ledger: Ledger
+) -> Iterator[tuple[str, Row]]:
+    """(where, canonical row) of each record that the source's layout can use. What it cannot is counted in the ledger."""
     separator = " " if source.token_separator is None else source.token_separator
     conversion = Conversion(
         token_separator=separator,

@@ -1,0 +1,56 @@
+"""What names on the command line mean: a store, an artifact, a folder, files."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pipeline.errors import ArtifactError, Problem, StoreError, shown, shown_path
+from pipeline.recipe.outside import kind_of_folder
+from pipeline.settings.paths import expanded, holds_file, status
+from pipeline.store.artifact import MANIFEST
+from pipeline.store.digests import outside_files
+from pipeline.store.disk import MOVE
+from pipeline.store.store import Store
+
+LONGEST_STORE_BYTES = 3500
+"""The longest path that Linux takes has 4,095; what lies in a store takes some hundred of them."""
+
+
+def open_store(path: Path | None) -> Store:
+    """The store, which need not be there yet. Raises `StoreError` or `PathError` where none can be."""
+    store = Store(path or Path(os.environ.get("SLIPWAY_STORE") or "runs"))
+    if len(os.fsencode(store.folder)) > LONGEST_STORE_BYTES:
+        what = "is too long for a store: paths below it could not be used"
+        raise StoreError(Problem(shown_path(store.folder), what, MOVE))
+    return store
+
+
+def model_folder(name: str, store: Path | None) -> Path:
+    """The folder of a model, or of the artifact or step of this name. Raises a `SlipwayError` where it can be none."""
+    path = Path(name)
+    if not holds_file(path, "config.json"):
+        return open_store(store).resolve(name)[1]
+    if not holds_file(path, MANIFEST):
+        kind_of_folder(path)
+    outside_files(path)
+    return path
+
+
+def place_of(name: str, store: Store) -> str:
+    """The path that is meant: what lies there, a pattern, or the folder of an artifact or step of this name.
+
+    Raises `PathError` or `ArtifactError` where it can be none of these.
+    """
+    path = expanded(name)
+    if name and (re.search(r"[*?\[]", name) or status(path) is not None):
+        return str(path)
+    try:
+        return str(store.resolve(name)[1])
+    except ArtifactError as error:
+        if "no artifact or step" not in str(error):
+            raise
+        what = f"no file or folder, and no artifact or step of this name in {store.folder}"
+        hint = "Correct the path; `slipway status` lists artifacts; --store names another store."
+        raise ArtifactError(Problem(shown(name, quoted=False), what, hint)) from None

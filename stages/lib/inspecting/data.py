@@ -1,0 +1,257 @@
+"""Data from outside: which source reads it, and what `clean` would make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, Problem
+from stages.lib.curation.normalization import Normalization, normalize_row
+from stages.lib.inspecting.row_views import Part, parts_of_row, shows_nothing, spread
+from stages.lib.inspecting.token_views import ModelView
+from stages.lib.rows.canonical import Row, content_digest, judged_text
+from stages.lib.rows.ledger import Ledger, largest_first
+from stages.lib.sources.conversion import REASONS, REPAIRS
+from stages.lib.sources.lines import Broken, Record
+from stages.lib.sources.params import FilesSource, LaidOutSource
+from stages.lib.sources.proposing.columns import WORDS, Column
+from stages.lib.sources.proposing.places import readings_of
+from stages.lib.sources.proposing.proposals import (
+    LEAST_FIT,
+    Proposal,
+    SampledRecords,
+    equally_good,
+    nearest_layouts,
+    proposals_for,
+    sample_of,
+)
+from stages.lib.sources.read import convert_records, look_of, read_records, refuse_damaged_files, refuse_too_many_broken
+
+SAMPLE_RECORDS = 1000
+"""Records by which proposals are judged."""
+
+MOST_ALTERNATIVES = 3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user wants to know of data or rows."""
+
+    layout: str | None = None
+    format: str | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the source that the user has decided."""
+    model: Path | None = None
+    num_rows: int = SAMPLE_RECORDS
+    """How many raw rows are read; 0: all."""
+    num_shown: int = 3
+    max_length_tokens: int | None = None
+
+
+def inspect_data(names: Sequence[str], asked: Asked) -> dict[str, Any]:
+    """What lies at the paths, the sources that read it, and what these make of it, as plain values.
+
+    Raises `PathError` or `DataError` where nothing can be read.
+    """
+    block, choices, notes = readings_of(names, asked.given)
+    samples, problems = [], []
+    for choice in choices:
+        try:
+            samples.append(sample_of(block, choice, SAMPLE_RECORDS))
+        except DataError as error:
+            problems.append(error)
+    if not samples:
+        raise problems[0]
+    samples = [sample for sample in samples if sample.records]
+    if not samples:
+        raise DataError(Problem(", ".join(names), "holds no rows", "Look at what stands below its header."))
+    tried = proposals_for(samples, asked.given, layout=asked.layout, format=asked.format)
+    proposals = [proposal for proposal in tried if proposal.fit >= LEAST_FIT]
+    report: dict[str, Any] = {"what": "data", "paths": list(names), "notes": notes}
+    if not proposals:
+        best = max(samples, key=lambda sample: len(sample.rows))
+        return {**report, **without_proposal(best, samples, tried, asked)}
+    best = equally_good(proposals)
+    report["columns"] = [column_data(column) for column in best[0].sample.columns]
+    view = ModelView(asked.model) if asked.model else None
+    report["proposals"] = [proposal_data(each, asked, view) for each in best]
+    report["also_fit"] = [
+        {**summary_of(each), "why": each.why} for each in proposals[len(best) : len(best) + MOST_ALTERNATIVES]
+    ]
+    return report
+
+
+def without_proposal(
+    best: SampledRecords, samples: Sequence[SampledRecords], unfit: Sequence[Proposal], asked: Asked
+) -> dict[str, Any]:
+    """Of data that no layout fits: its columns, and what is missing."""
+    ledger = Ledger()
+    for record in best.records:
+        ledger.read += 1
+        if isinstance(record, Broken):
+            ledger.drop(record.reason, ": ".join(filter(None, [record.where, record.detail, record.snippet])))
+        else:
+            ledger.drop("no_layout", f"{record.where}: {record.row!r}")
+    return {
+        "columns": [column_data(column) for column in best.columns],
+        "proposals": [],
+        "missing": nearest_layouts(samples, unfit, layout=asked.layout, format=asked.format),
+        "rows": {**counts_of(ledger), "complete": len(best.records) < SAMPLE_RECORDS},
+    }
+
+
+def column_data(column: Column) -> dict[str, Any]:
+    return {"name": column.name, "holds": WORDS[column.kind], "filled": column.filled, "distinct": column.distinct}
+
+
+def summary_of(proposal: Proposal) -> dict[str, Any]:
+    return {
+        "layout": proposal.layout,
+        "format": proposal.format,
+        "source": proposal.block,
+        "score": round(proposal.score, 3),
+        "of_sample": {
+            "read": proposal.ledger.read,
+            "converted": len(proposal.rows),
+            "of_its_form": proposal.num_in_form,
+        },
+    }
+
+
+def proposal_data(proposal: Proposal, asked: Asked, view: ModelView | None) -> dict[str, Any]:
+    """The proposal and what `clean` with its defaults would make of the rows."""
+    examined = Examined(proposal.source, view, asked)
+    for where, row in examined.kept_rows():
+        examined.look_at(where, row)
+    return {**summary_of(proposal), "why": proposal.why, **examined.data()}
+
+
+class Examined:
+    """What becomes of the rows of a source."""
+
+    def __init__(self, source: LaidOutSource, view: ModelView | None, asked: Asked) -> None:
+        self.source, self.format = source, source.laid_out.format
+        self.view, self.asked = view, asked
+        self.ledger = Ledger()
+        self.complete = True
+        self.looks = RowLooks(self.format, view, asked)
+
+    def records(self) -> Iterator[Record | Broken]:
+        """As many as are asked for; one record may be many rows."""
+        for record in read_records(self.source):
+            if self.asked.num_rows and self.ledger.read >= self.asked.num_rows:
+                self.complete = False
+                return
+            yield record
+
+    def kept_rows(self) -> Iterator[tuple[str, Row]]:
+        """The rows that `clean` keeps by default: whole ones, each content once."""
+        seen = set()
+        for where, raw in convert_records(self.records(), self.source, self.ledger):
+            row = normalize_row(raw, self.format, Normalization())
+            text = judged_text(row, self.format)
+            if shows_nothing(row, self.format):
+                self.ledger.drop("empty_field", f"{where}: {text}")
+            elif "rejected" in row and row["chosen"] == row["rejected"]:
+                self.ledger.drop("identical_pair", f"{where}: {text}")
+            elif (digest := content_digest(row, self.format)) in seen:
+                self.ledger.drop("exact_duplicate", f"{where}: {text}")
+            else:
+                seen.add(digest)
+                self.ledger.kept += 1
+                yield where, row
+
+    def look_at(self, where: str, row: Row) -> None:
+        self.looks.add(where, row)
+
+    def data(self) -> dict[str, Any]:
+        if looks := look_of(self.source, self.ledger):
+            count = self.ledger.dropped["not_utf8"]
+            self.ledger.noticed[f"dropped because they are no UTF-8: the file looks like encoding: {looks}"] += count
+        found = {"rows": {**counts_of(self.ledger), "complete": self.complete}, **self.looks.data()}
+        stops = self.stops()
+        return {**found, "stops": stops} if stops else found
+
+    def stops(self) -> list[str]:
+        """Why `clean` would stop at these rows; nothing if it would not."""
+        try:
+            if isinstance(self.source, FilesSource):
+                refuse_damaged_files(self.source, self.ledger)
+            refuse_too_many_broken(self.source, self.ledger)
+        except DataError as error:
+            return [str(problem) for problem in error.problems[:1]]
+        return [] if self.ledger.kept else ["no row is left"]
+
+
+class RowLooks:
+    """The first rows in full, and the lengths of all."""
+
+    def __init__(self, format: str, view: ModelView | None, asked: Asked) -> None:
+        self.format, self.view, self.asked = format, view, asked
+        self.characters: list[int] = []
+        self.tokens: list[int] = []
+        self.refused: list[str] = []
+        self.shown: list[dict[str, Any]] = []
+
+    def add(self, where: str, row: Row) -> None:
+        self.characters.append(len(judged_text(row, self.format)))
+        shows = len(self.shown) < self.asked.num_shown
+        parts: list[Part] = parts_of_row(row, self.format) if shows else []
+        if self.view is not None:
+            try:
+                views = self.view.views_of(row, self.format)
+                self.tokens.append(max(len(each.ids) for each in views))
+                if shows:
+                    parts = [self.view.part_of(each) for each in views]
+            except DataError as error:
+                self.refused.append(f"{where}: {error}")
+        if shows:
+            self.shown.append({"where": where, "row": row, "parts": parts})
+
+    def data(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"shown": self.shown, "characters": spread(self.characters)}
+        if self.view is not None:
+            found["tokens"] = spread(self.tokens)
+            found["not_rendered"] = {"count": len(self.refused), "examples": self.refused[:2]}
+            limit = self.asked.max_length_tokens
+            if limit is not None:
+                found["longer_than_max_length_tokens"] = sum(length > limit for length in self.tokens)
+        return found
+
+
+def counts_of(ledger: Ledger) -> dict[str, Any]:
+    """read = kept + dropped, with the reasons, an example each, what was repaired, and what nothing reads."""
+    dropped = sum(ledger.dropped.values())
+    assert ledger.read == ledger.kept + dropped, (ledger.read, ledger.kept, ledger.dropped)
+    return {
+        "read": ledger.read,
+        "kept": ledger.kept,
+        "dropped": dropped,
+        "reasons": [
+            {"reason": reason, "count": count, "meaning": meaning_of(reason), "example": ledger.examples[reason][0]}
+            for reason, count in largest_first(ledger.dropped)
+        ],
+        "repaired": [
+            {"what": name, "count": count, "meaning": REPAIRS.get(name, "")}
+            for name, count in largest_first(ledger.repaired)
+        ],
+        "noticed": [{"what": what, "count": count} for what, count in largest_first(ledger.noticed)],
+    }
+
+
+OTHER_MEANINGS = {
+    "exact_duplicate": "says exactly what a row before it says",
+    "no_layout": "fits no layout",
+}
+
+
+def meaning_of(reason: str) -> str:
+    return REASONS[reason].meaning if reason in REASONS else OTHER_MEANINGS.get(reason, "")
+
+
+def first_rows(rows: Iterator[tuple[str, Row]], num_rows: int) -> Iterator[tuple[str, Row]]:
+    """As many rows as are asked for; 0: all."""
+    return islice(rows, num_rows) if num_rows else rows

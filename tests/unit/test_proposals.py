@@ -1,0 +1,528 @@
+"""What `slipway inspect` proposes for data as people publish it, each form made up here in a few rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import SlipwayError
+from stages.data.clean import STAGE as CLEAN
+from stages.lib.inspecting.data import Asked, inspect_data
+from stages.lib.sources.layouts import LAYOUTS
+from tests.unit.running_stages import run_stage
+
+Row = dict[str, Any]
+WORDS = "river stone harbour lantern meadow copper violet thunder orchard candle marble saddle".split()
+
+
+def saying(number: int) -> str:
+    """A sentence that no other number has."""
+    return f"The {WORDS[number % 12]} stands beside the {WORDS[(number * 5 + 1) % 12]} of house {number}."
+
+
+def user(content: str) -> Row:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Row:
+    return {"role": "assistant", "content": content}
+
+
+def turns(number: int, *, answered: bool = True) -> list[Row]:
+    return [user(f"Where is house {number}?"), *([assistant(saying(number))] if answered else [])]
+
+
+ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "pages": (lambda n: {"url": f"u{n}", "text": saying(n), "timestamp": "2020"}, {"layout": "text"}),
+    "contents": (lambda n: {"id": n, "content": saying(n)}, {"layout": "text", "columns": {"text": "content"}}),
+    "one column of any name": (lambda n: {"strange": saying(n)}, {"layout": "text", "columns": {"text": "strange"}}),
+    "dolly": (
+        lambda n: {
+            "instruction": saying(n),
+            "context": saying(n + 1) if n % 3 else "",
+            "response": f"yes, {n}",
+            "category": ("open_qa", "brainstorm")[n % 2],
+        },
+        {"layout": "alpaca", "columns": {"output": "response", "input": "context"}},
+    ),
+    "orca": (
+        lambda n: {"id": n, "system_prompt": "Be brief.", "question": saying(n), "response": f"It is {n}."},
+        {"layout": "alpaca", "columns": {"instruction": "question", "output": "response", "system": "system_prompt"}},
+    ),
+    "prompt and completion": (
+        lambda n: {"prompt": saying(n), "completion": f"It is number {n}."},
+        {"layout": "alpaca", "columns": {"instruction": "prompt", "output": "completion"}},
+    ),
+    "query and response": (
+        lambda n: {"query": saying(n), "response": f"It is number {n}.", "type": "GSM_Rephrased"},
+        {"layout": "alpaca", "columns": {"instruction": "query", "output": "response"}},
+    ),
+    "messages": (lambda n: {"messages": turns(n), "prompt_id": f"p{n}"}, {"layout": "messages"}),
+    "sharegpt": (
+        lambda n: {
+            "id": f"i{n}",
+            "conversations": [{"from": "human", "value": saying(n)}, {"from": "gpt", "value": "yes"}],
+        },
+        {"layout": "sharegpt"},
+    ),
+    "a conversation": (
+        lambda n: {"conversation_id": f"c{n}", "conversation": turns(n), "language": "English"},
+        {"layout": "messages", "columns": {"messages": "conversation", "group": "conversation_id"}},
+    ),
+    "kto with texts": (
+        lambda n: {"prompt": saying(n), "completion": f"It is {n}.", "label": n % 3 > 0},
+        {"layout": "rated_chat", "columns": {"messages": "prompt", "answer": "completion"}},
+    ),
+    "kto with turns": (
+        lambda n: {"prompt": turns(n, answered=False), "completion": [assistant(saying(n))], "label": n % 3 > 0},
+        {"layout": "rated_chat", "columns": {"messages": "prompt", "answer": "completion"}},
+    ),
+    "prompts": (lambda n: {"prompt": turns(n, answered=False)}, {"layout": "prompts"}),
+    "prompts with what is right": (
+        lambda n: {
+            "data_source": "sums",
+            "prompt": turns(n, answered=False),
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(n)},
+        },
+        {"layout": "prompts", "carry": ["reward_model.ground_truth"]},
+    ),
+    "pairs of texts": (
+        lambda n: {"prompt": saying(n), "chosen": f"Yes, {n}.", "rejected": f"No, {n}!"},
+        {"layout": "preference_chat"},
+    ),
+    "pairs of whole chats": (
+        lambda n: {
+            "prompt": f"Where is house {n}?",
+            "chosen": turns(n),
+            "rejected": [turns(n)[0], assistant("No.")],
+            "score_chosen": 8.5,
+            "score_rejected": 2.0,
+        },
+        {"layout": "preference_chat"},
+    ),
+    "pairs beside the whole chosen chat": (
+        lambda n: {
+            "prompt": f"Where is house {n}?",
+            "prompt_id": f"p{n}",
+            "chosen": turns(n),
+            "rejected": [turns(n)[0], assistant("No.")],
+            "messages": turns(n),
+            "score_chosen": 8.5,
+        },
+        {"layout": "preference_chat", "columns": {"messages": "prompt"}},
+    ),
+    "pairs with a system text": (
+        lambda n: {"system": "Be brief.", "question": saying(n), "chosen": f"Yes, {n}.", "rejected": f"No, {n}!"},
+        {"layout": ("preference_alpaca", "preference_chat")},
+    ),
+    "transcripts": (
+        lambda n: {
+            "chosen": f"\n\nHuman: Where is {n}?\n\nAssistant: There, {n}.",
+            "rejected": f"\n\nHuman: Where is {n}?\n\nAssistant: No.",
+        },
+        {"layout": "preference_chat", "turns_in_text": "transcript"},
+    ),
+    "ranked answers": (
+        lambda n: {"instruction": saying(n), "input": "", "output": [f"best {n}", f"worst {n}"]},
+        {"layout": "preference_alpaca"},
+    ),
+    "judged answers": (
+        lambda n: {"instruction": saying(n), "response_a": f"a {n}", "response_b": f"b {n}", "preference": 1 + n % 2},
+        {"layout": "preference_between", "columns": {"output_1": "response_a", "output_2": "response_b"}},
+    ),
+    "sentences with labels": (
+        lambda n: {"idx": n, "sentence": saying(n), "label": n % 2},
+        {"layout": "label", "columns": {"text": "sentence"}},
+    ),
+    "reviews": (
+        lambda n: {"review": saying(n), "sentiment": ("positive", "negative")[n % 2]},
+        {"layout": "label", "columns": {"text": "review", "label": "sentiment"}},
+    ),
+    "labels at two depths": (
+        lambda n: {"text": saying(n), "coarse_label": n % 3, "fine_label": n % 7},
+        {"layout": "label", "columns": {"label": "coarse_label"}},
+    ),
+    "spans": (
+        lambda n: {"text": f"House {n} is here", "entities": [{"start": 0, "end": 5, "label": "PLACE"}]},
+        {"layout": "spans", "columns": {"spans": "entities"}},
+    ),
+    "spans as lists": (
+        lambda n: {"id": n, "text": f"House {n} is here", "label": [[0, 5, "PLACE"]]},
+        {"layout": "spans", "columns": {"spans": "label"}},
+    ),
+    "tags": (
+        lambda n: {"id": str(n), "tokens": ["Mira", f"sings{n}"], "ner_tags": ["B-PER", "O"]},
+        {"layout": "bio", "columns": {"tags": "ner_tags"}},
+    ),
+    "questions as the hub has them": (
+        lambda n: {
+            "id": f"q{n}",
+            "title": "t",
+            "context": saying(n),
+            "question": f"What stands there, {n}?",
+            "answers": {"text": ["The"], "answer_start": [0]},
+        },
+        {"layout": "squad"},
+    ),
+    "seed tasks": (
+        lambda n: {
+            "instruction": saying(n),
+            "instances": [{"input": "", "output": f"{n}"}],
+            "is_classification": False,
+        },
+        {"layout": "alpaca"},
+    ),
+}
+"""How a row of each form is made of its number, and what the source must say."""
+
+
+def write(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def proposed(path: Path, **options: Any) -> dict[str, Any]:
+    """The whole report, whose first proposal's figures must add up."""
+    report = inspect_data([str(path)], Asked(**options))
+    for proposal in report["proposals"]:
+        rows = proposal["rows"]
+        assert rows["read"] == rows["kept"] + rows["dropped"]
+        assert rows["dropped"] == sum(reason["count"] for reason in rows["reasons"])
+    return report
+
+
+def source(path: Path, **options: Any) -> dict[str, Any]:
+    """The source that is proposed first, without where it is."""
+    report = proposed(path, **options)
+    assert report["proposals"], report["missing"]
+    block = report["proposals"][0]["source"]
+    return {name: value for name, value in block.items() if name not in ("kind", "paths", "path")}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_each_form_is_told_by_its_columns(form: str, tmp_path: Path) -> None:
+    """And what is proposed works: `clean` with it keeps as many rows as `inspect` says."""
+    make, wanted = ROWS[form]
+    path = write(tmp_path / "rows.jsonl", [make(number) for number in range(60)])
+    report = proposed(path)
+    first = report["proposals"][0]
+    found = {name: value for name, value in first["source"].items() if name not in ("kind", "paths")}
+    either = wanted["layout"] if isinstance(wanted["layout"], tuple) else (wanted["layout"],)
+    assert found["layout"] in either, report
+    if len(either) == 1:
+        assert found == wanted
+    ran = run_stage(CLEAN, {"format": first["format"], "source": first["source"]}, tmp_path / "ran")
+    assert len(ran.rows()) == first["rows"]["kept"] > 0
+
+
+def test_forms_of_pairs_are_proposed_where_the_layout_knows_them(tmp_path: Path) -> None:
+    if "text_pair" not in LAYOUTS["label"].columns:
+        pytest.skip("the layout label has one text")
+    rows = [{"premise": saying(n), "hypothesis": f"It is {n}.", "label": n % 3} for n in range(30)]
+    assert source(write(tmp_path / "rows.jsonl", rows)) == {
+        "layout": "label",
+        "columns": {"text": "premise", "text_pair": "hypothesis"},
+    }
+    table = tmp_path / "pairs.tsv"
+    table.write_text("".join(f"{saying(n)}\t{saying(n + 1)}\t{n % 2}\n" for n in range(30)))
+    assert source(table) == {
+        "has_header": False,
+        "layout": "label",
+        "columns": {"text": "0", "text_pair": "1", "label": "2"},
+    }
+
+
+FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fields between semicolons": (
+        "a.csv",
+        "text;label\n" + "".join(f"{saying(n)};{n % 2}\n" for n in range(20)),
+        {"delimiter": ";", "layout": "label"},
+    ),
+    "tabs in a file that is called CSV": (
+        "a.csv",
+        "text\tlabel\n" + "".join(f'{saying(n)} "\t{n % 2}\n' for n in range(20)),
+        {"file_type": "tsv", "layout": "label"},
+    ),
+    "no header": (
+        "a.csv",
+        "".join(f'{1 + n % 4},"House {n}","{saying(n)}"\n' for n in range(40)),
+        {"has_header": False, "layout": "label", "columns": {"text": "2", "label": "0"}},
+    ),
+    "a header with large letters": (
+        "a.csv",
+        "Class Index,Title,Description\n" + "".join(f'{1 + n % 4},"House {n}","{saying(n)}"\n' for n in range(40)),
+        {"layout": "label", "columns": {"text": "Description", "label": "Class Index"}},
+    ),
+    "label before text": (
+        "questions.txt",
+        "".join(f"{('NUM:date', 'LOC:city', 'HUM:ind')[n % 3]} Where is {saying(n)}\n" for n in range(30)),
+        {
+            "file_type": "tsv",
+            "has_header": False,
+            "delimiter": " ",
+            "max_fields": 2,
+            "layout": "label",
+            "columns": {"text": "1", "label": "0"},
+        },
+    ),
+    "labels with a mark of their own": (
+        "reviews.txt",
+        "".join(f"__label__{1 + n % 2} {saying(n)}\n" for n in range(30)),
+        {
+            "file_type": "tsv",
+            "has_header": False,
+            "delimiter": " ",
+            "max_fields": 2,
+            "layout": "label",
+            "columns": {"text": "1", "label": "0"},
+        },
+    ),
+    "four columns and documents": (
+        "eng.txt",
+        "-DOCSTART- -X- -X- O\n\n" + "Mira NNP B-NP B-PER\nsings VBZ B-VP O\n\nTom NNP B-NP B-PER\nruns VBZ B-VP O\n",
+        {"file_type": "conll", "layout": "bio"},
+    ),
+    "marks and an empty column": (
+        "cola.tsv",
+        "".join(
+            f"{('gj04', 'bc01', 'cj99')[n % 3]}\t{n % 2}\t{'*' if n % 2 else ''}\t{saying(n)}\n" for n in range(40)
+        ),
+        {"has_header": False, "layout": "label", "columns": {"text": "3", "label": "1"}},
+    ),
+    "entries by name": (
+        "rows.json",
+        json.dumps({f"e{n}": {"question": saying(n), "answer": f"It is {n}."} for n in range(9)}),
+        {"records": "*", "layout": "alpaca", "columns": {"instruction": "question", "output": "answer"}},
+    ),
+    "comments and numbers": (
+        "eng.conll",
+        "# sent_id = 1\n# text = Mira sings\n1\tMira\tB-PER\t_\n2\tsings\tO\t_\n\n# text = Tom\n1\tTom\tB-PER\t_\n",
+        {"token_column": 1, "tag_column": 2, "comment_prefix": "# ", "layout": "bio"},
+    ),
+    "JSON lines without suffix": (
+        "rows",
+        "".join(json.dumps({"messages": turns(n)}) + "\n" for n in range(5)),
+        {"file_type": "jsonl", "layout": "messages"},
+    ),
+    "JSON lines that are called JSON": (
+        "rows.json",
+        "".join(json.dumps({"messages": turns(n)}) + "\n" for n in range(5)),
+        {"file_type": "jsonl", "layout": "messages"},
+    ),
+    "a list that is called JSON lines": (
+        "rows.jsonl",
+        json.dumps([{"messages": turns(n)} for n in range(5)], indent=1),
+        {"file_type": "json", "layout": "messages"},
+    ),
+    "rows within a document": (
+        "rows.json",
+        json.dumps({"version": 1, "data": [{"text": saying(n), "label": n % 2} for n in range(9)]}),
+        {"records": "data", "layout": "label"},
+    ),
+    "lines": ("poem.txt", "".join(f"{saying(n)}\n" for n in range(9)), {"split_text": "line", "layout": "text"}),
+    "paragraphs": ("book.md", "\n\n".join(map(saying, range(9))), {"split_text": "paragraph", "layout": "text"}),
+    "one text": ("page.txt", saying(1), {"layout": "text"}),
+}
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_each_file_is_told_by_its_content(form: str, tmp_path: Path) -> None:
+    name, content, wanted = FILES[form]
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    report = proposed(path)
+    first = report["proposals"][0]
+    assert {name: value for name, value in first["source"].items() if name not in ("kind", "paths")} == wanted
+    ran = run_stage(CLEAN, {"format": first["format"], "source": first["source"]}, tmp_path / "ran")
+    assert len(ran.rows()) == first["rows"]["kept"] > 0
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "wanted"),
+    [
+        ("gb18030", "\u8d28\u91cf\u5f88\u597d", "gb18030"),
+        ("big5", "\u54c1\u8cea\u5f88\u597d\uff0c\u975e\u5e38\u6eff\u610f", "big5"),
+        ("shift_jis", "\u54c1\u8cea\u306f\u3068\u3066\u3082\u826f\u3044\u3067\u3059", "shift_jis"),
+        ("euc_jp", "\u54c1\u8cea\u306f\u3068\u3066\u3082\u826f\u3044\u3067\u3059", "euc_jp"),
+        ("euc_kr", "\ud488\uc9c8\uc774 \uc544\uc8fc \uc88b\uc544\uc694", "euc_kr"),
+        ("cp1251", "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e", "cp1251"),
+        ("koi8_r", "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e", "koi8_r"),
+        ("cp1253", "\u03c0\u03bf\u03bb\u03cd \u03ba\u03b1\u03bb\u03ac", "cp1253"),
+        ("latin-1", "caf\u00e9 au lait", "cp1252"),
+        ("utf-16", "caf\u00e9", "utf-16"),
+        ("utf-16-le", "plain words", "utf-16-le"),
+        ("utf-8-sig", "caf\u00e9", None),
+    ],
+)
+def test_encodings_are_proposed(encoding: str, text: str, wanted: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(("text,label\n" + "".join(f"{text} {n},{n % 2}\n" for n in range(20))).encode(encoding))
+    found = source(path)
+    assert (found.get("encoding"), found["layout"]) == (wanted, "label")
+
+
+def test_a_folder_of_texts_is_read_text_by_text(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("\n\n".join(map(saying, range(9))))
+    report = proposed(tmp_path)
+    assert report["proposals"][0]["rows"]["read"] == 3
+    assert "split_text" not in report["proposals"][0]["source"]
+
+
+def test_a_folder_with_a_word_about_its_data_is_read_without_it(tmp_path: Path) -> None:
+    """What is proposed names the type that is read, so that `clean` reads no more."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "rows.jsonl", [{"text": saying(n)} for n in range(3)])
+    (data / "README.md").write_text("What it is.")
+    (data / "log").write_text("when it was made")
+    report = proposed(data)
+    first = report["proposals"][0]
+    assert "2 files beside these are not read: 1 .md, 1 without suffix" in report["notes"]
+    ran = run_stage(CLEAN, {"format": first["format"], "source": first["source"]}, tmp_path / "ran")
+    assert len(ran.rows()) == 3
+
+
+def test_the_ways_out_of_a_folder_of_several_types_work(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner" / "rows.jsonl", [{"text": saying(n)} for n in range(3)])
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    said = refused(tmp_path)
+    assert f"slipway inspect '{tmp_path}/**/*.jsonl'" in said or f"slipway inspect '{tmp_path}/**/*.csv'" in said
+    assert proposed(Path(f"{tmp_path}/**/*.jsonl"))["proposals"][0]["rows"]["read"] == 3
+    assert proposed(tmp_path, given={"file_type": "jsonl"})["proposals"][0]["rows"]["read"] == 3
+
+
+def test_of_a_saved_data_set_with_splits_the_one_for_training_is_proposed(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {name: [{"text": f"{name} {n}", "label": n % 2} for n in range(9)] for name in ("test", "train")}
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    report = proposed(tmp_path / "saved")
+    first = report["proposals"][0]
+    assert (first["source"]["kind"], first["source"]["split"], first["source"]["layout"]) == (
+        "dataset",
+        "train",
+        "label",
+    )
+    assert report["notes"] == ["its splits are test, train; train is looked at"]
+    assert source(tmp_path / "saved", given={"split": "test"})["split"] == "test"
+    ran = run_stage(CLEAN, {"format": first["format"], "source": first["source"]}, tmp_path / "ran")
+    assert len(ran.rows()) == 9
+
+
+def test_names_with_marks_of_patterns_are_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows[1].jsonl", [{"text": saying(n)} for n in range(3)])
+    first = proposed(path)["proposals"][0]
+    ran = run_stage(CLEAN, {"format": first["format"], "source": first["source"]}, tmp_path / "ran")
+    assert len(ran.rows()) == 3
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(SlipwayError) as error:
+        inspect_data([str(path)], Asked())
+    return str(error.value)
+
+
+def test_what_is_no_data_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Whatever it is: each of these has a way out in its sentence."""
+    (tmp_path / "empty.jsonl").write_text(" \n")
+    (tmp_path / "book.xlsx").write_bytes(b"PK\x03\x04" + bytes(100))
+    (tmp_path / "model.bin").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:20])
+    assert "holds nothing" in refused(tmp_path / "empty.jsonl")
+    assert "Save its table as CSV" in refused(tmp_path / "book.xlsx")
+    assert "neither text nor Parquet" in refused(tmp_path / "model.bin")
+    assert "Rename it to rows.jsonl.gz" in refused(tmp_path / "rows.jsonl")
+    assert "cannot be decompressed" in refused(tmp_path / "cut.jsonl.gz")
+    assert "is not there" in refused(tmp_path / "none.jsonl")
+    (tmp_path / "header.csv").write_text("text,label\n")
+    assert "holds no rows" in refused(tmp_path / "header.csv")
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    assert "several types" in refused(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert "holds no data file" in refused(tmp_path / "folder")
+
+
+def test_data_that_no_layout_fits_is_told_what_it_lacks(tmp_path: Path) -> None:
+    """Spans without labels: the layout spans needs them."""
+    path = write(tmp_path / "rows.jsonl", [{"tokens": ["a", "b"], "ner_tags": [0, 1]} for _ in range(5)])
+    report = proposed(path)
+    assert report["proposals"] == []
+    assert "'ner_tags' holds lists of numbers, and tags takes tags of tokens" in report["missing"][0]
+    assert (report["rows"]["read"], report["rows"]["kept"], report["rows"]["dropped"]) == (5, 0, 5)
+
+
+def test_texts_that_may_be_turns_are_shown_both_ways(tmp_path: Path) -> None:
+    """Answers that are JSON with a role may be turns, or what is to be learned: nobody but the user knows."""
+    turn = {"role": "assistant", "content": "Hello"}
+    rows = [
+        {"prompt": f"Write {n}", "chosen": json.dumps(turn), "rejected": json.dumps({**turn, "content": f"{n}"})}
+        for n in range(9)
+    ]
+    first, second = proposed(write(tmp_path / "rows.jsonl", rows))["proposals"]
+    assert ("turns_in_text" in first["source"], second["source"]["turns_in_text"]) == (False, "json")
+
+
+def test_what_the_user_decides_stays(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"question": saying(n), "answer": f"{n}"} for n in range(9)])
+    assert source(path, layout="prompts") == {
+        "layout": "prompts",
+        "columns": {"prompt": "question"},
+        "carry": ["answer"],
+    }
+    assert source(path, format="text", given={"columns": {"text": "answer"}}) == {
+        "layout": "text",
+        "columns": {"text": "answer"},
+    }
+    assert source(
+        path, layout="label", given={"columns": {"label": "answer", "text": "question"}, "max_row_bytes": 99}
+    ) == {
+        "layout": "label",
+        "columns": {"label": "answer", "text": "question"},
+        "max_row_bytes": 99,
+    }
+
+
+def test_what_the_user_decides_leaves_layouts_out_that_have_no_such_thing(tmp_path: Path) -> None:
+    rows = [{"prompt": saying(n), "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(9)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert source(path, given={"turns_in_text": "json"}) == {"layout": "preference_chat", "turns_in_text": "json"}
+    assert source(path, given={"columns": {"instruction": "prompt"}})["layout"] == "preference_alpaca"
+
+
+def test_columns_that_are_not_there_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": saying(n)} for n in range(9)])
+    for layout, ours in (("label", "label"), ("bio", "tokens")):
+        report = proposed(path, layout=layout, given={"columns": {ours: "9"}})
+        assert report["proposals"] == [] and report["missing"][0].startswith(f"{layout}: ")
+
+
+def test_rows_that_are_dropped_are_counted_with_their_reasons(tmp_path: Path) -> None:
+    """Of 8 rows: one says what another says, one has no answer, one has an unknown role, one is no JSON."""
+    rows: list[Any] = [{"messages": turns(n), "weight": 2} for n in (0, 1, 2, 3, 3)]
+    rows += [{"messages": turns(7, answered=False)}, {"messages": [{"role": "wizard", "content": "a"}]}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    path.write_text(path.read_text() + "{\n")
+    first = proposed(path)["proposals"][0]
+    counts = {reason["reason"]: reason["count"] for reason in first["rows"]["reasons"]}
+    assert counts == {"exact_duplicate": 1, "no_assistant_turn": 1, "unknown_role": 1, "bad_json": 1}
+    assert (first["rows"]["read"], first["rows"]["kept"]) == (8, 4)
+    assert first["rows"]["noticed"] == [{"what": "column 'weight' is not read", "count": 5}]
+    assert "3 of 8 rows are broken" in first["stops"][0]
+
+
+def test_only_as_many_rows_are_read_as_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": saying(n)} for n in range(30)])
+    rows = proposed(path, num_rows=10)["proposals"][0]["rows"]
+    assert (rows["read"], rows["complete"]) == (10, False)
+    rows = proposed(path, num_rows=0)["proposals"][0]["rows"]
+    assert (rows["read"], rows["complete"]) == (30, True)
