@@ -20,10 +20,9 @@ from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_cl
 from stages.lib.curation.normalization import Normalization, normalize_row
 from stages.lib.curation.rule_params import Rules, misplaced_rules
 from stages.lib.curation.rules import Ruled, Ruling, build_rules, count_ruled
-from stages.lib.curation.said import MESSAGE_FIELDS, TEXT_FIELDS, is_speech
+from stages.lib.curation.wholeness import alike, emptied
 from stages.lib.rows.canonical import FORMATS, FormatName, Row, content_digest, encode_row, judged_text
 from stages.lib.rows.ledger import Ledger
-from stages.lib.sources.conversion import is_blank
 from stages.lib.sources.params import FilesSource, Source
 
 
@@ -163,19 +162,6 @@ def build_verdict(params: CleanParams) -> Callable[[Row], tuple[Ruled, str | Non
         return ruled, reason
 
     return verdict
-
-
-def emptied(row: Row) -> str | None:
-    """`empty_field` if a text of the row, all of which are needed, shows nothing; a turn that calls a tool needs none."""
-    texts = [row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)]
-    turns = [message for name in MESSAGE_FIELDS for message in row.get(name, ()) if is_speech(message)]
-    texts += [message["content"] for message in turns if not message.get("tool_calls")]
-    return "empty_field" if any(map(is_blank, texts)) else None
-
-
-def alike(row: Row) -> str | None:
-    """`identical_pair` if the answers of a pair have become the same."""
-    return "identical_pair" if "rejected" in row and row["chosen"] == row["rejected"] else None
 
 
 class Candidate(NamedTuple):

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import DataError, Problem
 from stages.lib.curation.normalization import Normalization, normalize_row
-from stages.lib.inspecting.row_views import Part, parts_of_row, shows_nothing, spread
+from stages.lib.curation.wholeness import emptied
+from stages.lib.inspecting.row_views import Part, parts_of_row, spread
 from stages.lib.inspecting.token_views import ModelView
 from stages.lib.rows.canonical import Row, content_digest, judged_text
 from stages.lib.rows.ledger import Ledger, largest_first
@@ -153,7 +154,7 @@ class Examined:
         for where, raw in convert_records(self.records(), self.source, self.ledger):
             row = normalize_row(raw, self.format, Normalization())
             text = judged_text(row, self.format)
-            if shows_nothing(row, self.format):
+            if emptied(row):
                 self.ledger.drop("empty_field", f"{where}: {text}")
             elif "rejected" in row and row["chosen"] == row["rejected"]:
                 self.ledger.drop("identical_pair", f"{where}: {text}")

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stages.lib.rows.canonical import FORMATS, Row
-from stages.lib.sources.conversion import is_blank
 
 Piece = tuple[str, bool]
 """Some text, and whether it is marked: learned from, an entity, an answer."""
@@ -51,17 +50,6 @@ def parts_of_row(row: Row, format: str) -> list[Part]:
             return [part("text", (row["text"], False)), *pair, part("label", label)]
         case _:
             return [part(name, (str(row[name]), False)) for name in FORMATS[format].fields]
-
-
-def shows_nothing(row: Row, format: str) -> bool:
-    """Whether a text of the row, all of which are needed, shows nothing; a turn that calls a tool needs none."""
-    for name in FORMATS[format].fields:
-        if isinstance(row[name], str) and is_blank(row[name]):
-            return True
-        for message in row[name] if isinstance(row[name], list) else []:
-            if "content" in message and is_blank(message["content"] or "") and not message.get("tool_calls"):
-                return True
-    return False
 
 
 def said_parts(messages: Sequence[Row]) -> list[Part]:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from stages.lib.rows.blank import is_blank
 from stages.lib.rows.canonical import Row
 
 
@@ -108,18 +109,6 @@ class Conversion:
     def finish_row(self) -> None:
         self.repaired.update(self.in_this_row)
         self.noticed.update(self.noticed_in_this_row)
-
-
-VISIBLE = re.compile(
-    r"[^\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    r"\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
-)
-"""Anything but spaces and what Unicode calls default ignorable, such as U+200B: none of these shows."""
-
-
-def is_blank(text: str) -> bool:
-    """Whether nothing of the text shows."""
-    return VISIBLE.search(text) is None
 
 
 def text_of(row: Row, name: str, *, optional: bool = False) -> str:
