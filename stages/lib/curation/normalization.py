@@ -52,7 +52,8 @@ def normalize_row(row: Row, format: str, how: Normalization | None) -> Row:
     """The row with its texts made uniform; itself where the format has offsets."""
     if how is None:
         return row
-    rewritten = {name: rewrite(row[name], lambda text: normalize_text(text, how)) for name in FORMATS[format].rewritten}
+    names = [name for name in FORMATS[format].rewritten if name in row]
+    rewritten = {name: rewrite(row[name], lambda text: normalize_text(text, how)) for name in names}
     return {**row, **rewritten}
 
 

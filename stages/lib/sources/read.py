@@ -57,6 +57,8 @@ def read_laid_out(source: LaidOutSource, ledger: Ledger) -> Iterator[tuple[str, 
         token_separator=separator,
         strip_segment_digit=source.strip_segment_digit,
         turns_in_text=source.turns_in_text,
+        unlabelled=source.unlabelled,
+        declared=frozenset(source.columns),
     )
     for record in records:
         if isinstance(record, Broken):
