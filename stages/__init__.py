@@ -6,7 +6,7 @@ from pipeline.stage import Stage
 from stages.alignment import dpo, grpo, ppo, reward, rloo
 from stages.compression import distill, quantize
 from stages.data import clean, mix, pack, tokenizer
-from stages.encoder import answer, classify, extract
+from stages.encoder import annotate, answer, classify, extract
 from stages.evaluation import evaluate
 from stages.language_model import pretrain, sft
 
@@ -28,4 +28,5 @@ STAGES: dict[str, Stage] = {
     "classify": classify.STAGE,
     "extract": extract.STAGE,
     "answer": answer.STAGE,
+    "annotate": annotate.STAGE,
 }

@@ -216,6 +216,37 @@ MUTATIONS = (
         "return loss.sum() / tokens",
         ("tests/numerics/test_on_policy_loss.py::test_processes_do_not_change_the_loss",),
     ),
+    Mutation(
+        "the second text of a pair not compared",
+        "stages/lib/rows/canonical.py",
+        '        optional=("text_pair",),\n',
+        "",
+        ("tests/unit/test_pairs.py::test_both_texts_are_what_a_pair_says",),
+    ),
+    Mutation(
+        "a pair and its reverse held apart",
+        "stages/lib/rows/canonical.py",
+        "canonical_json(sorted(texts_of_pair(row)))",
+        "canonical_json(texts_of_pair(row))",
+        (
+            "tests/unit/test_pairs.py::test_a_pair_and_its_reverse_stay_on_one_side",
+            "tests/unit/test_pairs.py::test_a_reversed_pair_is_not_trained_on_when_it_is_held_out",
+        ),
+    ),
+    Mutation(
+        "a declared second text may be missing",
+        "stages/lib/sources/layouts_labels.py",
+        '"text_pair" in conversion.declared or ',
+        "",
+        ("tests/unit/test_formats.py::test_where_a_second_text_is_declared_every_row_must_have_one",),
+    ),
+    Mutation(
+        "words counted as often as a text says them",
+        "stages/lib/encoding/bags.py",
+        "return np.unique(np.fromiter((zlib.crc32(each.encode()) for each in bag(row)), dtype=np.int64))",
+        "return np.sort(np.fromiter((zlib.crc32(each.split()[0].encode()) for each in bag(row)), dtype=np.int64))",
+        ("tests/unit/test_bags.py::test_scores_are_those_of_naive_bayes",),
+    ),
 )
 
 

@@ -88,6 +88,8 @@ class Facts(BaseModel):
     """How attention was computed: `eager`, `sdpa` or `flash_attention_2` round differently."""
     parameters: int | None = None
     labels: list[str] | None = None
+    takes_pairs: bool | None = None
+    """Whether a classifier was trained on pairs of texts."""
     train_rows: int | None = None
     heldout_rows: int | None = None
     train_tokens: int | None = None

@@ -52,14 +52,24 @@ class AnswerParams(TrainingParams):
 def run(ctx: Context, params: AnswerParams) -> Result:
     from transformers import AutoModelForQuestionAnswering
 
-    from stages.lib.encoding.answering import Reading, ReadingObjective, reading_windows
+    from stages.lib.encoding.answering import (
+        Reading,
+        ReadingObjective,
+        answer_figures,
+        reading_windows,
+        require_answered,
+    )
+    from stages.lib.encoding.figures import source_groups
     from stages.lib.encoding.task import Head, in_words, open_encoder, read_sides, train_task
 
+    train_rows, heldout_rows = read_sides(ctx, "questions")
+    require_answered([*train_rows, *heldout_rows], "inputs.questions")
     tokenizer, frame = open_encoder(ctx, params.max_length_tokens, pair=True)
     train_questions, heldout_questions = (
-        read_questions(rows, tokenizer, frame, params) for rows in read_sides(ctx, "questions")
+        read_questions(rows, tokenizer, frame, params) for rows in (train_rows, heldout_rows)
     )
-    if not any(question.references for question in train_questions):
+    answers = [question.references[0].text for question in train_questions if question.references]
+    if not answers:
         raise DataError(
             Problem("training rows", "hold no question with an answer", "There is nothing to learn to find.")
         )
@@ -80,7 +90,8 @@ def run(ctx: Context, params: AnswerParams) -> Result:
         data=windows,
         max_length_tokens=params.max_length_tokens,
         num_rows=(len(train_questions), len(heldout_questions)),
-        baselines=lambda: task.baselines(train_questions, ctx.seed),
+        baselines=lambda: task.baselines(answers, ctx.seed),
+        figures=lambda found: answer_figures(heldout_questions, source_groups(heldout_rows), found),
         counts=counts,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -38,8 +38,16 @@ class ExtractParams(TrainingParams):
 def run(ctx: Context, params: ExtractParams) -> Result:
     from transformers import AutoModelForTokenClassification
 
-    from stages.lib.encoding.extraction import Extraction, TaggingObjective, read_tagged_text, tagging_windows
-    from stages.lib.encoding.tagging import tag_names
+    from stages.lib.encoding.extraction import (
+        Extraction,
+        TaggingObjective,
+        looked_up,
+        read_tagged_text,
+        span_figures,
+        tagging_windows,
+    )
+    from stages.lib.encoding.figures import source_groups
+    from stages.lib.encoding.tagging import Span, tag_names
     from stages.lib.encoding.task import Head, in_words, open_encoder, read_sides, train_task
 
     tokenizer, frame = open_encoder(ctx, params.max_length_tokens, pair=False)
@@ -59,6 +67,12 @@ def run(ctx: Context, params: ExtractParams) -> Result:
     sides = f"{len(train_texts):,} training texts in {len(windows):,} windows"
     ctx.journal.note(f"{len(labels)} labels; {sides}; {in_words(counts)}")
     task = Extraction(tokenizer, labels, heldout_texts)
+
+    def figures(found: list[Any]) -> dict[str, Any]:
+        spans = [[Span(*each) for each in one] for one in found]
+        dictionary = looked_up(((text.text, text.spans) for text in train_texts), heldout_texts)
+        return span_figures(heldout_texts, source_groups(heldout_rows), spans, dictionary)
+
     return train_task(
         ctx,
         params,
@@ -70,6 +84,7 @@ def run(ctx: Context, params: ExtractParams) -> Result:
         max_length_tokens=params.max_length_tokens,
         num_rows=(len(train_rows), len(heldout_rows)),
         baselines=lambda: task.baselines(train_texts, ctx.seed),
+        figures=figures,
         counts=counts,
     )
 

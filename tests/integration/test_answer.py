@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from pipeline.errors import DataError
 from pipeline.settings.strict import validate
 from stages.encoder.answer import STAGE, AnswerParams
+from stages.lib.encoding.figures import FIGURES
 from tests.integration.tiny_encoder import (
     losses,
     request_encoder,
@@ -68,7 +70,7 @@ def test_questions_without_answer_are_learned_and_left_unanswered(encoder: Path,
     ]
     data = write_data(tmp_path / "questions", rows[:1500], rows[-100:])
     params = {**PARAMS, "max_steps": 100, "max_length_tokens": 64}
-    result, _ = run_task(STAGE, {"encoder": encoder, "questions": data}, params, tmp_path / "run")
+    result, out = run_task(STAGE, {"encoder": encoder, "questions": data}, params, tmp_path / "run")
     metrics = result.metrics
     empty = sum(not row["answers"] for row in rows[-100:])
     assert metrics["heldout_questions_without_answer"] == empty
@@ -81,6 +83,13 @@ def test_questions_without_answer_are_learned_and_left_unanswered(encoder: Path,
         "heldout_exact_match_no_answer"
     ]
     assert halves == pytest.approx(100 * metrics["heldout_exact_match"])
+    figures = json.loads((out / FIGURES).read_bytes())
+    assert {f"heldout_{name}": value for name, value in figures.items() if f"heldout_{name}" in metrics} == {
+        name: pytest.approx(metrics[name]) for name in metrics if name.removeprefix("heldout_") in figures
+    }
+    assert {"f1", "f1_has_answer", "exact_match_no_answer"} <= set(figures)
+    groups = figures["per_length_tokens"].values()
+    assert sum(group["rows"] * group["f1"] for group in groups) == pytest.approx(100 * metrics["heldout_f1"])
     # Answering none at all would reach the share of those without answer; answering each, at most the rest.
     assert metrics["heldout_f1"] > max(empty, 100 - empty) / 100 + 0.05
 
@@ -99,6 +108,9 @@ def test_refuses_questions_without_answers_and_windows_without_room(encoder: Pat
     data = write_data(tmp_path / "questions", [row] * 4, [row])
     with pytest.raises(DataError, match="training rows: hold no question with an answer"):
         run_task(STAGE, {"encoder": encoder, "questions": data}, PARAMS, tmp_path / "run")
+    unknown = write_data(tmp_path / "unknown", [*questions()[:8], {**row, "answers": None}], [row])
+    with pytest.raises(DataError, match=r"inputs\.questions: of 1 of 10 questions the answer is not known"):
+        run_task(STAGE, {"encoder": encoder, "questions": unknown}, PARAMS, tmp_path / "run")
     params, problems = validate(AnswerParams, {**PARAMS, "stride_tokens": 16}, "stages.answer.params")
     assert params is None
     # 32 - 12 for the question - 4 special tokens.

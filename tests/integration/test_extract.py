@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from pipeline.errors import DataError
 from pipeline.settings.strict import validate
 from stages.encoder.extract import STAGE, ExtractParams
-from stages.lib.encoding.extraction import found_spans, read_tagged_text, tagging_windows
+from stages.lib.encoding.extraction import confused, found_spans, read_tagged_text, tagging_windows
+from stages.lib.encoding.figures import FIGURES
+from stages.lib.encoding.tagging import Span
 from stages.lib.formulas.metrics import tally
 from stages.lib.formulas.token_losses import IGNORE
 from stages.lib.text.frames import open_tokenizer, require_frame
@@ -62,6 +65,16 @@ def test_learns_slots_in_windows_and_publishes_an_extractor_that_opens_as_one(en
     labels = sorted({span["label"] for row in rows[:1500] for span in row["spans"]})
     assert result.facts.labels == labels
     assert {f"heldout_f1_of_{label}" for label in labels} <= set(metrics)
+
+    figures = json.loads((out / FIGURES).read_bytes())
+    totals = {name: sum(each[name] for each in figures["per_label"].values()) for name in ("right", "found", "wanted")}
+    assert 2 * totals["right"] / (totals["found"] + totals["wanted"]) == pytest.approx(metrics["heldout_f1"])
+    for label, of_label in figures["per_label"].items():
+        assert of_label["f1"] == metrics[f"heldout_f1_of_{label}"]
+        row = figures["confusion_matrix"][label]
+        assert (sum(row.values()), row.get(label, 0)) == (of_label["wanted"], of_label["right"])
+    assert any(of_label["f1_dictionary"] > 0 for of_label in figures["per_label"].values())
+    assert sum(group["wanted"] for group in figures["per_length_tokens"].values()) == metrics["heldout_spans"]
 
     # The published model and tokenizer, as anyone would open them, find as much.
     model, report = AutoModelForTokenClassification.from_pretrained(out, output_loading_info=True)
@@ -123,6 +136,19 @@ def test_a_label_that_only_held_out_rows_have_counts_as_not_found(encoder: Path,
     assert result.metrics["heldout_f1_of_planet"] == 0
     assert result.metrics["heldout_spans_unknown_label"] == 1
     assert "planet" not in (result.facts.labels or [])
+
+
+def test_what_is_taken_for_what() -> None:
+    """Of five spans one is found, one is taken for a place, one has another end, one is not found, and one was never there."""
+    wanted = [Span(0, 2, "person"), Span(4, 6, "person"), Span(8, 12, "place"), Span(20, 22, "place")]
+    found = [Span(0, 2, "person"), Span(4, 6, "place"), Span(8, 10, "place"), Span(30, 32, "person")]
+    assert list(confused(found, wanted)) == [
+        ("person", "person"),
+        ("person", "place"),
+        ("place", "(other borders)"),
+        ("place", "(nothing)"),
+        ("(nothing)", "person"),
+    ]
 
 
 def test_resumes_exactly(encoder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def convert(
     layout: str, row: Row, *, columns: dict[str, str] | None = None, carry: Sequence[str] = (), **options: Any
 ) -> tuple[Any, Counter[str]]:
     """(the row's canonical row, or its reason and detail), and what was repaired."""
-    conversion = Conversion(**options)
+    conversion = Conversion(declared=frozenset(columns or {}), **options)
     (found,) = [found for _, found in convert_record(row, LAYOUTS[layout], columns or {}, conversion, carry)]
     return ((found.reason, found.detail) if isinstance(found, Dropped) else found), conversion.repaired
 
@@ -394,6 +394,38 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
     ("a label", "label", {"text": "a", "label": "x"}, {}, {"text": "a", "label": "x"}),
     ("a label that is a number", "label", {"text": "a", "label": 3}, {}, {"text": "a", "label": "3"}),
     (
+        "a pair of texts",
+        "label",
+        {"sentence1": "你吃了吗", "sentence2": "吃了吗", "label": 1},
+        {"columns": {"text": "sentence1", "text_pair": "sentence2"}},
+        {"text": "你吃了吗", "text_pair": "吃了吗", "label": "1"},
+    ),
+    (
+        "an empty second text that nobody declared is none",
+        "label",
+        {"text": "a", "text_pair": None, "label": "x"},
+        {},
+        {"text": "a", "label": "x"},
+    ),
+    (
+        "a pair that is yet to be labelled keeps its group and what is carried",
+        "label",
+        {"premise": "a", "hypothesis": "b", "label": -1, "number": 7},
+        {
+            "columns": {"text": "premise", "text_pair": "hypothesis", "group": "premise"},
+            "carry": ["number"],
+            "unlabelled": True,
+        },
+        {"group": "a", "text": "a", "text_pair": "b", "label": None, "columns": {"number": 7}},
+    ),
+    (
+        "a question that is yet to be answered",
+        "squad",
+        {"id": "q1", "context": "c", "question": "q"},
+        {"unlabelled": True},
+        {"id": "q1", "context": "c", "question": "q", "answers": None},
+    ),
+    (
         "a labelled text in pieces",
         "label",
         {"data": [{"text": "play "}, {"text": "jazz", "entity": "genre"}], "intent": "Play"},
@@ -612,6 +644,23 @@ DROPPED: list[tuple[str, Row, str, str]] = [
 def test_reason_for_dropping(layout: str, row: Row, reason: str, detail: str) -> None:
     columns = {"messages": "prompt"} if layout == "preference_chat" and "prompt" in row else None
     assert convert(layout, row, columns=columns) == ((reason, detail), Counter())
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [({"a": "x", "label": 1}, "missing_field"), ({"a": "x", "b": None, "label": 1}, "missing_field"), ({"a": "x", "b": " ", "label": 1}, "empty_field")],
+)  # fmt: skip
+def test_where_a_second_text_is_declared_every_row_must_have_one(row: Row, reason: str) -> None:
+    """Or a single text would slip in among the pairs."""
+    assert convert("label", row, columns={"text": "a", "text_pair": "b"}) == ((reason, "text_pair"), Counter())
+
+
+def test_a_label_that_is_left_out_is_said() -> None:
+    conversion = Conversion(unlabelled=True)
+    for row in ({"text": "a", "label": "x"}, {"text": "b"}):
+        list(convert_record(row, LAYOUTS["label"], {}, conversion))
+    assert conversion.noticed == {"the label is left out, as unlabelled says": 1}
+    assert "unlabelled" in LAYOUTS["squad"].options
 
 
 def test_every_reason_of_a_converter_has_a_row() -> None:

@@ -55,7 +55,7 @@ def normalize_row(row: Row, format: str, how: Normalization | None) -> Row:
     if how is None:
         return row
     change = partial(normalize_text, how=how)
-    rewritten = {name: normalized(row[name], change) for name in FORMATS[format].rewritten}
+    rewritten = {name: normalized(row[name], change) for name in FORMATS[format].rewritten if name in row}
     return {**row, **rewritten}
 
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import nll_loss
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.errors import DataError, Problem
 from stages.lib.encoding.encoders import call, model_inputs
+from stages.lib.encoding.figures import PER_LENGTH, PER_SOURCE, figures_of_groups, length_groups
+from stages.lib.encoding.found import keep_found
 from stages.lib.formulas.metrics import UNIT, answer_exact_match, answer_f1
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.rows.canonical import Row
 from stages.lib.text.frames import Frame, encode
 from stages.lib.text.offsets import Offset, overlapping, trim
 from stages.lib.text.windows import TextWindow, evaluation_batch_size, windows_of
@@ -69,12 +73,20 @@ def read_question(
     question, _ = encode(tokenizer, row["question"])
     context, offsets = encode(tokenizer, row["context"])
     windows = windows_of(frame, context, max_length, stride, question[:max_question])
-    references = [Reference(answer["start"], answer["text"]) for answer in row["answers"]]
+    references = [Reference(answer["start"], answer["text"]) for answer in row["answers"] or ()]
     labels = [(0, 0)] * len(windows)
     if references:
         start, end = trim(row["context"], references[0].start, references[0].start + len(references[0].text))
         labels = [window_label(window, offsets, start, end) for window in windows]
     return Question(row["context"], references, offsets, windows, labels, len(question) > max_question)
+
+
+def require_answered(rows: Sequence[Row], where: str) -> None:
+    """Raises `DataError` if it is not known of a question whether it has an answer."""
+    unknown = sum(row["answers"] is None for row in rows)
+    if unknown:
+        what = f"of {unknown:,} of {len(rows):,} questions the answer is not known"
+        raise DataError(Problem(where, what, "Answer them with `annotate`, or read them without `unlabelled`."))
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,8 @@ class Reading:
     heldout: list[Question]
     max_answer_tokens: int
     null_threshold: float | None
+    found: dict[int, str] = field(default_factory=dict)
+    """The answer given to each held-out question that this process measured last."""
 
     def collate(self, rows: list[dict[str, Any]]) -> Tensors:
         """Training windows as tensors of W x T."""
@@ -224,6 +238,7 @@ class Reading:
                 question, start_WT[mine], end_WT[mine], NUM_CANDIDATES, self.max_answer_tokens
             )
             given = answer_text(question, answers, nothing, self.null_threshold)
+            self.found[index] = given
             exact, f1 = (score(given, references_of(question)) for score in (answer_exact_match, answer_f1))
             sums["exact_match"] += exact
             sums["f1"] += f1
@@ -238,9 +253,11 @@ class Reading:
         """Exact match and F1, means over the questions, each of its best reference; where some have no answer, those of both
         kinds apart as well, as SQuAD 2.0 has them (for a question without answer the two are the same).
         """
+        self.found.clear()
         size = evaluation_batch_size(evaluator.batch_size, [len(question.windows) for question in self.heldout])
         rows = [{"question": question} for question in self.heldout]
         sums = evaluator.sums(rows, self.collate_questions, self.measure, batch_size=size)
+        keep_found(evaluator.ctx, self.found, len(self.heldout))
         answerable = sum(bool(question.references) for question in self.heldout)
         counts = {"has_answer": answerable, "no_answer": len(self.heldout) - answerable}
         means = {name: sums[name] / len(self.heldout) for name in ("exact_match", "f1")}
@@ -248,11 +265,11 @@ class Reading:
             means |= {name: sums[name] / counts[kind] for name, kind in APART.items()}
         return {f"heldout_{name}": value for name, value in means.items()}
 
-    def baselines(self, training: Sequence[Question], seed: int) -> dict[str, float]:
-        """What answers of the usual length reach, drawn from anywhere in the context, and taken from its beginning; and, where
+    def baselines(self, answers: Iterable[str], seed: int) -> dict[str, float]:
+        """What answers as long as `answers` usually are reach, drawn from anywhere in the context, and taken from its beginning; and, where
         some questions have no answer, what is reached by never giving one.
         """
-        count = mean_units(question.references[0].text for question in training if question.references)
+        count = mean_units(answers)
         drawn = [
             random_answer(question.context, count, f"{seed}:{index}") for index, question in enumerate(self.heldout)
         ]
@@ -272,3 +289,33 @@ class Reading:
 
 def references_of(question: Question) -> list[str]:
     return [reference.text for reference in question.references]
+
+
+def answer_means(questions: Sequence[Question], given: Sequence[str]) -> dict[str, float]:
+    """How many questions there are, exact match and F1; and of those with and without an answer apart, where there are both."""
+    scores = []
+    for question, answer in zip(questions, given, strict=True):
+        references = references_of(question)
+        scores.append((bool(references), answer_exact_match(answer, references), answer_f1(answer, references)))
+
+    def means(chosen: list[tuple[bool, float, float]], suffix: str = "") -> dict[str, float]:
+        count = len(chosen)
+        exact, f1 = (sum(each[place] for each in chosen) / count for place in (1, 2))
+        return {f"exact_match{suffix}": exact, f"f1{suffix}": f1}
+
+    answerable, empty = [each for each in scores if each[0]], [each for each in scores if not each[0]]
+    found = {"rows": len(questions), **means(scores)}
+    if answerable and empty:
+        found |= means(answerable, "_has_answer")
+        found["exact_match_no_answer"] = means(empty)["exact_match"]
+    return found
+
+
+def answer_figures(questions: Sequence[Question], sources: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
+    """What the answers given come to, in all and by the rows' source and the length of their context."""
+
+    def of_questions(indices: Sequence[int]) -> dict[str, float]:
+        return answer_means([questions[index] for index in indices], [given[index] for index in indices])
+
+    groups = {PER_SOURCE: sources, PER_LENGTH: length_groups([len(each.offsets) for each in questions])}
+    return {**answer_means(questions, given), **figures_of_groups(groups, of_questions)}

@@ -6,8 +6,8 @@ Shapes: `W` windows, `T` tokens of a window, `N` tokens of a text, `K` tags, `B`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,15 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.encoding.encoders import call, model_inputs
+from stages.lib.encoding.figures import (
+    PER_LENGTH,
+    PER_SOURCE,
+    as_figures,
+    confusion,
+    figures_of_groups,
+    length_groups,
+)
+from stages.lib.encoding.found import keep_found
 from stages.lib.encoding.tagging import Dictionary, Span, best_tags, random_tags, spans_of, tag_names, tag_spans
 from stages.lib.formulas.metrics import Tally, span_metrics, tally
 from stages.lib.formulas.token_losses import IGNORE, Tensors
@@ -25,9 +34,6 @@ from stages.lib.text.frames import Frame, encode
 from stages.lib.text.offsets import Offset
 from stages.lib.text.windows import TextWindow, evaluation_batch_size, owned, windows_of
 from stages.lib.training.evaluating import Evaluator
-
-"""The tag of a position that the loss passes over."""
-
 
 COUNTS = ("right", "found", "wanted")
 
@@ -62,14 +68,14 @@ def read_tagged_text(
 
 
 def tagging_windows(text: TaggedText) -> Iterator[dict[str, Any]]:
-    """`{input_ids, tags}` per window. A token that two windows share has its tag in one of them: it counts once."""
+    """`{input_ids, token_type_ids, tags}` per window. A token that two windows share has its tag in one of them: it counts once."""
     for window, (start, end) in zip(text.windows, owned(text.windows), strict=True):
         if start == end:
             continue
         tags = [IGNORE] * len(window.ids)
         left = window.first + start - window.start
         tags[left : left + end - start] = text.tags[start:end]
-        yield {"input_ids": window.ids, "tags": tags}
+        yield {"input_ids": window.ids, "token_type_ids": window.type_ids, "tags": tags}
 
 
 class TaggingObjective:
@@ -91,11 +97,13 @@ class Extraction:
     labels: list[str]
     """Those of training, which alone have tags."""
     heldout: list[TaggedText]
+    found: dict[int, list[Span]] = field(default_factory=dict)
+    """The spans found in each held-out text that this process measured last."""
 
     def collate(self, rows: list[dict[str, Any]]) -> Tensors:
         """Training windows as tensors of W x T."""
         ids = [row["input_ids"] for row in rows]
-        inputs = model_inputs(self.tokenizer, ids, [[0] * len(each) for each in ids])
+        inputs = model_inputs(self.tokenizer, ids, [row["token_type_ids"] for row in rows])
         return {**inputs, "tags": padded([row["tags"] for row in rows], IGNORE)}
 
     def collate_texts(self, rows: list[dict[str, Any]]) -> Tensors:
@@ -112,8 +120,11 @@ class Extraction:
 
     def measure(self, model: torch.nn.Module, batch: Tensors) -> Tensors:
         """`right_k`, `found_k` and `wanted_k` per label number k: spans found rightly, found, and there to find."""
-        texts = [self.heldout[index] for index in batch["texts"].tolist()]
-        tallies = tally_all(found_spans(texts, call(model, batch).logits, self.labels), texts)
+        indices = batch["texts"].tolist()
+        texts = [self.heldout[index] for index in indices]
+        found = found_spans(texts, call(model, batch).logits, self.labels)
+        self.found.update(zip(indices, found, strict=True))
+        tallies = tally_all(found, texts)
         return {
             f"{name}_{number}": torch.tensor(float(getattr(tallies.get(label, Tally()), name)))
             for number, label in enumerate(self.every_label)
@@ -122,29 +133,30 @@ class Extraction:
 
     def evaluate(self, evaluator: Evaluator) -> dict[str, float]:
         """F1, precision and recall of exact spans over all labels, and each label's F1."""
+        self.found.clear()
         rows = [{"text": text} for text in self.heldout]
         size = evaluation_batch_size(evaluator.batch_size, [len(text.windows) for text in self.heldout])
         sums = evaluator.sums(rows, self.collate_texts, self.measure, batch_size=size)
+        as_lists = {number: [astuple(span) for span in spans] for number, spans in self.found.items()}
+        keep_found(evaluator.ctx, as_lists, len(self.heldout))
         tallies = {
             label: Tally(*(sums[f"{name}_{number}"] for name in COUNTS))
             for number, label in enumerate(self.every_label)
         }
-        each = {f"heldout_f1_of_{label}": counted.f1 for label, counted in tallies.items()}
-        return {**span_metrics(tallies, "heldout_"), **each}
+        return extraction_metrics(tallies)
 
     def baselines(self, training: Sequence[TaggedText], seed: int) -> dict[str, float]:
         """The F1 of the most frequent tag everywhere, of tags drawn as often as in training, and of a dictionary."""
         counts = Counter(tag for text in training for tag in text.tags)
         distribution = [counts[tag] for tag in range(len(tag_names(self.labels)))]
         majority = distribution.index(max(distribution))
-        dictionary = Dictionary((text.text, text.spans) for text in training)
         found = {
             "majority": [self.decode(text, [majority] * len(text.offsets)) for text in self.heldout],
             "random": [
                 self.decode(text, random_tags(len(text.offsets), distribution, f"{seed}:{index}"))
                 for index, text in enumerate(self.heldout)
             ],
-            "dictionary": [dictionary.spans(text.text) for text in self.heldout],
+            "dictionary": looked_up(((text.text, text.spans) for text in training), self.heldout),
         }
         return {
             f"heldout_f1_{name}": sum(tally_all(spans, self.heldout).values(), Tally()).f1
@@ -164,8 +176,75 @@ def tally_all(found: Sequence[Sequence[Span]], texts: Sequence[TaggedText]) -> d
     return totals
 
 
-def found_spans(texts: Sequence[TaggedText], logits_WTK: torch.Tensor, labels: Sequence[str]) -> list[list[Span]]:
-    """Per text, the spans of its best legal tags. The logits are those of all windows of the texts, in their order.
+def extraction_metrics(tallies: Mapping[str, Tally]) -> dict[str, float]:
+    """F1, precision and recall of exact spans over all labels, and each label's F1."""
+    each = {f"heldout_f1_of_{label}": counted.f1 for label, counted in tallies.items()}
+    return {**span_metrics(tallies, "heldout_"), **each}
+
+
+def looked_up(training: Iterable[tuple[str, Sequence[Span]]], texts: Sequence[TaggedText]) -> list[list[Span]]:
+    """The spans that a dictionary of the words of training texts, given with their spans, finds in each text."""
+    dictionary = Dictionary(training)
+    return [dictionary.spans(text.text) for text in texts]
+
+
+OTHER_BORDERS = "(other borders)"
+"""Instead of a label: something was found where the span is, and not the span."""
+
+
+NOTHING = "(nothing)"
+
+
+def confused(found: Sequence[Span], wanted: Sequence[Span]) -> Iterator[tuple[str, str]]:
+    """(label wanted, label found) of each span of a text, and of each that was found where there is none."""
+
+    def meets(one: Span, others: Sequence[Span]) -> bool:
+        return any(one.start < other.end and other.start < one.end for other in others)
+
+    labels = {(span.start, span.end): span.label for span in found}
+    for span in wanted:
+        otherwise = OTHER_BORDERS if meets(span, found) else NOTHING
+        yield span.label, labels.get((span.start, span.end), otherwise)
+    for span in found:
+        if not meets(span, wanted):
+            yield NOTHING, span.label
+
+
+def span_figures(
+    texts: Sequence[TaggedText],
+    sources: Sequence[str],
+    found: Sequence[Sequence[Span]],
+    dictionary: Sequence[Sequence[Span]] | None = None,
+) -> dict[str, Any]:
+    """What the spans found in each text come to: per label (beside the F1 of the `dictionary`'s spans), which is taken for
+    which, and by the texts' source and length.
+    """
+    tallies = tally_all(found, texts)
+    beside = tally_all(dictionary, texts) if dictionary is not None else {}
+    pairs = [pair for spans, text in zip(found, texts, strict=True) for pair in confused(spans, text.spans)]
+
+    def of_texts(indices: Sequence[int]) -> dict[str, float]:
+        some = tally_all([found[index] for index in indices], [texts[index] for index in indices])
+        return {"rows": len(indices), **as_figures(sum(some.values(), Tally()))}
+
+    groups = {PER_SOURCE: sources, PER_LENGTH: length_groups([len(text.offsets) for text in texts])}
+    return {
+        "rows": len(texts),
+        "per_label": {
+            label: {
+                **as_figures(tallies[label]),
+                **({"f1_dictionary": beside.get(label, Tally()).f1} if dictionary is not None else {}),
+            }
+            for label in sorted(tallies)
+        },
+        "confusion_matrix": confusion(pairs),
+        **figures_of_groups(groups, of_texts),
+    }
+
+
+def best_paths(texts: Sequence[TaggedText], logits_WTK: torch.Tensor) -> list[tuple[list[int], list[float]]]:
+    """Per text, its best legal tags, and how probable the model finds each of them. The logits are those of all windows of
+    the texts, in their order.
 
     Each token is decided by the window that sees most around it; the path runs over the whole text.
     """
@@ -183,7 +262,14 @@ def found_spans(texts: Sequence[TaggedText], logits_WTK: torch.Tensor, labels: S
     log_probs_BNK = padded(whole, dtype=np.float32)
     mask_BN = torch.arange(log_probs_BNK.shape[1])[None] < lengths_B[:, None]
     tags_BN = best_tags(log_probs_BNK, mask_BN)
+    probs_BN = log_probs_BNK.gather(2, tags_BN[:, :, None]).squeeze(2).exp()
     return [
-        spans_of(text.text, tags[: len(text.offsets)], text.offsets, labels)
-        for text, tags in zip(texts, tags_BN.tolist(), strict=True)
+        (tags[: len(text.offsets)], probs[: len(text.offsets)])
+        for text, tags, probs in zip(texts, tags_BN.tolist(), probs_BN.tolist(), strict=True)
     ]
+
+
+def found_spans(texts: Sequence[TaggedText], logits_WTK: torch.Tensor, labels: Sequence[str]) -> list[list[Span]]:
+    """Per text, the spans of its best legal tags: see `best_paths`."""
+    paths = best_paths(texts, logits_WTK)
+    return [spans_of(text.text, tags, text.offsets, labels) for text, (tags, _) in zip(texts, paths, strict=True)]

@@ -11,11 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.stage import Context, Result
 from pipeline.store.artifact import Facts
+from pipeline.store.durable import write_json
+from stages.lib.encoding.encoders import match_type_ids
+from stages.lib.encoding.figures import FIGURES
+from stages.lib.encoding.found import kept_found
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.models.config import read_config
 from stages.lib.models.heads import add_head
 from stages.lib.models.lengths import require_length
 from stages.lib.models.loading import initial_weights, load_model
+from stages.lib.processes.collectives import from_main
 from stages.lib.rows.canonical import Row, read_rows
 from stages.lib.text.frames import Frame, open_tokenizer, require_frame
 from stages.lib.text.tokenizers import facts_of_tokenizer
@@ -31,7 +36,7 @@ class Task(Protocol):
         """Training rows as tensors."""
 
     def evaluate(self, evaluator: Evaluator) -> Metrics:
-        """The metrics on held-out rows."""
+        """The metrics on held-out rows. What was found in each is kept with `keep_found`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ def open_encoder(ctx: Context, max_length_tokens: int, *, pair: bool) -> tuple[P
     encoder = ctx.inputs["encoder"]
     require_length(read_config(encoder), max_length_tokens)
     tokenizer = open_tokenizer(encoder, max_length_tokens)
+    if pair:
+        match_type_ids(tokenizer, encoder)
     return tokenizer, require_frame(tokenizer, pair=pair)
 
 
@@ -94,12 +101,14 @@ def train_task(
     max_length_tokens: int,
     num_rows: tuple[int, int],
     baselines: Callable[[], Metrics],
+    figures: Callable[[list[Any]], dict[str, Any]],
     counts: Metrics,
+    takes_pairs: bool | None = None,
 ) -> Result:
     """Trains the input `encoder` under a new head, publishes it to `ctx.out`, and returns what was measured.
 
     `data` are the training rows as the objective sees them, `num_rows` the texts or questions of either side that they
-    are made of.
+    are made of. `figures` says of what was found in each held-out row what it comes to: that is written beside the model.
     """
     initial = initial_weights(ctx, lambda: head.on(ctx.inputs["encoder"]))
     trained = train(
@@ -112,6 +121,12 @@ def train_task(
         objective=objective,
         evaluate=task.evaluate,
     )
+
+    def write_figures() -> Metrics:
+        write_json(ctx.out / FIGURES, figures(kept_found(ctx)))
+        return baselines()
+
+    beside = from_main(write_figures)
     of_tokenizer = facts_of_tokenizer(tokenizer)
     of_tokenizer.pop("stop_token_ids")  # where generation stops; nothing is generated here
     facts = Facts(
@@ -120,9 +135,10 @@ def train_task(
         head_type=head.head_type,
         dtype=trained.dtype,
         labels=head.labels,
+        takes_pairs=takes_pairs,
         parameters=trained.parameters,
         train_rows=num_rows[0],
         heldout_rows=num_rows[1],
         optimizer_steps=trained.steps,
     )
-    return Result({**trained.after, **baselines(), **counts}, facts)
+    return Result({**trained.after, **beside, **counts}, facts)

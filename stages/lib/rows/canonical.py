@@ -4,9 +4,9 @@
     chats        {"messages": [{"role", "content"}, ...]}
     prompts      {"prompt": [messages]}, the last of them the user's
     preferences  {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
-    labels       {"text", "label"}
+    labels       {"text", "label"}, of a pair of texts {"text", "text_pair", "label"}; `label` is null where it is not known yet
     spans        {"text", "spans": [{"start", "end", "label"}]}, half-open character offsets
-    questions    {"id", "context", "question", "answers": [{"start", "text"}]}
+    questions    {"id", "context", "question", "answers": [{"start", "text"}]}; no answers: cannot be answered; null: not known yet
 
 A message has `role` (system, user, assistant or tool) and `content`, a text. An assistant's may have `reasoning_content`,
 `tool_calls` ([{"name", "arguments"}], the arguments by name) and `train: false` where nothing is to be learned from it; a
@@ -15,7 +15,8 @@ tool's the `name` of the tool; the first system message the `tools` that may be 
 Any row may also have `id`, `group` (rows of one group stay on one side of the held-out split) and `source`; one of
 preferences also `margin` (by how much the chosen answer is better) and `corruption` (how the rejected one was made).
 A row may carry `columns` too (name -> text, number or truth value): what the source's `carry` takes along unchanged, such
-as the answer that a reward compares a completion with.
+as the answer that a reward compares a completion with; and an `annotation`: how sure the stage `annotate` was of what it
+said, and what the row had said before.
 """
 
 from __future__ import annotations
@@ -53,10 +54,13 @@ class Format:
     """What tells apart rows that share most of their text, such as a context: near-duplicates are alike in each of these."""
     rewritten: tuple[str, ...] = ()
     """Fields whose texts may be normalized; none where offsets point into them."""
+    optional: tuple[str, ...] = ()
+    """What a row may say besides."""
 
     def content(self, row: Row) -> str:
         """Equal for rows that say the same, whatever else is known of them."""
-        return canonical_json([row[name] for name in self.fields]).decode()
+        said = [row[name] for name in self.fields] + [row[name] for name in self.optional if name in row]
+        return canonical_json(said).decode()
 
     def split_key(self, row: Row, by: str) -> str:
         return self.content(row) if by == "content" and by not in self.shared else self.shared[by](row)
@@ -78,6 +82,16 @@ def texts_of_messages(*names: str) -> Callable[[Row], list[str]]:
 
 def texts_in(*names: str) -> Callable[[Row], list[str]]:
     return lambda row: [row[name] for name in names]
+
+
+def texts_of_pair(row: Row) -> list[str]:
+    """A text, or both texts of a pair."""
+    return [row["text"], *([row["text_pair"]] if "text_pair" in row else [])]
+
+
+def said_by_pair(row: Row) -> str:
+    """Equal for a pair and its reverse: asked whether two texts say the same, the one gives the other away."""
+    return canonical_json(sorted(texts_of_pair(row))).decode() if "text_pair" in row else str(row["text"])
 
 
 def first_user_message(name: str) -> Callable[[Row], str]:
@@ -144,10 +158,12 @@ FORMATS: dict[str, Format] = {
         rows_kind=Kind.LABEL_ROWS,
         mixed_kind=Kind.LABELS,
         fields=("text", "label"),
-        texts=texts_in("text"),
+        texts=texts_of_pair,
         default_split="content",
-        shared={"content": field_text("text")},
-        rewritten=("text",),
+        shared={"content": said_by_pair},
+        parts=lambda row: texts_of_pair(row) if "text_pair" in row else [],
+        rewritten=("text", "text_pair"),
+        optional=("text_pair",),
     ),
     "spans": Format(
         rows_kind=Kind.SPAN_ROWS,

@@ -88,6 +88,9 @@ class Conversion:
     token_separator: str = " "
     strip_segment_digit: bool = False
     turns_in_text: str | None = None
+    unlabelled: bool = False
+    declared: frozenset[str] = frozenset()
+    """Our names of the columns that the source's `columns` names."""
     repaired: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     """What the user should know of rows that are kept as they are, in words -> how many rows."""

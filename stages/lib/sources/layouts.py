@@ -183,7 +183,13 @@ LAYOUTS: dict[str, Layout] = {
         options=("turns_in_text",),
         also=(*CHAT_COLUMNS, "prompt"),
     ),
-    "label": Layout("labels", label, ("text", "label"), "a text and its label"),
+    "label": Layout(
+        "labels",
+        label,
+        ("text", "text_pair", "label"),
+        "a text, or a pair of texts (text and text_pair), and its label",
+        options=("unlabelled",),
+    ),
     "relation": Layout(
         "labels",
         relation,
@@ -205,6 +211,7 @@ LAYOUTS: dict[str, Layout] = {
         squad,
         ("context", "question", "answers", "data", "paragraphs", "qas"),
         "SQuAD's and CMRC's nested documents, or one question a row",
+        options=("unlabelled",),
         expand=squad_rows,
         also=("is_impossible",),
     ),

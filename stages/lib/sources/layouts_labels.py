@@ -15,10 +15,20 @@ def text(row: Row, conversion: Conversion) -> Row:
 
 
 def label(row: Row, conversion: Conversion) -> Row:
-    """A text (or a list of pieces of one) and its label."""
+    """A text (or a list of pieces of one), or a pair of texts, and its label.
+
+    A row is a pair where it has a `text_pair`; where `columns` names one, every row must.
+    """
     if isinstance(row.get("text"), list):
         row = {**row, "text": "".join(piece for piece, _ in read_pieces(row, "text"))}
-    return {"text": text_of(row, "text"), "label": label_of(row, "label")}
+    texts = {"text": text_of(row, "text")}
+    if "text_pair" in conversion.declared or row.get("text_pair") not in (None, ""):
+        texts["text_pair"] = text_of(row, "text_pair")
+    if not conversion.unlabelled:
+        return {**texts, "label": label_of(row, "label")}
+    if row.get("label") is not None:
+        conversion.notice("the label is left out, as unlabelled says")
+    return {**texts, "label": None}
 
 
 def relation(row: Row, conversion: Conversion) -> Row:

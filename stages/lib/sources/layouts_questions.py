@@ -36,8 +36,11 @@ def mapping(value: Any, name: str) -> Row:
 def squad(row: Row, conversion: Conversion) -> Row:
     """A question on a context; answers with their offsets, as nested documents have them or as the hub's columns do."""
     context, question = text_of(row, "context"), text_of(row, "question")
-    given = list(read_answers(row))
-    if row.get("is_impossible") is True:
+    given = list(read_answers(row)) if not conversion.unlabelled else []
+    if conversion.unlabelled:
+        if row.get("answers") or row.get("is_impossible") is not None:
+            conversion.notice("the answers are left out, as unlabelled says")
+    elif row.get("is_impossible") is True:
         conversion.repair("plausible_answers_left_out", len(given))
         given = []
     elif row.get("is_impossible") is False and not given:
@@ -49,7 +52,8 @@ def squad(row: Row, conversion: Conversion) -> Row:
     identity = row.get("id")
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         identity = hashlib.sha256(f"{context}\0{question}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return {"id": str(identity), "context": context, "question": question, "answers": answers}
+    known = None if conversion.unlabelled else answers
+    return {"id": str(identity), "context": context, "question": question, "answers": known}
 
 
 def read_answers(row: Row) -> Iterator[tuple[int, str]]:

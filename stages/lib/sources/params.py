@@ -93,6 +93,8 @@ class LaidOutSource(Strict):
     """Whether each token ends with a digit that is no part of it, as in the Weibo NER files (layout bio)."""
     turns_in_text: Literal["json", "transcript"] | None = None
     """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
+    unlabelled: bool = False
+    """Whether the rows are yet to be labelled, by the stage `annotate` (layouts label and squad): their label, or their answers, are not read, and may be missing. Texts without a second one need no such word: read them with the layout text."""
     max_row_bytes: int = Field(default=8 << 20, ge=1)
     """Rows of more bytes than this are dropped without being parsed."""
     max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -118,6 +120,7 @@ class LaidOutSource(Strict):
             ("token_separator", self.token_separator is not None),
             ("strip_segment_digit", self.strip_segment_digit),
             ("turns_in_text", self.turns_in_text is not None),
+            ("unlabelled", self.unlabelled),
         ):
             if is_set and option not in self.laid_out.options:
                 users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)

@@ -67,6 +67,8 @@ def convert_records(
         token_separator=separator,
         strip_segment_digit=source.strip_segment_digit,
         turns_in_text=source.turns_in_text,
+        unlabelled=source.unlabelled,
+        declared=frozenset(source.columns),
     )
     for record in records:
         if isinstance(record, Broken):

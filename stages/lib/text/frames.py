@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers.processors import TemplateProcessing
@@ -20,9 +21,22 @@ class Frame:
     before: list[int]
     between: list[int]
     after: list[int]
+    types: tuple[int, int, int, int, int] | None = field(default=None, compare=False)
+    """The token type ids that the tokenizer gives to what stands before, to the first text, between, to the second and after.
+    None: 0 up to the second text, and 1 from there."""
 
     def __len__(self) -> int:
         return len(self.before) + len(self.between) + len(self.after)
+
+    def type_ids(self, first: int, second: int = 0) -> list[int]:
+        """The token type ids of `first` tokens in this frame, or of a pair with `second` more."""
+        types = self.types or (0, 0, 0, int(bool(self.between)), int(bool(self.between)))
+        counts = (len(self.before), first, len(self.between), second, len(self.after))
+        return [each for each, count in zip(types, counts, strict=True) for _ in range(count)]
+
+    def around(self, first: Sequence[int], second: Sequence[int] = ()) -> list[int]:
+        """The ids of a text, or of a pair, with the special tokens."""
+        return [*self.before, *first, *self.between, *second, *self.after]
 
 
 def open_tokenizer(folder: Path, max_length_tokens: int) -> PreTrainedTokenizerBase:
@@ -43,14 +57,27 @@ def open_tokenizer(folder: Path, max_length_tokens: int) -> PreTrainedTokenizerB
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, *, pair: bool) -> Frame | None:
     """What the tokenizer puts around one text, or a pair. None unless it puts something first, and between."""
-    encoded = tokenizer("a", "a") if pair else tokenizer("a")
-    ids, parts = encoded["input_ids"], encoded.sequence_ids(0)
+    frame = frame_as_it_is(tokenizer, pair=pair)
+    return frame if frame.before and (frame.between or not pair) else None
+
+
+def frame_as_it_is(tokenizer: PreTrainedTokenizerBase, *, pair: bool) -> Frame:
+    """What the tokenizer puts around one text, or a pair, be it nothing."""
+    texts = ("a", "a") if pair else ("a",)
+    encoded = tokenizer(*texts, return_token_type_ids=True)
+    ids, parts, types = encoded["input_ids"], encoded.sequence_ids(0), encoded["token_type_ids"]
     first = parts.index(0)
     last = len(parts) - 1 - parts[::-1].index(1 if pair else 0)
-    between = [token for token, part in zip(ids[first:last], parts[first:last], strict=True) if part is None]
-    if first == 0 or (pair and not between):
-        return None
-    return Frame(ids[:first], between, ids[last + 1 :])
+    between = [place for place in range(first, last) if parts[place] is None]
+
+    def type_at(places: Sequence[int]) -> int:
+        return types[places[0]] if places else 0
+
+    second = [parts.index(1)] if pair else []
+    places = (range(first), [first], between, second, range(last + 1, len(ids)))
+    before, _, middle, _, after = ([ids[place] for place in each] for each in places)
+    kinds = tuple(type_at(each) for each in places)
+    return Frame(before, middle, after, (kinds[0], kinds[1], kinds[2], kinds[3], kinds[4]))
 
 
 def require_frame(tokenizer: PreTrainedTokenizerBase, *, pair: bool) -> Frame:
@@ -89,3 +116,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], li
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
     return encoded["input_ids"], whole_characters([(start, end) for start, end in encoded["offset_mapping"]])
+
+
+def kept_of_pair(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts stay where they have room for `room` together: the longer one loses its end first.
+
+    This is `longest_first` of the tokenizers library, which is what `truncation=True` means there: where both are longer
+    than half of the room, each gets half, and the second the odd token.
+    """
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    return (shorter, room - shorter) if first <= second else (room - shorter, shorter)

@@ -51,9 +51,10 @@ def windows_of(
     head = [*frame.before, *question, *frame.between]
     windows = []
     for start, end in cut_places(len(text), max_length - len(head) - len(frame.after), stride):
-        body = [*text[start:end], *frame.after]
-        type_ids = [0] * len(head) + [int(bool(frame.between))] * len(body)
-        windows.append(TextWindow(head + body, type_ids, len(head), start, end - start))
+        part = text[start:end]
+        sides = (question, part) if frame.between else (part, ())
+        type_ids = frame.type_ids(len(sides[0]), len(sides[1]))
+        windows.append(TextWindow(frame.around(*sides), type_ids, len(head), start, end - start))
     return windows
 
 
