@@ -101,6 +101,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
         collate=collate,
         objective=objective,
         evaluate=lambda evaluator: objective.heldout_metrics(evaluator, heldout_pairs, collate),
+        without_dropout=True,
     )
     metrics = {
         **trained.after,
@@ -114,7 +115,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
 
 STAGE = Stage(
     kind="dpo",
-    version=3,
+    version=4,
     summary="direct preference optimization of a causal model on pairs of answers",
     params=DPOParams,
     inputs={

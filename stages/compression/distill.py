@@ -154,7 +154,7 @@ def run(ctx: Context, params: DistillParams) -> Result:
 
 STAGE = Stage(
     kind="distill",
-    version=1,
+    version=2,
     summary="a small causal model that learns a large one's predictions on packed tokens",
     params=DistillParams,
     inputs={
@@ -190,6 +190,7 @@ def load_teacher(
     """
     from transformers import AutoModelForCausalLM
 
+    from stages.lib.models.drawing import require_quiet
     from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
 
     teacher = load_model(AutoModelForCausalLM, ctx.inputs["teacher"])
@@ -197,6 +198,7 @@ def load_teacher(
     teacher.to(device, DTYPES[params.precision]).eval().requires_grad_(False)
     # With a cache transformers would not look for the documents' borders in the positions.
     teacher.config.use_cache = False
+    require_quiet(teacher, "inputs.teacher")
     return teacher
 
 

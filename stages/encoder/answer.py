@@ -87,7 +87,7 @@ def run(ctx: Context, params: AnswerParams) -> Result:
 
 STAGE = Stage(
     kind="answer",
-    version=2,
+    version=3,
     summary="a reader: an encoder under a head that points at the answer of a question in its context",
     params=AnswerParams,
     inputs={"encoder": accepts(Kind.ENCODER), "questions": accepts(Kind.QUESTIONS)},

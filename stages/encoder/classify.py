@@ -69,7 +69,7 @@ def run(ctx: Context, params: ClassifyParams) -> Result:
 
 STAGE = Stage(
     kind="classify",
-    version=1,
+    version=2,
     summary="a classifier of texts: an encoder under a linear head",
     params=ClassifyParams,
     inputs={"encoder": accepts(Kind.ENCODER), "labels": accepts(Kind.LABELS)},

@@ -76,7 +76,7 @@ def run(ctx: Context, params: ExtractParams) -> Result:
 
 STAGE = Stage(
     kind="extract",
-    version=1,
+    version=2,
     summary="an extractor of spans: an encoder under a linear head that tags each token",
     params=ExtractParams,
     inputs={"encoder": accepts(Kind.ENCODER), "spans": accepts(Kind.SPANS)},

@@ -169,7 +169,7 @@ def run(ctx: Context, params: PretrainParams) -> Result:
 
 STAGE = Stage(
     kind="pretrain",
-    version=1,
+    version=2,
     summary="Trains a language model on packed tokens, from scratch or continued, causal or masked.",
     params=PretrainParams,
     inputs={
