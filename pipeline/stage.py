@@ -63,6 +63,8 @@ class Estimate:
     accumulation: int | None = None
     memory_bytes_per_rank: int | None = None
     disk_bytes: int | None = None
+    notes: tuple[str, ...] | None = None
+    """Sentences on the run that a user should read before it starts."""
 
 
 @dataclass(frozen=True)

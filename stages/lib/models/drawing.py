@@ -105,6 +105,7 @@ def same_states(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 ALMOST_ONE = 1 - 2**-24
+"""The largest number that `torch.rand` gives: below no rate of layers that are left out."""
 
 
 class Recorder(TorchFunctionMode):

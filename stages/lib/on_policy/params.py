@@ -15,6 +15,7 @@ from stages.lib.formulas.bounds import Scale, Temperature, Weight
 from stages.lib.models.adapters import LoraParams
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.lengths import length_problems
+from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import read_layout
@@ -169,7 +170,7 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     if "reference" in roles and not params.kl_coefficient:
         problems.append(Problem("inputs.reference", "is not used while kl_coefficient is 0", "Remove it."))
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
-    problems += room_problems(architecture, params)
+    problems += room_problems(architecture, params) + noise_problems(architecture)
     size = params.rollout_batch_size
     if size % forecast.resources.world_size:
         problems.append(
@@ -206,6 +207,7 @@ def estimate_on_policy(forecast: Forecast) -> Estimate:
         sequence_length=params.max_prompt_tokens + params.max_new_tokens,
         vocabulary_size=model.vocabulary_size,
         total_steps=params.total_steps,
+        without_dropout=True,
     )
     if known.memory_bytes_per_rank is None or known.parameters is None:
         return known

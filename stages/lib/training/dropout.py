@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from stages.lib.formulas.attention import dropped_attention
 from stages.lib.formulas.dropout_masks import keep_mask, scramble, signed, uniform
 from stages.lib.models.drawing import (
+    ALMOST_ONE,
     DROPOUTS,
     Draw,
     arguments_of,
@@ -171,11 +172,13 @@ class Drawing(TorchFunctionMode):
             arguments = arguments_of(func, args, kwargs)
             if rate := rate_of(func, arguments):
                 return self.drop(func, arguments, rate)
-        found = func(*args, **kwargs)
-        if func is torch.rand and self.dropout.now is not None and is_single_number(func, args, kwargs):
-            site = self.dropout.next_site()
-            return found.fill_(uniform(int(self.dropout.keys_of(site, self.dropout.now.step_key))))
-        return found
+        if func is torch.rand and is_single_number(func, args, kwargs):
+            # By which a class decides whether it leaves a layer out: all of them stay outside of training passes.
+            number, now = ALMOST_ONE, self.dropout.now
+            if now is not None:
+                number = uniform(int(self.dropout.keys_of(self.dropout.next_site(), now.step_key)))
+            return torch.full_like(torch.empty(*args, **kwargs), number)
+        return func(*args, **kwargs)
 
     def drop(self, function: Callable[..., Any], arguments: dict[str, Any], rate: float) -> Tensor:
         """What `function` would return, with our mask; without any dropout outside of training passes."""

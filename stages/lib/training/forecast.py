@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
+from stages.lib.models.noise import dropped_heads, noise_notes
 from stages.lib.training.layouts import complete_layout, read_layout, zero_stage
 from stages.lib.training.params import derive_batch, optimizer_steps
 
@@ -40,10 +41,11 @@ def estimate_training(
     vocabulary_size: int | None = None,
     train_tokens: int | None = None,
     total_steps: int | None = None,
+    without_dropout: bool = False,
 ) -> Estimate:
     """What `plan` can say of a training step: steps, batch, parameters, memory and disk, as far as each is known.
 
-    `total_steps` where the stage's own params say them.
+    `total_steps` where the stage's own params say them, `without_dropout` where it switches that off.
     """
     params, resources = forecast.params, forecast.resources
     if global_batch_size is not None:
@@ -70,6 +72,7 @@ def estimate_training(
             layers=sizes[1],
             vocabulary=sizes[2],
             gradient_checkpointing=resources.gradient_checkpointing,
+            dropped_heads=0 if without_dropout else dropped_heads(architecture or {}),
         )
     return Estimate(
         parameters=parameters,
@@ -86,6 +89,7 @@ def estimate_training(
         disk_bytes=parameters * (4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1))
         if parameters
         else None,
+        notes=None if without_dropout else noise_notes(architecture or {}),
     )
 
 
