@@ -54,7 +54,7 @@ SIGNATURES = {
 """Of functions that are not written in Python."""
 
 
-def arguments_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of one of `DROPOUTS` by name, with their defaults."""
     signature = SIGNATURES.get(function) or inspect.signature(function)
     bound = signature.bind(*args, **kwargs)
@@ -127,7 +127,7 @@ class Recorder(TorchFunctionMode):
         shape: tuple[int, ...] | None = None
         known = func in DROPOUTS
         if known:
-            arguments = arguments_of(func, args, kwargs)
+            arguments = bound_arguments(func, args, kwargs)
             if rate_of(func, arguments):
                 shape = dropped_shape(func, arguments)
         elif not same_states(before, generator_states(self.device)):
@@ -172,7 +172,7 @@ def drop_last(names: list[str]) -> None:
     names.pop()  # a hook that returns something would change the module's output
 
 
-def in_words(draws: list[Draw], most: int = 3) -> str:
+def named_draws(draws: list[Draw], most: int = 3) -> str:
     """The draws for a message: functions, and modules that call them."""
     names = list(dict.fromkeys(f"{draw.function} in {draw.module or 'the model'}" for draw in draws))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

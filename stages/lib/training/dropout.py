@@ -31,7 +31,7 @@ from stages.lib.models.drawing import (
     ALMOST_ONE,
     DROPOUTS,
     Draw,
-    arguments_of,
+    bound_arguments,
     draws_of,
     dropped_shape,
     is_single_number,
@@ -169,7 +169,7 @@ class Drawing(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in DROPOUTS:
-            arguments = arguments_of(func, args, kwargs)
+            arguments = bound_arguments(func, args, kwargs)
             if rate := rate_of(func, arguments):
                 return self.drop(func, arguments, rate)
         if func is torch.rand and is_single_number(func, args, kwargs):
@@ -177,7 +177,8 @@ class Drawing(TorchFunctionMode):
             number, now = ALMOST_ONE, self.dropout.now
             if now is not None:
                 number = uniform(int(self.dropout.keys_of(self.dropout.next_site(), now.step_key)))
-            return torch.full_like(torch.empty(*args, **kwargs), number)
+            shaped = {name: value for name, value in kwargs.items() if name != "generator"}
+            return torch.full_like(torch.empty(*args, **shaped), number)
         return func(*args, **kwargs)
 
     def drop(self, function: Callable[..., Any], arguments: dict[str, Any], rate: float) -> Tensor:

@@ -287,12 +287,8 @@ def train(
     steps = optimizer_steps(params, len(data))
     require_sound(params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
-    identity = {
-        "total_steps": steps,
-        "global_batch_size": params.global_batch_size,
-        "seed": ctx.seed,
-        "data": fingerprint(data),
-    }
+    of_params = {"total_steps": steps, "global_batch_size": params.global_batch_size}
+    identity = {**of_params, "seed": ctx.seed, "data": fingerprint(data)}
     saved = find_saved(ctx, identity)
     passes = steps * batch.global_batch_size / len(data)
     ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.stage import Context
 from stages.lib.formulas.token_losses import Tensors
-from stages.lib.models.drawing import evaluating, generator_states, in_words, require_repeatable, same_states
+from stages.lib.models.drawing import evaluating, generator_states, named_draws, require_repeatable, same_states
 from stages.lib.training.dropout import RowDropout
 from stages.lib.training.engine import Engine
 from stages.lib.training.scheduling import seed_of
@@ -54,7 +54,7 @@ class Randomness:
         if self.without_dropout:
             require_repeatable(self.device, lambda: loss(row), in_training=True)
         elif self.dropout.strange:
-            self.tell(in_words(self.dropout.strange))
+            self.tell(named_draws(self.dropout.strange))
         elif self.dropout.sites and len(batches) > 2:
             other, both = batches[2:]
             self.require_promise(loss, [row, other], both, exact=exact)
