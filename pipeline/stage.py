@@ -68,6 +68,8 @@ class Estimate:
     disk_bytes: int | None = None
     folder: Path | None = None
     """Where it lies, if it is there already: what its files say of it can be read."""
+    notes: tuple[str, ...] | None = None
+    """Sentences on the run that a user should read before it starts."""
 
 
 @dataclass(frozen=True)

@@ -189,18 +189,41 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "dropout does not depend on the position",
+        "dropout depends on the place in the micro batch",
         "stages/lib/training",
-        'int(batch["positions"][0])',
-        "0",
-        ("tests/distributed/test_training_library.py::test_dropout_differs_between_steps_and_is_repeated_by_a_seed",),
+        "seed_of(seed, positions[index % count], index // count)",
+        "seed_of(seed, index % count, index // count)",
+        (
+            "tests/invariants/test_dropout_invariance.py::test_losses_with_dropout_do_not_depend_on_how_a_step_is_spread",
+        ),
     ),
     Mutation(
-        "a rank's random state not restored",
+        "what is computed again draws something else",
         "stages/lib/training",
-        'torch.manual_seed(seed_of(self.ctx.seed, int(batch["positions"][0])))',
+        "after, now.counts = now.counts, Counter(counts)",
+        "after = now.counts",
+        (
+            "tests/numerics/test_row_dropout.py::test_what_is_computed_again_draws_what_it_drew",
+            "tests/numerics/test_row_dropout.py::test_a_layer_that_is_called_twice_drops_twice_and_the_same_when_computed_again",
+        ),
+    ),
+    Mutation(
+        "a reference is not called twice",
+        "stages/lib/preferring/reference.py",
+        "        require_quiet(model, str(self.folder))\n",
+        "",
+        (
+            "tests/integration/test_dropout_off.py::test_a_reference_that_forgets_is_refused_and_taken_once_its_rate_is_0",
+        ),
+    ),
+    Mutation(
+        "what no dropout draws is not seeded",
+        "stages/lib/training",
+        "torch.manual_seed(seed_of(self.ctx.seed, positions[0]))",
         "pass",
-        ("tests/distributed/test_training_resume.py::test_killed_in_a_step",),
+        (
+            "tests/distributed/test_training_library.py::test_what_is_drawn_by_no_dropout_differs_between_steps_is_repeated_by_a_seed_and_is_told",
+        ),
     ),
     Mutation(
         "loss of fixed data not multiplied by the number of processes",

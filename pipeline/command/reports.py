@@ -51,7 +51,7 @@ WIDTH = 100
 
 
 def plan_lines(plan: Plan, store: Store) -> list[str]:
-    """A line per step (action, reason), under it the arithmetic of the steps that will run; at the end the disk."""
+    """A line per step (action, reason), under it the arithmetic and notes of the steps that will run; at the end the disk."""
     lines = []
     width = max(len(step.name) for step in plan.steps)
     for step in plan.steps:
@@ -59,6 +59,8 @@ def plan_lines(plan: Plan, store: Store) -> list[str]:
         detail = arithmetic(step.estimate, step.recipe_step.resources.world_size)
         if detail and step.action is not Action.SKIP:
             lines.append(f"{'':<{width}}           {detail}")
+        if step.action is not Action.SKIP:
+            lines += [f"{'':<{width}}           note: {note}" for note in step.estimate.notes or ()]
     counts = {action: sum(step.action is action for step in plan.steps) for action in Action}
     words = {action: f"to {action}" for action in Action} | {Action.BLOCKED: "blocked"}
     lines.append(", ".join(f"{count} {words[action]}" for action, count in counts.items() if count))

@@ -20,6 +20,7 @@ from stages.lib.formulas.bounds import Scale, Weight
 from stages.lib.formulas.preference_losses import PREFERENCE_LOSSES, PreferenceLossName
 from stages.lib.models.architectures import vocabulary_problems
 from stages.lib.models.arithmetic import BYTES
+from stages.lib.models.noise import noise_problems
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class DPOParams(PreferenceParams):
 
 def estimate(forecast: Forecast) -> Estimate:
     """The training's; its memory is that of the reference's pass where this takes more, as it may under ZeRO-3."""
-    known = estimate_preference_training(forecast)
+    known = estimate_preference_training(forecast, without_dropout=True)
     reference = forecast.inputs.get("reference", forecast.inputs.get("model", Estimate())).parameters
     if known.memory_bytes_per_rank is None or reference is None:
         return known
@@ -63,7 +64,11 @@ def estimate(forecast: Forecast) -> Estimate:
 def check(forecast: Forecast) -> list[Problem]:
     """What is wrong before the step runs: also a reference that cannot be of the same tokenizer."""
     hint = "Policy and reference must be of the same tokenizer."
-    return [*check_preference_training(forecast), *vocabulary_problems(forecast, "reference", "model", hint)]
+    return [
+        *check_preference_training(forecast),
+        *vocabulary_problems(forecast, "reference", "model", hint),
+        *noise_problems(forecast.inputs.get("model", Estimate()).architecture or {}),
+    ]
 
 
 def run(ctx: Context, params: DPOParams) -> Result:
@@ -101,6 +106,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
         collate=collate,
         objective=objective,
         evaluate=lambda evaluator: objective.heldout_metrics(evaluator, heldout_pairs, collate),
+        without_dropout=True,
     )
     metrics = {
         **trained.after,

@@ -193,6 +193,7 @@ def load_teacher(
     """
     from transformers import AutoModelForCausalLM
 
+    from stages.lib.models.drawing import require_quiet
     from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
 
     teacher = load_model(AutoModelForCausalLM, ctx.inputs["teacher"])
@@ -200,6 +201,7 @@ def load_teacher(
     teacher.to(device, DTYPES[params.precision]).eval().requires_grad_(False)
     # With a cache transformers would not look for the documents' borders in the positions.
     teacher.config.use_cache = False
+    require_quiet(teacher, "inputs.teacher")
     return teacher
 
 

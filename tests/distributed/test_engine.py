@@ -64,7 +64,7 @@ class Steep(TokenObjective):
     calls = 0
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.calls += 1
+        self.calls += torch.is_grad_enabled()  # not where the model is looked at before training
         loss = super().loss_sum(model, batch)
         return loss + (loss * 0).sqrt() if self.calls == 2 else loss
 

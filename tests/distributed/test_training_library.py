@@ -166,18 +166,23 @@ def test_only_matrices_are_decayed(tmp_path: Path) -> None:
     assert any("norm" in name for name in before)
 
 
-def test_dropout_differs_between_steps_and_is_repeated_by_a_seed(tmp_path: Path) -> None:
+def test_what_is_drawn_by_no_dropout_differs_between_steps_is_repeated_by_a_seed_and_is_told(tmp_path: Path) -> None:
     seen: list[float] = []
 
     class Watched(TokenObjective):
         def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            seen.append(torch.rand(1).item())
+            if torch.is_grad_enabled():
+                seen.append(torch.rand(1).item())
             return super().loss_sum(model, batch)
 
     for name in ("one", "two"):
-        run(context(tmp_path / name, micro_batch_size=2), Watched(), max_steps=3)
+        ctx = context(tmp_path / name, micro_batch_size=2)
+        run(ctx, Watched(), max_steps=3)
     assert seen[:6] == seen[6:]
     assert len(set(seen)) == 6
+    notes = [event["text"] for event in ctx.journal.events("note") if "draws at random" in event["text"]]
+    assert len(notes) == 1
+    assert "depends on micro_batch_size and the number of processes" in notes[0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -186,7 +191,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, value: float) ->
         calls = 0
 
         def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            self.calls += 1
+            self.calls += torch.is_grad_enabled()  # not where the model is looked at before training
             return super().loss_sum(model, batch) * (value if self.calls == 3 else 1.0)
 
     ctx = context(tmp_path, save_every_steps=1)
@@ -201,7 +206,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
         calls = 0
 
         def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            self.calls += 1
+            self.calls += torch.is_grad_enabled()  # not where the model is looked at before training
             loss = super().loss_sum(model, batch)
             # The square root of 0 is 0, and infinitely steep.
             return loss + (loss * 0).sqrt() if self.calls == 2 else loss

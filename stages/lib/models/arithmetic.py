@@ -296,6 +296,7 @@ def memory_bytes_per_rank(
     layers: int,
     vocabulary: int,
     gradient_checkpointing: bool,
+    dropped_heads: int = 0,
 ) -> int:
     """What one process needs at most on its device while it trains, in bytes; the libraries' own share is not in it.
 
@@ -305,16 +306,18 @@ def memory_bytes_per_rank(
     stage 2 the gradients too, stage 3 the weights as well. What the layout moves to the host is not counted.
 
     Activations: 17 numbers of `hidden` per token and layer (Korthikanti et al., 2022, equation 2, with attention whose
-    matrix is never whole), with gradient checkpointing 1 and one whole layer. Logits: in `precision`, in float32, and
-    their gradient.
+    matrix is never whole), with gradient checkpointing 1 and one whole layer. With dropout in attention its matrix is whole, of
+    `dropped_heads` heads: in float32, as a mask of 1 byte, and in `precision`. Logits: in `precision`, in float32, and their
+    gradient.
     """
     width = BYTES[precision]
     states = state_bytes_per_rank(parameters=parameters, layout=layout, world_size=world_size, precision=precision)
     tokens = micro_batch * sequence_length
     kept_layers = 1 + layers / 17 if gradient_checkpointing else layers
     activations = tokens * hidden * 17 * width * kept_layers
+    matrices = tokens * sequence_length * dropped_heads * (4 + 1 + width) * (1 if gradient_checkpointing else layers)
     logits = tokens * vocabulary * (width + 4 + 4)
-    return int(states + activations + logits)
+    return int(states + activations + matrices + logits)
 
 
 def state_bytes_per_rank(*, parameters: int, layout: Mapping[str, Any] | None, world_size: int, precision: str) -> int:

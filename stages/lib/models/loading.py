@@ -27,6 +27,7 @@ from pipeline.store.durable import replacing_folder
 from stages.lib.formulas.seeds import NUMPY_BITS, bounded_seed
 from stages.lib.models.classifiers import classifier_class
 from stages.lib.models.config import read_config
+from stages.lib.models.drawing import require_quiet
 from stages.lib.processes.collectives import from_main
 from stages.lib.processes.joining import join_processes
 
@@ -90,7 +91,10 @@ def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel
 
 
 def without_dropout(model: Any) -> Any:
-    """The model with its dropout switched off: else a policy and its reference would differ by chance from the first step."""
+    """The model with the dropout of its modules switched off: else a policy and its reference would differ by chance.
+
+    What its class drops by calling functions with other rates is switched off once it can be called: `training/dropout.py`.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -125,7 +129,8 @@ def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def load_language_model(folder: Path, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The causal model in `folder`, quantized or not, in the precision it was published in, ready for inference.
 
-    Quantized weights are unpacked to that precision while loading. Raises `ArtifactError` if weights are missing.
+    Quantized weights are unpacked to that precision while loading. Raises `ArtifactError` if weights are missing, or if the
+    model says something else of the same tokens each time.
     """
     quantization = read_config(folder).get("quantization_config")
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantization else {}
@@ -136,7 +141,9 @@ def load_language_model(folder: Path, device: str | torch.device = "cpu") -> Pre
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ArtifactError(Problem(str(folder), f"does not hold the weights {missing}", "Name a causal model."))
-    return model.to(device).eval()
+    model.to(device).eval()
+    require_quiet(model, str(folder))
+    return model
 
 
 @contextlib.contextmanager

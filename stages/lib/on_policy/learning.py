@@ -53,9 +53,7 @@ class Learner:
             )
             for start in range(0, share, micro)
         ]
-        torch.manual_seed(
-            seed_of(ctx.seed, step)
-        )  # for what an architecture draws by itself, as routers do that jitter
+        torch.manual_seed(seed_of(ctx.seed, step))  # for what is drawn without being seen in what comes out
         totals: Tensors = {}
         if self.parts.mixture is not None:
             self.parts.mixture.add_gradients(engine, step, params.ptx_coefficient, totals)

@@ -6,7 +6,8 @@ distinguishes the algorithms is how advantages come of rewards, and whether the 
 loss: an `Algorithm` (parts.py).
 
 Nothing here draws from a global random generator. Completions, prompts and minibatches are functions of (seed, position),
-so that neither a restart nor the number of processes changes them. Log-probabilities are those of a policy without dropout.
+so that neither a restart nor the number of processes changes them. Log-probabilities are those of a policy without dropout,
+which is proven before the first rollout (quiet.py).
 """
 
 from __future__ import annotations

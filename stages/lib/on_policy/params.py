@@ -16,6 +16,7 @@ from stages.lib.models.adapters import LoraParams
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
+from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.text.template_forecast import untaught_problems
 from stages.lib.training.forecast import check_training, estimate_training
@@ -171,7 +172,7 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     if "reference" in roles and not params.kl_coefficient:
         problems.append(Problem("inputs.reference", "is not used while kl_coefficient is 0", "Remove it."))
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
-    problems += room_problems(architecture, params)
+    problems += room_problems(architecture, params) + noise_problems(architecture)
     if params.lora is not None:
         problems += adapter_problems(architecture, params.lora.target_modules)
     problems += untaught_problems(forecast, reads_chats=params.rendering == "chat")
@@ -211,6 +212,7 @@ def estimate_on_policy(forecast: Forecast) -> Estimate:
         sequence_length=params.max_prompt_tokens + params.max_new_tokens,
         vocabulary_size=model.vocabulary_size,
         total_steps=params.total_steps,
+        without_dropout=True,
     )
     if known.memory_bytes_per_rank is None or known.parameters is None:
         return known

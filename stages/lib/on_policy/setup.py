@@ -29,6 +29,7 @@ from stages.lib.on_policy.params import OnPolicyParams, room_problems
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts
 from stages.lib.on_policy.ptx import ChatMixture
 from stages.lib.on_policy.publish import publish_critic, publish_policy
+from stages.lib.on_policy.quiet import switch_dropout_off
 from stages.lib.on_policy.reward_params import learned
 from stages.lib.on_policy.rewards import check_rows
 from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
@@ -167,6 +168,8 @@ def build_parts(ctx: Context, params: OnPolicyParams, opened: Opened, device: to
         trained.append((module.value, opened.value_learning_rate or params.learning_rate))
     groups, rates = parameter_groups(trained, params.weight_decay)
     engine = Engine(ctx, module, groups, params, layout, device)
+    reference = reference_of(params, engine, frozen_reference)
+    switch_dropout_off(engine, int(policy.config.get_text_config().vocab_size), reference)
     return Parts(
         tokenizer=opened.tokenizer,
         stop_ids=stop_token_ids(opened.tokenizer),
@@ -177,7 +180,7 @@ def build_parts(ctx: Context, params: OnPolicyParams, opened: Opened, device: to
         generator=make_generator(ctx, params, engine, module, vllm),
         rates=rates,
         scorer=scorer,
-        reference=reference_of(params, engine, frozen_reference),
+        reference=reference,
         mixture=opened.mixture,
         parameters=count_parameters(module),
         policy_parameters=policy_parameters,
@@ -237,13 +240,13 @@ def reference_of(
 ) -> Callable[..., Judged] | None:
     """The reference's judgement: of a model of its own, or of the policy's backbone; None where nothing holds the policy."""
 
-    def shared(**inputs: Any) -> Any:
-        return engine.infer(**inputs, by_reference=True)
+    def shared(*inputs: Any, **named: Any) -> Any:
+        return engine.infer(*inputs, **named, by_reference=True)
 
-    def own(**inputs: Any) -> Any:
+    def own(*inputs: Any, **named: Any) -> Any:
         assert frozen_reference is not None
         with torch.no_grad(), engine.rounding():
-            return frozen_reference(**inputs)
+            return frozen_reference(*inputs, **named)
 
     if not params.kl_coefficient:
         return None

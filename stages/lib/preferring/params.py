@@ -33,7 +33,7 @@ def check_preference_training(forecast: Forecast) -> list[Problem]:
     ]
 
 
-def estimate_preference_training(forecast: Forecast) -> Estimate:
+def estimate_preference_training(forecast: Forecast, *, without_dropout: bool = False) -> Estimate:
     """What is known of the model, and of the steps if no pair is dropped."""
     model = forecast.inputs.get("model", Estimate())
     length = forecast.params.max_length_tokens
@@ -45,5 +45,6 @@ def estimate_preference_training(forecast: Forecast) -> Estimate:
         # In memory a pair is as much as one sequence of twice the length.
         sequence_length=2 * length,
         vocabulary_size=model.vocabulary_size,
+        without_dropout=without_dropout,
     )
     return replace(known, sequence_length=length)

@@ -19,6 +19,7 @@ from pipeline.errors import ArtifactError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import MANIFEST, digest_file, files_below, read_manifest
 from pipeline.store.durable import replacing, require_room
+from stages.lib.models.drawing import require_quiet
 from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
 from stages.lib.preferring.answers import answer_logprobs
 from stages.lib.preferring.pairs import Pairs, collate_pairs
@@ -106,6 +107,7 @@ class ReferencePass:
         # As the training engine will hold the policy: DeepSpeed rounds the weights, else only the arithmetic is rounded.
         rounded = self.ctx.resources.deepspeed is not None
         model.to(device, DTYPES[self.precision] if rounded else torch.float32).eval()
+        require_quiet(model, str(self.folder))
         rounding = torch.autocast(device.type, DTYPES[self.precision], enabled=not rounded and self.precision != "fp32")
         collate = collate_pairs(padding_of(tokenizer))
         rounds = math.ceil(len(waiting) / world.size)

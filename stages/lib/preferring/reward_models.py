@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from pipeline.errors import ArtifactError, Problem
 from pipeline.store.artifact import MANIFEST, read_manifest
 from stages.lib.models.asking import without_cache
+from stages.lib.models.drawing import require_quiet
 from stages.lib.models.loading import load_model
 from stages.lib.text.chat_spans import encode_chat
 from stages.lib.text.chat_template import Messages
@@ -100,10 +101,11 @@ def load_reward_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a reward model, in float32, ready for inference.
 
-    Raises `ArtifactError` if the head or anything else would be new, if it gives more than one score, or if it does not
-    score the fixed prompts as its manifest says.
+    Raises `ArtifactError` if the head or anything else would be new, if it gives more than one score, if it gives another one
+    each time, or if it does not score the fixed prompts as its manifest says.
     """
     model = load_model(AutoModelForSequenceClassification, folder).to(device).eval()
+    require_quiet(model, str(folder))
     tokenizer = load_tokenizer(folder)
     problem = None
     if model.config.num_labels != 1:

@@ -8,8 +8,9 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
+from stages.lib.models.noise import dropped_heads, noise_notes
 from stages.lib.training.layouts import complete_layout, read_layout, zero_stage
-from stages.lib.training.params import derive_batch, optimizer_steps
+from stages.lib.training.params import TrainingParams, derive_batch, optimizer_steps
 
 
 def check_training(forecast: Forecast, global_batch_size: int | None = None) -> list[Problem]:
@@ -40,23 +41,23 @@ def estimate_training(
     vocabulary_size: int | None = None,
     train_tokens: int | None = None,
     total_steps: int | None = None,
+    without_dropout: bool = False,
 ) -> Estimate:
     """What `plan` can say of a training step: steps, batch, parameters, memory and disk, as far as each is known.
 
-    `total_steps` where the stage's own params say them.
+    `total_steps` where the stage's own params say them, `without_dropout` where it drops nothing.
     """
     params, resources = forecast.params, forecast.resources
     if global_batch_size is not None:
         params = params.model_copy(update={"global_batch_size": global_batch_size})
     known = params.global_batch_size is not None
     batch = derive_batch(params.global_batch_size, resources) if known else None
-    steps = total_steps
-    if steps is None:
-        steps = optimizer_steps(params, num_rows or 0) if known and (params.max_steps or num_rows) else params.max_steps
+    steps = total_steps or params_steps(params, num_rows)
     # With the vocabulary unknown the size of the embeddings would be a guess.
     if parameters is None and architecture is not None and architecture.get("vocab_size"):
         parameters = parameter_count(architecture)
-    sizes = [field_of(architecture or {}, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    config = architecture or {}
+    sizes = [field_of(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
     memory = None
     if parameters and batch and sequence_length and all(sizes):
         memory = memory_bytes_per_rank(
@@ -70,7 +71,9 @@ def estimate_training(
             layers=sizes[1],
             vocabulary=sizes[2],
             gradient_checkpointing=resources.gradient_checkpointing,
+            dropped_heads=0 if without_dropout else dropped_heads(config),
         )
+    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1)
     return Estimate(
         parameters=parameters,
         architecture=architecture,
@@ -83,10 +86,15 @@ def estimate_training(
         micro_batch_size=batch.micro_batch_size if batch else None,
         accumulation=batch.accumulation if batch else None,
         memory_bytes_per_rank=memory,
-        disk_bytes=parameters * (4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1))
-        if parameters
-        else None,
+        disk_bytes=parameters * per_parameter if parameters else None,
+        notes=None if without_dropout else noise_notes(config),
     )
+
+
+def params_steps(params: TrainingParams, num_rows: int | None) -> int | None:
+    """The steps that the params and as many rows make, as far as they are known."""
+    known = params.global_batch_size is not None and (params.max_steps or num_rows)
+    return optimizer_steps(params, num_rows or 0) if known else params.max_steps
 
 
 CHECKPOINT_BYTES_PER_PARAMETER = 18

@@ -7,7 +7,9 @@ is spread over processes, logged, saved and resumed:
   p // global_batch_size. So neither the number of processes nor the micro batch nor a restart changes what a step sees.
 - A step's loss is the sum over all its rows in all processes, divided by the number of units (tokens, pairs) in all of
   them: accumulation and data parallelism average nothing on the way.
-- Dropout draws from a generator seeded anew for every micro batch from (seed, position). So no generator is ever saved.
+- What dropout drops of a row is a function of (seed, position), whichever process holds the row and whatever stands beside
+  it: dropout.py. What else a model draws comes from a generator seeded anew for every micro batch from (seed, position), and
+  is told. So no generator is ever saved.
 - A loss or a gradient that is not finite ends the run before the optimizer steps.
 """
 
@@ -32,14 +34,14 @@ from stages.lib.models.formats import formats_to_publish
 from stages.lib.models.loading import count_parameters
 from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
-from stages.lib.processes.joining import join_processes, use_threads
+from stages.lib.processes.joining import join_processes
 from stages.lib.text.batches import Collate, num_tokens, with_positions
 from stages.lib.training.engine import Engine, Stepped
 from stages.lib.training.evaluating import Evaluator, Metrics, StopRequested
-from stages.lib.training.layouts import complete_layout, fit_to_width, split_while_loading
-from stages.lib.training.optimizer import parameter_groups
+from stages.lib.training.making import make_engine
 from stages.lib.training.params import Batch, TrainingParams, derive_batch, learning_rate_factor, optimizer_steps
-from stages.lib.training.scheduling import ScheduledData, fingerprint, seed_of
+from stages.lib.training.randomness import Randomness
+from stages.lib.training.scheduling import ScheduledData, fingerprint
 from stages.lib.training.state import Saved, Window, find_measured, find_saved, save_checkpoint, write_receipt
 
 
@@ -67,6 +69,10 @@ class Trained:
     """Mean training loss per unit over the steps that the last line of the journal covers."""
     dtype: str = "fp32"
     """The number format of the published weights, or of most of them."""
+
+
+LOOKED_AT = 32
+"""Rows among which two are chosen to call the model with before training."""
 
 
 @dataclass
@@ -99,6 +105,7 @@ class Training:
     objective: Objective
     evaluate: Callable[[Evaluator], Metrics]
     engine: Engine
+    randomness: Randomness
     rates: Sequence[float]
     """Highest learning rate of each of the optimizer's groups."""
     parameters: int
@@ -111,6 +118,7 @@ class Training:
     def run(self) -> Trained:
         """Trains from where `progress` stands. Raises `Preempted` after a save when the process was asked to stop."""
         progress = self.progress
+        self.look_at_model()
         try:
             if progress.step == 0:
                 progress.before = self.heldout()
@@ -125,6 +133,15 @@ class Training:
             raise Preempted(f"while measuring, at step {progress.step} of {self.steps}") from None
         assert progress.before is not None and progress.window.last_mean is not None
         return Trained(progress.before, after, self.steps, self.parameters, progress.window.last_mean)
+
+    def look_at_model(self) -> None:
+        """Finds out what the model draws at random, on the first rows that ask for something."""
+        first = range(min(LOOKED_AT, len(self.schedule)))
+        asking = [place for place in first if float(self.objective.count(self.batch_at([place])))] or [0]
+        row, other = asking[0], asking[-1]
+        batches = [[row], [row, row]] + ([[other], [row, other]] if other != row else [])
+        exact = self.params.precision == "fp32"
+        self.randomness.look(self.engine, self.loss_sum, list(map(self.batch_at, batches)), exact=exact)
 
     def take_step(self) -> None:
         """One optimizer step on the rows at its positions, all processes together."""
@@ -142,7 +159,8 @@ class Training:
             )
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
-            engine.backward(partial(self.loss, batch, units, losses), last=number == len(batches) - 1)
+            with self.randomness.of(batch, step):
+                engine.backward(partial(self.loss, batch, units, losses), last=number == len(batches) - 1)
         (loss,) = all_reduce_sum([float(torch.stack(losses).sum())])
         self.require_finite_number("loss", loss / units)
         factor = learning_rate_factor(self.params, step, self.steps)
@@ -159,16 +177,22 @@ class Training:
         micro, world = self.batch.micro_batch_size, self.ctx.world
         first = step * self.batch.global_batch_size
         starts = [first + (number * world.size + world.rank) * micro for number in range(self.batch.accumulation)]
-        return [self.collate([self.schedule[p] for p in range(start, start + micro)]) for start in starts]
+        return [self.batch_at(range(start, start + micro)) for start in starts]
+
+    def batch_at(self, positions: Sequence[int]) -> Tensors:
+        return self.collate([self.schedule[position] for position in positions])
+
+    def loss_sum(self, batch: Tensors) -> torch.Tensor:
+        """The summed loss of a micro batch."""
+        inputs = {name: tensor.to(self.engine.device) for name, tensor in batch.items() if name != "positions"}
+        return self.objective.loss_sum(self.engine.wrapped, inputs)
 
     def loss(self, batch: Tensors, units: float, losses: list[torch.Tensor]) -> torch.Tensor:
         """This micro batch's share of the step's loss, times the number of processes, which average gradients.
 
         Its sum, in double precision, is added to `losses`.
         """
-        inputs = {name: tensor.to(self.engine.device) for name, tensor in batch.items() if name != "positions"}
-        torch.manual_seed(seed_of(self.ctx.seed, int(batch["positions"][0])))
-        loss_sum = self.objective.loss_sum(self.engine.wrapped, inputs)
+        loss_sum = self.loss_sum(batch)
         losses.append(loss_sum.detach().double())
         return loss_sum / torch.tensor(units, dtype=loss_sum.dtype) * self.ctx.world.size
 
@@ -250,13 +274,15 @@ def train(
     objective: Objective,
     evaluate: Callable[[Evaluator], Metrics],
     stop_ids: list[int] | None = None,
+    without_dropout: bool = False,
 ) -> Trained:
     """Trains `make_model()` on `data` and publishes it, with `tokenizer` (or the one in that folder), to `ctx.out`.
 
     `make_model` is called once the memory layout is known, in every process: it loads from a folder (of an input, or
     from `loading.initial_weights`), so that ZeRO-3 can split the weights while they are read. `evaluate` is called
-    before the first step, after the last, and every `evaluate_every_steps`. All arguments must be the same in every
-    process. Raises `Preempted` after a save when the process was asked to stop.
+    before the first step, after the last, and every `evaluate_every_steps`. `without_dropout`: what is learned compares the
+    model with another one. All arguments must be the same in every process. Raises `Preempted` after a save when the process
+    was asked to stop, `ArtifactError` if the model is random where it must not be.
     """
     device = join_processes(ctx)
     if not len(data):
@@ -264,17 +290,14 @@ def train(
     steps = optimizer_steps(params, len(data))
     require_sound(params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
-    identity = {
-        "total_steps": steps,
-        "global_batch_size": params.global_batch_size,
-        "seed": ctx.seed,
-        "data": fingerprint(data),
-    }
+    of_params = {"total_steps": steps, "global_batch_size": params.global_batch_size}
+    identity = {**of_params, "seed": ctx.seed, "data": fingerprint(data)}
     saved = find_saved(ctx, identity)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
     passes = steps * batch.global_batch_size / len(data)
     ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")
-    engine, model, rates = make_engine(ctx, params, batch, make_model, device)
+    randomness = Randomness(ctx, device, without_dropout)
+    engine, model, rates = make_engine(ctx, params, batch, make_model, device, randomness)
     if saved is not None:
         engine.load(saved.folder)
         write_receipt(ctx, params, batch, len(data), steps, saved)
@@ -288,6 +311,7 @@ def train(
         objective=objective,
         evaluate=evaluate,
         engine=engine,
+        randomness=randomness,
         rates=rates,
         parameters=count_parameters(model),
         identity=identity,
@@ -309,37 +333,3 @@ def require_sound(params: TrainingParams, steps: int, device: torch.device) -> N
         problems.append(Problem("params.precision", "is fp16, which no CPU trains in", "Take bf16 or fp32."))
     if problems:
         raise RecipeError(*problems)
-
-
-def make_engine(
-    ctx: Context,
-    params: TrainingParams,
-    batch: Batch,
-    make_model: Callable[[], PreTrainedModel],
-    device: torch.device,
-) -> tuple[Engine, PreTrainedModel, list[float]]:
-    """The engine, the model that it trains, and the highest learning rate of each of the optimizer's groups."""
-    layout = complete_layout(ctx.resources, params, batch)
-    with split_while_loading(layout):
-        model = make_model()
-    prepare(model, ctx)
-    groups, rates = parameter_groups([(model, params.learning_rate)], params.weight_decay)
-    engine = Engine(ctx, model, groups, params, fit_to_width(layout, width_of(model)), device)
-    use_threads(ctx.resources)
-    return engine, model, rates
-
-
-def prepare(model: PreTrainedModel, ctx: Context) -> None:
-    """The model ready to be trained: without a cache of keys and values, and with checkpointing where it is asked for."""
-    model.config.use_cache = False
-    if ctx.resources.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            what = f"is true, and {type(model).__name__} has no such thing"
-            raise RecipeError(Problem("resources.gradient_checkpointing", what, "Set it to false."))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-
-
-def width_of(model: PreTrainedModel) -> int:
-    """The model's hidden size."""
-    return int(model.config.get_text_config().hidden_size)
