@@ -111,7 +111,7 @@ def test_an_encoder_of_others_judges_answers(world: World, model_type: str) -> N
     rewards = [{"kind": "reward_model"}]
     inputs = {"model": policy, "prompts": world.preferences, "reward": judge}
     world.made("grpo", inputs, rewards=rewards, completions_per_prompt=2, **ROLLOUTS)
-    inputs = {"models.policy": policy, "rewards.judge": judge, "preferences": world.preferences}
+    inputs = {"models.policy": policy, "reward_models.judge": judge, "preferences": world.preferences}
     world.made("evaluate", inputs, heldout_pairs=2, generation={"heldout_prompts": 1, "max_new_tokens": 4})
 
 
