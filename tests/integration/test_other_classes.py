@@ -35,11 +35,11 @@ ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, 
 SIZES: dict[str, dict[str, Any]] = {
     "deberta-v2": {
         **ENCODER,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 512,
         "relative_attention": True,
         "pos_att_type": ["p2c", "c2p"],
     },
-    "bert": {**ENCODER, "max_position_embeddings": 64},
+    "bert": {**ENCODER, "max_position_embeddings": 512},
     "mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256},
 }
