@@ -206,6 +206,19 @@ def test_where_nothing_is_lacking_nothing_is_added(tmp_path: Path, chats: Path) 
     assert "add_tokens adds none" in (tmp_path / "two" / "journal.jsonl").read_text()
 
 
+def test_a_listed_token_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "gpt-2")
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_tokens(["<think>"])
+    assert give_template(tokenizer, "chatml", ["<think>", "<|im_start|>", "<|im_end|>", "<|new|>"]) == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|new|>",
+    ]
+    flags = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    assert not flags["<think>"] and flags["<|new|>"]
+
+
 def test_the_template_of_another_tokenizer_brings_its_tokens(tmp_path: Path, chats: Path) -> None:
     """Those that it is written with, as they are there, and no other of its tokens."""
     other = tmp_path / "other"
