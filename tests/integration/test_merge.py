@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from launch import LAUNCHERS
@@ -21,6 +22,7 @@ from pipeline.store.store import Store
 from stages import STAGES
 from stages.lib.text.tokenizers import load_tokenizer
 from tests.families import write_base_model
+from tests.integration.on_policy_world import make_on_policy_world
 from tests.integration.tiny_language_model import run_stage
 
 pytestmark = pytest.mark.slow
@@ -125,12 +127,28 @@ def test_a_recipe_takes_an_adapter_with_its_base(tmp_path: Path, base: Path) -> 
     assert len({first, second, planned_id()}) == 3
 
 
-def test_an_adapter_in_an_artifact_is_found(tmp_path: Path, base: Path) -> None:
-    """Where a model was trained with lora, the adapter lies in a folder of its own."""
-    model = adapted(base, tmp_path / "artifact" / "adapter")
-    _, out = merged(base, tmp_path / "artifact", tmp_path / "merge")
-    ids = torch.tensor([[1, 5, 9]])
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(ids).logits, model(ids).logits)
+def test_the_adapter_of_a_run_with_lora_gives_what_that_run_published(tmp_path: Path) -> None:
+    """It lies in a folder of its own within the artifact."""
+    world = make_on_policy_world(tmp_path / "world")
+    params = {
+        "rewards": [{"kind": "length_penalty", "target_tokens": 2, "per_token": 0.1}],
+        "lora": {"rank": 2},
+        "completions_per_prompt": 2,
+        "rollouts": 1,
+        "rollout_batch_size": 4,
+        "global_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_prompt_tokens": 64,
+        "max_new_tokens": 8,
+        "heldout_prompts": 2,
+    }
+    _, context = run_stage(STAGES["grpo"], world.inputs, params, tmp_path / "grpo")
+    result, out = merged(world.model, context.out, tmp_path / "merge")
+    assert result.metrics["relative_change"] > 0
+    published, again = (load_file(folder / "model.safetensors") for folder in (context.out, out))
+    assert published.keys() == again.keys()
+    for name, tensor in published.items():
+        torch.testing.assert_close(again[name], tensor)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
