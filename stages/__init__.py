@@ -8,7 +8,7 @@ from stages.compression import distill, quantize
 from stages.data import clean, mix, pack, tokenizer
 from stages.encoder import annotate, answer, classify, extract
 from stages.evaluation import evaluate
-from stages.language_model import pretrain, sft
+from stages.language_model import merge, pretrain, sft
 
 STAGES: dict[str, Stage] = {
     "clean": clean.STAGE,
@@ -17,6 +17,7 @@ STAGES: dict[str, Stage] = {
     "pack": pack.STAGE,
     "pretrain": pretrain.STAGE,
     "sft": sft.STAGE,
+    "merge": merge.STAGE,
     "reward": reward.STAGE,
     "dpo": dpo.STAGE,
     "ppo": ppo.STAGE,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, shown
-from pipeline.settings.paths import is_file, read_json
+from pipeline.settings.paths import holds_file, is_file, read_json
 from pipeline.store.artifact import Kind
 
 SIZES = frozenset(
@@ -34,11 +34,11 @@ def weights_in(path: Path) -> list[Path]:
 
 def is_an_adapter(path: Path) -> str:
     """That a folder holds a peft adapter alone, and how to make a model of it."""
-    base = shown(read_json(path / ADAPTER).get("base_model_name_or_path"))
+    base = read_json(path / ADAPTER).get("base_model_name_or_path")
+    model = base if isinstance(base, str) and holds_file(Path(base), "config.json") else "FOLDER"
     return (
-        f"{path} holds an adapter for {base}, and no model. Merge it into one: "
-        f"`from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(path)!r}).merge_and_unload()"
-        ".save_pretrained(FOLDER)`, and copy the tokenizer's files there."
+        f"It is an adapter for {shown(base)}, and no model. Merge the two in a stage of its own, and name that stage "
+        f"here: `merged: {{kind: merge, inputs: {{model: {model}, adapter: {path}}}}}`."
     )
 
 
@@ -67,6 +67,12 @@ def is_quantized(path: Path) -> str:
         "m.save_pretrained(FOLDER, state_dict={k: v for k, v in m.state_dict().items() "
         "if not k.rpartition('.')[2].startswith('weight_')})`, and copy the tokenizer's files there."
     )
+
+
+def way_out(path: Path, kind: Kind) -> str | None:
+    """How to make a causal model of a folder that holds none, where that can be said."""
+    ways = {Kind.ADAPTER: is_an_adapter, Kind.QUANTIZED_LM: is_quantized}
+    return ways[kind](path) if kind in ways else None
 
 
 def quantization_problem(config: Path, block: Mapping[str, Any]) -> str | None:
@@ -106,7 +112,7 @@ def kind_of_folder(path: Path) -> Kind:
     """
     config = path / "config.json"
     if is_file(path / ADAPTER) and not weights_in(path):
-        raise RecipeError(is_an_adapter(path))
+        return Kind.ADAPTER
     if not is_file(config):
         if any(is_file(path / name) for name in ("tokenizer.json", *SENTENCEPIECE)):
             return Kind.TOKENIZER

@@ -19,7 +19,7 @@ from pipeline.errors import (
     shown_path,
 )
 from pipeline.recipe.graph import in_order, needed_for
-from pipeline.recipe.outside import is_quantized, kind_of_folder, tokenizer_problem, weights_problem
+from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, way_out, weights_problem
 from pipeline.recipe.overrides import apply_overrides
 from pipeline.recipe.recipe import (
     HUB,
@@ -184,7 +184,7 @@ class Reader:
                 manifest = read_manifest(path)
                 return Outside(path, manifest.artifact_kind, manifest.artifact_id)
             kind = kind_of_folder(path)
-            problem = weights_problem(path) if kind is not Kind.TOKENIZER else None
+            problem = None if kind in (Kind.TOKENIZER, Kind.ADAPTER) else weights_problem(path)
             if problem := problem or tokenizer_problem(path):
                 self.problem(where, problem)
                 return None
@@ -325,9 +325,8 @@ class Reader:
                 self.problem(
                     f"stages.{name}.inputs.{role}",
                     f"needs {wanted}, and {given} {kind}",
-                    is_quantized(source.path)
-                    if isinstance(source, Outside) and kind is Kind.QUANTIZED_LM
-                    else kind_hint(declared, kinds, name),
+                    (way_out(source.path, kind) if isinstance(source, Outside) else None)
+                    or kind_hint(declared, kinds, name),
                 )
         for role, declared in stage.inputs.items():
             if not declared.optional and role not in spec.inputs:

@@ -51,6 +51,8 @@ class Kind(StrEnum):
     TOKENIZER = "tokenizer"
     TOKENS = "tokens"
     CAUSAL_LM = "causal_lm"
+    ADAPTER = "adapter"
+    """Of peft, without the model that it was trained on."""
     ENCODER = "encoder"
     REWARD_MODEL = "reward_model"
     QUANTIZED_LM = "quantized_lm"

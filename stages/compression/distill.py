@@ -21,6 +21,7 @@ from stages.lib.models.architectures import (
 )
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.families import mixing_problems
+from stages.lib.text.template_forecast import unembedded_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -90,7 +91,7 @@ def check(forecast: Forecast) -> list[Problem]:
     hint = "Teacher, student and tokens must be of the same tokenizer: pack with the teacher's."
     for role in ("teacher", "student"):
         problems += vocabulary_problems(forecast, role, "tokens", hint)
-    return problems
+    return problems + unembedded_problems(forecast)
 
 
 def run(ctx: Context, params: DistillParams) -> Result:

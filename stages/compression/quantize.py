@@ -19,6 +19,7 @@ from stages.lib.models.columns import group_problems, is_ignored, planned_column
 from stages.lib.models.families import quantization_problems
 from stages.lib.models.lengths import longest_text, require_length
 from stages.lib.models.published import PublishedParams
+from stages.lib.text.template_forecast import unembedded_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,9 +98,10 @@ def check(forecast: Forecast) -> list[Problem]:
             what = "leaves layers dt_proj and out_proj to be quantized, which a Mamba can then not be read with again"
             hint = 'Write `ignore: ["lm_head", "re:.*dt_proj", "re:.*out_proj"]`.'
             return [Problem("params.ignore", what, hint)]
+    problems = unembedded_problems(forecast)
     if params.group_size is None:
-        return []
-    return group_problems(planned_columns(architecture, params.ignore), params.group_size)
+        return problems
+    return problems + group_problems(planned_columns(architecture, params.ignore), params.group_size)
 
 
 def run(ctx: Context, params: QuantizeParams) -> Result:

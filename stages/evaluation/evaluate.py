@@ -17,6 +17,7 @@ from pipeline.store.durable import write_text
 from pipeline.store.numbers import json_text, require_finite
 from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy
 from stages.lib.text.chat_fitting import split_last_answer
+from stages.lib.text.template_forecast import unembedded_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ def check(forecast: Forecast) -> list[Problem]:
         problems += check_scored_replies(params.scored_replies, forecast, roles)
     if not roles & {"tokens", "chats", "preferences"} and generation is None:
         problems.append(Problem("inputs", "there is nothing to measure on", "Add tokens, chats or preferences."))
-    return problems
+    return problems + unembedded_problems(forecast)
 
 
 def run(ctx: Context, params: EvaluateParams) -> Result:

@@ -17,6 +17,7 @@ from stages.lib.models.architectures import (
     vocabulary_problems,
 )
 from stages.lib.models.families import mixing_problems
+from stages.lib.text.template_forecast import unembedded_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -110,6 +111,7 @@ def check(forecast: Forecast) -> list[Problem]:
         causal=params.objective == "causal",
         vocabulary_multiple=params.vocabulary_multiple,
     )
+    problems += unembedded_problems(forecast)
     return problems + vocabulary_problems(forecast, "model", "tokens", "Pack with the tokenizer of the model.")
 
 

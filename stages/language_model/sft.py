@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
@@ -41,6 +41,16 @@ class SftParams(TrainingParams):
     """What becomes of the reasoning before an answer: learned like all that the assistant says; read, but nothing is learned from it; or taken out of every turn."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
+
+    @model_validator(mode="after")
+    def what_is_added_is_sound(self) -> SftParams:
+        if self.vocabulary_multiple is not None and self.add_tokens is False:
+            raise ValueError("vocabulary_multiple has no effect without add_tokens: remove it")
+        if isinstance(self.add_tokens, list) and (
+            twice := sorted({t for t in self.add_tokens if self.add_tokens.count(t) > 1})
+        ):
+            raise ValueError(f"add_tokens names {', '.join(twice)} more than once")
+        return self
 
 
 def estimate(forecast: Forecast) -> Estimate:

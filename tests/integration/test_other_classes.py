@@ -35,11 +35,11 @@ ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, 
 SIZES: dict[str, dict[str, Any]] = {
     "deberta-v2": {
         **ENCODER,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 512,
         "relative_attention": True,
         "pos_att_type": ["p2c", "c2p"],
     },
-    "bert": {**ENCODER, "max_position_embeddings": 64},
+    "bert": {**ENCODER, "max_position_embeddings": 512},
     "mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256},
 }
@@ -111,7 +111,7 @@ def test_an_encoder_of_others_judges_answers(world: World, model_type: str) -> N
     rewards = [{"kind": "reward_model"}]
     inputs = {"model": policy, "prompts": world.preferences, "reward": judge}
     world.made("grpo", inputs, rewards=rewards, completions_per_prompt=2, **ROLLOUTS)
-    inputs = {"models.policy": policy, "rewards.judge": judge, "preferences": world.preferences}
+    inputs = {"models.policy": policy, "reward_models.judge": judge, "preferences": world.preferences}
     world.made("evaluate", inputs, heldout_pairs=2, generation={"heldout_prompts": 1, "max_new_tokens": 4})
 
 

@@ -16,7 +16,7 @@ from stages.lib.text.sentencepiece_models import from_sentencepiece
 from stages.lib.text.tokenizers import copy_tokenizer, encode_texts, load_tokenizer, tokenizer_digest
 from tests import rows
 from tests.families import FAMILIES, pieces, write_base_model, write_json, write_tokenizer
-from tests.integration.tiny_language_model import run_stage
+from tests.integration.tiny_language_model import run_stage, write_chats
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +103,19 @@ def test_a_sentencepiece_model_alone_is_read_as_sentencepiece_does(tmp_path: Pat
         STAGES["pack"], {"text": text, "tokenizer": tmp_path}, {"sequence_length": 64}, tmp_path / "pack"
     )
     assert len(PackedTokens(context.out))
+
+
+def test_a_base_model_with_a_sentencepiece_model_alone_learns_chats(tmp_path: Path) -> None:
+    model = write_base_model(tmp_path / "model", "llama-2")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(pieces("llama-2"))
+    params = {"max_length_tokens": 200, "chat_template": "chatml", "add_tokens": True, **TRAINING}
+    inputs = {"model": model, "chats": write_chats(tmp_path / "chats")}
+    result, context = run_stage(STAGES["sft"], inputs, params, tmp_path / "sft")
+    assert result.facts.added_tokens == ["<|im_start|>", "<|im_end|>"]
+    served = AutoTokenizer.from_pretrained(context.out)
+    assert tokenizer_digest(served) == tokenizer_digest(load_tokenizer(context.out)) == result.facts.tokenizer_digest
+    assert encode_texts(served, list(TEXTS)) == encode_texts(load_tokenizer(model), list(TEXTS))
 
 
 def test_what_is_no_sentencepiece_model_is_refused(tmp_path: Path) -> None:

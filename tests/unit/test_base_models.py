@@ -10,10 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import ArtifactError, DataError
+from launch import LAUNCHERS
+from pipeline.errors import ArtifactError, DataError, RecipeError
+from pipeline.recipe.reader import load_recipe
 from pipeline.running.estimates import architecture_of
+from pipeline.running.plan import make_plan
 from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Estimate, Forecast, Result
+from pipeline.store.store import Store
 from stages import STAGES
 from stages.language_model import sft
 from stages.language_model.sft import STAGE, SftParams, give_template
@@ -145,6 +149,35 @@ def test_plan_sees_it_in_every_stage_that_reads_chats(tmp_path: Path, kind: str)
         assert any(what in str(problem) and "`add_tokens: true`" in str(problem) for problem in stage.check(forecast))
 
 
+def test_plan_sees_in_every_role_that_a_model_does_not_embed_its_tokens(tmp_path: Path) -> None:
+    whole, lacking = (write_base_model(tmp_path / str(rows), "gpt-2", rows=rows) for rows in (500, 499))
+    known, odd = (Estimate(architecture=architecture_of(folder), folder=folder) for folder in (whole, lacking))
+    common = {"global_batch_size": 4, "max_steps": 1, "learning_rate": 1e-3}
+    for kind, params, inputs in (
+        ("pretrain", common, {"tokens": Estimate(), "model": odd}),
+        ("distill", common, {"tokens": Estimate(), "teacher": odd, "student": known}),
+        ("evaluate", {"heldout_blocks": 1}, {"tokens": Estimate(), "models.one": known, "models.two": odd}),
+        ("classify", {**common, "max_length_tokens": 64}, {"labels": Estimate(), "encoder": odd}),
+    ):
+        stage = STAGES[kind]
+        found = stage.check(Forecast(stage.params(**params), Resources(), inputs))
+        role = next(role for role, estimate in inputs.items() if estimate is odd)
+        assert [p.where for p in found if "has 500 tokens, and the model embeds 499" in p.what] == [f"inputs.{role}"]
+
+
+@pytest.mark.parametrize(
+    ("params", "what"),
+    [
+        ({"vocabulary_multiple": 64}, "vocabulary_multiple has no effect without add_tokens"),
+        ({"add_tokens": ["<|a|>", "<|b|>", "<|a|>"]}, r"add_tokens names <\|a\|> more than once"),
+        ({"add_tokens": ["x"]}, "at least 2 characters"),
+    ],
+)
+def test_params_that_cannot_be_meant_are_refused(params: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        SftParams(**PARAMS, **params)
+
+
 def test_a_tokenizer_larger_than_the_embeddings_grows_them(tmp_path: Path, chats: Path) -> None:
     """Tokens that others added without resizing: an index out of range otherwise."""
     model = write_base_model(tmp_path / "model", "gpt-2")
@@ -171,6 +204,19 @@ def test_where_nothing_is_lacking_nothing_is_added(tmp_path: Path, chats: Path) 
     again, _ = taught(context.out, chats, tmp_path / "two", add_tokens=True)
     assert "added_tokens" not in again.metrics and again.facts.added_tokens is None
     assert "add_tokens adds none" in (tmp_path / "two" / "journal.jsonl").read_text()
+
+
+def test_a_listed_token_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "gpt-2")
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_tokens(["<think>"])
+    assert give_template(tokenizer, "chatml", ["<think>", "<|im_start|>", "<|im_end|>", "<|new|>"]) == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|new|>",
+    ]
+    flags = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    assert not flags["<think>"] and flags["<|new|>"]
 
 
 def test_the_template_of_another_tokenizer_brings_its_tokens(tmp_path: Path, chats: Path) -> None:
@@ -231,3 +277,36 @@ def test_what_plan_reads_is_what_is_opened(tmp_path: Path, family: str) -> None:
     assert files is not None and files.num_tokens == len(tokenizer)
     assert files.templates == {"default": tokenizer.chat_template}
     assert files.added.keys() == {token.content for token in tokenizer.added_tokens_decoder.values()}
+
+
+def test_what_a_command_leaves_out_does_not_stop_it(tmp_path: Path) -> None:
+    """A recipe whose later stages still name the base model: teaching it is planned, all of it is refused."""
+    write_base_model(tmp_path / "base", "gpt-2")
+    (tmp_path / "rows.jsonl").write_text("")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+name: recipe
+seed: 1
+outputs: [chat, judge]
+stages:
+  rows: {kind: clean, params: {format: chats, source: {kind: files, layout: messages, paths: [rows.jsonl]}}}
+  chats: {kind: mix, inputs: {sources: {rows: rows}}}
+  pairs_rows: {kind: clean, params: {format: preferences, source: {kind: files, layout: preference_chat, paths: [rows.jsonl]}}}
+  pairs: {kind: mix, inputs: {sources: {rows: pairs_rows}}}
+  chat:
+    kind: sft
+    inputs: {model: ./base, chats: chats}
+    params: {global_batch_size: 1, max_steps: 1, learning_rate: 1e-3, max_length_tokens: 64, chat_template: chatml, add_tokens: true}
+  judge:
+    kind: reward
+    inputs: {model: ./base, preferences: pairs}
+    params: {global_batch_size: 1, max_steps: 1, learning_rate: 1e-3, max_length_tokens: 64}
+"""
+    )
+    loaded, store = load_recipe(recipe, STAGES, LAUNCHERS), Store(tmp_path / "runs")
+    plan = make_plan(loaded, store, until="chat")
+    assert "judge" in plan.left_out and plan.step("chat").estimate.vocabulary_size == 502
+    for chosen in ({}, {"until": "judge"}, {"only": "judge"}):
+        with pytest.raises(RecipeError, match=r"stages\.judge\.inputs\.model: its tokenizer has no chat template"):
+            make_plan(loaded, store, **chosen)

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -139,23 +138,6 @@ def test_weights_that_may_run_code_are_refused_and_the_way_out_works(tmp_path: P
     assert weights_problem(new) is None
     again = LlamaForCausalLM.from_pretrained(new)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-def test_an_adapter_is_no_model_and_the_way_out_works(tmp_path: Path) -> None:
-    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
-    model = tiny_llama(base)
-    model.name_or_path = str(base)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(adapter)
-    with pytest.raises(RecipeError, match=r"holds an adapter for '.*base', and no model\. Merge it") as caught:
-        kind_of_folder(adapter)
-    follow(str(caught.value), merged)
-    assert kind_of_folder(merged) is Kind.CAUSAL_LM and weights_problem(merged) is None
-    ids = torch.tensor([[1, 5, 9]])
-    assert torch.allclose(
-        LlamaForCausalLM.from_pretrained(merged).eval()(ids).logits, adapted.eval()(ids).logits, atol=1e-6
-    )
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", None])

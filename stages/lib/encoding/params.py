@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.errors import Problem
 from pipeline.stage import Estimate, Forecast
 from stages.lib.models.lengths import length_problems
+from stages.lib.text.template_forecast import unembedded_problems
 from stages.lib.training.forecast import check_training
 from stages.lib.training.params import optimizer_steps
 
@@ -12,7 +13,8 @@ from stages.lib.training.params import optimizer_steps
 def check_encoder_task(forecast: Forecast) -> list[Problem]:
     """What is wrong with batch, memory layout and length, found before the step runs."""
     config = forecast.inputs.get("encoder", Estimate()).architecture or {}
-    return [*check_training(forecast), *length_problems(config, forecast.params.max_length_tokens)]
+    length = length_problems(config, forecast.params.max_length_tokens)
+    return [*check_training(forecast), *length, *unembedded_problems(forecast)]
 
 
 def estimate_encoder_task(forecast: Forecast, data_role: str | None) -> Estimate:

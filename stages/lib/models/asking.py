@@ -29,7 +29,7 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     does not know such a thing: neither its forward pass nor, where that hands arguments on, its config.
     """
     inner = innermost(model)
-    parameters = inspect.signature(inner.forward).parameters
+    parameters = inspect.signature(getattr(inner, "forward", inner)).parameters
     hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     known = "use_cache" in parameters or (hands_on and hasattr(getattr(inner, "config", None), "use_cache"))
     return {"use_cache": False} if known else {}

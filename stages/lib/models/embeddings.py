@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ArtifactError, Problem
 from pipeline.stage import Context
 from stages.lib.models.architectures import grown_rows
-from stages.lib.models.config import read_config, text_config
 from stages.lib.models.loading import initial_weights, load_model
 from stages.lib.processes.collectives import from_main
 from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
@@ -38,7 +37,8 @@ def with_embeddings(
     (Hewitt, 2021). All processes call it; it is done once, and survives a restart. Raises `ArtifactError` if the model has
     no embeddings that can grow, or the tokenizer cannot be kept.
     """
-    rows = int(text_config(read_config(source))["vocab_size"])
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    rows = int(config.get_text_config().vocab_size)
     ids = set(tokenizer.get_vocab().values())
     needed = max(ids) + 1
     if needed <= rows and ids <= set(old_ids):

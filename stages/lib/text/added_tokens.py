@@ -67,7 +67,9 @@ def chosen_tokens(
     if left := [token.content for token in missing if token.content not in asked]:
         raise DataError(missing_problem(wanted, left))
     described = {token.content: token for token in missing}
-    return [described.get(text, TokenToAdd(content=text)) for text in asked]
+    # One that is there already stays as it is, unless the template needs it to be special.
+    new = [text for text in asked if text in described or text not in known]
+    return [described.get(text, TokenToAdd(content=text)) for text in new]
 
 
 def missing_problem(wanted: str | TemplateOfTokenizer | None, texts: Sequence[str]) -> Problem:

@@ -10,6 +10,8 @@ from stages.lib.text.added_tokens import GIVE_ONE, GROW, missing_problem, needed
 from stages.lib.text.chat_presets import TemplateOfTokenizer
 from stages.lib.text.tokenizer_files import TokenizerFiles, known_tokenizer
 
+GROW_FIRST = "Give it to sft first, with `add_tokens: true`, or use the tokenizer that it was trained with."
+
 
 def embedded_rows(model: Estimate) -> int | None:
     """How many tokens the model embeds, where its config says so."""
@@ -18,20 +20,28 @@ def embedded_rows(model: Estimate) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def embedding_problems(model: Estimate, files: TokenizerFiles | None, hint: str) -> list[Problem]:
+def embedding_problems(model: Estimate, files: TokenizerFiles | None, hint: str, role: str = "model") -> list[Problem]:
     """What is wrong if the tokenizer beside a model has more tokens than the model embeds."""
     rows = embedded_rows(model)
     if files is None or rows is None or files.num_tokens <= rows:
         return []
     what = f"its tokenizer has {files.num_tokens} tokens, and the model embeds {rows}"
-    return [Problem("inputs.model", what, hint)]
+    return [Problem(f"inputs.{role}", what, hint)]
+
+
+def unembedded_problems(forecast: Forecast) -> list[Problem]:
+    """What is wrong with inputs that are models: tokens of the tokenizer beside one that it does not embed."""
+    problems = []
+    for role, known in forecast.inputs.items():
+        if embedded_rows(known) is not None:
+            problems += embedding_problems(known, known_tokenizer(known.folder), GROW_FIRST, role)
+    return problems
 
 
 def untaught_problems(forecast: Forecast, *, reads_chats: bool = True) -> list[Problem]:
     """What is wrong if the input `model` of a stage that reads chats knows none, or has tokens that it does not embed."""
-    model = forecast.inputs.get("model", Estimate())
-    files = known_tokenizer(model.folder)
-    problems = embedding_problems(model, files, "Give it to sft first, with `add_tokens: true`, or mend the folder.")
+    files = known_tokenizer(forecast.inputs.get("model", Estimate()).folder)
+    problems = unembedded_problems(forecast)
     if reads_chats and files is not None and not files.templates:
         hint = "Teach it chats first, in a stage sft with `chat_template: chatml` and `add_tokens: true`."
         problems.append(Problem("inputs.model", "its tokenizer has no chat template", hint))

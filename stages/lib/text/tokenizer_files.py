@@ -38,7 +38,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
     model = written.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     # A vocabulary of scores is a list of pairs, any other maps tokens to ids.
-    words = vocabulary if isinstance(vocabulary, Mapping) else {str(each[0]): 0 for each in vocabulary or ()}
+    pairs = [each for each in vocabulary if isinstance(each, list) and each] if isinstance(vocabulary, list) else []
+    words = vocabulary if isinstance(vocabulary, Mapping) else {str(each[0]) for each in pairs}
     added = added_tokens(written, config, optional_json(home / "added_tokens.json"))
     return TokenizerFiles(len(words) + sum(text not in words for text in added), added, chat_templates(home, config))
 

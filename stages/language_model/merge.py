@@ -1,0 +1,161 @@
+"""`merge`: a causal model with the weights of an adapter added, so that every stage takes it as any other model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ArtifactError, Problem
+from pipeline.settings.paths import holds_file
+from pipeline.settings.strict import Strict
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
+from pipeline.store.artifact import Facts, Kind
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class MergeParams(Strict):
+    """How the merged model is published."""
+
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Number format of the weights that are published; they are added in fp32. null: the one that the model has."""
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    model = forecast.inputs.get("model", Estimate())
+    return Estimate(
+        parameters=model.parameters,
+        architecture=model.architecture,
+        vocabulary_size=model.vocabulary_size,
+        sequence_length=model.sequence_length,
+    )
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    """What the adapter's folder lacks, where it is there already."""
+    folder = forecast.inputs.get("adapter", Estimate()).folder
+    return [] if folder is None else adapter_problems(folder)
+
+
+def run(ctx: Context, params: MergeParams) -> Result:
+    from transformers import AutoModelForCausalLM
+
+    from stages.lib.models.config import read_config
+    from stages.lib.models.loading import count_parameters, load_model
+    from stages.lib.models.publishing import publish, zeros_of
+    from stages.lib.processes.joining import use_threads
+    from stages.lib.text.tokenizers import tokenizer_facts
+
+    use_threads(ctx.resources)
+    source = ctx.inputs["model"]
+    if problems := adapter_problems(ctx.inputs["adapter"]):
+        raise ArtifactError(*problems)
+    adapter = adapter_folder(ctx.inputs["adapter"])
+    tokenizer = adapter if (adapter / "tokenizer.json").exists() else source
+    precision = params.precision or precision_of(read_config(source))
+    before = load_model(AutoModelForCausalLM, source)
+    merged = with_adapter_merged(load_model(AutoModelForCausalLM, source), adapter)
+    changed, change = difference_of(before, merged)
+    if not changed:
+        what = "changes no weight of the model: what it adds is zero"
+        raise ArtifactError(Problem("inputs.adapter", what, "Name an adapter that was trained."))
+    of = f"; tokenizer and chat template are the adapter's, from {adapter}" if tokenizer == adapter else ""
+    ctx.journal.note(f"the adapter changes {changed} weights, by {change:.2%} of their norm{of}")
+    publish(merged, merged.state_dict(), tokenizer, ctx.out, precision=precision, may_be_zero=zeros_of(source))
+    facts = Facts(
+        **tokenizer_facts(ctx.out), head_type="causal_lm", dtype=precision, parameters=count_parameters(merged)
+    )
+    return Result({"changed_weights": changed, "relative_change": change}, facts)
+
+
+STAGE = Stage(
+    kind="merge",
+    version=1,
+    summary="a causal model with the weights of a low-rank adapter added",
+    params=MergeParams,
+    inputs={"model": accepts(Kind.CAUSAL_LM), "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM)},
+    output=Kind.CAUSAL_LM,
+    run=run,
+    headline=("changed_weights", "relative_change"),
+    estimate=estimate,
+    check=check,
+)
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where the adapter lies: an artifact that was trained with one keeps it in a folder of its own."""
+    from stages.lib.models.adapters import ADAPTER_FOLDER
+
+    return folder if holds_file(folder, CONFIG) else folder / ADAPTER_FOLDER
+
+
+def adapter_problems(folder: Path) -> list[Problem]:
+    """What is wrong if no adapter can be read from the folder."""
+    home = adapter_folder(folder)
+    if not holds_file(home, CONFIG):
+        what = f"{folder} holds no adapter: there is no {CONFIG}"
+        return [Problem("inputs.adapter", what, "Name an adapter, or a model that was trained with lora.")]
+    if not holds_file(home, WEIGHTS):
+        what = f"{home} holds no {WEIGHTS}" + (
+            ", and adapter_model.bin may run code when it is opened" if holds_file(home, "adapter_model.bin") else ""
+        )
+        command = (
+            f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(home)!r}).save_pretrained(FOLDER)"
+        )
+        return [Problem("inputs.adapter", what, f"Write it anew: `{command}`.")]
+    return []
+
+
+def precision_of(config: dict[str, Any]) -> str:
+    """The number format that a model's config names; fp32 where it names none."""
+    from stages.lib.models.loading import DTYPES
+
+    said = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{said}"), "fp32")
+
+
+def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with the adapter's weights added. Raises `ArtifactError` unless each of them is, and none is lacking."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        what = f"does not fit the model: {' '.join(str(error).split()):.300}"
+        hint = "Name the model that it was trained on, as its adapter_config.json says."
+        raise ArtifactError(Problem("inputs.adapter", what, hint)) from error
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        kept = set(file.keys())
+    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    embedded = f"base_model.model.{embeddings}.weight" in kept
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=embedded))
+    if kept != expected:
+        names = sorted(kept ^ expected)
+        what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
+        raise ArtifactError(
+            Problem("inputs.adapter", what, "Name the model that it was trained on, as its adapter_config.json says.")
+        )
+    merge = getattr(adapted, "merge_and_unload", None)
+    if merge is None:
+        kind = getattr(adapted.peft_config.get("default"), "peft_type", "this kind")
+        what = f"is of the kind {kind}, which cannot be added to a model's weights"
+        raise ArtifactError(Problem("inputs.adapter", what, "Name a low-rank adapter."))
+    merged: PreTrainedModel = merge(safe_merge=True)
+    return merged
+
+
+def difference_of(before: torch.nn.Module, after: torch.nn.Module) -> tuple[int, float]:
+    """How many weights differ, and the norm of all differences as a fraction of the norm that these had before."""
+    changed, moved, norm = 0, 0.0, 0.0
+    old = before.state_dict()
+    for name, tensor in after.state_dict().items():
+        by = float((tensor - old[name]).double().norm() ** 2) if tensor.is_floating_point() else 0.0
+        if by:
+            changed, moved, norm = changed + 1, moved + by, norm + float(old[name].double().norm() ** 2)
+    return changed, (moved / norm) ** 0.5 if norm else 0.0

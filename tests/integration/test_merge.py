@@ -1,0 +1,175 @@
+"""Adapters of peft, their base beside them, made into models that every stage takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from launch import LAUNCHERS
+from pipeline.errors import ArtifactError, RecipeError
+from pipeline.recipe.outside import kind_of_folder
+from pipeline.recipe.reader import load_recipe
+from pipeline.running.plan import make_plan
+from pipeline.store.artifact import Kind
+from pipeline.store.store import Store
+from stages import STAGES
+from stages.lib.text.tokenizers import load_tokenizer
+from tests.families import write_base_model
+from tests.integration.on_policy_world import make_on_policy_world
+from tests.integration.tiny_language_model import run_stage
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """\
+name: recipe
+seed: 1
+outputs: [chat]
+stages:
+  rows: {{kind: clean, params: {{format: chats, source: {{kind: files, layout: messages, paths: [rows.jsonl]}}}}}}
+  chats: {{kind: mix, inputs: {{sources: {{rows: rows}}}}}}
+  {merged}
+  chat:
+    kind: sft
+    inputs: {{model: {model}, chats: chats}}
+    params: {{global_batch_size: 1, max_steps: 1, learning_rate: 1e-3, max_length_tokens: 64, chat_template: chatml, add_tokens: true}}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base_model(tmp_path / "base", "llama-3")
+
+
+def adapted(base: Path, folder: Path, **config: Any) -> Any:
+    """An adapter with random weights, saved as peft does it, and the model under it."""
+    torch.manual_seed(1)
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **config}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    under = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    under.peft_config["default"].base_model_name_or_path = str(base)
+    under.save_pretrained(folder)
+    return under.eval()
+
+
+def merged(base: Path, adapter: Path, folder: Path, **params: Any) -> tuple[Any, Path]:
+    result, context = run_stage(STAGES["merge"], {"model": base, "adapter": adapter}, params, folder)
+    return result, context.out
+
+
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        ({}, 2),
+        ({"target_modules": "all-linear", "use_rslora": True}, 7),
+        ({"use_dora": True}, 2),
+        ({"modules_to_save": ["lm_head"]}, 2),
+        ({"rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj"]}, 1),
+    ],
+)
+def test_the_merged_model_computes_what_the_two_compute(
+    tmp_path: Path, base: Path, config: dict[str, Any], changed: int
+) -> None:
+    model = adapted(base, tmp_path / "adapter", **config)
+    if "modules_to_save" in config:
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+        model.save_pretrained(tmp_path / "adapter")
+        changed += 1
+    assert kind_of_folder(tmp_path / "adapter") is Kind.ADAPTER
+    result, out = merged(base, tmp_path / "adapter", tmp_path / "merge")
+    assert result.metrics["changed_weights"] == changed and result.metrics["relative_change"] > 0
+    ids = torch.tensor([[1, 5, 9]])
+    found = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    torch.testing.assert_close(found, model(ids).logits, rtol=1e-5, atol=1e-6)
+    assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_tokenizer_and_template_are_the_adapters_where_it_has_some(tmp_path: Path, base: Path) -> None:
+    """Chats are tuned with a template, and that is saved beside the adapter."""
+    adapted(base, tmp_path / "adapter")
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    _, out = merged(base, tmp_path / "adapter", tmp_path / "merge", precision="bf16")
+    assert load_tokenizer(out).chat_template == "{{ messages }}"
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_a_recipe_takes_an_adapter_with_its_base(tmp_path: Path, base: Path) -> None:
+    """Named as a model it is refused with the stage to write, and that stage is planned; both folders make its id."""
+    adapted(base, tmp_path / "adapter")
+    (tmp_path / "rows.jsonl").write_text("")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(merged="", model="./adapter"))
+    with pytest.raises(
+        RecipeError, match=r"needs causal_lm, and the folder holds adapter\. It is an adapter for"
+    ) as caught:
+        load_recipe(recipe, STAGES, LAUNCHERS)
+    (block,) = re.findall(r"`(merged: .*?)`", str(caught.value))
+    recipe.write_text(RECIPE.format(merged=block, model="merged"))
+
+    def planned_id() -> str:
+        plan = make_plan(load_recipe(recipe, STAGES, LAUNCHERS), Store(tmp_path / "runs"))
+        return plan.step("merged").artifact_id
+
+    first = planned_id()
+    assert planned_id() == first
+    adapted(base, tmp_path / "adapter", target_modules=["k_proj"])
+    second = planned_id()
+    write_base_model(base, "llama-3", rows=512)
+    assert len({first, second, planned_id()}) == 3
+
+
+def test_the_adapter_of_a_run_with_lora_gives_what_that_run_published(tmp_path: Path) -> None:
+    """It lies in a folder of its own within the artifact."""
+    world = make_on_policy_world(tmp_path / "world")
+    params = {
+        "rewards": [{"kind": "length_penalty", "target_tokens": 2, "per_token": 0.1}],
+        "lora": {"rank": 2},
+        "completions_per_prompt": 2,
+        "rollouts": 1,
+        "rollout_batch_size": 4,
+        "global_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_prompt_tokens": 64,
+        "max_new_tokens": 8,
+        "heldout_prompts": 2,
+    }
+    _, context = run_stage(STAGES["grpo"], world.inputs, params, tmp_path / "grpo")
+    result, out = merged(world.model, context.out, tmp_path / "merge")
+    assert result.metrics["relative_change"] > 0
+    published, again = (load_file(folder / "model.safetensors") for folder in (context.out, out))
+    assert published.keys() == again.keys()
+    for name, tensor in published.items():
+        torch.testing.assert_close(again[name], tensor)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
+    other = write_base_model(tmp_path / "other", "llama-3", hidden_size=32)
+    deeper = write_base_model(tmp_path / "deeper", "llama-3", num_hidden_layers=2)
+    adapted(other, tmp_path / "of_other")
+    adapted(deeper, tmp_path / "of_deeper")
+    model = adapted(base, tmp_path / "zero", init_lora_weights=True)
+    for adapter, what in (
+        ("of_other", "inputs.adapter: does not fit the model: .*size mismatch"),
+        ("of_deeper", "inputs.adapter: and the model do not have the same layers: .*layers.1"),
+        ("zero", "inputs.adapter: changes no weight of the model"),
+        ("base", "base holds no adapter: there is no adapter_config.json"),
+    ):
+        with pytest.raises(ArtifactError, match=what):
+            merged(base, tmp_path / adapter, tmp_path / "merge" / adapter)
+    torch.save(peft.get_peft_model_state_dict(model), tmp_path / "zero" / "adapter_model.bin")
+    (tmp_path / "zero" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"adapter_model\.bin may run code when it is opened") as caught:
+        merged(base, tmp_path / "zero", tmp_path / "merge" / "bin")
+    (command,) = re.findall(r"`(from peft .*?)`", str(caught.value))
+    exec(command.replace("FOLDER", repr(str(tmp_path / "anew"))), {})
+    with pytest.raises(ArtifactError, match="changes no weight of the model"):
+        merged(base, tmp_path / "anew", tmp_path / "merge" / "anew")
