@@ -1,7 +1,7 @@
 """Folders as other makers publish them: tokenizers of five kinds, trained here, and tiny models with random weights.
 
 What a kind is known by is kept: Llama-2 and Mistral put a space before every text by a normalizer and name LlamaTokenizer;
-Llama-3 is byte level; Gemma spells spaces and adds none; XLM-R is unigram behind Metaspace; GPT-2 names nothing at all.
+Llama-3 is byte level; Gemma spells spaces and adds none; GPT-2 names nothing at all. T5 and ALBERT are unigram.
 """
 
 from __future__ import annotations
@@ -105,23 +105,22 @@ def of_gemma() -> Tokenizer:
     return tokenizer
 
 
-def of_xlm_roberta() -> Tokenizer:
-    """Unigram, with the first ids where fairseq put them, behind Metaspace."""
+def of_unigram(names: list[str], last: list[str]) -> Tokenizer:
+    """Unigram behind Metaspace, with special tokens where their makers put them: T5's and XLM-R's are no model of sentencepiece."""
     processor = SentencePieceProcessor(model_proto=pieces("t5"))
     ordinary = [
         (processor.id_to_piece(index), processor.get_score(index))
         for index in range(len(processor))
         if not (processor.is_control(index) or processor.is_unknown(index))
     ]
-    names = ["<s>", "<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in names), *ordinary, ("<mask>", 0.0)], unk_id=3))
-    characters = normalizers.Precompiled(read_specification(pieces("t5")).characters)
-    tokenizer.normalizer = characters
+    scored = [*((name, 0.0) for name in names), *ordinary, *((name, 0.0) for name in last)]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=names.index("<unk>")))
+    tokenizer.normalizer = normalizers.Precompiled(read_specification(pieces("t5")).characters)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (*names, "<mask>")])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (*names, *last)])
     return tokenizer
 
 
@@ -140,6 +139,23 @@ FAMILIES: dict[str, tuple[str, Callable[[], Tokenizer], dict[str, Any]]] = {
     "opt": ("opt", of_llama_3, {"tokenizer_class": "GPT2Tokenizer", **END_OF_TEXT}),
 }
 """Name -> model type, tokenizer.json, and what tokenizer_config.json says."""
+
+
+UNIGRAM: dict[str, tuple[str, list[str], list[str], dict[str, Any]]] = {
+    "xlm-r": (
+        "xlm-roberta",
+        ["<s>", "<pad>", "</s>", "<unk>"],
+        ["<mask>"],
+        {"tokenizer_class": "XLMRobertaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"},
+    ),
+    "t5": (
+        "t5",
+        ["<pad>", "</s>", "<unk>"],
+        [f"<extra_id_{index}>" for index in reversed(range(100))],
+        {"tokenizer_class": "T5TokenizerFast", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    ),
+}
+"""Name -> model type, special tokens before and behind the others, and what tokenizer_config.json says."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

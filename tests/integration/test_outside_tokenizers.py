@@ -10,12 +10,13 @@ from transformers import AutoTokenizer
 
 from pipeline.errors import ArtifactError
 from stages import STAGES
+from stages.lib.models.embeddings import keep_tokenizer
 from stages.lib.rows.canonical import write_rows
 from stages.lib.text.packed import PackedTokens
 from stages.lib.text.sentencepiece_models import from_sentencepiece
-from stages.lib.text.tokenizers import copy_tokenizer, encode_texts, load_tokenizer, tokenizer_digest
+from stages.lib.text.tokenizers import copy_tokenizer, encode_texts, load_tokenizer, same_rules, tokenizer_digest
 from tests import rows
-from tests.families import FAMILIES, pieces, write_base_model, write_json, write_tokenizer
+from tests.families import FAMILIES, UNIGRAM, of_unigram, pieces, write_base_model, write_json, write_tokenizer
 from tests.integration.tiny_language_model import run_stage, write_chats
 
 pytestmark = pytest.mark.slow
@@ -61,6 +62,35 @@ def test_the_same_tokenizer_in_every_stage(tmp_path: Path, text: Path, family: s
         for said in TEXTS:
             assert encode_texts(served, [said]) == encode_texts(tokenizer, [said])
     made("evaluate", {"models.m": trained, "models.base": model, "tokens": tokens}, heldout_blocks=2)
+
+
+@pytest.mark.parametrize("beside", [None, "llama", "mistral"])
+@pytest.mark.parametrize("family", UNIGRAM)
+def test_unigram_behind_metaspace_is_one_tokenizer_too(
+    tmp_path: Path, text: Path, family: str, beside: str | None
+) -> None:
+    model_type, names, last, said = UNIGRAM[family]
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    for folder in (source, copy):
+        folder.mkdir()
+    written = of_unigram(names, last)
+    written.save(str(source / "tokenizer.json"))
+    write_json(source / "tokenizer_config.json", said)
+    write_json(source / "config.json", {"model_type": model_type})
+    if beside:
+        write_json(copy / "config.json", {"model_type": beside})
+    copy_tokenizer(source, copy)
+    expected = [written.encode(each, add_special_tokens=False).ids for each in TEXTS]
+    for opened in (load_tokenizer(source), load_tokenizer(copy), AutoTokenizer.from_pretrained(copy)):
+        assert encode_texts(opened, list(TEXTS)) == expected
+    params = {"sequence_length": 64, "add_bos": family == "xlm-r"}
+    _, context = run_stage(STAGES["pack"], {"text": text, "tokenizer": source}, params, tmp_path / "pack")
+    assert tokenizer_digest(load_tokenizer(context.out)) == tokenizer_digest(load_tokenizer(source))
+    learned = load_tokenizer(source)
+    learned.add_tokens(["<|end|>"], special_tokens=True)
+    keep_tokenizer(learned, tmp_path / "kept")
+    kept = load_tokenizer(tmp_path / "kept")
+    assert same_rules(kept, learned) and not same_rules(kept, load_tokenizer(source))
 
 
 @pytest.mark.parametrize("beside", [None, "llama", "mistral", "gpt2"])

@@ -16,7 +16,7 @@ from pipeline.stage import Context
 from stages.lib.models.architectures import grown_rows
 from stages.lib.models.loading import initial_weights, load_model
 from stages.lib.processes.collectives import from_main
-from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
+from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, same_rules
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     opened = load_tokenizer(folder)
-    kept = [(tokenizer_digest(each), chat_template_digest(each)) for each in (tokenizer, opened)]
-    if kept[0] != kept[1]:
+    if not same_rules(tokenizer, opened) or chat_template_digest(tokenizer) != chat_template_digest(opened):
         what = f"with the added tokens the model's tokenizer would be opened as another one ({type(opened).__name__})"
         hint = 'Write "tokenizer_class": "PreTrainedTokenizerFast" in the tokenizer_config.json of the model\'s folder.'
         raise ArtifactError(Problem("params.add_tokens", what, hint))
