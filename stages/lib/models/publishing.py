@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,8 +85,7 @@ def agree_on_stops(model: PreTrainedModel) -> None:
         return
     try:
         config.eos_token_id = stops
-        config.to_dict()
-    except Exception:  # some classes take one id only, and check it in ways of their own
+    except StrictDataclassError:  # the config of some architectures takes one id only
         config.eos_token_id = stops[0] if isinstance(stops, list) else stops
 
 
