@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError
+from pipeline.recipe.recipe import HUB
 from pipeline.stage import BASE_ROLES, Result
 from pipeline.store.artifact import Facts, Kind, read_manifest
 from pipeline.store.job import Job
 
-HUB_ID, OUTSIDE_ID = "hub:", "sha256:"
-"""How the ids begin of what is no artifact: a model of the hub, or a folder from outside by what it holds."""
+OUTSIDE_ID = "sha256:"
+"""How the id of a folder from outside begins, which says what it holds. That of a model of the hub begins with `HUB`."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Link:
     @property
     def repository(self) -> tuple[str, str] | None:
         """(repository, revision) of a model of the hub."""
-        name, _, revision = self.id.removeprefix(HUB_ID).partition("@")
-        return (name, revision) if self.id.startswith(HUB_ID) else None
+        name, _, revision = self.id.removeprefix(HUB).partition("@")
+        return (name, revision) if self.id.startswith(HUB) else None
 
     @property
     def name(self) -> str:
@@ -112,7 +113,7 @@ def lineage_of(job: Job, places: Mapping[str, Path], out: Path, result: Result) 
 
 def read_link(artifact_id: str, folder: Path | None) -> Link:
     """What is known of an input. A folder from outside is what it holds, also if it carries an artifact's manifest."""
-    if artifact_id.startswith((HUB_ID, OUTSIDE_ID)) or folder is None:
+    if artifact_id.startswith((HUB, OUTSIDE_ID)) or folder is None:
         return Link(artifact_id, folder)
     try:
         manifest = read_manifest(folder)

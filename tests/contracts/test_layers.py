@@ -39,7 +39,7 @@ ROOMS: dict[str, str] = {
     "pipeline.store": f"{SETTINGS} pipeline.figures pipeline.processes",
     "pipeline.stage": f"{SETTINGS} pipeline.store",
     "pipeline.recipe": CORE,
-    "pipeline.cards": CORE,
+    "pipeline.cards": f"{CORE} pipeline.recipe",
     "pipeline.running": f"{CORE} pipeline.processes pipeline.recipe pipeline.cards",
     "pipeline.command": f"{CORE} pipeline.recipe pipeline.running",
     # How a job becomes processes.

@@ -151,9 +151,9 @@ def watching(experiences: list[Any], parts: list[Any]) -> Iterator[None]:
         collect(self, rollout)
         experiences.append(self.progress.experience)
 
-    def watched_publish(ctx: Any, params: Any, made: Any, formats: Any) -> None:
+    def watched_publish(ctx: Any, params: Any, made: Any, formats: Any) -> Any:
         parts.append(made)
-        publish(ctx, params, made, formats)
+        return publish(ctx, params, made, formats)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_policy.Aligner, "collect", watched_collect)

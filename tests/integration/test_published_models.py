@@ -27,7 +27,7 @@ from pipeline.store.job import Job
 from stages import STAGES
 from stages.lib.rows.canonical import write_rows
 from stages.lib.text.frames import open_tokenizer
-from stages.lib.text.tokenizers import copy_left_out, load_tokenizer, tokenizer_digest
+from stages.lib.text.tokenizers import ADDS, copy_left_out, load_tokenizer, read_tokenizer_config, tokenizer_digest
 from tests import rows
 from tests.integration.tiny_language_model import make_tokenizer, run_stage
 
@@ -277,6 +277,12 @@ def test_what_an_encoders_task_puts_around_texts_stays(own_tokenizer: Path, tmp_
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert [again(*texts)["input_ids"] for texts in (("one",), ("one", "two"))] == framed
     assert (tmp_path / "tokenizer.model").exists()
+    assert not set(ADDS) & read_tokenizer_config(tmp_path).keys()
+    # One that still adds nothing still says so.
+    load_tokenizer(own_tokenizer).save_pretrained(tmp_path / "same")
+    assert not set(ADDS) & read_tokenizer_config(tmp_path / "same").keys(), "transformers leaves it out"
+    copy_left_out(load_tokenizer(own_tokenizer), tmp_path / "same")
+    assert [read_tokenizer_config(tmp_path / "same")[name] for name in ADDS] == [False, False]
 
 
 # lm-eval

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.store.artifact import Kind
-from stages.lib.models.publishing import complete_generation_config
+from stages.lib.models.publishing import agree_on_stops, complete_generation_config
 from stages.lib.text.tokenizers import load_tokenizer
 from tests.families import write_tokenizer
 
@@ -100,6 +100,18 @@ def test_where_a_model_stopped_it_stops_still(folder: Path, before: Any, after: 
     complete_generation_config(Model, load_tokenizer(folder), [1, 2])  # type: ignore[arg-type]
     assert Model.generation_config.eos_token_id == after
     assert Model.generation_config.temperature == 0.6
+
+
+@pytest.mark.parametrize(("model_type", "said"), [("llama", [2, 7]), ("gpt2", [2, 7]), ("nomic_bert", 2)])
+def test_config_json_names_the_stop_ids_too(model_type: str, said: Any) -> None:
+    """The config of some architectures takes one id only: then the first, which is the end of text."""
+
+    class Model:
+        config = AutoConfig.for_model(model_type)
+        generation_config = GenerationConfig(eos_token_id=[2, 7])
+
+    agree_on_stops(Model)  # type: ignore[arg-type]
+    assert Model.config.eos_token_id == said
 
 
 def tiny_llama(folder: Path) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages.lib.models.formats import Formats, choose_formats, stored_formats
+from stages.lib.models.formats import Formats, choose_formats, stored_formats, that_hold
 
 BF16 = {"a": ("BF16", 100), "b": ("BF16", 10)}
 
@@ -34,7 +34,8 @@ def test_weights_keep_their_format_unless_asked(
 ) -> None:
     """And where that is another than the model's, or than the one of training, it is said."""
     formats, why = choose_formats(stored, precision, asked)
-    assert formats == Formats(main)
+    assert (formats.main, formats.own) == (main, {})
+    assert formats.kept == (asked is None and precision == "fp32" and stored in (BF16, {"a": ("F32", 1)}))
     assert why.startswith(said) and bool(why) == bool(said)
 
 
@@ -45,6 +46,16 @@ def test_a_few_weights_in_another_format_keep_it_too() -> None:
     assert formats.dtype_of("router") == torch.float32
     assert formats.dtype_of("a new head") == torch.bfloat16
     assert why.endswith("1 are in another format there (router)")
+
+
+def test_a_weight_too_large_for_the_models_format_loses_no_run() -> None:
+    """fp16 ends at 65504. Where the recipe asks for fp16, the check of what was written refuses it."""
+    state = {"a": torch.tensor([1.0, -65504.0]), "b": torch.tensor([65600.0]), "ids": torch.tensor([70000])}
+    kept, _ = choose_formats({"a": ("F16", 2), "b": ("F16", 1)}, "fp32", None)
+    assert that_hold(kept, state) == Formats("fp32")
+    assert that_hold(kept, {"a": state["a"], "ids": state["ids"]}) == kept
+    assert that_hold(Formats("fp16"), state) == Formats("fp16")
+    assert that_hold(Formats("bf16", kept=True), state) == Formats("bf16", kept=True)
 
 
 def test_formats_are_read_from_headers(tmp_path: Path) -> None:

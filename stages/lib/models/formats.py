@@ -26,6 +26,8 @@ class Formats:
     """A key of `DTYPES`: of all weights but those in `own`, and what config.json names."""
     own: Mapping[str, str] = field(default_factory=dict)
     """Weight -> its format, where it is another."""
+    kept: bool = False
+    """Whether they are the model's own, and nobody asked for them."""
 
     def dtype_of(self, name: str) -> torch.dtype:
         return DTYPES[self.own.get(name, self.main)]
@@ -53,6 +55,13 @@ def formats_to_publish(ctx: Context, precision: str, published_dtype: str | None
     return formats
 
 
+def say_if_other(ctx: Context, formats: Formats, published: str) -> None:
+    """Tells the journal where weights were published in another format than `formats`: see `that_hold`."""
+    if published != formats.main:
+        why = f"training has made weights too large for {formats.main}, which the model has: they are published in {published}"
+        ctx.journal.note(why)
+
+
 def choose_formats(
     stored: Mapping[str, tuple[str, int]], precision: str, published_dtype: str | None
 ) -> tuple[Formats, str]:
@@ -78,7 +87,20 @@ def choose_formats(
     if own:
         few = ", ".join(sorted(own)[:3]) + (", ..." if len(own) > 3 else "")
         why = f"{why or 'weights are published as the model has them'}; {len(own)} are in another format there ({few})"
-    return Formats(before, own), why
+    return Formats(before, own, kept=True), why
+
+
+def that_hold(formats: Formats, state: Mapping[str, torch.Tensor]) -> Formats:
+    """The formats, or fp32 where nobody asked for fp16 and training has made a weight larger than that holds: no run is
+    lost at its end for it.
+    """
+    largest = torch.finfo(torch.float16).max
+    too_large = any(
+        formats.dtype_of(name) == torch.float16 and tensor.numel() and bool(tensor.abs().max() > largest)
+        for name, tensor in state.items()
+        if tensor.is_floating_point()
+    )
+    return Formats("fp32") if formats.kept and too_large else formats
 
 
 def said_of_formats(precision: str, published: str, reason: str) -> str:

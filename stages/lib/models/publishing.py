@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ArtifactError, Problem
-from stages.lib.models.formats import Formats
+from stages.lib.models.formats import Formats, that_hold
 from stages.lib.models.loading import DTYPES, parameter_shapes
 from stages.lib.text.tokenizers import copy_left_out, copy_tokenizer, load_tokenizer, stop_token_ids
 
@@ -25,14 +26,16 @@ def publish(
     formats: Formats | None = None,
     stop_ids: list[int] | None = None,
     may_be_zero: Callable[[str], bool] = lambda name: False,
-) -> None:
+) -> str:
     """Writes model and tokenizer to `out` as a Hugging Face folder, and reads the weights back to check them.
+
+    Returns the number format of the weights, which is that of `formats` unless it cannot hold them: see `that_hold`.
 
     A tokenizer given as a folder is copied file by file, as unchanged as it is. `state` holds the full weights on the main
     process, gathered from wherever a memory layout had put them. `may_be_zero` says which matrices training began with as
     zeros.
     """
-    formats = formats or Formats()
+    formats = that_hold(formats or Formats(), state)
     opened = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     # Gathering clones tied weights: each is written once, under the name that owns it, whatever the layout.
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -59,6 +62,7 @@ def publish(
         copy_left_out(tokenizer, out)
     shapes = {name: shape for name, shape in parameter_shapes(model).items() if name not in tied}
     check_weights(out, shapes, may_be_zero)
+    return formats.main
 
 
 def complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
@@ -84,8 +88,7 @@ def agree_on_stops(model: PreTrainedModel) -> None:
         return
     try:
         config.eos_token_id = stops
-        config.to_dict()
-    except Exception:  # some classes take one id only, and check it in ways of their own
+    except StrictDataclassError:  # the config of some architectures takes one id only
         config.eos_token_id = stops[0] if isinstance(stops, list) else stops
 
 

@@ -24,21 +24,23 @@ VALUE_FOLDER = "value"
 FRESH_HEAD = "score.weight"
 
 
-def publish_policy(ctx: Context, params: OnPolicyParams, parts: Parts, formats: Formats) -> None:
-    """The policy as a whole model; under lora the adapter alone in `adapter/`, and merged into the weights it was trained on."""
+def publish_policy(ctx: Context, params: OnPolicyParams, parts: Parts, formats: Formats) -> str:
+    """The policy as a whole model; under lora the adapter alone in `adapter/`, and merged into the weights it was trained on.
+
+    Returns the number format of its weights.
+    """
     start, engine = ctx.inputs["model"], parts.engine
     state = engine.state_of(parts.module.policy)
     options: dict[str, Any] = {"formats": formats, "may_be_zero": zeros_of(start)}
     if params.lora is None:
-        from_main(lambda: publish(parts.module.policy, state, start, ctx.out, **options))
-        return
+        return from_main(lambda: publish(parts.module.policy, state, start, ctx.out, **options))
 
-    def write() -> None:
+    def write() -> str:
         save_adapter(parts.module.policy, state, ctx.origin("model"), ctx.out / ADAPTER_FOLDER)
         merged = PeftModel.from_pretrained(load_policy(start), str(ctx.out / ADAPTER_FOLDER)).merge_and_unload()
-        publish(merged, merged.state_dict(), start, ctx.out, **options)
+        return publish(merged, merged.state_dict(), start, ctx.out, **options)
 
-    from_main(write)
+    return from_main(write)
 
 
 def publish_critic(ctx: Context, parts: Parts, formats: Formats) -> None:

@@ -20,7 +20,7 @@ from stages.lib.generating.transformers import TransformersGenerator
 from stages.lib.generating.vllm import VllmEngine, VllmGenerator, require_vllm
 from stages.lib.models.adapters import with_adapter
 from stages.lib.models.config import hidden_size, read_config, text_config
-from stages.lib.models.formats import formats_to_publish
+from stages.lib.models.formats import formats_to_publish, say_if_other
 from stages.lib.models.heads import fresh_value, load_policy, load_value
 from stages.lib.models.loading import count_parameters, initial_weights
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
@@ -78,7 +78,8 @@ def run_on_policy(
     build = functools.partial(build_parts, ctx, params, opened)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
     aligned, parts = align(ctx, params, algorithm, build, prompts)
-    publish_policy(ctx, params, parts, formats)
+    dtype = publish_policy(ctx, params, parts, formats)
+    say_if_other(ctx, formats, dtype)
     if getattr(params, "publish_critic", False):
         publish_critic(ctx, parts, formats)
     metrics = {
@@ -90,7 +91,7 @@ def run_on_policy(
     facts = Facts(
         **facts_of_tokenizer(tokenizer),
         head_type="causal_lm",
-        dtype=formats.main,
+        dtype=dtype,
         max_length_tokens=params.max_prompt_tokens + params.max_new_tokens,
         parameters=parts.policy_parameters,
         train_rows=len(prompts),

@@ -226,7 +226,9 @@ def copy_left_out(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     Tokens that the sentencepiece model lacks are listed in added_tokens.json, where converters look for them.
     """
     home = tokenizer_folder(Path(tokenizer.name_or_path))
-    say_in_config(target, {name: tokenizer.init_kwargs[name] for name in ADDS if name in tokenizer.init_kwargs})
+    before, around = read_tokenizer_config(home), [post_processor(folder) for folder in (home, target)]
+    if around[0] == around[1]:
+        say_in_config(target, {name: before[name] for name in ADDS if name in before})
     names = [name for name in SENTENCEPIECE_FILES if (home / name).is_file() and not (target / name).exists()]
     for name in names:
         shutil.copyfile(home / name, target / name)
@@ -237,6 +239,12 @@ def copy_left_out(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
         added = json.loads((target / "tokenizer.json").read_bytes()).get("added_tokens") or []
         if beyond := {token["content"]: token["id"] for token in added if token["id"] >= known}:
             write_object(target / "added_tokens.json", beyond)
+
+
+def post_processor(folder: Path) -> Any:
+    """What tokenizer.json says is put around texts."""
+    path = folder / "tokenizer.json"
+    return json.loads(path.read_bytes()).get("post_processor") if path.exists() else None
 
 
 ADDS = ("add_bos_token", "add_eos_token")

@@ -30,7 +30,7 @@ from pipeline.errors import DataError, Preempted, Problem, RecipeError
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
-from stages.lib.models.formats import formats_to_publish
+from stages.lib.models.formats import formats_to_publish, say_if_other
 from stages.lib.models.loading import count_parameters
 from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
@@ -319,8 +319,9 @@ def train(
     )
     trained = training.run()
     state = engine.state_of(model)
-    from_main(lambda: publish(model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
-    return replace(trained, dtype=formats.main)
+    dtype = from_main(lambda: publish(model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
+    say_if_other(ctx, formats, dtype)
+    return replace(trained, dtype=dtype)
 
 
 def require_sound(params: TrainingParams, steps: int, device: torch.device) -> None:
