@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ArtifactError, Problem
 from pipeline.settings.paths import holds_file
-from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.published import PublishedParams
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-class MergeParams(Strict):
+class MergeParams(PublishedParams):
     """How the merged model is published."""
 
     precision: Literal["fp32", "bf16", "fp16"] | None = None

@@ -19,10 +19,11 @@ from pipeline.errors import DataError, RecipeError, SlipwayError
 from pipeline.store.artifact import FileEntry, Kind, Manifest
 from stages.data.clean import STAGE as CLEAN
 from stages.data.clean import CleanParams
+from stages.lib.curation.wholeness import emptied
 from stages.lib.inspecting.artifacts import inspect_folder
 from stages.lib.inspecting.data import Asked, inspect_data
 from stages.lib.inspecting.inspection import inspect_places
-from stages.lib.inspecting.row_views import marked_pieces, parts_of_row, shows_nothing, spread
+from stages.lib.inspecting.row_views import marked_pieces, parts_of_row, spread
 from stages.lib.inspecting.token_views import ModelView
 from stages.lib.text.chat_presets import PRESETS
 from tests.unit.running_stages import params_of, run_stage
@@ -174,10 +175,11 @@ def test_what_turns_hold_beside_their_content_is_shown() -> None:
 def test_rows_that_show_nothing() -> None:
     """A turn may say nothing where it calls a tool."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
-    assert not shows_nothing({"messages": [call]}, "chats")
-    assert shows_nothing({"messages": [{"role": "assistant", "content": "\u200b"}]}, "chats")
-    assert shows_nothing({"text": " ", "label": "a"}, "labels")
-    assert not shows_nothing({"id": "a", "context": "b", "question": "c", "answers": []}, "questions")
+    assert emptied({"messages": [call]}) is None
+    assert emptied({"messages": [{"role": "assistant", "content": "\u200b"}]}) == "empty_field"
+    assert emptied({"messages": [{"role": "system", "content": "", "tools": [{"type": "function"}]}]}) is None
+    assert emptied({"text": " ", "label": "a"}) == "empty_field"
+    assert emptied({"id": "a", "context": "b", "question": "c", "answers": []}) is None
 
 
 def test_percentiles_are_lengths_that_occur() -> None:

@@ -98,7 +98,8 @@ def test_an_architecture_of_a_family_that_only_transformers_knows() -> None:
     assert problems(params(architecture={"model_type": "lama", "hidden_size": 64})) == [
         "params.architecture.model_type: there is no 'lama' in transformers"
     ]
-    assert problems(params(architecture={"model_type": "opt", "ffn_dim": 64, "hiden_size": 64})) == [
+    opt = {"model_type": "opt", "ffn_dim": 64, "hiden_size": 64}
+    assert problems(params(architecture=opt, isolate_documents=False)) == [
         "params.architecture.hiden_size: is no field of opt"
     ]
 

@@ -567,9 +567,9 @@ def test_what_arrow_fills_up_is_no_data(tmp_path: Path) -> None:
     ]
     datasets.Dataset.from_list([{"messages": turns}]).to_parquet(tmp_path / "a.parquet")
     rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="messages")
-    assert [message["content"] for message in rows[0]["messages"] if message["role"] == "assistant"] == [
-        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>',
-        '<tool_call>\n{"name": "g", "arguments": {"y": 2}}\n</tool_call>',
+    assert [message["tool_calls"] for message in rows[0]["messages"] if message["role"] == "assistant"] == [
+        [{"name": "f", "arguments": {"x": 1}}],
+        [{"name": "g", "arguments": {"y": 2}}],
     ]
     assert not ledger.noticed
 
