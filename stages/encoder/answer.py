@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from pipeline.errors import DataError, Problem
-from pipeline.stage import Context, Result, Stage, accepts
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
+from stages.lib.models.families import reading_problems
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ class AnswerParams(TrainingParams):
                 f" {self.max_length_tokens} leaves beside a question of max_question_tokens {self.max_question_tokens}"
             )
         return self
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    return [
+        *check_encoder_task(forecast),
+        *reading_problems(forecast.inputs.get("encoder", Estimate()).architecture or {}),
+    ]
 
 
 def run(ctx: Context, params: AnswerParams) -> Result:
@@ -114,7 +122,7 @@ STAGE = Stage(
     ),
     distributed=True,
     estimate=lambda forecast: estimate_encoder_task(forecast, None),
-    check=check_encoder_task,
+    check=check,
 )
 
 

@@ -1,4 +1,6 @@
-"""A tiny causal model of each family that is much in use, with the template of its kind, and every stage that takes one."""
+"""A tiny model of each family that is much in use, and every stage that takes one: causal models with the template of their
+kind, and encoders.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from stages import STAGES
 from tests import rows
 from tests.integration.preference_world import run
 from tests.integration.test_real_templates import tokenizer_of
-from tests.integration.tiny_language_model import as_pair, asked, said, write_split
+from tests.integration.tiny_language_model import as_pair, asked, make_tokenizer, said, write_split
 
 SMALL = {
     "hidden_size": 32,
@@ -29,10 +31,10 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Family:
-    """`template` is one of TRL's; `config` overrides `SMALL`."""
+    """`template` is one of TRL's, "" for an encoder; `config` overrides `SMALL`."""
 
     model_type: str
-    template: str
+    template: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,37 +108,79 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def make_model(family: Family, folder: Path) -> None:
-    """A model of random weights and its tokenizer, as `save_pretrained` writes both."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+ENCODERS: dict[str, Family] = {
+    "BERT": Family("bert"),
+    "RoBERTa": Family("roberta"),
+    "XLM-RoBERTa": Family("xlm-roberta"),
+    "CamemBERT": Family("camembert"),
+    "DistilBERT": Family("distilbert", config={"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}),
+    "ELECTRA": Family("electra", config={"embedding_size": 32}),
+    "ALBERT": Family("albert", config={"embedding_size": 32}),
+    "ModernBERT": Family("modernbert"),
+    "ERNIE": Family("ernie"),
+    "EuroBERT": Family("eurobert"),
+    "NomicBERT": Family("nomic_bert"),
+    "DeBERTa": Family("deberta"),
+    "DeBERTa v2, v3": Family("deberta-v2", config={"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "MPNet": Family("mpnet"),
+    "RemBERT": Family("rembert", config={"input_embedding_size": 32, "output_embedding_size": 32}),
+    "RoFormer": Family("roformer", config={"embedding_size": 32}),
+    "ConvBERT": Family("convbert", config={"embedding_size": 32}),
+    "BigBird": Family("big_bird", config={"attention_type": "original_full"}),
+    "Longformer": Family("longformer", config={"attention_window": [16, 16]}),
+    "FNet": Family("fnet"),
+    "Nystromformer": Family("nystromformer"),
+}
 
-    tokenizer = tokenizer_of(family.template)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+def make_model(family: Family, folder: Path) -> None:
+    """A model of random weights and its tokenizer, as `save_pretrained` writes both; an encoder if it has no template."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    tokenizer = tokenizer_of(family.template) if family.template else encoder_tokenizer()
+    names = ["bos_token_id", "eos_token_id", "pad_token_id"]
+    names += [] if family.template else ["cls_token_id", "sep_token_id"]
+    ids = {name: getattr(tokenizer, name) for name in names}
     config = AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), **ids, **{**SMALL, **family.config})
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (AutoModelForCausalLM if family.template else AutoModelForMaskedLM).from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-@dataclass(frozen=True)
-class Data:
-    """Folders of mixed rows."""
+def encoder_tokenizer() -> Any:
+    tokenizer = make_tokenizer([row["text"] for row in rows.requests(60)], vocabulary_size=600)
+    tokenizer.add_special_tokens({"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"})
+    return tokenizer
 
-    chats: Path
-    preferences: Path
-    text: Path
+
+Data = dict[str, Path]
+"""Folders of mixed rows."""
 
 
 def make_data(folder: Path) -> Data:
     chats = [{"messages": [*asked(row), said(row["output"])]} for row in rows.exchanges(12)]
     pairs = [as_pair(row) for row in rows.preferences(12)]
     text = [{"text": text} for text in rows.texts(40)]
-    return Data(
-        write_split(folder / "chats", chats, heldout=4),
-        write_split(folder / "preferences", pairs, heldout=4),
-        write_split(folder / "text", text, heldout=8),
-    )
+    requests = rows.requests(40)
+    questions = [
+        {
+            "id": str(number),
+            "context": f"The key number {number} lies under the mat near the door.",
+            "question": "Where is the key?",
+            "answers": [{"start": f"The key number {number} lies ".index("lies") + 5, "text": "under the mat"}],
+        }
+        for number in range(16)
+    ]
+    written = {
+        "chats": chats,
+        "preferences": pairs,
+        "text": text,
+        "labels": [{"text": row["text"], "label": row["label"]} for row in requests],
+        "spans": [{"text": row["text"], "spans": row["spans"]} for row in requests],
+        "questions": questions,
+    }
+    return {name: write_split(folder / name, split, heldout=len(split) // 3) for name, split in written.items()}
 
 
 STEPS = {"global_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
@@ -184,16 +228,29 @@ CELLS: dict[str, tuple[str, Inputs, Mapping[str, Any]]] = {
 """Column -> stage, inputs (data, the model, or another column's artifact) and params."""
 
 
+SHORT = {**STEPS, "max_length_tokens": 64}
+WINDOWS = {**SHORT, "stride_tokens": 16}
+
+ENCODER_CELLS: dict[str, tuple[str, Inputs, Mapping[str, Any]]] = {
+    "pack": CELLS["pack"],
+    "pretrain": ("pretrain", {"tokens": "pack", "model": "model"}, {**STEPS, "objective": "masked"}),
+    "classify": ("classify", {"encoder": "model", "labels": "labels"}, SHORT),
+    "extract": ("extract", {"encoder": "model", "spans": "spans"}, WINDOWS),
+    "answer": ("answer", {"encoder": "model", "questions": "questions"}, {**WINDOWS, "max_question_tokens": 16}),
+    "annotate": ("annotate", {"model": "classify", "rows": "labels"}, {}),
+}
+
+
 def cells_of(name: str, data: Data, folder: Path) -> dict[str, str]:
-    """For each of `CELLS`: "" where the stage runs on a model of this family, else what `plan` says against it.
+    """For each of the family's cells: "" where the stage runs on a model of it, else what `plan` says against it.
 
     What fails only when it runs is raised.
     """
     model = folder / "model"
-    make_model(FAMILIES[name], model)
-    places = {"model": model, "chats": data.chats, "preferences": data.preferences, "text": data.text}
+    make_model({**FAMILIES, **ENCODERS}[name], model)
+    places = {"model": model, **data}
     refused: dict[str, str] = {}
-    for column, (kind, inputs, params) in CELLS.items():
+    for column, (kind, inputs, params) in (CELLS if name in FAMILIES else ENCODER_CELLS).items():
         needed = [each for each in inputs.values() if refused.get(each)]
         if needed:
             refused[column] = refused[needed[0]]

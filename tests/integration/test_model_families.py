@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.settings.strict import CHECKOUT
-from tests.integration.model_families import CELLS, FAMILIES, Data, cells_of, make_data
+from tests.integration.model_families import CELLS, ENCODER_CELLS, ENCODERS, FAMILIES, Data, cells_of, make_data
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODERS])
 def test_every_stage_runs_or_says_at_plan_why_not(name: str, data: Data, tmp_path: Path) -> None:
     found = cells_of(name, data, tmp_path / "family")
     words = DOCUMENT.read_text("utf-8")
@@ -42,27 +43,33 @@ def test_every_stage_runs_or_says_at_plan_why_not(name: str, data: Data, tmp_pat
 
 def test_the_document_names_every_family_and_stage() -> None:
     lines = DOCUMENT.read_text("utf-8").splitlines()
-    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:] == list(FAMILIES)
-    (head,) = [line for line in lines if line.startswith("| family |")]
-    assert [cell.strip() for cell in head.split("|")[3:-1]] == list(CELLS)
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert names == ["family", *FAMILIES, "family", *ENCODERS]
+    heads = [line for line in lines if line.startswith("| family |")]
+    for head, cells in zip(heads, (CELLS, ENCODER_CELLS), strict=True):
+        assert [cell.strip() for cell in head.split("|")[3:-1]] == list(cells)
 
 
 def document(found: dict[str, dict[str, str]]) -> str:
     reasons = list(dict.fromkeys(why for cells in found.values() for why in cells.values() if why))
-    lines = [
-        HEAD,
-        f"| family | `model_type` | {' | '.join(CELLS)} |",
-        f"|{'---|' * (len(CELLS) + 2)}",
-    ]
-    for name, cells in found.items():
-        shown = [str(reasons.index(why) + 1) if why else "yes" for why in cells.values()]
-        lines.append(f"| {name} | {FAMILIES[name].model_type} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", *(f"{number}. {why}" for number, why in enumerate(reasons, start=1)), ""])
+    lines = [HEAD]
+    for title, families, cells in (("Causal", FAMILIES, CELLS), ("Encoders", ENCODERS, ENCODER_CELLS)):
+        lines += [
+            f"## {title}",
+            "",
+            f"| family | `model_type` | {' | '.join(cells)} |",
+            f"|{'---|' * (len(cells) + 2)}",
+        ]
+        for name in families:
+            shown = [str(reasons.index(why) + 1) if why else "yes" for why in found[name].values()]
+            lines.append(f"| {name} | {families[name].model_type} | {' | '.join(shown)} |")
+        lines.append("")
+    return "\n".join([*lines, *(f"{number}. {why}" for number, why in enumerate(reasons, start=1)), ""])
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         rows = make_data(Path(place) / "data")
         DOCUMENT.write_text(
-            document({name: cells_of(name, rows, Path(place) / "family") for name in FAMILIES}), "utf-8"
+            document({name: cells_of(name, rows, Path(place) / "family") for name in (*FAMILIES, *ENCODERS)}), "utf-8"
         )

@@ -21,7 +21,7 @@ from stages import STAGES
 from stages.lib.models.adapters import LoraParams, with_adapter
 from stages.lib.models.asking import innermost, require_attention, without_cache
 from stages.lib.preferring.reward_models import scores
-from stages.lib.training.loop import prepare
+from stages.lib.training.making import prepare
 from tests.distributed.training_world import make_tokenizer, write_chats, write_tokens
 from tests.integration.tiny_language_model import run_stage, write_preferences
 
@@ -182,4 +182,4 @@ def test_checkpointing_is_asked_of_the_class(tmp_path: Path) -> None:
         resources = Resources(gradient_checkpointing=True)
 
     with pytest.raises(RecipeError, match="gradient_checkpointing: is true, and AlbertForMaskedLM has no such thing"):
-        prepare(model, Asked)  # type: ignore[arg-type]
+        prepare(model, Asked, None)  # type: ignore[arg-type]

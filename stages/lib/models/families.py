@@ -31,10 +31,39 @@ UNQUANTIZABLE = {
 """Family -> why llm-compressor 0.14 makes no model of it."""
 
 
+WITHOUT_SDPA = frozenset(
+    (
+        *("deberta", "deberta-v2", "mpnet", "rembert", "roformer", "convbert", "big_bird", "fnet", "nystromformer"),
+        *(
+            "longformer",
+            "funnel",
+            "xlnet",
+            "mega",
+            "ibert",
+            "squeezebert",
+            "mobilebert",
+            "canine",
+            "reformer",
+            "yoso",
+            "mra",
+        ),
+    )
+)
+"""Encoder families whose attention takes no mask for each pair of tokens."""
+
+WITHOUT_READER = {
+    **dict.fromkeys(
+        ("eurobert", "nomic_bert", "jina_embeddings_v3"), "for which transformers has no question answering head"
+    ),
+    **dict.fromkeys(("longformer",), "whose question answering head wants three separators in every row"),
+}
+"""Family -> why no reader is made of it."""
+
+
 def mixing_problems(architecture: Mapping[str, Any], isolate_documents: bool) -> list[Problem]:
     """Of training on packed blocks, where the family is known not to keep their documents apart."""
     kind = architecture.get("model_type")
-    if not isolate_documents or kind not in MIXING:
+    if not isolate_documents or kind not in MIXING | WITHOUT_SDPA:
         return []
     what = f"is true, and models of the type {kind} do not keep the documents of a block apart"
     hint = "Set isolate_documents: false, or choose another model_type (llama, qwen3, gpt2 and gpt_neox can)."
@@ -59,6 +88,15 @@ def adapter_problems(architecture: Mapping[str, Any], target_modules: list[str] 
     return [
         Problem("params.lora.target_modules", what, "Name them: [in_proj, x_proj] for mamba, [in_proj] for mamba2.")
     ]
+
+
+def reading_problems(architecture: Mapping[str, Any]) -> list[Problem]:
+    """Of a reader, where the family has no head that reads."""
+    kind = architecture.get("model_type")
+    if kind not in WITHOUT_READER:
+        return []
+    what = f"is a {kind} model, {WITHOUT_READER[kind]}"
+    return [Problem("inputs.encoder", what, "Choose another architecture (bert, roberta and modernbert work).")]
 
 
 def quantization_problems(architecture: Mapping[str, Any]) -> list[Problem]:

@@ -25,19 +25,7 @@ def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
 
     Raises `ArtifactError` if anything else of the model is not in the folder, or no such model exists for its type.
     """
-    try:
-        model, report = with_new_head(AutoModelForSequenceClassification, folder, num_labels=1)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        kind = read_config(folder).get("model_type")
-        raise ArtifactError(
-            Problem(
-                str(folder),
-                f"transformers has no sequence classifier for {kind} models",
-                "Choose another architecture.",
-            )
-        ) from None
+    model, report = with_new_head(AutoModelForSequenceClassification, folder, num_labels=1)
     holes = sorted(name for name in report["missing_keys"] if is_body(model, name))
     holes += [str(key) for key in report.get("mismatched_keys", ())]
     left_over = sorted(name for name in report["unexpected_keys"] if is_body(model, name))
@@ -56,11 +44,20 @@ def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
 
 
 def with_new_head(auto_class: Any, folder: Path, **config: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The body in `folder` under a head of `auto_class`, in float32, and which weights are new; `config` goes to its config."""
+    """The body in `folder` under a head of `auto_class`, in float32, and which weights are new; `config` goes to its config.
+
+    Raises `ArtifactError` if transformers has no such class for its type.
+    """
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a table of the head's weights, in the words of a warning
     try:
         return read_weights(auto_class, folder, dtype=torch.float32, **config)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        kind, wanted = read_config(folder).get("model_type"), auto_class.__name__.removeprefix("AutoModelFor")
+        what = f"transformers has no model for {wanted} of the type {kind}"
+        raise ArtifactError(Problem(str(folder), what, "Choose another architecture.")) from None
     finally:
         logging.set_verbosity(level)
 
