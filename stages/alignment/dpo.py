@@ -22,6 +22,7 @@ from stages.lib.models.architectures import vocabulary_problems
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.noise import noise_problems
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
+from stages.lib.text.template_date import on_template_date
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +72,7 @@ def check(forecast: Forecast) -> list[Problem]:
     ]
 
 
+@on_template_date
 def run(ctx: Context, params: DPOParams) -> Result:
     from transformers import AutoModelForCausalLM
 

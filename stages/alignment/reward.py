@@ -18,6 +18,7 @@ from stages.lib.formulas.bounds import Weight
 from stages.lib.models.arithmetic import completed, field_of
 from stages.lib.models.families import scoring_problems
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
+from stages.lib.text.template_date import on_template_date
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +66,7 @@ def check(forecast: Forecast) -> list[Problem]:
     return [*check_preference_training(forecast), *scoring_problems(architecture)]
 
 
+@on_template_date
 def run(ctx: Context, params: RewardParams) -> Result:
     from transformers import AutoModelForSequenceClassification
 

@@ -19,6 +19,7 @@ from stages.lib.models.columns import group_problems, is_ignored, planned_column
 from stages.lib.models.families import quantization_problems
 from stages.lib.models.lengths import longest_text, require_length
 from stages.lib.models.published import PublishedParams
+from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import unembedded_problems
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from stages.lib.text.packed import PackedTokens, Split
 
 
-class QuantizeParams(PublishedParams):
+class QuantizeParams(TemplateDateParams, PublishedParams):
     method: Literal["round_to_nearest", "gptq"] = "gptq"
     """round_to_nearest: each weight by itself; needs no calibration. gptq: column by column, spreading each one's
     rounding error over those not yet rounded, by second-order statistics of the layer's inputs (Frantar et al.,
@@ -104,6 +105,7 @@ def check(forecast: Forecast) -> list[Problem]:
     return problems + group_problems(planned_columns(architecture, params.ignore), params.group_size)
 
 
+@on_template_date
 def run(ctx: Context, params: QuantizeParams) -> Result:
     from stages.lib.measuring.perplexity import score
     from stages.lib.models.compressing import compress

@@ -17,6 +17,7 @@ from pipeline.store.durable import write_text
 from pipeline.store.numbers import json_text, require_finite
 from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy
 from stages.lib.text.chat_fitting import split_last_answer
+from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import unembedded_problems
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class ScoredRepliesParams(Strict):
     """The model against whose replies those of the others win or lose, by its name in inputs.models. null: against the replies that were held out."""
 
 
-class EvaluateParams(Strict):
+class EvaluateParams(TemplateDateParams, Strict):
     heldout_blocks: int | None = Field(default=None, ge=1)
     """Blocks of held-out tokens on which perplexity is measured: the first so many. null: all."""
     heldout_chats: int | None = Field(default=None, ge=1)
@@ -93,6 +94,7 @@ def check(forecast: Forecast) -> list[Problem]:
     return problems + unembedded_problems(forecast)
 
 
+@on_template_date
 def run(ctx: Context, params: EvaluateParams) -> Result:
     from stages.lib.measuring.compared_models import Rows, Subject, add_chats, add_pairs, add_text
     from stages.lib.measuring.scored_replies import ScoredReplies, metrics_of

@@ -15,6 +15,7 @@ from pipeline.store.artifact import Facts, Kind
 from stages.lib.models.architectures import grown_rows
 from stages.lib.models.lengths import length_problems, require_length
 from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
+from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import embedded_rows, template_problems_ahead, tokens_ahead
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from stages.lib.text.chats import Chats
 
 
-class SftParams(TrainingParams):
+class SftParams(TemplateDateParams, TrainingParams):
     """How the model is taught. One row is one chat."""
 
     max_length_tokens: int = Field(ge=8)
@@ -76,6 +77,7 @@ def check(forecast: Forecast) -> list[Problem]:
     ]
 
 
+@on_template_date
 def run(ctx: Context, params: SftParams) -> Result:
     from transformers import AutoModelForCausalLM
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pipeline.errors import DataError, Preempted
+from pipeline.settings.strict import Reading, validate
+from stages import STAGES
 from stages.lib.text import chat_sandbox
 from stages.lib.text.chat_budget import OverLimit
 from stages.lib.text.chat_presets import PRESETS
 from stages.lib.text.chat_probe import VERDICTS, probe
 from stages.lib.text.chat_sandbox import render_template
 from stages.lib.text.chat_template import apply_template
+from stages.lib.text.template_date import DEFAULT, on_template_date, telling, told_date
 
 CHAT = [
     {"role": "system", "content": " Be short.\n"},
@@ -283,3 +287,23 @@ def test_every_day_is_the_same_day() -> None:
         '{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}{%- endif %}Today Date: {{ date_string }}'
     )
     assert render_template(template, CHAT, NAMES) == "Today Date: 26 Jul 2024"
+    with telling("2031-02-03"):
+        assert render_template(template, CHAT, NAMES) == "Today Date: 03 Feb 2031"
+    assert render_template(template, CHAT, NAMES) == "Today Date: 26 Jul 2024"
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "grpo", "rloo", "evaluate", "quantize"])
+def test_every_stage_that_renders_chats_has_the_date_among_its_params(kind: str) -> None:
+    stage, days = STAGES[kind], []
+
+    def run(ctx: Any, params: Any) -> Any:
+        days.append(told_date().isoformat())
+
+    assert stage.run.__wrapped__  # type: ignore[attr-defined]
+    on_template_date(run)(None, SimpleNamespace(template_date="2031-02-03"))  # type: ignore[arg-type]
+    assert days == ["2031-02-03"] and told_date().isoformat() == DEFAULT
+    for wrong in ("today", "2031-2-3", "03.02.2031", "2031-02-30"):
+        _, problems = validate(stage.params, {"template_date": wrong}, "params", Reading([]))
+        assert any(f"'{wrong}' is no date: write one as 2024-07-26" in str(each) for each in problems)
+    _, problems = validate(stage.params, {"template_date": "2031-02-03"}, "params", Reading([]))
+    assert not any("template_date" in str(each) for each in problems)

@@ -18,6 +18,7 @@ from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
+from stages.lib.text.template_date import TemplateDateParams
 from stages.lib.text.template_forecast import untaught_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import read_layout
@@ -34,7 +35,7 @@ INPUTS: dict[str, Input] = {
 default the artifact of the policy itself. `chats`: what ptx_coefficient mixes in."""
 
 
-class OnPolicyParams(OptimizerParams):
+class OnPolicyParams(TemplateDateParams, OptimizerParams):
     """What PPO, GRPO and RLOO have in common."""
 
     rewards: Rewards

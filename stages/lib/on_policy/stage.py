@@ -9,6 +9,7 @@ from pipeline.errors import Problem
 from pipeline.stage import Context, Forecast, Input, Result, Stage
 from pipeline.store.artifact import Kind
 from stages.lib.on_policy.params import INPUTS, GroupParams, OnPolicyParams, check_on_policy, estimate_on_policy
+from stages.lib.text.template_date import on_template_date
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ def on_policy_stage(
         params=params,
         inputs=inputs,
         output=Kind.CAUSAL_LM,
-        run=run,
+        run=on_template_date(run),
         headline=(
             "heldout_reward",
             "heldout_reward_base",

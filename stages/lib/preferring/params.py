@@ -9,12 +9,13 @@ from pydantic import Field
 from pipeline.errors import Problem
 from pipeline.stage import Estimate, Forecast
 from stages.lib.models.lengths import length_problems
+from stages.lib.text.template_date import TemplateDateParams
 from stages.lib.text.template_forecast import untaught_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
 
-class PreferenceParams(TrainingParams):
+class PreferenceParams(TemplateDateParams, TrainingParams):
     """One row is one pair."""
 
     max_length_tokens: int = Field(ge=8)

@@ -21,6 +21,7 @@ from stages.lib.models.drawing import require_quiet
 from stages.lib.models.loading import load_model
 from stages.lib.text.chat_spans import encode_chat
 from stages.lib.text.chat_template import Messages
+from stages.lib.text.template_date import DEFAULT, telling
 from stages.lib.text.tokenizers import load_tokenizer
 
 HEAD_TYPE = "reward"
@@ -92,8 +93,9 @@ def require_fixed_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def fixed_prompt_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Name -> score of each of `FIXED_PROMPTS`."""
-    return dict(zip(FIXED_PROMPTS, score_chats(model, tokenizer, list(FIXED_PROMPTS.values())), strict=True))
+    """Name -> score of each of `FIXED_PROMPTS`, on the same date whoever asks."""
+    with telling(DEFAULT):
+        return dict(zip(FIXED_PROMPTS, score_chats(model, tokenizer, list(FIXED_PROMPTS.values())), strict=True))
 
 
 def load_reward_model(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, time
 from functools import lru_cache
 from typing import Any
 
@@ -23,13 +23,10 @@ from jinja2.utils import Namespace
 from stages.lib.text.chat_bounding import CHECKS, Bounding
 from stages.lib.text.chat_budget import CONTAINERS, Budget, OverLimit, require_bits
 from stages.lib.text.chat_filters import GUARDS, add_up, to_json
+from stages.lib.text.template_date import told_date
 
 MAX_TEMPLATE_CHARACTERS = 200_000
 """Several times the longest template that is known to be in use; a second or two to read it."""
-
-TODAY = datetime(2024, 7, 26)
-"""The day that templates are told, whichever it is: the same artifact would be trained on other tokens tomorrow. Llama's
-templates, which write it, take this one themselves where nobody tells them any."""
 
 LEFT_OUT_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 """For web pages and debugging, and costly without bound, or (`random`) of another result each time."""
@@ -186,7 +183,7 @@ def refuse(message: Any) -> None:
 
 def now(format: str) -> str:
     """`strftime_now` of the templates: the same on every day."""
-    return TODAY.strftime(format)
+    return datetime.combine(told_date(), time()).strftime(format)
 
 
 @lru_cache(maxsize=16)

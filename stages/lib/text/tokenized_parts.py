@@ -34,6 +34,7 @@ from stages.lib.processes.collectives import any_process, barrier, from_main
 from stages.lib.processes.joining import join_processes
 from stages.lib.rows.canonical import Row, read_rows
 from stages.lib.rows.ledger import Ledger, add_ledgers
+from stages.lib.text.template_date import told_date
 from stages.lib.text.tokenizers import chat_template_digest, tokenizer_digest
 
 LAYOUT = 2
@@ -81,7 +82,8 @@ class Tokenizing:
     def digest(self, path: Path) -> str:
         """Changes with the rows, with what makes tokens of them, and with the settings."""
         template = chat_template_digest(self.tokenizer)
-        parts = [LAYOUT, digest_file(path), tokenizer_digest(self.tokenizer), template, *self.settings]
+        told = told_date().isoformat()
+        parts = [LAYOUT, digest_file(path), tokenizer_digest(self.tokenizer), template, told, *self.settings]
         return digest_bytes(canonical_json(parts))[:12]
 
 
