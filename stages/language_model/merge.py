@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactError, Problem
 from pipeline.settings.paths import holds_file
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
-from stages.lib.models.published import PublishedParams
+from stages.lib.models.published import PublishedDtype, PublishedParams
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class MergeParams(PublishedParams):
     """How the merged model is published."""
 
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    published_dtype: PublishedDtype | None = None
     """Number format of the weights that are published; they are added in fp32. null: the one that the model has."""
 
 
@@ -42,7 +42,7 @@ def check(forecast: Forecast) -> list[Problem]:
 def run(ctx: Context, params: MergeParams) -> Result:
     from transformers import AutoModelForCausalLM
 
-    from stages.lib.models.config import read_config
+    from stages.lib.models.formats import formats_to_publish, say_if_other
     from stages.lib.models.loading import count_parameters, load_model
     from stages.lib.models.publishing import publish, zeros_of
     from stages.lib.processes.joining import use_threads
@@ -54,7 +54,7 @@ def run(ctx: Context, params: MergeParams) -> Result:
         raise ArtifactError(*problems)
     adapter = adapter_folder(ctx.inputs["adapter"])
     tokenizer = adapter if (adapter / "tokenizer.json").exists() else source
-    precision = params.precision or precision_of(read_config(source))
+    formats = formats_to_publish(ctx, "fp32", params.published_dtype)
     before = load_model(AutoModelForCausalLM, source)
     merged = with_adapter_merged(load_model(AutoModelForCausalLM, source), adapter)
     changed, change = difference_of(before, merged)
@@ -63,9 +63,10 @@ def run(ctx: Context, params: MergeParams) -> Result:
         raise ArtifactError(Problem("inputs.adapter", what, "Name an adapter that was trained."))
     of = f"; tokenizer and chat template are the adapter's, from {adapter}" if tokenizer == adapter else ""
     ctx.journal.note(f"the adapter changes {changed} weights, by {change:.2%} of their norm{of}")
-    publish(merged, merged.state_dict(), tokenizer, ctx.out, precision=precision, may_be_zero=zeros_of(source))
+    published = publish(merged, merged.state_dict(), tokenizer, ctx.out, formats=formats, may_be_zero=zeros_of(source))
+    say_if_other(ctx, formats, published)
     facts = Facts(
-        **tokenizer_facts(ctx.out), head_type="causal_lm", dtype=precision, parameters=count_parameters(merged)
+        **tokenizer_facts(ctx.out), head_type="causal_lm", dtype=published, parameters=count_parameters(merged)
     )
     return Result({"changed_weights": changed, "relative_change": change}, facts)
 
@@ -109,14 +110,6 @@ def adapter_problems(folder: Path) -> list[Problem]:
         )
         return [Problem("inputs.adapter", what, f"Write it anew: `{command}`.")]
     return []
-
-
-def precision_of(config: dict[str, Any]) -> str:
-    """The number format that a model's config names; fp32 where it names none."""
-    from stages.lib.models.loading import DTYPES
-
-    said = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{said}"), "fp32")
 
 
 def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

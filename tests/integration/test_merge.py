@@ -97,7 +97,7 @@ def test_tokenizer_and_template_are_the_adapters_where_it_has_some(tmp_path: Pat
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(tmp_path / "adapter")
-    _, out = merged(base, tmp_path / "adapter", tmp_path / "merge", precision="bf16")
+    _, out = merged(base, tmp_path / "adapter", tmp_path / "merge", published_dtype="bf16")
     assert load_tokenizer(out).chat_template == "{{ messages }}"
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 

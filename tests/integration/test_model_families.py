@@ -31,7 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+# Of transformers' own module of DeBERTa, and of peft where it adapts experts and GPT-2's layers.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize("name", [*FAMILIES, *ENCODERS])
 def test_every_stage_runs_or_says_at_plan_why_not(name: str, data: Data, tmp_path: Path) -> None:
     found = cells_of(name, data, tmp_path / "family")

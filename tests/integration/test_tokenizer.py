@@ -284,7 +284,7 @@ def test_chatml_has_its_own_tokens(own: Path, tmp_path: Path) -> None:
 
 def test_a_template_whose_end_token_is_no_token_is_refused(own: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"params\.chat_template: does not end each assistant turn with a special token"
+        DataError, match=r"params\.chat_template: does not end the assistant's turns with a special token"
     ):
         make(own, tmp_path / "out", vocabulary_size=450, chat_template=SLIPWAY.replace("<|end|>", "<|over|>"))
 

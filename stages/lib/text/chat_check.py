@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DataError, Problem
@@ -36,9 +37,16 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     try:
         problems = template_problems(tokenizer, where)
     except DataError as error:
-        problems = [each if isinstance(each, Problem) else Problem(where, each) for each in error.problems]
+        problems = [placed(each, where) for each in error.problems]
     if problems:
         raise DataError(*dict.fromkeys(problems))
+
+
+def placed(problem: Problem | str, where: str) -> Problem:
+    """The problem, said of the place that the template comes from."""
+    if isinstance(problem, str):
+        return Problem(where, problem)
+    return replace(problem, where=where) if problem.where == "chat_template" else problem
 
 
 def template_problems(tokenizer: PreTrainedTokenizerBase, where: str) -> list[Problem]:
