@@ -18,7 +18,7 @@ from pipeline.store.numbers import json_text, require_finite
 from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy
 from stages.lib.text.chat_fitting import split_last_answer
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
-from stages.lib.text.template_forecast import unembedded_problems
+from stages.lib.text.template_forecast import unembedded_problems, untemplated_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +91,10 @@ def check(forecast: Forecast) -> list[Problem]:
         problems += check_scored_replies(params.scored_replies, forecast, roles)
     if not roles & {"tokens", "chats", "preferences"} and generation is None:
         problems.append(Problem("inputs", "there is nothing to measure on", "Add tokens, chats or preferences."))
-    return problems + unembedded_problems(forecast)
+    reading = [role for role in forecast.inputs if role.startswith("reward_models.")]
+    if roles & {"chats", "preferences"} or generation is not None:
+        reading += [role for role in forecast.inputs if role.startswith("models.")]
+    return [*problems, *unembedded_problems(forecast), *untemplated_problems(forecast, reading)]
 
 
 @on_template_date

@@ -458,3 +458,30 @@ def test_role_tokens_that_are_not_called_special_are_never_forged(deepseek: PreT
     ):
         assert ids.count(deepseek.convert_tokens_to_ids(mark)) == times, mark
     assert forged in deepseek.decode(ids)
+
+
+@pytest.mark.parametrize(("name", "thought"), [("qwen3", "think"), ("gptoss", "analysis"), ("gemma4_v5", "thought")])
+def test_a_thought_that_is_also_a_word_of_the_marks_is_masked_where_it_stands(name: str, thought: str) -> None:
+    tokenizer = tokenizer_of(name)
+    chat = [user("Who?"), assistant("Me.", reasoning_content=thought)]
+    (whole,), (parts,) = (learned(tokenizer, chat, thinking=how) for how in ("trained", "masked"))
+    before, after = parts
+    assert [before + thought + after] == whole and thought in before
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "gptoss", "qwen2_5"])
+def test_what_a_tool_returns_as_json_is_there_however_it_is_written(name: str) -> None:
+    chat = [*CHATS["T"][:3], {"role": "tool", "content": '{"temp": 0,\n "unit": "\\"C\\""}'}, assistant("It is 0.")]
+    assert len(learned(tokenizer_of(name), chat)) == 1
+
+
+def test_a_template_for_tools_is_taken_where_a_chat_has_some() -> None:
+    """As `apply_chat_template` does."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer_of("qwen2_5").backend_tokenizer, eos_token="<|im_end|>"
+    )
+    default = tokenizer_of("qwen2_5").chat_template
+    tokenizer.chat_template = {"default": default, "tool_use": default.replace("# Tools", "# Functions")}
+    for chat, words in ((CHATS["T"][:2], "# Functions"), (CHATS["S"][:1], "")):
+        prompt = tokenizer.decode(encode_prompt(tokenizer, chat))
+        assert prompt == served(tokenizer, chat) and words in prompt

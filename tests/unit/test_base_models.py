@@ -149,6 +149,30 @@ def test_plan_sees_it_in_every_stage_that_reads_chats(tmp_path: Path, kind: str)
         assert any(what in str(problem) and "`add_tokens: true`" in str(problem) for problem in stage.check(forecast))
 
 
+def test_plan_sees_that_a_reward_model_reads_no_chats(tmp_path: Path) -> None:
+    """Found out by a rollout, or by rows that all seem too long, it would cost the run."""
+    folder = write_base_model(tmp_path / "judge", "gpt-2", rows=500)
+    judge = Estimate(architecture=architecture_of(folder), folder=folder)
+    rollouts = {
+        "global_batch_size": 4,
+        "learning_rate": 1e-3,
+        "rollouts": 1,
+        "rollout_batch_size": 4,
+        "completions_per_prompt": 2,
+        "max_prompt_tokens": 64,
+        "max_new_tokens": 8,
+        "rewards": [{"kind": "reward_model"}],
+    }
+    for kind, params, inputs in (
+        ("grpo", rollouts, {"model": Estimate(), "prompts": Estimate(), "reward": judge}),
+        ("evaluate", {}, {"models.one": Estimate(), "preferences": Estimate(), "reward_models.judge": judge}),
+        ("evaluate", {}, {"models.one": judge, "chats": Estimate()}),
+    ):
+        found = STAGES[kind].check(Forecast(STAGES[kind].params(**params), Resources(), inputs))
+        role = next(role for role, estimate in inputs.items() if estimate is judge)
+        assert [each.where for each in found if each.what == "its tokenizer has no chat template"] == [f"inputs.{role}"]
+
+
 def test_plan_sees_in_every_role_that_a_model_does_not_embed_its_tokens(tmp_path: Path) -> None:
     whole, lacking = (write_base_model(tmp_path / str(rows), "gpt-2", rows=rows) for rows in (500, 499))
     known, odd = (Estimate(architecture=architecture_of(folder), folder=folder) for folder in (whole, lacking))

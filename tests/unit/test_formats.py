@@ -1051,3 +1051,87 @@ def test_a_conversation_of_the_pair_under_messages_is_no_prompt(repeated: str) -
     pair = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
     found, _ = convert("preference_chat", {"prompt": "a", **pair, "messages": pair[repeated]})
     assert found == {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+
+
+# Calls of tools, what answers them, and what is said of them twice.
+
+
+def called(identifier: str | None, name: str, **arguments: Any) -> Row:
+    """A call as OpenAI writes it."""
+    function = {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+    return function if identifier is None else {"id": identifier, **function}
+
+
+def answered(content: str, **more: str) -> Row:
+    return {"role": "tool", "content": content, **more}
+
+
+TWO_CALLS = {"role": "assistant", "content": None, "tool_calls": [called("1", "alpha", x=1), called("2", "beta")]}
+
+
+def test_answers_stand_in_the_order_of_the_calls_that_they_are_of() -> None:
+    turns = [user("a"), TWO_CALLS, answered("B", tool_call_id="2"), answered("A", tool_call_id="1"), assistant("c")]
+    row, _ = convert("messages", {"messages": turns})
+    asked = calls({"name": "alpha", "arguments": {"x": 1}}, {"name": "beta", "arguments": {}})
+    assert row == {"messages": [user("a"), asked, tool("A"), tool("B"), assistant("c")]}
+
+
+ODD_CALLS: list[tuple[str, list[Row], str]] = [
+    ("an identifier of no call", [TWO_CALLS, answered("B", tool_call_id="3")], "tool_call_id is that of no call, or of one that is answered already"),
+    ("one call answered twice", [TWO_CALLS, answered("B", tool_call_id="1"), answered("B", tool_call_id="1")], "tool_call_id is that of no call, or of one that is answered already"),
+    ("more answers than calls", [calls(called(None, "f")), answered("1"), answered("2")], "2 turns of tools follow upon 1 calls"),
+    ("another tool's name", [calls(called(None, "f")), answered("1", name="g")], "a tool named g answers a call of f"),
+    ("calls in two places", [{**calls(called(None, "f")), "function_call": {"name": "g"}}, answered("1")], "tool_calls and function_call"),
+    ("arguments in two places", [calls({"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}), answered("1")], "arguments and parameters of a call"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("turns", "detail"), [case[1:] for case in ODD_CALLS], ids=[case[0] for case in ODD_CALLS])
+def test_calls_and_answers_that_contradict_each_other(turns: list[Row], detail: str) -> None:
+    found, _ = convert("messages", {"messages": [user("a"), *turns, assistant("c")]})
+    assert found == ("contradictory", detail)
+
+
+def test_nothing_of_calls_is_lost_on_the_way() -> None:
+    def first(turn: Row) -> Any:
+        row, _ = convert("messages", {"messages": [user("a"), turn, answered("1"), assistant("c")]})
+        return row["messages"][1]
+
+    said = {"role": "assistant", "content": "Let me see."}
+    call = {"name": "f", "arguments": {"a": 1}}
+    assert first({**said, "tool_calls": [], "function_call": call}) == calls(call, content="Let me see.")
+    assert first({**said, "tool_calls": [call], "function_call": call}) == calls(call, content="Let me see.")
+    parameters = {"name": "f", "arguments": None, "parameters": {"a": 1}}
+    assert first({**said, "tool_calls": [parameters]}) == calls(call, content="Let me see.")
+    twice = [
+        {"role": "assistant", "content": None, "reasoning_content": "R1", "tool_calls": [call]},
+        {"role": "assistant", "content": None, "reasoning_content": "R2", "tool_calls": [call]},
+    ]
+    row, _ = convert("messages", {"messages": [user("a"), *twice, answered("1"), answered("2"), assistant("c")]})
+    assert row["messages"][1] == {**calls(call, call), "reasoning_content": "R1\n\nR2"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "noticed"),
+    [
+        ("messages", {"messages": [{**user("a"), "reasoning": "r"}, assistant("b")]}, "turns have 'reasoning', which is not read"),
+        ("messages", {"messages": [{**user("a"), "tool_calls": [{"name": "f"}]}, assistant("b")]}, "turns have 'tool_calls', which is not read"),
+        ("messages", {"messages": [user("a"), assistant("b"), answered("1"), assistant("c")]}, "turns of tools follow upon turns that call none"),
+        ("messages", {"messages": [user("a"), calls(called(None, "f"), called(None, "g")), answered("1"), assistant("c")]}, "calls of tools that nothing answers"),
+        ("messages", {"system": "s", "messages": [system("t"), user("a"), assistant("b")]}, "a row's own system text was put before that of its chat"),
+        ("prompts", {"prompt": "a", "input": "b"}, "rows have 'input' beside 'prompt', which is not read"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_noticed(layout: str, row: Row, noticed: str) -> None:
+    conversion = Conversion(declared=frozenset())
+    (found,) = [found for _, found in convert_record(row, LAYOUTS[layout], {}, conversion, ())]
+    assert not isinstance(found, Dropped)
+    assert conversion.noticed == {noticed: 1}
+
+
+def test_what_is_said_twice_is_kept_once_or_contradicts() -> None:
+    turns = [system("s"), user("a"), assistant("b")]
+    assert convert("messages", {"system": "s", "messages": turns})[0] == {"messages": turns}
+    assert convert("sharegpt", {"system": " ", "conversations": turns[1:]})[0] == {"messages": turns[1:]}
+    both = {"messages": turns, "conversations": [user("x"), assistant("y")]}
+    assert convert("sharegpt", both)[0] == ("contradictory", "messages and conversations")

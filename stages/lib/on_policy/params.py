@@ -19,7 +19,7 @@ from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.text.template_date import TemplateDateParams
-from stages.lib.text.template_forecast import untaught_problems
+from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import read_layout
 from stages.lib.training.params import OptimizerParams, derive_batch
@@ -177,6 +177,7 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     if params.lora is not None:
         problems += adapter_problems(architecture, params.lora.target_modules)
     problems += untaught_problems(forecast, reads_chats=params.rendering == "chat")
+    problems += untemplated_problems(forecast, ["reward"] if learned(params.rewards) else [])
     size = params.rollout_batch_size
     if size % forecast.resources.world_size:
         problems.append(

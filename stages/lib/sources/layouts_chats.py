@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of, type_name
+from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, one_of, text_of, type_name
 from stages.lib.sources.tool_turns import Message, merge_tool_turns, system_turn
 from stages.lib.sources.turns import require_order, turns_of, turns_or_text, with_system
 
@@ -84,7 +84,7 @@ def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message
     if row.get(name) is None:
         raise Dropped("missing_field", name)
     said = turns_or_text(row[name], name, "user", conversion) if extra else turns_of(row[name], name, conversion)
-    chat = with_system(merge_tool_turns([*said, *extra]), system_turn(row, conversion))
+    chat = with_system(merge_tool_turns([*said, *extra], conversion), system_turn(row, conversion), conversion)
     start = 1 if chat and chat[0]["role"] == "system" else 0
     if len(chat) > start and chat[start]["role"] == "assistant":
         conversion.repair("opening_assistant_turn")
@@ -100,4 +100,4 @@ def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message
 
 def sharegpt(row: Row, conversion: Conversion) -> Row:
     """ShareGPT's names: `conversations` of turns with `from` and `value`."""
-    return messages({**row, "messages": row.get("messages", row.get("conversations"))}, conversion)
+    return messages({**row, "messages": one_of(row, ("messages", "conversations"))}, conversion)

@@ -37,7 +37,9 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
         require_order(chosen)
         require_order(rejected)
         prompt, better, worse = split_at_difference(chosen, rejected)
-        prompt = with_system(after_prompt(row, prompt, (better, worse), conversion), system_turn(row, conversion))
+        prompt = with_system(
+            after_prompt(row, prompt, (better, worse), conversion), system_turn(row, conversion), conversion
+        )
         return preference(row, prompt, *map(answer_in, (better, worse)))
     if len(chosen) != 1 or len(rejected) != 1 or chosen[0]["role"] != rejected[0]["role"]:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
@@ -94,7 +96,7 @@ def prompt_in(row: Row, conversion: Conversion) -> list[Message]:
         hint = " (if chosen and rejected hold it as a transcript or as JSON, set turns_in_text)"
         raise Dropped("missing_field", "messages" + hint * (conversion.turns_in_text is None))
     turns = turns_or_text(row["messages"], "messages", "user", conversion)
-    prompt = with_system(merge_tool_turns(turns), system_turn(row, conversion))
+    prompt = with_system(merge_tool_turns(turns, conversion), system_turn(row, conversion), conversion)
     start = 1 if prompt[0]["role"] == "system" else 0
     if len(prompt) > start + 1 and prompt[start]["role"] == "assistant":
         conversion.repair("opening_assistant_turn")
@@ -113,7 +115,7 @@ def after_prompt(
     """
     if row.get("messages") is None:
         return turns
-    before = merge_tool_turns(turns_or_text(row["messages"], "messages", "user", conversion))
+    before = merge_tool_turns(turns_or_text(row["messages"], "messages", "user", conversion), conversion)
     if said(before) in (
         said(turns),
         said(turns[: len(before)]),
@@ -145,7 +147,7 @@ def answer_turns(row: Row, name: str, conversion: Conversion) -> list[Message]:
     """A text, a turn or a list of turns, as messages; a transcript where the source says so."""
     if row.get(name) is None:
         raise Dropped("missing_field", name)
-    return merge_tool_turns(turns_or_text(row[name], name, "assistant", conversion))
+    return merge_tool_turns(turns_or_text(row[name], name, "assistant", conversion), conversion)
 
 
 def split_at_difference(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], Message, Message]:

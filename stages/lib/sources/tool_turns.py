@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import Any
 
 from stages.lib.rows.canonical import Row
@@ -15,12 +16,14 @@ CALL_KEYS = ("tool_calls", "function_call", "api")
 
 
 def tool_calls(turn: Row) -> list[Any]:
-    """What the turn asks tools to do, in any of the usual places."""
-    if (calls := turn.get("tool_calls")) is None:
-        calls = [turn[key] for key in ("function_call", "api") if turn.get(key) is not None]
-    if not isinstance(calls, list):
-        raise Dropped("wrong_type", f"tool_calls is {type_name(calls)}, not a list")
-    return calls
+    """What the turn asks tools to do, in any of the usual places. Raises `Dropped` if two of them say different things."""
+    listed = turn.get("tool_calls") or []
+    if not isinstance(listed, list):
+        raise Dropped("wrong_type", f"tool_calls is {type_name(listed)}, not a list")
+    single = [turn[key] for key in ("function_call", "api") if turn.get(key) not in (None, "", {})]
+    if listed and single and [as_call(each) for each in listed] != [as_call(each) for each in single]:
+        raise Dropped("contradictory", "tool_calls and function_call")
+    return listed or single
 
 
 def calls_in(content: str, conversion: Conversion) -> Message:
@@ -54,11 +57,15 @@ def as_call(call: Any) -> dict[str, Any] | None:
     inner = with_arguments(inner)
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         return None
-    arguments = inner.get("arguments", inner.get("parameters"))
-    arguments = {} if arguments in (None, "") else arguments
+    given = [inner[name] for name in ("arguments", "parameters") if inner.get(name) not in (None, "")]
+    if len(given) == 2 and given[0] != given[1]:
+        raise Dropped("contradictory", "arguments and parameters of a call")
+    arguments = given[0] if given else {}
     known = inner.keys() <= {"name", "arguments", "parameters", "id", "type"}
     is_whole = isinstance(arguments, dict) and known and is_json(arguments)
-    return {"name": inner["name"], "arguments": arguments} if is_whole else None
+    identifier = next((each["id"] for each in (call, inner) if isinstance(each.get("id"), str | int)), None)
+    named = {"name": inner["name"], "arguments": arguments}
+    return (named if identifier is None else {**named, "id": str(identifier)}) if is_whole else None
 
 
 def is_json(value: Any) -> bool:
@@ -86,8 +93,10 @@ def compact_json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def merge_tool_turns(turns: list[Message]) -> list[Message]:
-    """The turns with calls as the assistant's: what it says and calls in a row is one message."""
+def merge_tool_turns(turns: list[Message], conversion: Conversion) -> list[Message]:
+    """The turns with calls as the assistant's, what it says and calls in a row as one message, and what tools return in the
+    order of the calls.
+    """
     merged: list[Message] = []
     for turn in turns:
         is_call = turn["role"] == "tool_call"
@@ -99,16 +108,69 @@ def merge_tool_turns(turns: list[Message]) -> list[Message]:
         if before.get("train", True) != turn.get("train", True):
             raise Dropped("partial_weight", "what the assistant says in a row is to be trained on in part")
         merged[-1] = said_and_called(before, turn)
-    return merged
+    return with_answers_in_order(merged, conversion)
 
 
 def said_and_called(before: Message, after: Message) -> Message:
     """Two messages of the assistant as one. What is said after a call leaves the calls before it as text."""
     calls = before.get("tool_calls", [])
-    if after["content"]:
-        content = "\n".join(part for part in (in_text(before["content"], calls), after["content"]) if part)
-        return {**before, **after, "content": content} if "tool_calls" in after else without_calls(before, content)
-    return {**after, **before, "tool_calls": [*calls, *after.get("tool_calls", [])]}
+    thoughts = [each["reasoning_content"] for each in (before, after) if "reasoning_content" in each]
+    together = {**before, **after, **({"reasoning_content": "\n\n".join(thoughts)} if thoughts else {})}
+    if not after["content"]:
+        listed = [*calls, *after.get("tool_calls", [])]
+        return {**together, "content": before["content"], "tool_calls": listed}
+    said = [{key: value for key, value in call.items() if key != "id"} for call in calls]
+    content = "\n".join(part for part in (in_text(before["content"], said), after["content"]) if part)
+    together = {**together, "content": content}
+    return together if "tool_calls" in after else without_calls(together, content)
+
+
+def with_answers_in_order(turns: list[Message], conversion: Conversion) -> list[Message]:
+    """The turns, what tools return in the order of the calls that it answers. Raises `Dropped` where it answers none."""
+    ordered: list[Message] = []
+    for is_tool, group in groupby(turns, key=lambda turn: turn["role"] == "tool"):
+        messages = list(group)
+        if is_tool and ordered:
+            calls = ordered[-1].get("tool_calls", [])
+            if not calls:
+                conversion.notice("turns of tools follow upon turns that call none")
+            ordered += (
+                in_order_of(calls, messages, conversion) if calls else [without_call_id(each) for each in messages]
+            )
+        else:
+            ordered += [without_call_id(each) for each in messages] if is_tool else messages
+    return [without_ids(turn) for turn in ordered]
+
+
+def in_order_of(calls: list[Any], answers: list[Message], conversion: Conversion) -> list[Message]:
+    """The answers in the order of the calls, told by identifiers where both have such."""
+    if len(answers) > len(calls):
+        raise Dropped("contradictory", f"{len(answers)} turns of tools follow upon {len(calls)} calls")
+    if len(answers) < len(calls):
+        conversion.notice("calls of tools that nothing answers")
+    known = [call.get("id") for call in calls]
+    asked = [answer.get("tool_call_id") for answer in answers]
+    if all(asked) and all(known) and len(set(known)) == len(known):
+        if len(set(asked)) < len(asked) or not set(asked) <= set(known):
+            raise Dropped("contradictory", "tool_call_id is that of no call, or of one that is answered already")
+        answers = sorted(answers, key=lambda answer: known.index(answer["tool_call_id"]))
+        calls = [call for call in calls if call["id"] in asked]
+    for call, answer in zip(calls, answers, strict=False):
+        if answer.get("name", call["name"]) != call["name"]:
+            raise Dropped("contradictory", f"a tool named {answer['name']} answers a call of {call['name']}")
+    return [without_call_id(answer) for answer in answers]
+
+
+def without_call_id(answer: Message) -> Message:
+    return {key: value for key, value in answer.items() if key != "tool_call_id"}
+
+
+def without_ids(turn: Message) -> Message:
+    """The turn without the identifiers of its calls: templates get numbers of our own."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = [{key: value for key, value in call.items() if key != "id"} for call in turn["tool_calls"]]
+    return {**turn, "tool_calls": calls}
 
 
 def without_calls(message: Message, content: str) -> Message:
@@ -122,7 +184,8 @@ TOOL_COLUMNS = ("tools", "functions")
 def system_turn(row: Row, conversion: Conversion) -> Message:
     """The row's own system text, and the tools that the assistant may call beside it."""
     listed = one_of({name: named_tools(row.get(name)) for name in TOOL_COLUMNS}, TOOL_COLUMNS)
-    content, tools = text_of(row, "system", optional=True), None if listed is None else as_tools(listed)
+    said, tools = text_of(row, "system", optional=True), None if listed is None else as_tools(listed)
+    content = "" if is_blank(said) else said
     if listed is not None and tools is None:
         conversion.notice("tools that are no list of functions with names were taken as text")
         marked = f"<tools>\n{compact_json(listed)}\n</tools>"

@@ -85,9 +85,7 @@ TRAIN_KEYS = ("weight", "loss_weight", "train", "loss", "trainable")
 """Of OpenAI and Mistral, of others, of Axolotl, of ms-swift, of verl: whether an assistant turn is to be trained on."""
 
 NAME_KEYS = ("name", "tool_call_id")
-"""Of the tool that returned something, and of its call: the first is kept, the second told by the order."""
-
-TURN_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *CALL_KEYS, *REASONING_KEYS, *TRAIN_KEYS))
+"""Of the tool that returned something, and of its call: the second says which call it answers."""
 
 
 def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
@@ -100,7 +98,8 @@ def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Dropped("unknown_role", repr(role))
     role = ROLES[role.lower()]
-    content, calls = one_of(turn, CONTENT_KEYS), tool_calls(turn)
+    says = role in ("assistant", "tool_call")
+    content, calls = one_of(turn, CONTENT_KEYS), tool_calls(turn) if says else []
     if content is None and not calls:
         raise Dropped("missing_field", "content")
     notice_unread(turn, role, conversion)
@@ -109,8 +108,8 @@ def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
         message = {"role": role, "content": "", **calls_in(message["content"], conversion)}
     elif calls:
         message = with_calls(message, calls, conversion)
-    if role == "tool" and isinstance(turn.get("name"), str) and turn["name"]:
-        message["name"] = turn["name"]
+    if role == "tool":
+        message |= {key: str(turn[key]) for key in NAME_KEYS if turn.get(key) not in (None, "")}
     if role == "assistant":
         message |= reasoning_in(turn, message["content"])
     if is_blank(message["content"]) and "tool_calls" not in message:
@@ -118,14 +117,20 @@ def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
             conversion.repair("empty_system_turn")
             return []
         raise Dropped("empty_field", "content")
-    if role in ("assistant", "tool_call") and not is_trained(turn):
+    if says and not is_trained(turn):
         message["train"] = False
     return [message]
 
 
 def notice_unread(turn: Row, role: str, conversion: Conversion) -> None:
-    read = {*TURN_KEYS, *(NAME_KEYS if role == "tool" else ())}
-    for key in turn.keys() - read:
+    of_role = {
+        "tool": NAME_KEYS,
+        "assistant": (*CALL_KEYS, *REASONING_KEYS),
+        "tool_call": (*CALL_KEYS, *REASONING_KEYS),
+    }
+    # That a turn of somebody else is not trained on goes without saying.
+    read = {*ROLE_KEYS, *CONTENT_KEYS, *TRAIN_KEYS, *of_role.get(role, ())}
+    for key in sorted(turn.keys() - read):
         if turn[key] not in (None, "", [], {}):
             conversion.notice(f"turns have '{key}', which is not read")
 
@@ -181,13 +186,15 @@ def is_list_of_parts(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
 
 
-def with_system(chat: list[Message], system: Message) -> list[Message]:
-    """The chat with what `system` says before whatever system text it starts with."""
+def with_system(chat: list[Message], system: Message, conversion: Conversion) -> list[Message]:
+    """The chat with what `system` says before whatever system text it starts with, unless that is the same."""
     if not system["content"] and "tools" not in system:
         return chat
     if chat and chat[0]["role"] == "system":
-        content = "\n\n".join(part for part in (system["content"], chat[0]["content"]) if part)
-        return [{**system, "content": content}, *chat[1:]]
+        said = [part for part in dict.fromkeys((system["content"], chat[0]["content"])) if part]
+        if len(said) > 1:
+            conversion.notice("a row's own system text was put before that of its chat")
+        return [{**system, "content": "\n\n".join(said)}, *chat[1:]]
     return [system, *chat]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_dialect import ASKED, CALLED, LAST, REPLY, USER, dialect_of, json_of, written_as
+from stages.lib.text.chat_dialect import ASKED, CALLED, LAST, REPLY, THINKING, USER, dialect_of, json_of, written_as
 from stages.lib.text.chat_rendering import render_guarded
 from stages.lib.text.chat_template import Messages, about
 from stages.lib.text.turn_marks import marks_of, state_of
@@ -65,8 +65,15 @@ class ChatAnswer:
         return self.prompt + self.text
 
 
-def answer_at(tokenizer: PreTrainedTokenizerBase, guarded: Messages, index: int, *, strict: bool = True) -> ChatAnswer:
-    """The answer that message `index` of a chat from `guard_special` is.
+def answer_at(
+    tokenizer: PreTrainedTokenizerBase,
+    guarded: Messages,
+    index: int,
+    *,
+    strict: bool = True,
+    finds_thought: bool = False,
+) -> ChatAnswer:
+    """The answer that message `index` of a chat from `guard_special` is; where its thought stands, if that is asked for.
 
     Raises `Unlearnable` where the template leaves a part of it out, says it twice, asks for it otherwise or never ends it;
     with `strict` off only where it cannot be told apart at all.
@@ -77,11 +84,23 @@ def answer_at(tokenizer: PreTrainedTokenizerBase, guarded: Messages, index: int,
     text, tail = split_at_end(tokenizer, said, message)
     if strict:
         require_said(guarded, message, text)
-    reasoning = str(message.get("reasoning_content") or "").strip()
-    start = text.find(reasoning) if reasoning else -1
     content = message["content"]
     trimmed = bool(content) and content not in text and content.strip() in text
-    return ChatAnswer(prompt, text, tail, (start, start + len(reasoning)) if start >= 0 else None, trimmed)
+    thought = place_of_thought(tokenizer, guarded[: index + 1], prompt, text) if finds_thought else None
+    return ChatAnswer(prompt, text, tail, thought, trimmed)
+
+
+def place_of_thought(
+    tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: str, text: str
+) -> tuple[int, int] | None:
+    """Where the reasoning of the last message stands in its `text`: where another one would stand, whose word is no mark."""
+    reasoning = str(through[-1].get("reasoning_content") or "").strip()
+    if not reasoning:
+        return None
+    other = [*through[:-1], {**through[-1], "reasoning_content": THINKING}]
+    start = continuation(tokenizer, other, prompt).find(THINKING)
+    end = start + len(reasoning)
+    return (start, end) if start >= 0 and text[start:end] == reasoning else None
 
 
 OPENED = re.compile(r"<think>\s*$")
@@ -216,16 +235,17 @@ LONG_ENOUGH = 16
 def require_asked(messages: Messages, text: str) -> None:
     """Raises `Unlearnable` unless what everyone says before the last answer, and each tool, stands in the text."""
     for message in messages:
-        if message["content"].strip() not in text:
-            raise left_out(messages, message["content"].strip())
+        require_written(messages, message["content"].strip(), text)
         for tool in message.get("tools") or ():
             require_written(messages, tool.get("function", tool).get("name", ""), text)
 
 
 def require_written(messages: Messages, part: Any, text: str) -> None:
-    """As `require_said`, of a value within calls or tools, which templates write as JSON, Python or XML."""
+    """As `require_said`, of what templates may write as JSON, Python or XML: calls, tools, and what these return."""
     value = str(part)
-    if not any(form in text for form in (value, json_of(value)[1:-1], json_of(part), repr(value)[1:-1])):
+    if value in text:
+        return
+    if not any(form in text for form in (json_of(value)[1:-1], json_of(part), repr(value)[1:-1])):
         raise left_out(messages, value)
 
 

@@ -77,7 +77,8 @@ def training_sequences(
     guarded, guard = guard_special(tokenizer, messages)
     if thinking == "stripped":
         guarded = [{key: value for key, value in each.items() if key != "reasoning_content"} for each in guarded]
-    answers = [answer_at(tokenizer, guarded, index, strict=strict) for index in sorted(turns)]
+    masked = thinking == "masked"
+    answers = [answer_at(tokenizer, guarded, index, strict=strict, finds_thought=masked) for index in sorted(turns)]
     if not answers:
         ids, _ = tokenize(tokenizer, Rendered(render_guarded(tokenizer, guarded), guard))
         return [TrainingSequence(once_begun(tokenizer, messages, EncodedChat(ids, [0] * len(ids))), (), 0)]
@@ -90,7 +91,7 @@ def training_sequences(
         if last is answers[-1] and len(guarded) > group[-1][0] + 1:
             following = render_guarded(tokenizer, guarded)
             text = following if following.startswith(last.whole) else text
-        sequences += encoded_group(tokenizer, group, Rendered(text, guard), thinking == "masked")
+        sequences += encoded_group(tokenizer, group, Rendered(text, guard), masked)
     for each in sequences:
         once_begun(tokenizer, messages, each.encoded)
     return sequences

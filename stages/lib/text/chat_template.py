@@ -45,7 +45,7 @@ def apply_template(
     from stages.lib.text.chat_probe import require_bounded
     from stages.lib.text.chat_sandbox import Refusal, render_template
 
-    template = template_of(tokenizer)
+    template = template_of(tokenizer, tools)
     variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
     variables |= {"tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
@@ -65,13 +65,16 @@ def apply_template(
         ) from None
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template, the default one where it has several. Raises `DataError` if there is none."""
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] | None = None) -> str:
+    """The tokenizer's chat template; where it has several the one for tools if there are some, else the default one.
+
+    As `apply_chat_template` chooses. Raises `DataError` if there is none.
+    """
     hint = "Use a tokenizer that was made or trained for chats."
     if not tokenizer.chat_template:
         raise DataError(Problem("chat_template", "the tokenizer has none", hint))
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=list(tools) if tools else None)
     except ValueError as error:
         raise DataError(Problem("chat_template", str(error).splitlines()[0], hint)) from None
 

@@ -40,11 +40,19 @@ def unembedded_problems(forecast: Forecast) -> list[Problem]:
 
 def untaught_problems(forecast: Forecast, *, reads_chats: bool = True) -> list[Problem]:
     """What is wrong if the input `model` of a stage that reads chats knows none, or has tokens that it does not embed."""
-    files = known_tokenizer(forecast.inputs.get("model", Estimate()).folder)
-    problems = unembedded_problems(forecast)
-    if reads_chats and files is not None and not files.templates:
-        hint = "Teach it chats first, in a stage sft with `chat_template: chatml` and `add_tokens: true`."
-        problems.append(Problem("inputs.model", "its tokenizer has no chat template", hint))
+    return [*unembedded_problems(forecast), *untemplated_problems(forecast, ["model"] if reads_chats else [])]
+
+
+def untemplated_problems(forecast: Forecast, roles: Sequence[str]) -> list[Problem]:
+    """What is wrong if one of these inputs is to read chats, and its tokenizer has no chat template."""
+    problems = []
+    for role in roles:
+        files = known_tokenizer(forecast.inputs.get(role, Estimate()).folder)
+        if files is not None and not files.templates:
+            hint = "Teach it chats first, in a stage sft with `chat_template: chatml` and `add_tokens: true`."
+            if role.startswith("reward"):
+                hint = "Save it anew with the template that it was trained with (`tokenizer.chat_template = ...`)."
+            problems.append(Problem(f"inputs.{role}", "its tokenizer has no chat template", hint))
     return problems
 
 
