@@ -158,8 +158,9 @@ def build_verdict(params: CleanParams) -> Callable[[Row], tuple[Ruled, str | Non
             return ruled, f"rule_{ruled.dropped_by}"
         if ruled.rewritten_by:
             ruled.row = normalize_row(ruled.row, params.format, params.normalization)
-        reason = emptied(ruled.row) or alike(ruled.row) or judge(judged_text(ruled.row, params.format))
-        return ruled, reason
+        # No fault of the source: `max_broken_fraction` does not count it.
+        reason = "emptied_by_rule" if emptied(ruled.row) else alike(ruled.row)
+        return ruled, reason or judge(judged_text(ruled.row, params.format))
 
     return verdict
 

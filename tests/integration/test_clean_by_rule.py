@@ -140,7 +140,7 @@ def test_what_rules_leave_is_normalized_judged_and_compared(tmp_path: Path) -> N
     rules = [{"kind": "end_marks"}, {"kind": "html_entities"}]
     ran = clean(tmp_path, rows, format="text", layout="text", rules=rules, filters={"min_characters": 5})
     assert ran.rows() == [rows[0]]
-    assert ran.result.facts.dropped_rows == {"empty_field": 2, "exact_duplicate": 1, "too_short": 1}
+    assert ran.result.facts.dropped_rows == {"emptied_by_rule": 2, "exact_duplicate": 1, "too_short": 1}
     assert ran.json("ledger.json")["repaired"] == {}
 
 
