@@ -43,7 +43,8 @@ def compress(
             # A Hessian that has an inverse by a hair, whose inverse then has no factors.
             warned.append(f"Hessian inversion failed: {error}")
         else:
-            model.save_pretrained(out, save_compressed=True)
+            with left_as_saved():
+                model.save_pretrained(out, save_compressed=True)
         finally:
             reset_session()
     failed = [sentence for sentence in warned if sentence.startswith("Hessian inversion failed")]
@@ -57,6 +58,21 @@ def compress(
         )
     # Says nothing that config.json does not say.
     (out / "recipe.yaml").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def left_as_saved() -> Iterator[None]:
+    """The model is not made fit for use again once it is saved: nobody uses it, and now and then it cannot be (packed weights,
+    which are whole numbers, are then taken to be no parameters).
+    """
+    from llmcompressor.transformers.compression import compressed_tensors_utils as saving
+
+    restore = saving.from_accelerate
+    saving.from_accelerate = lambda model: None
+    try:
+        yield
+    finally:
+        saving.from_accelerate = restore
 
 
 @contextlib.contextmanager
