@@ -39,8 +39,12 @@ SAID = ("think>", "tool_call>", "tool_response>", "tools>")
 
 @cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer for one of TRL's templates."""
+    return tokenizer_with((FOLDER / f"{name}.jinja").read_text("utf-8"))
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerBase:
     """A token for each byte, for two line breaks, and for each special token that the template spells."""
-    template = (FOLDER / f"{name}.jinja").read_text("utf-8")
     base = ["<unk>", "<s>", "</s>", "<pad>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     line = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")[0][0]
@@ -485,3 +489,122 @@ def test_a_template_for_tools_is_taken_where_a_chat_has_some() -> None:
     for chat, words in ((CHATS["T"][:2], "# Functions"), (CHATS["S"][:1], "")):
         prompt = tokenizer.decode(encode_prompt(tokenizer, chat))
         assert prompt == served(tokenizer, chat) and words in prompt
+
+
+# Families whose templates TRL does not ship: templates of our own that write what theirs do.
+
+MISTRAL = """\
+{{- bos_token -}}
+{%- for m in messages -%}
+    {%- if m.role not in ('user', 'assistant') -%}{{- raise_exception('Only user and assistant roles are supported!') -}}
+    {%- elif (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{- raise_exception('Conversation roles must alternate!') -}}
+    {%- elif m.role == 'user' -%}{{- '[INST] ' ~ m.content ~ ' [/INST]' -}}
+    {%- else -%}{{- m.content ~ eos_token -}}{%- endif -%}
+{%- endfor -%}"""
+
+MISTRAL_WITH_TOOLS = """\
+{{- bos_token -}}
+{%- set asked = messages | selectattr('role', 'equalto', 'user') | list -%}
+{%- for m in messages -%}
+    {%- if m.role == 'user' -%}
+        {%- if tools and m == asked[-1] -%}{{- '[AVAILABLE_TOOLS]' ~ (tools | tojson) ~ '[/AVAILABLE_TOOLS]' -}}{%- endif -%}
+        {{- '[INST]' ~ m.content ~ '[/INST]' -}}
+    {%- elif m.role == 'assistant' and m.tool_calls -%}
+        {{- '[TOOL_CALLS] [' -}}
+        {%- for call in m.tool_calls -%}
+            {%- if call.id | length != 9 -%}{{- raise_exception('Tool call IDs should have length 9!') -}}{%- endif -%}
+            {{- '{"name": ' ~ (call.function.name | tojson) ~ ', "arguments": ' ~ (call.function.arguments | tojson) -}}
+            {{- ', "id": "' ~ call.id ~ '"}' ~ (', ' if not loop.last else '') -}}
+        {%- endfor -%}
+        {{- ']' ~ eos_token -}}
+    {%- elif m.role == 'assistant' -%}{{- ' ' ~ m.content ~ eos_token -}}
+    {%- elif m.role == 'tool' -%}
+        {{- '[TOOL_RESULTS] {"content": ' ~ m.content ~ ', "call_id": "' ~ m.tool_call_id ~ '"}[/TOOL_RESULTS]' -}}
+    {%- else -%}{{- raise_exception('Only user, assistant and tool roles are supported!') -}}{%- endif -%}
+{%- endfor -%}"""
+
+LLAMA_2 = """\
+{%- if messages[0].role == 'system' -%}
+    {%- set said = '<<SYS>>\\n' ~ messages[0].content ~ '\\n<</SYS>>\\n\\n' -%}{%- set rest = messages[1:] -%}
+{%- else -%}{%- set said = '' -%}{%- set rest = messages -%}{%- endif -%}
+{%- for m in rest -%}
+    {%- if m.role == 'user' -%}
+        {{- bos_token ~ '[INST] ' ~ (said if loop.first else '') ~ (m.content | trim) ~ ' [/INST]' -}}
+    {%- else -%}{{- ' ' ~ (m.content | trim) ~ ' ' ~ eos_token -}}{%- endif -%}
+{%- endfor -%}"""
+
+GRANITE = """\
+{%- for m in messages -%}
+    {{- '<|start_of_role|>' ~ m.role ~ '<|end_of_role|>' ~ m.content ~ '<|end_of_text|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_of_role|>assistant<|end_of_role|>' -}}{%- endif -%}"""
+
+OLMO_2 = """\
+{{- bos_token -}}
+{%- for m in messages -%}
+    {{- '<|' ~ m.role ~ '|>\\n' ~ m.content -}}
+    {%- if m.role == 'assistant' -%}{{- eos_token ~ ('\\n' if not loop.last else '') -}}{%- else -%}{{- '\\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"""
+
+PHI_4 = """\
+{%- for m in messages -%}
+    {{- '<|im_start|>' ~ m.role ~ '<|im_sep|>' ~ m.content ~ '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant<|im_sep|>' -}}{%- endif -%}"""
+
+SMOLLM3 = """\
+{{- '<|im_start|>system\\n## Metadata\\n\\nToday Date: ' ~ strftime_now('%d %b %Y') ~ '<|im_end|>\\n' -}}
+{%- for m in messages if m.role != 'system' -%}
+    {{- '<|im_start|>' ~ m.role ~ '\\n' -}}
+    {%- if m.role == 'assistant' and not ('<think>' in m.content) -%}{{- '<think>\\n\\n</think>\\n' -}}{%- endif -%}
+    {{- m.content ~ '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+NO_TOOLS_NO_SYSTEM = ("S", "M", "R")
+
+OTHER_FAMILIES: dict[str, tuple[str, dict[str, list[list[str]]]]] = {
+    "Mistral v0.1, Mixtral": (MISTRAL, {kind: plain("</s>")[kind] for kind in NO_TOOLS_NO_SYSTEM}),
+    "Mistral v0.3, Nemo": (
+        MISTRAL_WITH_TOOLS,
+        {
+            **{kind: plain("</s>", before=" ")[kind] for kind in NO_TOOLS_NO_SYSTEM},
+            "T": [
+                ['[TOOL_CALLS] [{"name": "add", "arguments": {"a": 12}, "id": "call00001"}]</s>', " It is 37.</s>"],
+            ],
+        },
+    ),
+    "Llama 2": (LLAMA_2, plain(" </s>", before=" ")),
+    "Granite": (GRANITE, plain("<|end_of_text|>")),
+    "OLMo 2": (OLMO_2, plain("</s>")),
+    "Phi-4": (PHI_4, plain("<|im_end|>")),
+    "SmolLM3": (
+        SMOLLM3,
+        {
+            "S": [["<think>\n\n</think>\nMe.<|im_end|>"]],
+            "M": [["<think>\n\n</think>\nMe.<|im_end|>", "<think>\n\n</think>\nTwo.\nThree.<|im_end|>"]],
+            "R": plain("<|im_end|>")["R"],
+        },
+    ),
+}
+"""Family -> template, and what carries loss in the chats that it takes."""
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_families_that_trl_does_not_ship(family: str) -> None:
+    template, golden = OTHER_FAMILIES[family]
+    tokenizer = tokenizer_with(template)
+    check_chat_template(tokenizer, family)
+    assert {kind: learned(tokenizer, CHATS[kind]) for kind in golden} == golden
+    for kind in golden:
+        chat = CHATS[kind]
+        turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+        for encoded, of_sequence, _ in training_sequences(tokenizer, chat, turns):
+            start = encoded.assistant_mask.index(1)
+            assert encoded.input_ids[:start] == encode_prompt(tokenizer, chat[: of_sequence[0]])
+            assert tokenizer.decode(encoded.input_ids[:start]) == served(tokenizer, chat[: of_sequence[0]])
+    for kind in CHATS.keys() - golden.keys():
+        turns = [index for index, message in enumerate(CHATS[kind]) if message["role"] == "assistant"]
+        with pytest.raises((RefusedChat, Unlearnable)):
+            training_sequences(tokenizer, CHATS[kind], turns)

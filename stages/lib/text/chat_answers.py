@@ -237,7 +237,10 @@ def require_asked(messages: Messages, text: str) -> None:
     for message in messages:
         require_written(messages, message["content"].strip(), text)
         for tool in message.get("tools") or ():
-            require_written(messages, tool.get("function", tool).get("name", ""), text)
+            function = tool.get("function", tool)
+            require_written(messages, function.get("name", ""), text)
+            # A name may stand there because the tool is called.
+            require_written(messages, str(function.get("description") or "").strip(), text)
 
 
 def require_written(messages: Messages, part: Any, text: str) -> None:
