@@ -56,6 +56,8 @@ JSON_ROWS = [
     (b'{"text": "one"}', None),
     (b'{"text": "unfinished', "bad_json"),
     (b'{"text": "extra"} }', "bad_json"),
+    (b'{"text": "first", "text": "second"}', "repeated_key"),
+    (b'{"text": "a", "more": [{"a": 1, "b": 2, "a": 1}]}', "repeated_key"),
     (b"[" * 100_000, "bad_json"),
     (b'{"number": ' + b"1" * 5000 + b"}", "bad_json"),
     (b'{"txt": "two"}', "missing_field"),

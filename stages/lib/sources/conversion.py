@@ -23,6 +23,7 @@ class Reason:
 REASONS: dict[str, Reason] = {
     # found by readers
     "bad_json": Reason("is not JSON"),
+    "repeated_key": Reason("has a key twice in one mapping, which says two things"),
     "not_a_record": Reason("is JSON, but neither a mapping nor a list"),
     "not_utf8": Reason("is not UTF-8 text, or holds half of a surrogate pair"),
     "row_too_long": Reason("has more than max_row_bytes; it was not parsed"),

@@ -21,6 +21,7 @@ from stages.lib.sources.lines import (
     snippet_of,
     too_long,
 )
+from stages.lib.sources.strict_json import RepeatedKey, parse_json
 
 if TYPE_CHECKING:
     from stages.lib.sources.params import FilesSource
@@ -35,11 +36,13 @@ def parse_record(where: str, content: bytes) -> Record | Broken:
     if not content.strip():
         return Broken(where, "empty_row", "")
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = parse_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Broken(where, "not_utf8", f"byte {error.start}", snippet_of(content))
     except RecursionError:
         return Broken(where, "bad_json", "nested too deeply", snippet_of(content))
+    except RepeatedKey as error:
+        return Broken(where, "repeated_key", str(error), snippet_of(content))
     except ValueError as error:
         return Broken(where, "bad_json", str(error), snippet_of(content))
     return as_record(where, value)
@@ -75,9 +78,11 @@ def read_json(path: Path, name: str, source: FilesSource, limits: Limits) -> Ite
             hint = "Save its rows as JSON lines (.jsonl), which are read one by one."
             raise DataError(Problem(name, f"is one JSON document of more than {MAX_DOCUMENT_BYTES:,} bytes", hint))
     try:
-        document = json.loads(content.decode("utf-8"))
+        document = parse_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         yield Broken(f"{name}:1", "not_utf8", f"byte {error.start}", snippet_of(bytes(content)))
+    except RepeatedKey as error:
+        yield Broken(f"{name}:1", "repeated_key", str(error), snippet_of(bytes(content)))
     except (ValueError, RecursionError) as error:
         detail = str(error)
         if detail.startswith("Extra data"):

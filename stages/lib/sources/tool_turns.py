@@ -8,6 +8,7 @@ from typing import Any
 
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.conversion import Conversion, Dropped, is_blank, one_of, text_of, type_name
+from stages.lib.sources.strict_json import parse_json
 
 Message = dict[str, Any]
 """A canonical message: `stages/lib/rows/canonical.py` says what it holds. While a chat is read, its role may be `tool_call`."""
@@ -29,7 +30,7 @@ def tool_calls(turn: Row) -> list[Any]:
 def calls_in(content: str, conversion: Conversion) -> Message:
     """The calls that a turn of their own holds as JSON: one, or a list of them."""
     try:
-        found = json.loads(content)
+        found = parse_json(content)
     except (ValueError, RecursionError):
         found = content
     calls = found if isinstance(found, list) else [found]
@@ -82,7 +83,7 @@ def with_arguments(call: Any) -> Any:
     if not isinstance(call, dict) or not isinstance(call.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(call["arguments"])
+        arguments = parse_json(call["arguments"])
     except (ValueError, RecursionError):
         return call
     return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
@@ -197,7 +198,7 @@ def named_tools(value: Any) -> Any:
     """The tools in a column, JSON text read; None where it names none."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
+            value = parse_json(value) if value.strip() else None
         except (ValueError, RecursionError):
             return value
     return value or None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.conversion import Conversion, Dropped, is_blank, one_of, text_of, type_name
+from stages.lib.sources.strict_json import parse_json
 from stages.lib.sources.tool_turns import CALL_KEYS, Message, calls_in, compact_json, tool_calls, with_calls
 
 ROLES = {
@@ -58,7 +58,7 @@ def turns_in_json(value: str) -> Any:
     if not value.lstrip().startswith(("[", "{")):
         return None
     try:
-        found = json.loads(value)
+        found = parse_json(value)
     except (ValueError, RecursionError):
         return None
     turns = found if isinstance(found, list) else [found]
