@@ -125,11 +125,10 @@ def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedMode
         raise ArtifactError(Problem("inputs.adapter", what, hint)) from error
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
         kept = set(file.keys())
-    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    embedded = f"base_model.model.{embeddings}.weight" in kept
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=embedded))
-    if kept != expected:
-        names = sorted(kept ^ expected)
+    # peft saves whole embeddings beside an adapter, or does not, by what it adapts.
+    ways = [set(get_peft_model_state_dict(adapted, save_embedding_layers=whole)) for whole in (False, True)]
+    if kept not in ways:
+        names = sorted(min((kept ^ expected for expected in ways), key=len))
         what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
         raise ArtifactError(
             Problem("inputs.adapter", what, "Name the model that it was trained on, as its adapter_config.json says.")

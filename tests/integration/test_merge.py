@@ -70,9 +70,12 @@ def merged(base: Path, adapter: Path, folder: Path, **params: Any) -> tuple[Any,
         ({"target_modules": "all-linear", "use_rslora": True}, 7),
         ({"use_dora": True}, 2),
         ({"modules_to_save": ["lm_head"]}, 2),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, 2),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, 2),
         ({"rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj"]}, 1),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_the_merged_model_computes_what_the_two_compute(
     tmp_path: Path, base: Path, config: dict[str, Any], changed: int
 ) -> None:
