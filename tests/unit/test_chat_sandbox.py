@@ -105,7 +105,7 @@ class Template:
         self.chat_template = chat_template
         self.special_tokens_map = NAMES
 
-    def get_chat_template(self) -> str:
+    def get_chat_template(self, tools: Any = None) -> str:
         return self.chat_template
 
 
@@ -153,7 +153,7 @@ def test_a_chat_that_the_template_refuses_is_named() -> None:
 
 def test_several_templates_without_a_default_are_a_sentence() -> None:
     class Several(Template):
-        def get_chat_template(self) -> str:
+        def get_chat_template(self, tools: Any = None) -> str:
             raise ValueError("This model has multiple chat templates with no default specified!\nMore.")
 
     tokenizer: Any = Several("x")
