@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ ROWS_AT_ONCE = 2048
 DEFAULT_BATCH_SIZE = 8
 
 
+def part_in(path: Path) -> list[Found] | None:
+    """The part that was done before a restart, if it was."""
+    part: list[Found] | None = json.loads(path.read_bytes()) if path.exists() else None
+    return part
+
+
 def annotate_all(
     ctx: Context, annotator: Annotator, model: torch.nn.Module, rows: Sequence[Row], device: torch.device
 ) -> list[Found]:
@@ -39,7 +46,7 @@ def annotate_all(
     found: list[Found] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         path = ctx.work / f"annotated-from-{start}.json"
-        part = from_main(lambda path=path: json.loads(path.read_bytes()) if path.exists() else None)  # type: ignore[misc]
+        part = from_main(partial(part_in, path))
         if part is None:
             try:
                 part = annotate_part(evaluator, annotator, rows[start : start + ROWS_AT_ONCE])
