@@ -270,6 +270,26 @@ def test_what_is_drawn_by_no_dropout_is_found_and_named(tmp_path: Path) -> None:
     assert quiet.dropout.sites and not quiet.dropout.strange
 
 
+class LeftOutByRow(nn.Module):
+    """Stochastic depth as vision models have it: a number for each row says whether a layer is left out for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        keeps_B11 = torch.rand((len(x_BTC), 1, 1)) > 0.5
+        return x_BTC + keeps_B11 * self.layer(x_BTC)
+
+
+def test_a_number_for_each_row_is_not_taken_for_one_that_no_row_decides() -> None:
+    """For a single row both look alike."""
+    model, dropout = LeftOutByRow().train(), RowDropout()
+    dropout.learn(model, CPU, lambda times: model(torch.ones(times, 3, 4)))
+    assert not dropout.sites
+    assert [draw.function for draw in dropout.strange] == ["rand"]
+
+
 def test_a_model_without_dropout_is_left_as_it_is() -> None:
     trained = make("llama", attention_dropout=0.0)
     trained.learn()

@@ -6,7 +6,7 @@ both with what the reference says: a ratio of probabilities of which one dropped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,25 +18,23 @@ from stages.lib.training.engine import Engine
 
 
 def switch_dropout_off(engine: Engine, vocabulary_size: int, reference: Callable[..., Judged] | None) -> None:
-    """Leaves out whatever policy and critic in the engine, and the reference, would drop at random, in training too.
+    """Leaves out whatever policy and critic in the engine would drop at random, in training too.
 
     Where the rates are set in modules they are 0 already; here follow the functions that classes call with rates of their own.
-    All processes call it together. Raises `ArtifactError` if one of them still is random, in training or in evaluation.
+    All processes call it together. Raises `ArtifactError` if one of them still is random, in training or in evaluation, or the
+    reference is, which is never trained.
     """
     ids_1T = probe_ids(vocabulary_size, engine.device)
 
-    def judged_by(judges: Sequence[Callable[..., Judged]], times: int) -> Tensor:
+    def judged_by(judge: Callable[..., Judged], times: int) -> Tensor:
         ids_BT = ids_1T.expand(times, -1)
-        found = [each(ids_BT, torch.ones_like(ids_BT), 1) for each in judges]
-        parts = [
-            part.flatten().float() for judged in found for part in (judged.logprobs, judged.values) if part is not None
-        ]
-        return torch.cat(parts)
+        judged = judge(ids_BT, torch.ones_like(ids_BT), 1)
+        return torch.cat([part.flatten().float() for part in (judged.logprobs, judged.values) if part is not None])
 
-    judges = [engine.infer, *([reference] if reference is not None else [])]
-    RowDropout().learn(engine.module, engine.device, lambda times: judged_by(judges, times))
-    require_repeatable(engine.device, lambda: judged_by([engine.infer], 1), in_training=True)
+    RowDropout().learn(engine.module, engine.device, lambda times: judged_by(engine.infer, times))
+    # With two rows: what is one number for a single row may be a number for each of several.
+    require_repeatable(engine.device, lambda: judged_by(engine.infer, 2), in_training=True)
     with evaluating(engine.wrapped):
-        require_repeatable(engine.device, lambda: judged_by([engine.infer], 1))
+        require_repeatable(engine.device, lambda: judged_by(engine.infer, 2))
     if reference is not None:
-        require_repeatable(engine.device, lambda: judged_by([reference], 1), where="inputs.reference")
+        require_repeatable(engine.device, lambda: judged_by(reference, 2), where="inputs.reference")

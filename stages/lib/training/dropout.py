@@ -80,7 +80,8 @@ class RowDropout:
         alike = [each.what for each in one] == [each.what for each in two]
         for first, second in zip(one, two if alike else one, strict=True):
             places = scaled_dimensions(first.shape, second.shape)
-            if alike and first.known and places is not None:
+            # One number for a single row may be a number for each of several: such a draw is nobody's.
+            if alike and first.known and second.known and places is not None:
                 self.sites[first.module, first.number] = places[0] if places else None
             else:
                 self.strange.append(first)
