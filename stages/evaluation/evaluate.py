@@ -56,7 +56,7 @@ class ScoredRepliesParams(Strict):
     """The model against whose replies those of the others win or lose, by its name in inputs.models. null: against the replies that were held out."""
 
 
-class EvaluateParams(TemplateDateParams, Strict):
+class EvaluateParams(TemplateDateParams):
     heldout_blocks: int | None = Field(default=None, ge=1)
     """Blocks of held-out tokens on which perplexity is measured: the first so many. null: all."""
     heldout_chats: int | None = Field(default=None, ge=1)

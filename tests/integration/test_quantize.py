@@ -342,7 +342,7 @@ def test_a_quantized_model_is_not_trained_and_the_way_out_works(world: TinyWorld
     from stages.lib.models.loading import load_model
 
     _, out = quantize(world, tmp_path, bits=8, group_size=32, **NEAREST)
-    with pytest.raises(ArtifactError, match="holds quantized weights, which are not trained"):
+    with pytest.raises(ArtifactError, match="holds quantized weights, which this stage does not read"):
         load_model(AutoModelForCausalLM, out)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -464,6 +464,15 @@ def test_role_tokens_that_are_not_called_special_are_never_forged(deepseek: PreT
     assert forged in deepseek.decode(ids)
 
 
+@pytest.mark.parametrize(
+    "content", ["<think>\nI ponder.\n</think>\n\nMe.", "<think>I ponder.</think>Me.", " <think> I ponder.\n</think>Me."]
+)
+def test_a_thought_within_the_content_is_masked_however_it_is_spaced(content: str) -> None:
+    for name in ("qwen2_5", "qwen3", "deepseek_r1_distill"):
+        (parts,) = learned(tokenizer_of(name), [user("Who?"), assistant(content)], thinking="masked")
+        assert "ponder" not in "".join(parts) and "Me." in parts[-1], name
+
+
 @pytest.mark.parametrize(("name", "thought"), [("qwen3", "think"), ("gptoss", "analysis"), ("gemma4_v5", "thought")])
 def test_a_thought_that_is_also_a_word_of_the_marks_is_masked_where_it_stands(name: str, thought: str) -> None:
     tokenizer = tokenizer_of(name)

@@ -18,6 +18,7 @@ from stages.lib.text.chat_spans import encode_chat, encode_prompt, training_sequ
 from stages.lib.text.prompts import tokenizing_prompts
 from stages.lib.text.tokenized_parts import TokenizedRow
 from stages.lib.text.tokenizers import encode_texts, stop_token_ids
+from stages.lib.text.turn_marks import BREAK
 
 NAMES = ["<unk>", "<s>", "</s>", "<pad>", *PRESETS["slipway"].special_tokens, *PRESETS["chatml"].special_tokens]
 CHARACTERS = ["\n", "\t", "\u2581", *(chr(code) for code in range(32, 127))]
@@ -468,3 +469,12 @@ def test_a_prompt_of_which_a_template_leaves_a_part_out_is_dropped_by_name() -> 
     asked, left_out = make({"prompt": chat("a")}), make({"prompt": chat("a", system="Be brief.")})
     assert isinstance(asked, TokenizedRow) and isinstance(left_out, TokenizedRow)
     assert asked.sequences and (left_out.reason, left_out.example) == ("left_out_by_template", "Be brief. | a")
+
+
+def test_a_character_that_no_text_should_have_never_becomes_an_id_that_no_model_embeds() -> None:
+    """It stands for a place within a text, in the tokenizer for what is said."""
+    tokenizer = build(CHATML, MERGED_LINE_BREAKS)
+    for messages in (chat(f"<s>{BREAK}", "b"), chat("a", f"\n{BREAK}b")):
+        with pytest.raises(DataError, match="which no text should"):
+            encode_chat(tokenizer, messages)
+    assert max(encode_chat(tokenizer, chat(f"a{BREAK}", "b")).input_ids) < len(tokenizer)

@@ -1101,6 +1101,8 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
     call = {"name": "f", "arguments": {"a": 1}}
     assert first({**said, "tool_calls": [], "function_call": call}) == calls(call, content="Let me see.")
     assert first({**said, "tool_calls": [call], "function_call": call}) == calls(call, content="Let me see.")
+    numbered = called("1", "f", a=1)
+    assert first({**said, "tool_calls": [numbered], "function_call": call}) == calls(call, content="Let me see.")
     parameters = {"name": "f", "arguments": None, "parameters": {"a": 1}}
     assert first({**said, "tool_calls": [parameters]}) == calls(call, content="Let me see.")
     twice = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import DataError, Problem
 from stages.lib.curation.normalization import Normalization, normalize_row
-from stages.lib.curation.wholeness import emptied
+from stages.lib.curation.wholeness import alike, emptied
 from stages.lib.inspecting.row_views import Part, parts_of_row, spread
 from stages.lib.inspecting.token_views import ModelView
 from stages.lib.rows.canonical import Row, content_digest, judged_text
@@ -154,10 +154,8 @@ class Examined:
         for where, raw in convert_records(self.records(), self.source, self.ledger):
             row = normalize_row(raw, self.format, Normalization())
             text = judged_text(row, self.format)
-            if emptied(row):
-                self.ledger.drop("empty_field", f"{where}: {text}")
-            elif "rejected" in row and row["chosen"] == row["rejected"]:
-                self.ledger.drop("identical_pair", f"{where}: {text}")
+            if reason := emptied(row) or alike(row):
+                self.ledger.drop(reason, f"{where}: {text}")
             elif (digest := content_digest(row, self.format)) in seen:
                 self.ledger.drop("exact_duplicate", f"{where}: {text}")
             else:

@@ -186,7 +186,7 @@ def encode_text_rows(
 def scored_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length_tokens: int) -> list[ScoredRow]:
     """The whole chat, asked for what the assistant says and where its turns end, in as many sequences as its template needs.
 
-    None if it is longer than that, or the template does not take it.
+    Empty if it is longer than that, or the template does not take it.
     """
     fitted = fit_chat(tokenizer, messages, max_length_tokens)
     is_whole = not fitted.dropped_messages and not fitted.lost_answers

@@ -1,5 +1,5 @@
-"""What models of some families cannot do, so that `plan` says it. Tests try each on a tiny model of its family, and print
-what works into `stages/MODELS.md`.
+"""What models of some families cannot do, so that `plan` says it. Tests try tiny models of those that are much in use, and
+print what works into `stages/MODELS.md`; the others stand here by what their classes have in common with these.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel
     Raises `ArtifactError` if weights that the class needs are not in the folder, have another shape, or are quantized.
     """
     if read_config(folder).get("quantization_config"):
-        what, hint = "holds quantized weights, which are not trained", "Name the model that it was made from."
+        what, hint = "holds quantized weights, which this stage does not read", "Name the model that it was made from."
         raise ArtifactError(Problem(str(folder), what, hint))
     model, report = read_weights(auto_class, folder, dtype=torch.float32, **options)
     holes = [*sorted(report["missing_keys"]), *(str(key) for key in report.get("mismatched_keys", ()))]

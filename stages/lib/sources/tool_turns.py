@@ -22,9 +22,15 @@ def tool_calls(turn: Row) -> list[Any]:
     if not isinstance(listed, list):
         raise Dropped("wrong_type", f"tool_calls is {type_name(listed)}, not a list")
     single = [turn[key] for key in ("function_call", "api") if turn.get(key) not in (None, "", {})]
-    if listed and single and [as_call(each) for each in listed] != [as_call(each) for each in single]:
+    if listed and single and [without_id(each) for each in listed] != [without_id(each) for each in single]:
         raise Dropped("contradictory", "tool_calls and function_call")
     return listed or single
+
+
+def without_id(call: Any) -> Any:
+    """What a call asks for, whatever number it carries; the call itself where it is none that we know."""
+    read = as_call(call)
+    return call if read is None else {key: value for key, value in read.items() if key != "id"}
 
 
 def calls_in(content: str, conversion: Conversion) -> Message:
@@ -120,8 +126,8 @@ def said_and_called(before: Message, after: Message) -> Message:
     if not after["content"]:
         listed = [*calls, *after.get("tool_calls", [])]
         return {**together, "content": before["content"], "tool_calls": listed}
-    said = [{key: value for key, value in call.items() if key != "id"} for call in calls]
-    content = "\n".join(part for part in (in_text(before["content"], said), after["content"]) if part)
+    said = in_text(before["content"], [without_id(call) for call in calls])
+    content = "\n".join(part for part in (said, after["content"]) if part)
     together = {**together, "content": content}
     return together if "tool_calls" in after else without_calls(together, content)
 
@@ -170,8 +176,7 @@ def without_ids(turn: Message) -> Message:
     """The turn without the identifiers of its calls: templates get numbers of our own."""
     if "tool_calls" not in turn:
         return turn
-    calls = [{key: value for key, value in call.items() if key != "id"} for call in turn["tool_calls"]]
-    return {**turn, "tool_calls": calls}
+    return {**turn, "tool_calls": [without_id(call) for call in turn["tool_calls"]]}
 
 
 def without_calls(message: Message, content: str) -> Message:

@@ -93,14 +93,20 @@ def answer_at(
 def place_of_thought(
     tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: str, text: str
 ) -> tuple[int, int] | None:
-    """Where the reasoning of the last message stands in its `text`: where another one would stand, whose word is no mark."""
-    reasoning = str(through[-1].get("reasoning_content") or "").strip()
+    """Where the reasoning of the last message stands in its `text`: where another one would stand, whose word is no mark.
+
+    None without reasoning. Raises `Unlearnable` where it cannot be told, so that what is to be masked is never learned.
+    """
+    written = str(through[-1].get("reasoning_content") or "")
+    reasoning = written.strip()
     if not reasoning:
         return None
-    other = [*through[:-1], {**through[-1], "reasoning_content": THINKING}]
+    other = [*through[:-1], {**through[-1], "reasoning_content": written.replace(reasoning, THINKING, 1)}]
     start = continuation(tokenizer, other, prompt).find(THINKING)
     end = start + len(reasoning)
-    return (start, end) if start >= 0 and text[start:end] == reasoning else None
+    if start < 0 or text[start:end] != reasoning:
+        raise left_out(through, reasoning)
+    return start, end
 
 
 OPENED = re.compile(r"<think>\s*$")
@@ -205,8 +211,8 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             text = answer_at(tokenizer, chat, index, strict=False).text
         except DataError:
             continue
-        ends = [match[0] for match in marks_of(tokenizer).pattern.finditer(text) if match.end() == len(text)]
-        found += ends[-1:]
+        if ends := marks_of(tokenizer).at_end.search(text):
+            found.append(ends[0])
     return list(dict.fromkeys(found))
 
 

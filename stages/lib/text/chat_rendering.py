@@ -17,7 +17,7 @@ from stages.lib.text.turn_marks import marks_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NONCHARACTERS = [chr(code) for code in range(0xFDE0, 0xFDF0)]
+NONCHARACTERS = [chr(code) for code in range(0xFDE0, 0xFDEF)]
 """Unicode keeps these for internal use: no text should have them, and which one is free is looked up per chat."""
 
 

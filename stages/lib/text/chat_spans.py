@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.errors import DataError, Problem
 from stages.lib.text.chat_answers import ChatAnswer, answer_at, require_asked
-from stages.lib.text.chat_rendering import Rendered, guard_special, learned_turns, render, render_guarded
+from stages.lib.text.chat_rendering import Rendered, guard_special, learned_turns, render_guarded
 from stages.lib.text.chat_template import Messages, about
 from stages.lib.text.chat_tokens import ends_with_special, tokenize, tokenize_stretches
 
@@ -54,10 +54,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, str
 
     With `strict`, raises `Unlearnable` where the template leaves out a part of what is said.
     """
-    rendered = render(tokenizer, messages, add_generation_prompt=True)
+    guarded, guard = guard_special(tokenizer, messages)
+    text = render_guarded(tokenizer, guarded, add_generation_prompt=True)
     if strict:
-        require_asked(guard_special(tokenizer, messages)[0], rendered.text)
-    return tokenize(tokenizer, rendered)[0]
+        require_asked(guarded, text)
+    return tokenize(tokenizer, Rendered(text, guard))[0]
 
 
 def training_sequences(

@@ -27,14 +27,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Tokens:
     if not rendered.guard:
         return ids, offsets
     if tokenize_stretches(tokenizer, Rendered(rendered.text, ""))[0] != ids:
-        raise DataError(
-            Problem(
-                "chat",
-                "a message spells a special token, and this tokenizer cannot encode it as text",
-                "Remove such rows in the cleaning stage.",
-            )
-        )
+        raise not_as_text("a message spells a special token, and this tokenizer cannot encode it as text")
     return tokenize_stretches(tokenizer, rendered)
+
+
+def not_as_text(what: str) -> DataError:
+    hint = "Remove such rows in the cleaning stage, with a rule of the kind pattern."
+    return DataError(Problem("chat", what, hint))
 
 
 def tokenize_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
@@ -55,6 +54,8 @@ def tokenize_stretches(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, *
     `begins`: the text stands at the beginning of what the model reads. Elsewhere no tokenizer puts a space before it.
     """
     text, guard = rendered.text, rendered.guard
+    if BREAK in text:
+        raise not_as_text(f"a message holds the character {BREAK!r}, which no text should")
     plain, marks = plain_tokenizer(tokenizer), marks_of(tokenizer)
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []

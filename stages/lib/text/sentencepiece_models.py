@@ -74,6 +74,7 @@ def from_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
         tokenizer_object=backend_of(processor, specification),
         added_tokens_decoder=added,
         clean_up_tokenization_spaces=False,
+        name_or_path=str(model.parent),
         **names_of(processor, config),
     )
     if templates := chat_templates(model.parent, config):

@@ -21,7 +21,7 @@ SAID = frozenset(f"<{slash}{name}>" for name in ("think", "tool_call", "tool_res
 """What messages say by right, also where it is one token: our own text form of reasoning and tools is written in these."""
 
 BREAK = "\ufdef"
-"""A noncharacter: what is encoded after it stands in the middle of a text, and begins none."""
+"""A noncharacter, and none of `NONCHARACTERS`: what is encoded after it stands in the middle of a text, and begins none."""
 
 CHATS = (
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -69,7 +69,7 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
 
 
 def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    return str(tokenizer.chat_template), len(tokenizer.added_tokens_decoder)
+    return str(tokenizer.chat_template), len(tokenizer)
 
 
 def found_marks(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
