@@ -145,8 +145,12 @@ def assert_two_kills_change_nothing(reference: Path, folder: Path, step: str) ->
     assert checkpoints(store, step).newest().step >= 6
     assert [event["step"] for event in training_steps(store, step)][-1] < 24
 
-    target = checkpoints(store, step).newest().step + 6
-    kill_when(writing_checkpoint(store, step, target), store, *run)
+    # A checkpoint is written in some milliseconds: on a busy machine the kill may come when it is whole. The next one, then.
+    for _ in range(2):
+        target = checkpoints(store, step).newest().step + 6
+        kill_when(writing_checkpoint(store, step, target), store, *run)
+        if checkpoints(store, step).newest().step == target - 6:
+            break
     assert checkpoints(store, step).newest().step == target - 6
 
     ended = slipway(*run, "--store", store)

@@ -18,11 +18,11 @@ from stages.lib.training.engine import Engine
 
 
 def switch_dropout_off(engine: Engine, vocabulary_size: int, reference: Callable[..., Judged] | None) -> None:
-    """Leaves out whatever policy and critic in the engine would drop at random, in training too.
+    """Leaves out whatever policy and critic in the engine would drop at random, in training too, and a reference that shares
+    the policy's backbone, and thus its mode.
 
     Where the rates are set in modules they are 0 already; here follow the functions that classes call with rates of their own.
-    All processes call it together. Raises `ArtifactError` if one of them still is random, in training or in evaluation, or the
-    reference is, which is never trained.
+    All processes call it together. Raises `ArtifactError` if one of them still is random, in training or in evaluation.
     """
     ids_1T = probe_ids(vocabulary_size, engine.device)
 
@@ -31,7 +31,8 @@ def switch_dropout_off(engine: Engine, vocabulary_size: int, reference: Callable
         judged = judge(ids_BT, torch.ones_like(ids_BT), 1)
         return torch.cat([part.flatten().float() for part in (judged.logprobs, judged.values) if part is not None])
 
-    RowDropout().learn(engine.module, engine.device, lambda times: judged_by(engine.infer, times))
+    judges = [engine.infer, *([reference] if reference is not None else [])]
+    RowDropout().learn(engine.module, engine.device, lambda times: [judged_by(each, times) for each in judges])
     # With two rows: what is one number for a single row may be a number for each of several.
     require_repeatable(engine.device, lambda: judged_by(engine.infer, 2), in_training=True)
     with evaluating(engine.wrapped):
