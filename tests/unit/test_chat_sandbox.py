@@ -180,6 +180,7 @@ VARARGS = """\
 {% for i in range(60) %}{{ f(ns.x, ns.x) }}{% endfor %}"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

@@ -359,6 +359,7 @@ def test_the_oldest_turns_are_dropped_first(slipway: PreTrainedTokenizerBase) ->
     assert fit_chat(slipway, messages, 9).sequences == [] and fit_chat(slipway, messages, 9).reason == TOO_LONG
 
 
+@pytest.mark.slow
 def test_as_few_turns_are_dropped_as_possible(slipway: PreTrainedTokenizerBase) -> None:
     """Exchange i has 3 + i user tokens and 3 + i answer tokens, i = 0 .. 19; the fewest to drop, found by counting up."""
     messages = chat(*[part for i in range(20) for part in ("u" * i, "a" * i)])

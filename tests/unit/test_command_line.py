@@ -179,6 +179,7 @@ def test_a_long_line_is_cut_in_its_middle() -> None:
     assert line.startswith("where: x") and line.endswith("x. Mend it.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shell",
     [
@@ -198,6 +199,7 @@ def test_a_full_disk_at_the_output_is_a_sentence(folder: Path) -> None:
     assert (code, said) == (2, b"error: the output: cannot be used: No space left on device. Check the path.\n")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_shows_ascii_only_gets_escapes(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE.replace("name: small", "name: \u00e4\u4e2d"), encoding="utf-8")
     code, said = process(folder, "$slipway plan recipe.yaml", LANG="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
@@ -209,6 +211,7 @@ def test_a_terminal_that_shows_ascii_only_gets_escapes(folder: Path) -> None:
     assert (code, rb"free in" in said, rb"rows_\xe4" in said) == (0, True, True), said
 
 
+@pytest.mark.slow
 def test_an_argument_that_is_not_utf8_is_a_sentence(folder: Path) -> None:
     for shell in (
         "$slipway plan $'caf\\xe9.yaml'",

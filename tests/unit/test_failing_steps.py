@@ -54,6 +54,7 @@ def worker(work: str, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_worker_that_is_stopped_while_there_is_nothing_to_save_says_so(
     tmp_path: Path, number: signal.Signals

@@ -943,6 +943,7 @@ REAL: list[tuple[str, dict[str, Any], int, dict[str, int], dict[str, int]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", sorted({LAYOUTS[how["layout"]].format for _, how, *_ in REAL}))
 def test_real_files(format: str, shared_data: Path, tmp_path: Path) -> None:
     """Of one format, each in its layout."""

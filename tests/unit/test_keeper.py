@@ -112,6 +112,7 @@ def test_nothing_is_left_when_the_command_is_killed(tmp_path: Path, runner: subp
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_keeper_leaves_an_orderly_end_to_the_command(tmp_path: Path, runner: subprocess.Popen[bytes]) -> None:
     """A scheduler sends SIGTERM to every process; the rank, which takes it as a request to save, must go on to live."""
     outer = look_up(number(tmp_path, "outer"))

@@ -61,6 +61,7 @@ def wait_until(condition: Callable[[], object], timeout_seconds: float = 20.0) -
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_rank_ends_with_the_outermost_launcher(tmp_path: Path, depth: int) -> None:
     """The deepspeed launcher is two deep, and its inner part knows nothing of the outer one's end."""

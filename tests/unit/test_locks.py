@@ -62,6 +62,7 @@ with WorkFolder(Path(sys.argv[1])).locked(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_start_fails_because_somebody_asks(tmp_path: Path, kind: str, start: Start) -> None:
     """300 times and more: until the other process has asked ten times while the lock was taken, and ten while it was not."""

@@ -61,6 +61,7 @@ def actions(plan: Plan) -> dict[str, str]:
     return {step.name: f"{step.action} {step.reason}" for step in plan.steps}
 
 
+@pytest.mark.slow
 def test_of_two_steps_that_make_the_same_the_second_is_skipped(tmp_path: Path) -> None:
     """Also where it could not resume what the first has begun, being planned for another number of processes."""
     text = """
@@ -83,6 +84,7 @@ stages:
     assert store.resolve("twin")[0] == store.resolve("first")[0]
 
 
+@pytest.mark.slow
 def test_an_artifact_s_files_can_be_read_by_all_whom_the_umask_allows(tmp_path: Path) -> None:
     """`write` leaves a file for its owner alone, as safetensors does."""
     assert run(tmp_path, "first.private=true")[0] == 0
@@ -101,6 +103,7 @@ def test_planning_creates_nothing_and_says_what_is_not_made(tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_everything_and_the_artifact_says_what_it_is(tmp_path: Path) -> None:
     code, output = run(tmp_path)
     assert code == 0, output
@@ -117,6 +120,7 @@ def test_a_second_run_skips_everything_and_the_artifact_says_what_it_is(tmp_path
     assert "checkpoints" not in [path.name for path in plan.step("joined").work.iterdir()]
 
 
+@pytest.mark.slow
 def test_one_changed_param_reruns_its_stage_and_what_depends_on_it_and_is_named(tmp_path: Path) -> None:
     run(tmp_path)
     assert actions(planned(tmp_path, "joined.beta=0.2")[0])["joined"] == "run beta 0.1 -> 0.2"
@@ -140,6 +144,7 @@ def test_lists_of_blocks_are_compared_block_by_block() -> None:
     }
 
 
+@pytest.mark.slow
 def test_comments_resources_and_places_retrain_nothing(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("hello")
     text = RECIPE.replace("count: 3", "count: 3, file: words.txt")
@@ -183,6 +188,7 @@ def test_only_and_until_choose_steps_and_missing_inputs_block(tmp_path: Path) ->
     assert actions(planned(tmp_path)[0])["second"] == "run not made yet"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
@@ -203,6 +209,7 @@ def test_a_check_that_fails_is_reported_before_anything_runs(tmp_path: Path) -> 
         planned(tmp_path, "joined.beta=2.0")
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_short_makes_the_step_run_again(tmp_path: Path) -> None:
     run(tmp_path)
     plan, store = planned(tmp_path)
@@ -253,6 +260,7 @@ def test_a_step_that_another_process_runs_is_left_alone(tmp_path: Path) -> None:
     assert planned(tmp_path)[0].step("first").action == "run"
 
 
+@pytest.mark.slow
 def test_resources_that_differ_from_the_world_are_refused_before_loading(tmp_path: Path) -> None:
     plan, store = planned(tmp_path, "joined.resources={launcher: torchrun, processes: 2}")
     run(tmp_path, until="first")

@@ -54,6 +54,7 @@ def is_dying(process: subprocess.Popen[str]) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_nothing_that_carried_a_mark_holds_a_lock_afterwards(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     assert is_dying(holder)
     assert end_all(lambda: carrying(f"MARK_OF_A_TEST={tmp_path}")) == []
@@ -61,6 +62,7 @@ def test_nothing_that_carried_a_mark_holds_a_lock_afterwards(holder: subprocess.
     assert not WorkFolder(tmp_path).lock().is_held()
 
 
+@pytest.mark.slow
 def test_a_step_whose_process_is_dying_is_not_said_to_run(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     assert (
         (said := WorkFolder(tmp_path).running()) is not None
@@ -71,6 +73,7 @@ def test_a_step_whose_process_is_dying_is_not_said_to_run(holder: subprocess.Pop
     assert WorkFolder(tmp_path).running() is None
 
 
+@pytest.mark.slow
 def test_a_step_whose_process_is_dying_can_be_taken_up(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     assert is_dying(holder)
     with WorkFolder(tmp_path).locked():

@@ -57,6 +57,7 @@ def age(folder: Path) -> None:
     module.proof_file(folder).unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_not_read_and_the_step_that_made_it_runs_again(tmp_path: Path) -> None:
     assert run(tmp_path, until="second")[0] == 0
     assert run(tmp_path, until="first")[0] == 0
@@ -75,6 +76,7 @@ def test_a_flipped_bit_is_not_read_and_the_step_that_made_it_runs_again(tmp_path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["damaged", "gone", "edited manifest", "another artifact"])
 def test_inputs_that_are_no_longer_what_was_planned_are_refused(world: Path, changed: str) -> None:
     """In a job that was written before: `plan` does not look again. Each sentence says what and what to do."""
@@ -103,6 +105,7 @@ def refused(job: Job) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_outside_files_and_folders_that_changed_after_the_plan_are_refused(world: Path) -> None:
     """One that is named by a param, one that is an input by its content; all are told at once."""
     (world / "words.txt").write_text("one")
@@ -260,6 +263,7 @@ def by_path(folder: Path) -> str:
     return f"name: outer\noutputs: [o]\nstages:\n  o: {{kind: join, inputs: {{data: {folder}}}}}\n"
 
 
+@pytest.mark.slow
 def test_a_copy_is_the_artifact_only_if_its_files_are(world: Path) -> None:
     source = made(world, "first")
     copy = world / "copy" / "first"

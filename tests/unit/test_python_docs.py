@@ -462,6 +462,7 @@ def test_wrong_names_are_told_at_once(tmp_path, boats):
 # Real packages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_real_rows_have_ids_groups_and_content(real, format):
     found = real[format]
@@ -473,6 +474,7 @@ def test_real_rows_have_ids_groups_and_content(real, format):
         assert row["id"].startswith((f"{row['group']}.", f"{row['group']}#"))
 
 
+@pytest.mark.slow
 def test_real_groups_are_modules_in_every_format(real):
     modules = {module.name for module in read_modules(STDLIB, PACKAGES)}
     assert {"json", "json.decoder", "email.message"} < modules
@@ -566,6 +568,7 @@ def test_real_answers_follow_what_was_asked_for(real):
     assert min(kinds[kind] for kind in ("raise", "default", "first", "last", "return")) > 20
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_process():
     """Two processes that hash strings differently write the same bytes, and neither loads torch or what it reads."""
     script = (

@@ -405,6 +405,7 @@ def test_a_branch_is_no_revision(tmp_path: Path) -> None:
 # Memory, shares, and what a recipe's author is told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "write"),
     [

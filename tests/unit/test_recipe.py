@@ -344,6 +344,7 @@ def test_every_override_that_cannot_be_applied_is_told(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_recipes_and_overrides_at_random_are_read_or_refused_and_nothing_else(tmp_path: Path, seed: int) -> None:
     """Values that no field expects, put into every place of a recipe, by an override or in the file."""

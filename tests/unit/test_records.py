@@ -142,6 +142,7 @@ def test_a_replaced_plan_is_kept_until_its_run_has_ended(store: Store) -> None:
     assert not store.records().plans[0].goes_on
 
 
+@pytest.mark.slow
 def test_no_plan_is_lost_where_several_are_recorded_at_once(store: Store) -> None:
     """Each process records other plans of one variant in turn, and goes on: all of the last ones count."""
     script = (

@@ -131,6 +131,7 @@ def test_a_column_in_which_nothing_is_found_is_an_error() -> None:
         value(block, "#### 72", answer="72")
 
 
+@pytest.mark.slow
 def test_exact_match_on_the_answers_of_gsm8k(shared_data: Path, tmp_path: Path) -> None:
     """Each of the 7,473 answers ends in `#### ` and a number; the reference itself and the bare line are right, the same
     line with a 9 behind the number is wrong."""

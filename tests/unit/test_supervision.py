@@ -92,6 +92,7 @@ def test_news_ends_the_silence(world: World, news: str) -> None:
     assert world.wait(supervision, 102) is not None
 
 
+@pytest.mark.slow
 def test_without_a_limit_it_is_only_said_and_ever_more_seldom(world: World) -> None:
     """At 60, 120, 240, 480 and 960 s of the first thousand."""
     world.mark(0)
@@ -157,6 +158,7 @@ def test_a_rank_may_end_before_the_others_unless_it_failed(world: World, status:
     assert seconds is None or world.now <= seconds
 
 
+@pytest.mark.slow
 def test_a_group_that_does_not_save_when_asked_is_ended_after_the_stated_time(world: World) -> None:
     world.mark(0, boundaries=4)
     world.mark(1, boundaries=3)

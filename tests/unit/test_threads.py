@@ -59,6 +59,7 @@ def test_tokenizers_use_the_threads_where_a_stage_runs_in_one_process() -> None:
     assert alone["OMP_NUM_THREADS"] == group["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.slow
 def test_a_worker_started_by_hand_has_fixed_hashes_too(tmp_path: Path) -> None:
     """It starts itself anew; with the variable set it does not. The number of the process stays."""
     code = """

@@ -75,6 +75,7 @@ def write_input(folder: Path, train: list[int | None], heldout: list[int | None]
     return folder
 
 
+@pytest.mark.slow
 def test_rows_are_read_back_as_they_were_made(tmp_path: Path, tokenizer: Any) -> None:
     data = write_input(tmp_path / "data", [5, None, 3], [7])
     ctx = context(tmp_path, {"numbers": data})

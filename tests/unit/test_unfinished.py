@@ -41,6 +41,7 @@ def again(folder: Path, *overrides: str, text: str = RECIPE, name: str = "joined
     return planned(folder, *overrides, text=text)[0].step(name)
 
 
+@pytest.mark.slow
 def test_a_renamed_step_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """The fake stage says from which checkpoint it went on."""
     before = interrupt(tmp_path, 24, world_size=1, zero_stage=0, total_steps=150)

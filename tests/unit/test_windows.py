@@ -79,6 +79,7 @@ def test_windows_are_those_of_the_tokenizer(chinese: PreTrainedTokenizerBase) ->
     assert 20 < several < 60
 
 
+@pytest.mark.slow
 def test_cmrc_dev_is_cut_into_as_many_windows_as_published(shared_data: Path) -> None:
     chinese = BertTokenizerFast(vocab=str(shared_data / "vocab" / "bert_base_chinese_vocab.txt"), do_lower_case=False)
     frame = require_frame(chinese, pair=True)

@@ -249,6 +249,7 @@ class Documents:
         return "{" + ", ".join(f"{key}: {value}" for key, value in zip(keys, inner, strict=True)) + "}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_documents_at_random_are_read_or_refused_and_nothing_else(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """150 documents a seed. A tenth of the limit makes more of them meet it."""
@@ -257,12 +258,11 @@ def test_documents_at_random_are_read_or_refused_and_nothing_else(seed: int, mon
     for number in range(150):
         text = Documents(1000 * seed + number).text()
         for form in (text, text.encode("utf-8", "surrogatepass")):
-            started = time.process_time()
             try:
                 document, _ = parse_yaml(form, "r")
-                repr(document)
-                ends.append("read")
             except RecipeError as error:
                 ends.append(str(error).partition(":")[0])
-            assert time.process_time() - started < 1, text
+                continue
+            assert len(repr(document)) < 100 * yaml_loader.MOST_VALUES, text
+            ends.append("read")
     assert set(ends) == {"read", "r"}, "each was read, or refused with a sentence that names the file"

@@ -29,6 +29,8 @@ from stages.lib.text.tokenizers import load_tokenizer, tokenizer_digest
 from tests.families import FAMILIES, write_base_model, write_tokenizer
 from tests.integration.tiny_language_model import run_stage, write_chats
 
+pytestmark = pytest.mark.slow
+
 PARAMS = {"global_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "max_length_tokens": 250}
 
 
