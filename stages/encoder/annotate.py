@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline.errors import DataError, Problem, RecipeError
+from pipeline.errors import ArtifactError, DataError, Problem, RecipeError
 from pipeline.settings.strict import Strict
-from pipeline.stage import Context, Result, Stage, accepts
+from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from pipeline.store.durable import write_json
+from stages.lib.encoding.label_names import label_names, span_tags
 from stages.lib.rows.canonical import FORMATS, Row, read_rows, write_rows
 from stages.lib.rows.ledger import Ledger
 
@@ -67,6 +68,24 @@ def output_kind(params: AnnotateParams, inputs: Mapping[str, Kind]) -> Kind:
     return FORMATS[formats[-1]].rows_kind
 
 
+NAMES = {"ForSequenceClassification": label_names, "ForTokenClassification": span_tags}
+"""How the class of a model ends -> what reads the names of its outputs, and refuses those that rows cannot have."""
+
+
+def check(forecast: Forecast) -> list[Problem]:
+    """What is wrong with the names of the model's outputs, where it is there already."""
+    model = forecast.inputs.get("model", Estimate())
+    config = model.architecture if model.folder and model.architecture else {}
+    architecture = str((config.get("architectures") or [""])[0])
+    try:
+        for ending, names in NAMES.items():
+            if architecture.endswith(ending):
+                names(config, "inputs.model")
+    except ArtifactError as error:
+        return [problem for problem in error.problems if isinstance(problem, Problem)]
+    return []
+
+
 def run(ctx: Context, params: AnnotateParams) -> Result:
     from stages.lib.encoding.annotating import annotate_all
     from stages.lib.encoding.annotators import open_annotator
@@ -104,6 +123,7 @@ STAGE = Stage(
     },
     output=output_kind,
     run=run,
+    check=check,
     headline=(
         "heldout_accuracy",
         "heldout_accuracy_bag_of_words",

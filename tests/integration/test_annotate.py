@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pipeline.errors import ArtifactError, DataError, Preempted, RecipeError
+from pipeline.running.estimates import architecture_of
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import validate
-from pipeline.stage import Context, Result, World
+from pipeline.stage import Context, Estimate, Forecast, Result, World
 from pipeline.store.artifact import Facts, Kind, Manifest, list_files
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
 from stages.encoder import annotate, answer, classify, extract
-from stages.encoder.annotate import STAGE, AnnotateParams
+from stages.encoder.annotate import STAGE, AnnotateParams, check
 from stages.lib.encoding import annotating
 from stages.lib.encoding.figures import FIGURES
 from stages.lib.encoding.published import Published
@@ -382,6 +384,33 @@ def test_the_kind_of_rows_follows_from_the_model() -> None:
     assert params is None and "min_score" in str(problems[0])
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"1": "a", "2": "b", "3": "c"}, "numbers its outputs 1, 2, 3. Give each of its 3 outputs, from 0, a name"),
+        ({"0": "a", "1": "b", "2": "a"}, "calls two outputs 'a'. Give each of its 3 outputs, from 0, a name"),
+    ],
+)
+def test_names_that_fit_no_outputs_are_refused(
+    classifier: Path, tmp_path: Path, names: dict[str, str], said: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(classifier, other)
+    config = json.loads((other / "config.json").read_bytes())
+    (other / "config.json").write_text(json.dumps({**config, "id2label": names}), encoding="utf-8")
+    assert_planned(other, f"inputs.model: {said}")
+    with pytest.raises(ArtifactError, match=re.escape(said)):
+        run(other, cleaned(tmp_path / "rows", request_rows()[:2]), tmp_path / "run")
+
+
+def assert_planned(model: Path, said: str) -> None:
+    """What `plan` says of the model in the folder; of one that is yet to be made it says nothing."""
+    config = architecture_of(model)
+    for folder, expected in ((model, said), (None, "")):
+        forecast = Forecast(AnnotateParams(), Resources(), {"model": Estimate(architecture=config, folder=folder)})
+        assert expected in (found := "".join(map(str, check(forecast)))) and bool(expected) == bool(found)
+
+
 def test_a_classifier_of_several_labels_at_once_is_refused(classifier: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(classifier, other)
@@ -391,6 +420,7 @@ def test_a_classifier_of_several_labels_at_once_is_refused(classifier: Path, tmp
     )
     with pytest.raises(ArtifactError, match="is for multi_label_classification, and rows have one label each"):
         run(other, cleaned(tmp_path / "rows", request_rows()[:2]), tmp_path / "run")
+    assert_planned(other, "inputs.model: is for multi_label_classification")
     assert Published(classifier).length(None) == 24
     (classifier_without := tmp_path / "bare").mkdir()
     for path in classifier.iterdir():

@@ -10,13 +10,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
+from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.store.artifact import MANIFEST, Manifest, read_manifest
+from stages.lib.encoding.label_names import label_names, span_tags
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import longest_text, require_length
 from stages.lib.text.tokenizers import load_tokenizer
-
-SEVERAL_LABELS = ("multi_label_classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -68,24 +67,12 @@ class Published:
         return length
 
     def labels(self) -> list[str]:
-        """What its outputs are called, by number. Raises `ArtifactError` if it gives several of them to one text."""
-        if getattr(self.config, "problem_type", None) in SEVERAL_LABELS:
-            what = f"is for {self.config.problem_type}, and rows have one label each"
-            raise ArtifactError(Problem(str(self.folder), what, "Name a classifier whose classes exclude each other."))
-        return [str(self.config.id2label[number]) for number in range(len(self.config.id2label))]
+        """What its outputs are called, by number, as `label_names` says."""
+        return label_names(self.config.to_dict(), str(self.folder))
 
     def spans(self) -> tuple[list[str], list[int | None]]:
-        """The labels of an extractor, and for each of our tags O, B-x, I-x, ... the number of its own (None: it has none).
-
-        Raises `ArtifactError` for tags of another scheme.
-        """
-        tags = {tag: number for number, tag in enumerate(self.labels())}
-        labels = sorted(tag[2:] for tag in tags if tag.startswith("B-"))
-        known = {"O", *(f"{prefix}-{label}" for label in labels for prefix in "BI")}
-        if odd := sorted(set(tags) - known) or ([] if "O" in tags else ["no O"]):
-            what = f"does not tag with O, B-x and I-x: {', '.join(odd[:5])}"
-            raise ArtifactError(Problem(str(self.folder), what, "Save it with `id2label` of that scheme."))
-        return labels, [tags["O"], *(tags.get(f"{prefix}-{label}") for label in labels for prefix in "BI")]
+        """Its labels and tags, as `span_tags` says."""
+        return span_tags(self.config.to_dict(), str(self.folder))
 
 
 def renamed(labels: Sequence[str], names: Mapping[str, str]) -> list[str]:
