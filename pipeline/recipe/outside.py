@@ -42,10 +42,19 @@ def is_an_adapter(path: Path) -> str:
     )
 
 
+def an_adapter_beside(path: Path) -> str:
+    """That transformers would put an adapter on a model without a word, because it lies beside it."""
+    return (
+        f"{path} holds a model, and an adapter beside it ({ADAPTER}) that would be put on it without a word. Move "
+        f"{ADAPTER} and adapter_model.safetensors to a folder of their own; to have the two as one model, name both in a "
+        f"stage: `merged: {{kind: merge, inputs: {{model: {path}, adapter: FOLDER}}}}`."
+    )
+
+
 def weights_problem(path: Path) -> str | None:
     """Why no weights can be read from a model's folder; None if they can, as far as the names of its files show."""
     if weights_in(path):
-        return None
+        return an_adapter_beside(path) if is_file(path / ADAPTER) else None
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern))
     if not any(name.startswith("pytorch_model") for name in others):
         there = f" (there is {', '.join(others[:3])})" if others else ""

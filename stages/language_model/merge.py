@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ArtifactError, Problem
-from pipeline.settings.paths import holds_file
+from pipeline.errors import ArtifactError, Problem, shown_path
+from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.generation import generation_notes
 from stages.lib.models.published import PublishedDtype, PublishedParams
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def estimate(forecast: Forecast) -> Estimate:
         architecture=model.architecture,
         vocabulary_size=model.vocabulary_size,
         sequence_length=model.sequence_length,
+        notes=tuple(generation_notes(model.folder)) or None,
     )
 
 
@@ -43,6 +45,7 @@ def run(ctx: Context, params: MergeParams) -> Result:
     from transformers import AutoModelForCausalLM
 
     from stages.lib.models.formats import formats_to_publish, say_if_other
+    from stages.lib.models.generation import note_generation
     from stages.lib.models.loading import count_parameters, load_model
     from stages.lib.models.publishing import publish, zeros_of
     from stages.lib.processes.joining import use_threads
@@ -55,6 +58,8 @@ def run(ctx: Context, params: MergeParams) -> Result:
     adapter = adapter_folder(ctx.inputs["adapter"])
     tokenizer = adapter if (adapter / "tokenizer.json").exists() else source
     formats = formats_to_publish(ctx, "fp32", params.published_dtype)
+    note_generation(ctx)
+    note_other_base(ctx, adapter)
     before = load_model(AutoModelForCausalLM, source)
     merged = with_adapter_merged(load_model(AutoModelForCausalLM, source), adapter)
     changed, change = difference_of(before, merged)
@@ -110,6 +115,19 @@ def adapter_problems(folder: Path) -> list[Problem]:
         )
         return [Problem("inputs.adapter", what, f"Write it anew: `{command}`.")]
     return []
+
+
+def note_other_base(ctx: Context, adapter: Path) -> None:
+    """Tells the journal where an adapter says that it was trained on another model than the one that it is merged into.
+
+    Folders move, and copies are the same model: so that is no error.
+    """
+    said = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    given = ctx.origin("model")[0]
+    if said and said != given and not (Path(given).exists() and Path(str(said)).resolve() == Path(given).resolve()):
+        ctx.journal.note(
+            f"the adapter says that it was trained on {shown_path(said)}, and is merged into {shown_path(given)}"
+        )
 
 
 def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -154,6 +154,17 @@ def test_the_adapter_of_a_run_with_lora_gives_what_that_run_published(tmp_path: 
         torch.testing.assert_close(again[name], tensor)
 
 
+def test_another_base_than_the_adapter_says_is_told(tmp_path: Path, base: Path) -> None:
+    """Copies are the same model, so it is no error; of the base itself nothing is said."""
+    adapted(base, tmp_path / "adapter")
+    other = write_base_model(tmp_path / "other", "llama-3")
+    for model in (base, other):
+        merged(model, tmp_path / "adapter", tmp_path / model.name / "merge")
+        notes = (tmp_path / model.name / "merge" / "journal.jsonl").read_text(encoding="utf-8")
+        told = f"the adapter says that it was trained on {base}, and is merged into {other}"
+        assert (told in notes) == (model == other)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
     other = write_base_model(tmp_path / "other", "llama-3", hidden_size=32)
     deeper = write_base_model(tmp_path / "deeper", "llama-3", num_hidden_layers=2)

@@ -7,15 +7,25 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.store.artifact import Kind
-from stages.lib.models.publishing import agree_on_stops, complete_generation_config
+from stages.lib.models.generation import generation_notes
+from stages.lib.models.loading import load_model, read_weights
+from stages.lib.models.publishing import agree_on_stops, complete_generation_config, publish
 from stages.lib.text.tokenizers import load_tokenizer
 from tests.families import write_tokenizer
 
@@ -114,17 +124,17 @@ def test_config_json_names_the_stop_ids_too(model_type: str, said: Any) -> None:
     assert Model.config.eos_token_id == said
 
 
-def tiny_llama(folder: Path) -> Any:
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    model = LlamaForCausalLM(config)
+def tiny_llama(folder: Path, **fields: Any) -> Any:
+    sizes = {
+        "vocab_size": 260,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **fields}))
     model.save_pretrained(folder)
     return model
 
@@ -150,6 +160,121 @@ def test_weights_that_may_run_code_are_refused_and_the_way_out_works(tmp_path: P
     assert weights_problem(new) is None
     again = LlamaForCausalLM.from_pretrained(new)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("smaller", "whole", "named"),
+    [
+        ({"num_hidden_layers": 1}, {"num_hidden_layers": 2}, "9 weights .* model.layers.1.input_layernorm.weight"),
+        ({"attention_bias": False}, {"attention_bias": True}, "8 weights .* model.layers.0.self_attn.k_proj.bias"),
+    ],
+)
+def test_weights_for_which_the_config_leaves_no_room_are_refused_and_both_ways_out_work(
+    tmp_path: Path, smaller: dict[str, Any], whole: dict[str, Any], named: str
+) -> None:
+    """Until then the model was trained, measured and published without them."""
+    model = tiny_llama(tmp_path, **{"num_hidden_layers": 2, **whole})
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    write(tmp_path, "config.json", **{**config, **smaller})
+    with pytest.raises(ArtifactError, match=named) as caught:
+        load_model(AutoModelForCausalLM, tmp_path)
+    follow(str(caught.value), tmp_path / "new")
+    assert load_model(AutoModelForCausalLM, tmp_path / "new").num_parameters() < model.num_parameters()
+    write(tmp_path, "config.json", **config)
+    assert load_model(AutoModelForCausalLM, tmp_path).num_parameters() == model.num_parameters()
+
+
+def test_weights_of_parts_that_the_class_does_not_have_are_passed_over(tmp_path: Path) -> None:
+    """A causal model under the head of a classifier."""
+    tiny_llama(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, num_labels=1)
+    model, report = read_weights(AutoModelForSequenceClassification, tmp_path, config=config)
+    assert report["unexpected_keys"] and report["missing_keys"] == {"score.weight"} and model.num_labels == 1
+
+
+def test_an_adapter_beside_the_weights_is_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    """transformers would put it on the model without a word."""
+    model = tiny_llama(tmp_path)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    problem = weights_problem(tmp_path)
+    assert problem is not None and "an adapter beside it (adapter_config.json) that would be put on it" in problem
+    (alone := tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).rename(alone / name)
+    assert weights_problem(tmp_path) is None and kind_of_folder(alone) is Kind.ADAPTER
+
+
+@pytest.mark.parametrize(
+    ("said", "sound", "named"),
+    [
+        (
+            {"temperature": 0.9, "top_p": 0.6},
+            {"do_sample": True, "temperature": 0.9, "top_p": 0.6},
+            "temperature, top_p",
+        ),
+        ({"temperature": 1.0, "top_k": 50}, {"top_k": 50}, ""),
+        ({"do_sample": False, "temperature": 0.9, "top_k": 5}, {}, "do_sample: false beside temperature, top_k"),
+        ({"do_sample": True, "temperature": 0.9}, {"do_sample": True, "temperature": 0.9}, ""),
+        ({"early_stopping": True, "length_penalty": 2.0}, {}, "early_stopping, length_penalty without beams"),
+        ({"early_stopping": True, "num_beams": 4}, {"early_stopping": True, "num_beams": 4}, ""),
+        ({"eos_token_id": [2, 99999]}, {"eos_token_id": 2}, "gives 99999 as eos_token_id"),
+        ({"eos_token_id": -1}, {}, "gives -1 as eos_token_id"),
+    ],
+)
+def test_a_generation_config_that_could_not_be_saved_is_mended_and_said(
+    folder: Path, said: dict[str, Any], sound: dict[str, Any], named: str
+) -> None:
+    """What is published says what was said, and a run is not lost when it is saved."""
+    tiny_llama(folder)
+    write(folder, "generation_config.json", **said)
+    notes = generation_notes(folder)
+    assert len(notes) == bool(named) and named in "".join(notes)
+    model = load_model(AutoModelForCausalLM, folder)
+    publish(model, model.state_dict(), folder, folder / "out")
+    published = GenerationConfig.from_pretrained(folder / "out")
+    assert sound.items() <= published.to_dict().items()
+    for name in said.keys() - sound.keys() - {"eos_token_id"}:
+        assert getattr(published, name) in (None, GenerationConfig().to_dict().get(name), 1.0, False), name
+    assert not generation_notes(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [({"num_return_sequences": 3}, "do not support"), ({"max_new_tokens": 0}, "must be greater than 0")],
+)
+def test_a_generation_config_of_no_use_is_refused_and_the_way_out_works(
+    folder: Path, said: dict[str, Any], why: str
+) -> None:
+    tiny_llama(folder)
+    write(folder, "generation_config.json", **said)
+    with pytest.raises(ArtifactError, match=rf"generation_config\.json: is of no use: .*{why}.* remove the file"):
+        load_model(AutoModelForCausalLM, folder)
+    (folder / "generation_config.json").unlink()
+    assert load_model(AutoModelForCausalLM, folder) is not None
+
+
+def test_a_generation_config_that_is_none_is_said(folder: Path) -> None:
+    """transformers makes one of the model's config then, and says nothing."""
+    tiny_llama(folder)
+    (folder / "generation_config.json").write_text("{oops")
+    assert generation_notes(folder) == [
+        "generation_config.json of the model cannot be read: it is published with the stops of the tokenizer"
+    ]
+    (folder / "generation_config.json").unlink()
+    assert not generation_notes(folder) and not generation_notes(None)
+
+
+def test_a_head_of_its_own_is_published_as_one(folder: Path) -> None:
+    """The config says that it is tied, and the file holds another: who goes by the config alone would read another model."""
+    tiny_llama(folder, tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_bytes())
+    write(folder, "config.json", **{**config, "tie_word_embeddings": True})
+    model = load_model(AutoModelForCausalLM, folder)
+    publish(model, model.state_dict(), folder, folder / "out")
+    assert json.loads((folder / "out" / "config.json").read_bytes())["tie_word_embeddings"] is False
+    ids = torch.arange(8)[None]
+    again = LlamaForCausalLM.from_pretrained(folder / "out")
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", None])

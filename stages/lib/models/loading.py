@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CompressedTensorsConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -22,15 +24,19 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import ArtifactError, DataError, Problem
+from pipeline.settings.paths import holds_file
 from pipeline.stage import Context
 from pipeline.store.durable import replacing_folder
 from stages.lib.formulas.seeds import NUMPY_BITS, bounded_seed
 from stages.lib.models.classifiers import classifier_class
 from stages.lib.models.config import read_config
 from stages.lib.models.drawing import require_quiet
+from stages.lib.models.generation import GENERATION, sound_generation
 from stages.lib.processes.collectives import from_main
 from stages.lib.processes.joining import join_processes
 
+NUMBER = re.compile(r"\.\d+\.")
+"""A part of a weight's name: which of several layers, or of several experts, it is of."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,9 +65,14 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
 
 
 def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model in `folder` as an `auto_class`, and what its weights lack: from safetensors only, without code from there."""
+    """The model in `folder` as an `auto_class`, and what its weights lack: from safetensors only, without code from there.
+
+    Raises `ArtifactError` if the folder holds weights of layers that the model has and its config leaves no room for, or a
+    generation config that cannot be saved again.
+    """
     if auto_class is AutoModelForSequenceClassification:
         auto_class = classifier_class(folder)
+    require_generation_config(folder)
     model, report = auto_class.from_pretrained(
         folder,
         local_files_only=True,
@@ -70,7 +81,69 @@ def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrai
         output_loading_info=True,
         **options,
     )
+    require_all_used(folder, model, report["unexpected_keys"])
+    mend_generation(folder, model)
+    # Where a file holds a head of its own, transformers does not tie it to the embeddings, whatever the config says.
+    if head_stands_alone(model):
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     return model, report
+
+
+def require_all_used(folder: Path, model: PreTrainedModel, left_over: Iterable[str]) -> None:
+    """Raises `ArtifactError` if weights were left over for which the model has a place: a bias of a layer that it has, or a
+    further layer like those that it has. What belongs to parts that the class does not have (another head, a vision tower)
+    is passed over.
+    """
+    places = {name for name, _ in model.named_modules()}
+    numbered = {NUMBER.sub(".0.", name) for name in model.state_dict()}
+    bare = f"{model.base_model_prefix}."
+    lost = [
+        name
+        for key in sorted(left_over)
+        for name in (key, bare + key)
+        if name.rpartition(".")[0] in places or (NUMBER.search(name) and NUMBER.sub(".0.", name) in numbered)
+    ]
+    if lost:
+        what = f"holds {len(lost)} weights that its config.json leaves no room for: {', '.join(lost[:3])}"
+        hint = (
+            "Correct the config.json (num_hidden_layers, attention_bias and the like); or leave them out knowingly: "
+            f"`from transformers import {type(model).__name__} as M; M.from_pretrained({str(folder)!r})"
+            ".save_pretrained(FOLDER)`, and copy the tokenizer's files there."
+        )
+        raise ArtifactError(Problem(str(folder), what, hint))
+
+
+def mend_generation(folder: Path, model: PreTrainedModel) -> None:
+    """Makes the model's generation config one that can be saved, as `sound_generation` says."""
+    if not model.can_generate() or model.generation_config is None:
+        return
+    fields = model.generation_config.to_diff_dict()
+    said = {
+        name: value for name, value in fields.items() if not name.startswith("_") and name != "transformers_version"
+    }
+    sound, mended = sound_generation(said, int(model.config.get_text_config().vocab_size))
+    if mended:
+        model.generation_config = GenerationConfig(**sound)
+
+
+def require_generation_config(folder: Path) -> None:
+    """Raises `ArtifactError` if the folder's generation config says what transformers neither reads nor writes."""
+    if not holds_file(folder, GENERATION):
+        return
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError) as error:
+        what = f"is of no use: {' '.join(str(error).split()):.300}"
+        raise ArtifactError(Problem(str(folder / GENERATION), what, "Correct it, or remove the file.")) from error
+    except OSError:
+        return  # no JSON: transformers goes by the model's config, and `generation_notes` says so
+
+
+def head_stands_alone(model: PreTrainedModel) -> bool:
+    """Whether the config says that the head is that of the embeddings, and the weights that it is not."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    claimed = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return claimed and head is not None and head.weight is not embeddings.weight
 
 
 def load_model(auto_class: Any, folder: Path, **options: Any) -> PreTrainedModel:

@@ -38,13 +38,12 @@ def noise_of(architecture: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name in NOISE if isinstance(value := config.get(name), (int, float)) and value > 0}
 
 
-def noise_notes(architecture: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What to know before such a model is trained; None where there is nothing."""
-    notes = tuple(
+def noise_notes(architecture: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to know before such a model is trained."""
+    return tuple(
         f"{name} is {value}: what routers draw depends on micro_batch_size and the number of processes"
         for name, value in noise_of(architecture).items()
     )
-    return notes or None
 
 
 def noise_problems(architecture: Mapping[str, Any], role: str = "model") -> list[Problem]:

@@ -21,6 +21,7 @@ from stages.lib.generating.vllm import VllmEngine, VllmGenerator, require_vllm
 from stages.lib.models.adapters import with_adapter
 from stages.lib.models.config import hidden_size, read_config, text_config
 from stages.lib.models.formats import formats_to_publish, say_if_other
+from stages.lib.models.generation import note_generation
 from stages.lib.models.heads import fresh_value, load_policy, load_value
 from stages.lib.models.loading import count_parameters, initial_weights
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
@@ -77,6 +78,7 @@ def run_on_policy(
     )
     build = functools.partial(build_parts, ctx, params, opened)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
+    note_generation(ctx)
     aligned, parts = align(ctx, params, algorithm, build, prompts)
     dtype = publish_policy(ctx, params, parts, formats)
     say_if_other(ctx, formats, dtype)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem, RecipeError
-from pipeline.stage import Estimate, Forecast
+from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
+from stages.lib.models.generation import generation_notes
 from stages.lib.models.noise import dropped_heads, noise_notes
 from stages.lib.training.layouts import complete_layout, read_layout, zero_stage
 from stages.lib.training.params import TrainingParams, derive_batch, optimizer_steps
@@ -87,8 +89,14 @@ def estimate_training(
         accumulation=batch.accumulation if batch else None,
         memory_bytes_per_rank=memory,
         disk_bytes=parameters * per_parameter if parameters else None,
-        notes=None if without_dropout else noise_notes(config),
+        notes=(*(() if without_dropout else noise_notes(config)), *generation_notes(base_folder(forecast))) or None,
     )
+
+
+def base_folder(forecast: Forecast) -> Path | None:
+    """Where the model lies that training goes on from, if it is there already."""
+    models = [forecast.inputs[role] for role in BASE_ROLES if role in forecast.inputs]
+    return models[0].folder if models else None
 
 
 def params_steps(params: TrainingParams, num_rows: int | None) -> int | None:

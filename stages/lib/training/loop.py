@@ -31,6 +31,7 @@ from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.models.formats import formats_to_publish, say_if_other
+from stages.lib.models.generation import note_generation
 from stages.lib.models.loading import count_parameters
 from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
@@ -294,6 +295,7 @@ def train(
     identity = {**of_params, "seed": ctx.seed, "data": fingerprint(data)}
     saved = find_saved(ctx, identity)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
+    note_generation(ctx)
     passes = steps * batch.global_batch_size / len(data)
     ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")
     randomness = Randomness(ctx, device, without_dropout)
