@@ -1283,6 +1283,14 @@ def test_a_bad_part_of_a_document_takes_no_other_with_it() -> None:
     ]
 
 
+def test_a_question_stays_one_beside_empty_columns_of_documents() -> None:
+    """As tables have them that hold both."""
+    row = {"id": "q", "context": "c", "question": "q", "answers": [], "data": None, "qas": None}
+    assert convert("squad", row)[0] == {"id": "q", "context": "c", "question": "q", "answers": []}
+    document = {"data": None, "context": "c", "qas": [{"id": "q", "question": "q", "answers": []}]}
+    assert convert("squad", document)[0] == {"id": "q", "context": "c", "question": "q", "answers": []}
+
+
 def test_a_bad_instance_takes_no_other_with_it() -> None:
     instances = [{"output": "1"}, "oops", {"output": "2", "instruction": "b"}, {"output": "3", "instruction": "a"}]
     record = {"instruction": "a", "instances": instances}

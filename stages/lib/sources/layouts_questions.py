@@ -25,8 +25,9 @@ from stages.lib.sources.conversion import (
 
 def squad_rows(record: Row) -> Iterator[Row | Unusable]:
     """One raw row per question of a SQuAD document, article or paragraph, or the row itself where it is one already."""
-    outer = next((name for name in ("data", "paragraphs", "qas") if name in record), None)
-    if outer is None:
+    nested = [name for name in ("data", "paragraphs", "qas") if name in record]
+    outer = next((name for name in nested if record[name] is not None), next(iter(nested), None))
+    if outer is None or (record[outer] is None and record.get("question") is not None):
         yield record
         return
     for part in items_of(record, outer):
