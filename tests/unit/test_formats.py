@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import DataError
 from pipeline.settings.strict import documentation
 from stages.lib.rows.canonical import FORMATS
 from stages.lib.sources.conversion import REASONS, REPAIRS, Conversion, Dropped
@@ -46,6 +47,13 @@ def system(content: str, *tools: str) -> Row:
 
 def calls(*called: Row, content: str = "") -> Row:
     return {"role": "assistant", "content": content, "tool_calls": list(called)}
+
+
+def parts(*said: str | Row) -> Row:
+    """An assistant's message in parts."""
+    return assistant("") | {
+        "content": [{"type": "text", **({"text": each} if isinstance(each, str) else each)} for each in said]
+    }
 
 
 def tool(content: str) -> Row:
@@ -585,7 +593,20 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("messages", {"messages": [user("a"), {**assistant("<think>c</think>b"), "reasoning": "d"}]}, "contradictory", "a turn has its reasoning in a field and within its content"),
     ("messages", {"messages": [user("a"), assistant("b")], "tools": [1], "functions": [2]}, "contradictory", "tools and functions"),
     ("messages", {"messages": [user("a"), assistant("\u200b\u2060 ")]}, "empty_field", "content"),
+    ("messages", {"messages": [user("a"), {"role": "assistant", "content": [{"type": "text", "content": "b"}]}]}, "missing_field", "the text of a part of content"),
+    ("messages", {"messages": [user("a"), parts("b", {"type": "text", "text": None})]}, "missing_field", "the text of a part of content"),
+    ("messages", {"messages": [user("a"), parts({"text": "b", "train": False}, "c")]}, "partial_weight", "some parts of its content are to be trained on, and some are not"),
+    ("messages", {"messages": [user("a"), parts({"text": "b", "weight": 0}, {"text": "c", "weight": 1})]}, "partial_weight", "some parts of its content are to be trained on, and some are not"),
+    ("messages", {"messages": [user("a"), {**parts({"text": "b", "weight": 0}), "weight": 1}]}, "contradictory", "a turn says of itself and of its parts whether they are to be trained on"),
+    ("messages", {"messages": [user("a"), parts({"text": "b", "weight": 0})]}, "not_trained_on", ""),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "weight": "0"}]}, "not_trained_on", ""),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "from": "human"}]}, "contradictory", "role and from"),
+    ("messages", {"messages": [user("a"), {"role": "tool"}, assistant("b")]}, "missing_field", "content"),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "tool_calls": "f(1)"}]}, "wrong_type", "tool_calls is a text, not a list"),
     ("rated_chat", {"messages": [user("a"), assistant("b")], "label": False}, "rated_bad", ""),
+    ("rated_chat", {"messages": [user("a"), assistant("b")], "label": "False"}, "rated_bad", ""),
+    ("rated_chat", {"messages": [user("a"), assistant("b")], "label": "bad"}, "rated_bad", ""),
+    ("rated_chat", {"messages": [user("a"), assistant("b")], "label": "so-so"}, "wrong_type", "label is 'so-so', neither true nor false"),
     ("rated_chat", {"messages": [user("a"), assistant("b")]}, "missing_field", "label"),
     ("rated_chat", {"messages": [user("a"), assistant("b")], "label": 0.5}, "wrong_type", "label is 0.5, neither true nor false"),
     ("prompts", {"question": "a"}, "missing_field", "prompt"),
@@ -610,6 +631,13 @@ DROPPED: list[tuple[str, Row, str, str]] = [
         "bad_turn_order",
         "the prompt does not end with the user's turn",
     ),
+    ("label", {"text": "a", "label": "-"}, "no_label", "label is -, which no_label names"),
+    ("label", {"text": "a", "label": -1}, "no_label", "label is -1, which no_label names"),
+    ("label", {"text": "a", "label": -1.0}, "no_label", "label is -1, which no_label names"),
+    ("relation", {"tokens": ["a", "b"], "head": ["h", "", [[0]]], "tail": ["t", "", [[1]]], "label": -1}, "no_label", "label is -1, which no_label names"),
+    ("relation", {"tokens": ["a", "b", "c"], "head": ["h", "", [[0, 2]]], "tail": ["t", "", [[1]]], "label": "P"}, "bad_span", "head has tokens that do not follow each other: [0, 2]"),
+    ("relation", {"tokens": ["a", "b"], "head": ["h", "", [[0]]], "tail": ["t", "", [[1, 0]]], "label": "P"}, "bad_span", "tail has tokens that do not follow each other: [1, 0]"),
+    ("relation", {"tokens": ["a", "b"], "head": ["h", "", [[0, 10**12]]], "tail": ["t", "", [[1]]], "label": "P"}, "bad_span", "head has tokens that do not follow each other: [0, 1000000000000]"),
     ("label", {"text": "a", "label": 0.5}, "wrong_type", "label is a number, not a text"),
     (
         "relation",
@@ -637,6 +665,21 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("squad", {"context": "abc", "question": "q", "answers": [], "is_impossible": False}, "contradictory", "is_impossible is false, and there is no answer"),
     ("squad", {"context": "abc", "question": " ", "answers": []}, "empty_field", "question"),
     ("squad", {"data": [{"paragraphs": 5}]}, "wrong_type", "paragraphs is a number, not a list"),
+    ("squad", {"data": []}, "nothing_in_it", "data"),
+    ("squad", {"paragraphs": []}, "nothing_in_it", "paragraphs"),
+    ("squad", {"context": "a", "qas": []}, "nothing_in_it", "qas"),
+    ("squad", {"context": "a", "qas": None}, "missing_field", "qas"),
+    ("squad", {"context": "abc", "question": "q", "answers": [], "is_impossible": 0}, "contradictory", "is_impossible is false, and there is no answer"),
+    ("squad", {"context": "abc", "question": "q", "answers": [], "is_impossible": "False"}, "contradictory", "is_impossible is false, and there is no answer"),
+    ("squad", {"context": "abc", "question": "q", "answers": [], "is_impossible": "maybe"}, "wrong_type", "is_impossible is 'maybe', neither true nor false"),
+    ("squad", {"context": "abc", "question": "q", "answers": [], "is_impossible": 2}, "wrong_type", "is_impossible is 2, neither true nor false"),
+    ("squad", {"context": "abc", "question": "q", "answers": {"text": [""], "answer_start": [-1]}}, "empty_field", "text"),
+    ("alpaca", {"instruction": "a", "instances": []}, "nothing_in_it", "instances"),
+    ("alpaca", {"instruction": "a", "instances": "b"}, "wrong_type", "instances is a text, not a list"),
+    ("alpaca", {"instruction": "a", "output": "b", "instances": [{"input": "c", "output": "d"}]}, "contradictory", "instances beside the row's own output"),
+    ("alpaca", {"instruction": "a", "output": "b", "instances": [{"input": "c"}]}, "contradictory", "instances beside the row's own output"),
+    ("alpaca", {"instruction": "a", "instances": [{"instruction": "c", "output": "d"}]}, "contradictory", "instances beside the row's own instruction"),
+    ("alpaca", {"instruction": "a", "input": "b", "instances": [{"input": "", "output": "d"}]}, "contradictory", "instances beside the row's own input"),
 ]  # fmt: skip
 
 
@@ -1083,7 +1126,13 @@ ODD_CALLS: list[tuple[str, list[Row], str]] = [
     ("more answers than calls", [calls(called(None, "f")), answered("1"), answered("2")], "2 turns of tools follow upon 1 calls"),
     ("another tool's name", [calls(called(None, "f")), answered("1", name="g")], "a tool named g answers a call of f"),
     ("calls in two places", [{**calls(called(None, "f")), "function_call": {"name": "g"}}, answered("1")], "tool_calls and function_call"),
-    ("arguments in two places", [calls({"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}), answered("1")], "arguments and parameters of a call"),
+    ("arguments in two places", [calls({"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}), answered("1")], "a call has two arguments that differ"),
+    ("arguments beside the function", [calls({"function": {"name": "f", "arguments": {"a": 1}}, "arguments": {"a": 2}}), answered("1")], "a call has two arguments that differ"),
+    ("names beside the function", [calls({"function": {"name": "f"}, "name": "g"}), answered("1")], "a call has two names that differ"),
+    ("one identifier for two calls", [calls(called("0", "f"), called("0", "g")), answered("1", tool_call_id="0")], "several calls have the identifier 0"),
+    ("one identifier for all", [calls(called("0", "f"), called("0", "g")), answered("1", tool_call_id="0"), answered("2", tool_call_id="0")], "tool_call_id is that of no call, or of one that is answered already"),
+    ("identifiers of answers alone", [calls(called(None, "f"), called(None, "f")), answered("2", tool_call_id="2"), answered("1", tool_call_id="1")], "tool_call_id is that of no call, or of one that is answered already"),
+    ("two identifiers of an answer", [TWO_CALLS, answered("1", tool_call_id="1", call_id="2")], "tool_call_id and call_id"),
 ]  # fmt: skip
 
 
@@ -1091,6 +1140,40 @@ ODD_CALLS: list[tuple[str, list[Row], str]] = [
 def test_calls_and_answers_that_contradict_each_other(turns: list[Row], detail: str) -> None:
     found, _ = convert("messages", {"messages": [user("a"), *turns, assistant("c")]})
     assert found == ("contradictory", detail)
+
+
+def paired_in(*turns: Row) -> tuple[list[str], list[str], Counter[str]]:
+    """(the arguments x of the calls, what tools return, what was noticed), of a chat with these turns."""
+    conversion = Conversion()
+    ((_, row),) = convert_record({"messages": [user("a"), *turns, assistant("c")]}, LAYOUTS["messages"], {}, conversion)
+    assert isinstance(row, dict), row
+    asked = [call["arguments"]["x"] for call in row["messages"][1]["tool_calls"]]
+    return asked, [turn["content"] for turn in row["messages"] if turn["role"] == "tool"], conversion.noticed
+
+
+def test_what_tools_return_stands_in_the_place_of_its_call() -> None:
+    """Templates pair by position: the first answer is told as that of the first call."""
+    three = calls(*(called(str(x), "f", x=x) for x in (1, 2, 3)))
+    unanswered = {
+        "calls of tools that nothing answers": 1,
+        "calls of tools that nothing answers were put behind those that are answered": 1,
+    }
+    assert paired_in(three, answered("two", tool_call_id="2")) == ([2, 1, 3], ["two"], unanswered)
+    both = answered("three", tool_call_id="3"), answered("two", tool_call_id="2")
+    assert paired_in(three, *both) == ([2, 3, 1], ["two", "three"], unanswered)
+    by_order = {"answers of tools that do not say which call they answer were taken in the order of the calls": 1}
+    some = answered("three", tool_call_id="3"), answered("one"), answered("two")
+    assert paired_in(three, *some) == ([1, 2, 3], ["one", "two", "three"], by_order)
+    assert paired_in(three, *map(answered, ("one", "two", "three"))) == ([1, 2, 3], ["one", "two", "three"], by_order)
+    newer = calls(*({"call_id": f"c{x}", "id": f"i{x}", "name": "f", "arguments": {"x": x}} for x in (1, 2)))
+    assert paired_in(newer, answered("two", call_id="c2"), answered("one", call_id="c1")) == (
+        [1, 2],
+        ["one", "two"],
+        {},
+    )
+    alone = calls(called(None, "f", x=1))
+    assert paired_in(alone, answered("", tool_call_id="7")) == ([1], [""], {})
+    assert paired_in(alone, {"role": "tool", "content": None}) == ([1], [""], {})
 
 
 def test_nothing_of_calls_is_lost_on_the_way() -> None:
@@ -1104,8 +1187,18 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
     assert first({**said, "tool_calls": [call], "function_call": call}) == calls(call, content="Let me see.")
     numbered = called("1", "f", a=1)
     assert first({**said, "tool_calls": [numbered], "function_call": call}) == calls(call, content="Let me see.")
-    parameters = {"name": "f", "arguments": None, "parameters": {"a": 1}}
-    assert first({**said, "tool_calls": [parameters]}) == calls(call, content="Let me see.")
+    for spelled in (
+        {"name": "f", "arguments": None, "parameters": {"a": 1}},
+        {"name": "f", "parameters": '{"a": 1}'},
+        {"type": "function", "function": {"name": "f"}, "arguments": {"a": 1}},
+        {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}, "arguments": {"a": 1}},
+        {"type": "function", "function": "f", "arguments": {"a": 1}},
+        {"function": {"arguments": {"a": 1}}, "name": "f"},
+    ):
+        assert first({**said, "tool_calls": [spelled]}) == calls(call, content="Let me see.")
+        assert first({**said, "tool_calls": json.dumps([spelled])}) == calls(call, content="Let me see.")
+    assert first({**said, "function_call": json.dumps(call)}) == calls(call, content="Let me see.")
+    assert first({**said, "tool_calls": ""}) == said
     twice = [
         {"role": "assistant", "content": None, "reasoning_content": "R1", "tool_calls": [call]},
         {"role": "assistant", "content": None, "reasoning_content": "R2", "tool_calls": [call]},
@@ -1122,6 +1215,11 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
         ("messages", {"messages": [user("a"), assistant("b"), answered("1"), assistant("c")]}, "turns of tools follow upon turns that call none"),
         ("messages", {"messages": [user("a"), calls(called(None, "f"), called(None, "g")), answered("1"), assistant("c")]}, "calls of tools that nothing answers"),
         ("messages", {"system": "s", "messages": [system("t"), user("a"), assistant("b")]}, "a row's own system text was put before that of its chat"),
+        ("messages", {"messages": [{**user("a"), "train": True}, assistant("b")]}, "turns of the user are to be trained on by their 'train', which is not done"),
+        ("messages", {"messages": [{**system("a"), "weight": 1}, user("a"), assistant("b")]}, "turns of the system are to be trained on by their 'weight', which is not done"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "train": True}]}, assistant("b")]}, "parts of turns of the user have 'train', which is not read"),
+        ("messages", {"messages": [user("a"), parts({"text": "b", "cache_control": {"type": "x"}})]}, "parts of turns of the assistant have 'cache_control', which is not read"),
+        ("messages", {"messages": [user("a"), calls({"function": {"name": "f"}, "mood": "m"}), answered("1"), assistant("c")]}, "calls of tools have 'mood', which is not read"),
         ("prompts", {"prompt": "a", "input": "b"}, "rows have 'input' beside 'prompt', which is not read"),
     ],
 )  # fmt: skip
@@ -1138,3 +1236,174 @@ def test_what_is_said_twice_is_kept_once_or_contradicts() -> None:
     assert convert("sharegpt", {"system": " ", "conversations": turns[1:]})[0] == {"messages": turns[1:]}
     both = {"messages": turns, "conversations": [user("x"), assistant("y")]}
     assert convert("sharegpt", both)[0] == ("contradictory", "messages and conversations")
+    same = {"messages": turns[1:], "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert convert("sharegpt", same)[0] == {"messages": turns[1:]}
+    asked = {"role": "user", "from": "human", "content": "a"}
+    assert convert("messages", {"messages": [asked, assistant("b")]})[0] == {"messages": turns[1:]}
+
+
+def test_flags_that_ask_for_nothing_else_are_no_matter() -> None:
+    conversion = Conversion()
+    turns = [{**user("a"), "weight": 0, "train": False, "loss": "false"}, {**parts("b", "c"), "weight": 1}]
+    ((_, row),) = convert_record({"messages": turns}, LAYOUTS["messages"], {}, conversion)
+    assert row == {"messages": [user("a"), assistant("bc")]}
+    assert not conversion.noticed
+    trained = parts({"text": "b", "train": True}, {"text": "c", "weight": 1}, "d")
+    assert convert("messages", {"messages": [user("a"), trained]})[0] == {"messages": [user("a"), assistant("bcd")]}
+
+
+# Parts of a record that are no rows
+
+
+def test_a_bad_part_of_a_document_takes_no_other_with_it() -> None:
+    def paragraph(name: str) -> Row:
+        return {"context": f"{name} is here.", "qas": [{"id": name, "question": "Who?", "answers": []}]}
+
+    bad = {"context": "x", "qas": [7, {"id": "last", "question": "Who?", "answers": []}]}
+    articles = [
+        {"paragraphs": []},
+        {"paragraphs": [paragraph("1"), {"context": "x", "qas": []}, paragraph("2")]},
+        "no article",
+        {"paragraphs": None},
+        {"paragraphs": [{"context": "x", "qas": None}, [], bad, paragraph("3")]},
+    ]
+    found = [row for _, row in convert_record({"data": articles}, LAYOUTS["squad"], {}, Conversion())]
+    assert [f"{row.reason} {row.detail}" if isinstance(row, Dropped) else row["id"] for row in found] == [
+        "nothing_in_it paragraphs",
+        "1",
+        "nothing_in_it qas",
+        "2",
+        "wrong_type data holds a text, not a mapping",
+        "missing_field paragraphs",
+        "missing_field qas",
+        "wrong_type paragraphs holds a list, not a mapping",
+        "wrong_type qas holds a number, not a mapping",
+        "last",
+        "3",
+    ]
+
+
+def test_a_question_stays_one_beside_empty_columns_of_documents() -> None:
+    """As tables have them that hold both."""
+    row = {"id": "q", "context": "c", "question": "q", "answers": [], "data": None, "qas": None}
+    assert convert("squad", row)[0] == {"id": "q", "context": "c", "question": "q", "answers": []}
+    document = {"data": None, "context": "c", "qas": [{"id": "q", "question": "q", "answers": []}]}
+    assert convert("squad", document)[0] == {"id": "q", "context": "c", "question": "q", "answers": []}
+
+
+def test_a_bad_instance_takes_no_other_with_it() -> None:
+    instances = [{"output": "1"}, "oops", {"output": "2", "instruction": "b"}, {"output": "3", "instruction": "a"}]
+    record = {"instruction": "a", "instances": instances}
+    found = [row for _, row in convert_record(record, LAYOUTS["alpaca"], {}, Conversion())]
+    assert [row.reason if isinstance(row, Dropped) else row["messages"][1]["content"] for row in found] == [
+        "1",
+        "wrong_type",
+        "contradictory",
+        "3",
+    ]
+    alone = {"instruction": "a", "output": "b", "instances": []}
+    assert convert("alpaca", alone)[0] == {"messages": [user("a"), assistant("b")]}
+
+
+@pytest.mark.parametrize("said", [True, 1, 1.0, "True", "true", " TRUE ", "1"])
+def test_that_a_question_has_no_answer_is_read_however_it_is_written(said: Any) -> None:
+    row = {"id": "q", "context": "ab", "question": "q", "is_impossible": said}
+    empty = {"id": "q", "context": "ab", "question": "q", "answers": []}
+    given = {"text": ["ab"], "answer_start": [0]}
+    assert convert("squad", {**row, "answers": given}) == (empty, Counter({"plausible_answers_left_out": 1}))
+    assert convert("squad", row) == (empty, Counter())
+    assert convert("squad", {**row, "answers": {"text": [""], "answer_start": [-1]}}) == (empty, Counter())
+
+
+@pytest.mark.parametrize("said", [False, 0, 0.0, "False", "false", "0", None, ""])
+def test_that_a_question_has_an_answer_is_read_however_it_is_written(said: Any) -> None:
+    row = {"id": "q", "context": "ab", "question": "q", "is_impossible": said}
+    found, _ = convert("squad", {**row, "answers": [{"text": "b", "answer_start": 1}]})
+    assert found["answers"] == [{"start": 1, "text": "b"}]
+
+
+@pytest.mark.parametrize("said", ["True", 1, "good", "Desirable", "1"])
+def test_a_good_rating_is_read_however_it_is_written(said: Any) -> None:
+    turns = [user("a"), assistant("b")]
+    assert convert("rated_chat", {"messages": turns, "label": said})[0] == {"messages": turns}
+
+
+def test_a_label_that_stands_for_none_may_be_declared_a_class() -> None:
+    assert convert("label", {"text": "a", "label": -1}, no_label=())[0] == {"text": "a", "label": "-1"}
+    assert convert("label", {"text": "a", "label": "?"}, no_label=("?",))[0] == (
+        "no_label",
+        "label is ?, which no_label names",
+    )
+    assert convert("label", {"text": "a", "label": "-"}, no_label=("?",))[0] == {"text": "a", "label": "-"}
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_stand_beside_an_instruction_too(name: str) -> None:
+    row = {"instruction": "a", "system": "s", name: [{"name": "f"}]}
+    assert convert("prompts", row)[0] == {"prompt": [system("s", "f"), user("a")]}
+
+
+def test_prompts_in_two_columns_say_the_same_or_contradict() -> None:
+    pair = {"chosen": "b", "rejected": "c"}
+    wanted = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    turns = [{"from": "human", "value": "a"}]
+    assert convert("preference_chat", {"prompt": "a", "conversations": turns, **pair})[0] == wanted
+    assert convert("preference_chat", {"prompt": "a", "messages": [], "conversations": "", **pair})[0] == wanted
+    reason, detail = convert("preference_chat", {"prompt": "x", "conversations": turns, **pair})[0]
+    assert (reason, detail[:24]) == ("contradictory", "conversations and prompt")
+    reason, detail = convert("preference_chat", {"prompt": "x", "messages": [user("a")], **pair})[0]
+    assert (reason, detail[:19]) == ("contradictory", "messages and prompt")
+    # the way out that the message names
+    conversion = Conversion(declared=frozenset({"messages"}))
+    row = {"prompt": "a", "conversations": [{"from": "human", "value": "x"}], **pair}
+    ((_, found),) = convert_record(row, LAYOUTS["preference_chat"], {"messages": "prompt"}, conversion)
+    assert found == wanted
+    assert conversion.noticed == {
+        "'conversations' says something else than the prompt that columns declares, and is not read": 1
+    }
+
+
+# Which of two answers a number prefers
+
+
+def between(*preferred: Any) -> list[Row]:
+    return [
+        {"instruction": f"q{number}", "output_1": "first", "output_2": "second", "preference": each}
+        for number, each in enumerate(preferred)
+    ]
+
+
+def read_between(folder: Path, *preferred: Any, **options: Any) -> tuple[list[str], Counter[str]]:
+    """(the better answers, what was dropped) of rows with these preferences."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in between(*preferred)))
+    rows, ledger = read_files(folder, paths=[path.name], layout="preference_between", **options)
+    return [row["chosen"][0]["content"] for row in rows], ledger.dropped
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, "0"])
+def test_numbers_that_are_only_ever_0_and_1_must_be_declared(zero: Any, tmp_path: Path) -> None:
+    """Taken as 1 and 2, each 1 would stand for the other answer."""
+    with pytest.raises(
+        DataError, match=r"preference: is 0 in 2 rows, 1 in 1 and 2 in none.*first_answer: 0.*first_answer: 1"
+    ):
+        read_between(tmp_path, zero, 1, zero)
+    assert read_between(tmp_path, zero, 1, zero, first_answer=0) == (["first", "second", "first"], {})
+    assert read_between(tmp_path, zero, 1, zero, first_answer=1) == (["first"], {"tie": 2})
+    exchanged = {"output_1": "output_2", "output_2": "output_1"}
+    other_way = read_between(tmp_path, zero, 1, zero, first_answer=0, columns=exchanged)
+    assert other_way == (["second", "first", "second"], {})
+
+
+def test_where_a_number_above_1_stands_0_is_a_tie(tmp_path: Path) -> None:
+    assert read_between(tmp_path, 0, 1, 2, 1.4) == (["first", "second", "first"], {"tie": 1})
+    assert read_between(tmp_path, 1, 1) == (["first", "first"], {})
+
+
+def test_margins_count_from_the_first_answer() -> None:
+    (row,) = between(0.75)
+    found, _ = convert("preference_between", row, first_answer=0)
+    assert (found["chosen"], found["margin"]) == ([assistant("second")], 0.5)
+    assert convert("preference_between", between(0.5)[0], first_answer=0)[0] == ("tie", "")
+    outside = convert("preference_between", between(2)[0], first_answer=0)[0]
+    assert outside == ("wrong_type", "preference is 2, not a number from 0 to 1")

@@ -82,7 +82,19 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda n: {"prompt": turns(n, answered=False), "completion": [assistant(saying(n))], "label": n % 3 > 0},
         {"layout": "rated_chat", "columns": {"messages": "prompt", "answer": "completion"}},
     ),
+    "kto as a table has it": (
+        lambda n: {"prompt": saying(n), "completion": f"It is {n}.", "label": ("False", "True")[n % 3 > 0]},
+        {"layout": "rated_chat", "columns": {"messages": "prompt", "answer": "completion"}},
+    ),
+    "chats that are called good or bad": (
+        lambda n: {"messages": turns(n), "rating": ("bad", "good")[n % 3 > 0]},
+        {"layout": "rated_chat", "columns": {"label": "rating"}},
+    ),
     "prompts": (lambda n: {"prompt": turns(n, answered=False)}, {"layout": "prompts"}),
+    "prompts with tools": (
+        lambda n: {"instruction": saying(n), "tools": [{"name": "look", "description": "d"}]},
+        {"layout": "prompts"},
+    ),
     "prompts with what is right": (
         lambda n: {
             "data_source": "sums",
@@ -135,6 +147,14 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "judged answers": (
         lambda n: {"instruction": saying(n), "response_a": f"a {n}", "response_b": f"b {n}", "preference": 1 + n % 2},
         {"layout": "preference_between", "columns": {"output_1": "response_a", "output_2": "response_b"}},
+    ),
+    "inferences": (
+        lambda n: {
+            "sentence1": saying(n),
+            "sentence2": f"It is {n}.",
+            "gold_label": ("-", "neutral", "entailment")[n % 3],
+        },
+        {"layout": "label", "columns": {"text": "sentence1", "text_pair": "sentence2", "label": "gold_label"}},
     ),
     "sentences with labels": (
         lambda n: {"idx": n, "sentence": saying(n), "label": n % 2},
@@ -450,6 +470,26 @@ def test_what_is_no_data_is_told_in_a_sentence(tmp_path: Path) -> None:
     assert "several types" in refused(tmp_path)
     (tmp_path / "folder").mkdir()
     assert "holds no data file" in refused(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("write_as", [int, float, str])
+def test_which_answer_a_1_prefers_is_not_guessed(write_as: type, tmp_path: Path) -> None:
+    """Both ways are shown, each with what it takes a 1 to be, and each works."""
+    rows = [
+        {"instruction": saying(n), "response_a": f"a {n}", "response_b": f"b {n}", "label": write_as(n % 2)}
+        for n in range(30)
+    ]
+    report = proposed(write(tmp_path / "rows.jsonl", rows))
+    better = []
+    for number, each in enumerate(report["proposals"]):
+        assert each["source"]["first_answer"] == 0
+        better += [reason for reason in each["why"] if reason.startswith("if 1 in 'label' prefers")]
+        ran = run_stage(CLEAN, {"format": "preferences", "source": each["source"]}, tmp_path / f"ran{number}")
+        chosen = {row["chosen"][0]["content"][0] for row in ran.rows() if int(row["chosen"][0]["content"][2:]) % 2}
+        assert len(ran.rows()) == 30 and chosen == {"ba"[number]}
+    assert [reason.split("'")[3] for reason in better] == ["response_b", "response_a"]
+    decided = proposed(tmp_path / "rows.jsonl", given={"first_answer": 1})["proposals"]
+    assert [each["source"]["first_answer"] for each in decided] == [1]
 
 
 def test_data_that_no_layout_fits_is_told_what_it_lacks(tmp_path: Path) -> None:

@@ -29,7 +29,14 @@ from stages.lib.sources.proposing.proposals import (
     proposals_for,
     sample_of,
 )
-from stages.lib.sources.read import convert_records, look_of, read_records, refuse_damaged_files, refuse_too_many_broken
+from stages.lib.sources.read import (
+    convert_records,
+    look_of,
+    read_records,
+    refuse_damaged_files,
+    refuse_too_many_broken,
+    refuse_unclear,
+)
 
 SAMPLE_RECORDS = 1000
 """Records by which proposals are judged."""
@@ -179,6 +186,7 @@ class Examined:
         try:
             if isinstance(self.source, FilesSource):
                 refuse_damaged_files(self.source, self.ledger)
+            refuse_unclear(self.ledger)
             refuse_too_many_broken(self.source, self.ledger)
         except DataError as error:
             return [str(problem) for problem in error.problems[:1]]

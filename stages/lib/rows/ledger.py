@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import Problem
 from pipeline.store.numbers import json_text
 
 MAX_EXAMPLES = 5
@@ -26,6 +27,9 @@ class Ledger:
     repaired: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     """What the user should know of rows that were kept as they are, in words -> how many rows."""
+
+    unclear: list[Problem] = field(default_factory=list)
+    """What a source must say before its rows can be trusted; no part of the file."""
 
     def drop(self, reason: str, example: str, count: int = 1) -> None:
         """Counts dropped rows, and keeps the first examples (cut to 200 characters)."""
@@ -71,6 +75,7 @@ def printable(example: str) -> str:
 def add_ledgers(first: Ledger, second: Ledger) -> Ledger:
     """Both together, with the examples of the first before those of the second."""
     both = Ledger(first.read + second.read, first.kept + second.kept)
+    both.unclear = [*first.unclear, *second.unclear]
     both.repaired, both.noticed = first.repaired + second.repaired, first.noticed + second.noticed
     for ledger in (first, second):
         for reason, count in ledger.dropped.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from stages.lib.rows.blank import is_blank
 from stages.lib.rows.canonical import Row
@@ -56,6 +57,10 @@ REASONS: dict[str, Reason] = {
     "partial_weight": Reason("has an assistant turn of a weight other than 0 and 1, which chats cannot express"),
     "not_trained_on": Reason("has no assistant turn that is to be trained on", broken=False),
     "tie": Reason("prefers neither of two answers", broken=False),
+    "nothing_in_it": Reason("is a list of articles, paragraphs, questions or instances that is empty", broken=False),
+    "no_label": Reason(
+        "has a label that stands for none, such as - or -1 (set no_label: [] where each label is a class)", broken=False
+    ),
 }
 
 
@@ -82,6 +87,17 @@ class Dropped(Exception):
         self.detail = detail
 
 
+NO_LABEL = ("-", "-1")
+"""Labels that stand for none: of SNLI, where annotators did not agree, and of `datasets`, where nobody may know."""
+
+
+class Unusable(NamedTuple):
+    """A part of a record that gives no row, and why: the parts beside it are read all the same."""
+
+    raw: Any
+    reason: Dropped
+
+
 @dataclass
 class Conversion:
     """What a converter may consult besides the row: the source's options. It counts what it repairs in rows it keeps."""
@@ -90,11 +106,15 @@ class Conversion:
     strip_segment_digit: bool = False
     turns_in_text: str | None = None
     unlabelled: bool = False
+    first_answer: int | None = None
+    no_label: tuple[str, ...] = NO_LABEL
     declared: frozenset[str] = frozenset()
     """Our names of the columns that the source's `columns` names."""
     repaired: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     """What the user should know of rows that are kept as they are, in words -> how many rows."""
+    preferred: Counter[str] = field(default_factory=Counter)
+    """Of rows whose source does not say from which number answers are counted: 0, 1, `above 1` or `between` -> how many."""
     in_this_row: Counter[str] = field(default_factory=Counter)
     noticed_in_this_row: set[str] = field(default_factory=set)
 
@@ -105,6 +125,17 @@ class Conversion:
 
     def notice(self, what: str) -> None:
         self.noticed_in_this_row.add(what)
+
+    def apart(self) -> Conversion:
+        """One of the same options, whose counts nobody reads."""
+        return replace(
+            self,
+            repaired=Counter(),
+            noticed=Counter(),
+            preferred=Counter(),
+            in_this_row=Counter(),
+            noticed_in_this_row=set(),
+        )
 
     def begin_row(self) -> None:
         self.in_this_row.clear()
@@ -129,6 +160,24 @@ def text_of(row: Row, name: str, *, optional: bool = False) -> str:
     return value
 
 
+def items_of(record: Row, name: str) -> Iterator[Row | Unusable]:
+    """The mappings in a list; what stands there instead of one, and a list that is none or empty, as unusable."""
+    value = record.get(name)
+    if not isinstance(value, list):
+        what = Dropped("missing_field", name)
+        yield Unusable(
+            record, what if value is None else Dropped("wrong_type", f"{name} is {type_name(value)}, not a list")
+        )
+    elif not value:
+        yield Unusable(record, Dropped("nothing_in_it", name))
+    else:
+        for item in value:
+            if isinstance(item, dict):
+                yield item
+            else:
+                yield Unusable(item, Dropped("wrong_type", f"{name} holds {type_name(item)}, not a mapping"))
+
+
 def list_of(row: Row, name: str) -> list[Any]:
     value = row.get(name)
     if value is None:
@@ -144,6 +193,32 @@ def nearest_place(text: str, part: str, start: int) -> int | None:
     """Where `part` stands nearest to `start`, the earlier place of two; None where it stands nowhere."""
     places = (match.start() for match in re.finditer(f"(?={re.escape(part)})", text))
     return min(places, key=lambda place: (abs(place - start), place), default=None)
+
+
+TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def truth_of(row: Row, name: str, words: Mapping[str, bool] = TRUTHS) -> bool | None:
+    """A truth value, also where it is written as a number (0, 1) or a text (`words`, in any case); None where none is given.
+
+    Raises `Dropped` for anything else: what is no truth value must not be read as a no.
+    """
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and is_blank(value)):
+        return None
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise Dropped("wrong_type", f"{name} is {value!r}, neither true nor false")
+    return bool(value)
+
+
+def class_of(row: Row, name: str, conversion: Conversion) -> str:
+    """`label_of`, unless it is what the source's `no_label` names: - (SNLI) or -1 (`datasets`), which are no classes."""
+    label = label_of(row, name)
+    if label in conversion.no_label:
+        raise Dropped("no_label", f"{name} is {label}, which no_label names")
+    return label
 
 
 def label_of(row: Row, name: str) -> str:
@@ -172,9 +247,11 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def one_of(turn: Row, keys: tuple[str, ...]) -> Any:
-    """What stands under the first of the keys that the turn has. Raises `Dropped` if another says something else."""
+def one_of(turn: Row, keys: tuple[str, ...], meaning: Callable[[Any], Any] = lambda value: value) -> Any:
+    """What stands under the first of the keys that the turn has. Raises `Dropped` if another says something else, that is,
+    has another `meaning`.
+    """
     given = [turn[key] for key in keys if turn.get(key) is not None]
-    if any(value != given[0] for value in given[1:]):
+    if any(meaning(value) != meaning(given[0]) for value in given[1:]):
         raise Dropped("contradictory", " and ".join(key for key in keys if turn.get(key) is not None))
     return given[0] if given else None

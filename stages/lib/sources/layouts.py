@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, type_name
-from stages.lib.sources.layouts_chats import alpaca, alpaca_rows, messages, rated_chat, sharegpt
+from stages.lib.sources.conversion import Conversion, Dropped, Unusable, type_name
+from stages.lib.sources.layouts_chats import ALPACA_COLUMNS, alpaca, alpaca_rows, messages, rated_chat, sharegpt
 from stages.lib.sources.layouts_labels import label, relation, text
 from stages.lib.sources.layouts_preferences import preference_alpaca, preference_between, preference_turns
 from stages.lib.sources.layouts_prompts import prompts
@@ -37,8 +37,8 @@ class Layout:
     options: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     """Other columns that it reads, under the names that they have."""
-    expand: Callable[[Row], Iterable[Row]] = one_row
-    """Splits one raw record into several raw rows."""
+    expand: Callable[[Row], Iterable[Row | Unusable]] = one_row
+    """Splits one raw record into several raw rows. It raises nothing, since that would end it: what cannot be read is `Unusable`."""
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
@@ -52,28 +52,28 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
 
 def convert_record(
     record: Row, layout: Layout, columns: Mapping[str, str], conversion: Conversion, carry: Sequence[str] = ()
-) -> Iterator[tuple[Row, Row | Dropped]]:
+) -> Iterator[tuple[Any, Row | Dropped]]:
     """The canonical rows of one raw record, or why there are none, each with the raw row it comes from.
 
     `carry` names columns of the raw record, or of the rows it is split into, that each row keeps.
     """
     renamed = rename(record, columns)
-    try:
-        for raw in layout.expand(renamed):
-            conversion.begin_row()
-            try:
-                # Carried columns go by the names in the data, so they are looked up before anything is renamed.
-                carried = carried_columns(record if raw is renamed else {**record, **raw}, carry)
-                row = with_common_fields(layout.convert(raw, conversion), raw, columns, carried)
-            except Dropped as reason:
-                yield raw, reason
-            else:
-                for name in unread(record, raw, layout, columns, carry):
-                    conversion.notice(f"column '{name}' is not read")
-                conversion.finish_row()
-                yield raw, row
-    except Dropped as reason:
-        yield renamed, reason
+    for raw in layout.expand(renamed):
+        if isinstance(raw, Unusable):
+            yield raw
+            continue
+        conversion.begin_row()
+        try:
+            # Carried columns go by the names in the data, so they are looked up before anything is renamed.
+            carried = carried_columns(record if raw is renamed else {**record, **raw}, carry)
+            row = with_common_fields(layout.convert(raw, conversion), raw, columns, carried)
+        except Dropped as reason:
+            yield raw, reason
+        else:
+            for name in unread(record, raw, layout, columns, carry):
+                conversion.notice(f"column '{name}' is not read")
+            conversion.finish_row()
+            yield raw, row
 
 
 def unread(record: Row, raw: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> list[str]:
@@ -133,9 +133,6 @@ SHAREGPT_COLUMNS = ("messages", "system", "tools", "functions")
 CHAT_COLUMNS = ("conversations",)
 
 
-ALPACA_COLUMNS = ("instruction", "input", "output", "history", "system")
-
-
 LAYOUTS: dict[str, Layout] = {
     "text": Layout("text", text, ("text",), "a text"),
     "alpaca": Layout(
@@ -174,6 +171,7 @@ LAYOUTS: dict[str, Layout] = {
         preference_between,
         (*ALPACA_COLUMNS, "output_1", "output_2", "preference", "margin"),
         "instruction, input, history, output_1 and output_2, and which of them is better: 1, 2 or a number between",
+        options=("first_answer",),
     ),
     "preference_chat": Layout(
         "preferences",
@@ -188,14 +186,14 @@ LAYOUTS: dict[str, Layout] = {
         label,
         ("text", "text_pair", "label"),
         "a text, or a pair of texts (text and text_pair), and its label",
-        options=("unlabelled",),
+        options=("unlabelled", "no_label"),
     ),
     "relation": Layout(
         "labels",
         relation,
         ("tokens", "head", "tail", "label"),
         "tokens, two entities and their relation",
-        options=("token_separator",),
+        options=("token_separator", "no_label"),
     ),
     "spans": Layout("spans", spans, ("text", "spans"), "a text and its spans"),
     "bio": Layout(

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, one_of, text_of, type_name
+from stages.lib.sources.conversion import (
+    TRUTHS,
+    Conversion,
+    Dropped,
+    Unusable,
+    is_blank,
+    items_of,
+    one_of,
+    text_of,
+    truth_of,
+    type_name,
+)
 from stages.lib.sources.tool_turns import Message, merge_tool_turns, system_turn
 from stages.lib.sources.turns import require_order, turns_of, turns_or_text, with_system
 
 
-def alpaca_rows(record: Row) -> Iterator[Row]:
+def alpaca_rows(record: Row) -> Iterator[Row | Unusable]:
     """The record, or one row for each of its `instances`, which share the instruction (self-instruct's seed tasks)."""
-    if record.get("instances") is None:
+    if record.get("instances") is None or (record["instances"] == [] and is_said(record, "output")):
         yield record
         return
-    for instance in list_of(record, "instances"):
-        if not isinstance(instance, dict):
-            raise Dropped("wrong_type", f"instances holds {type_name(instance)}, not a mapping")
-        yield {**{name: value for name, value in record.items() if name != "instances"}, **instance}
+    shared = {name: value for name, value in record.items() if name != "instances"}
+    for instance in items_of(record, "instances"):
+        if isinstance(instance, Unusable):
+            yield instance
+        elif said_twice := [name for name in ALPACA_COLUMNS if differs(shared, instance, name)]:
+            what = f"instances beside the row's own {' and '.join(said_twice)}"
+            yield Unusable({**shared, "instance": instance}, Dropped("contradictory", what))
+        else:
+            yield {**shared, **instance}
+
+
+ALPACA_COLUMNS = ("instruction", "input", "output", "history", "system")
+
+
+def is_said(row: Row, name: str) -> bool:
+    value = row.get(name)
+    return not (value in (None, [], {}) or (isinstance(value, str) and is_blank(value)))
+
+
+def differs(shared: Row, instance: Row, name: str) -> bool:
+    """Whether the record says one thing and its instance another: an answer of its own is that of no instance."""
+    own = instance.get(name)
+    return is_said(shared, name) and own != shared[name] and (own is not None or name == "output")
 
 
 def alpaca(row: Row, conversion: Conversion) -> Row:
@@ -65,13 +96,15 @@ def messages(row: Row, conversion: Conversion) -> Row:
     return {"messages": chat_of(row, "messages", conversion)}
 
 
+RATINGS = {**TRUTHS, "good": True, "bad": False, "desirable": True, "undesirable": False}
+"""How a rating may be written as a text."""
+
+
 def rated_chat(row: Row, conversion: Conversion) -> Row:
     """A chat, or a context and an answer, that people rated: the good ones are kept as chats."""
-    rating = row.get("label")
+    rating = truth_of(row, "label", RATINGS)
     if rating is None:
         raise Dropped("missing_field", "label")
-    if not isinstance(rating, bool | int | float) or rating not in (0, 1):
-        raise Dropped("wrong_type", f"label is {rating!r}, neither true nor false")
     extra = turns_or_text(row["answer"], "answer", "assistant", conversion) if row.get("answer") is not None else []
     chat = chat_of(row, "messages", conversion, extra)
     if not rating:
@@ -98,6 +131,13 @@ def chat_of(row: Row, name: str, conversion: Conversion, extra: Iterable[Message
     return chat
 
 
+CHAT_NAMES = ("messages", "conversations")
+
+
 def sharegpt(row: Row, conversion: Conversion) -> Row:
     """ShareGPT's names: `conversations` of turns with `from` and `value`."""
-    return messages({**row, "messages": one_of(row, ("messages", "conversations"))}, conversion)
+
+    def said(turns: Any) -> list[Message]:
+        return turns_of(turns, "conversations", conversion.apart())
+
+    return messages({**row, "messages": one_of(row, CHAT_NAMES, said)}, conversion)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, label_of, text_of
+from stages.lib.sources.conversion import Conversion, Dropped, class_of, text_of
 from stages.lib.sources.layouts_spans import entity_tokens, read_pieces, tokens_of
 
 
@@ -25,7 +25,7 @@ def label(row: Row, conversion: Conversion) -> Row:
     if "text_pair" in conversion.declared or row.get("text_pair") not in (None, ""):
         texts["text_pair"] = text_of(row, "text_pair")
     if not conversion.unlabelled:
-        return {**texts, "label": label_of(row, "label")}
+        return {**texts, "label": class_of(row, "label", conversion)}
     if row.get("label") is not None:
         conversion.notice("the label is left out, as unlabelled says")
     return {**texts, "label": None}
@@ -45,4 +45,4 @@ def relation(row: Row, conversion: Conversion) -> Row:
         marked += [mark for (start, _), mark in ((head, "[E1]"), (tail, "[E2]")) if index == start]
         marked.append(token)
         marked += [mark for (_, end), mark in ((head, "[/E1]"), (tail, "[/E2]")) if index + 1 == end]
-    return {"text": conversion.token_separator.join(marked), "label": label_of(row, "label")}
+    return {"text": conversion.token_separator.join(marked), "label": class_of(row, "label", conversion)}

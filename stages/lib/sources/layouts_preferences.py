@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stages.lib.rows.canonical import Row, is_margin
 from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of, type_name
 from stages.lib.sources.layouts_chats import alpaca_prompt
@@ -49,26 +51,38 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
 
 def preference_between(row: Row, conversion: Conversion) -> Row:
     """instruction, input and history with output_1 and output_2, and which of them is preferred: 1, 2 or a number between
-    (AlpacaEval). How far it is from the middle becomes the margin, from 0 to 1.
+    (AlpacaEval); counted from 0 where `first_answer` says so. How far it is from the middle becomes the margin, from 0 to 1.
     """
+    first = 1 if conversion.first_answer is None else conversion.first_answer
+    preferred = preferred_answer(row, first)
+    if conversion.first_answer is None:
+        conversion.preferred[
+            "above 1" if preferred > 1 else str(int(preferred)) if preferred in (0, 1) else "between"
+        ] += 1
+    if preferred - first == 0.5 or (first and preferred == 0):
+        raise Dropped("tie")
+    if not first <= preferred <= first + 1:
+        raise Dropped("wrong_type", f"preference is {preferred}, not a number from {first} to {first + 1}")
+    answers = [assistant(text_of(row, name)) for name in ("output_1", "output_2")]
+    better, worse = answers if preferred - first < 0.5 else reversed(answers)
+    margin = round(abs(2 * (preferred - first) - 1), 6)
+    return preference({**row, "margin": row.get("margin", margin)}, alpaca_prompt(row, conversion), better, worse)
+
+
+def preferred_answer(row: Row, first: int) -> float:
     preferred = row.get("preference")
     if preferred is None:
         raise Dropped("missing_field", "preference")
     if isinstance(preferred, str):
         try:
-            preferred = float(preferred)
+            return float(preferred)
         except ValueError:
-            raise Dropped("wrong_type", f"preference is {preferred!r}, not a number from 1 to 2") from None
+            what = f"preference is {preferred!r}, not a number from {first} to {first + 1}"
+            raise Dropped("wrong_type", what) from None
     if isinstance(preferred, bool) or not isinstance(preferred, int | float):
-        raise Dropped("wrong_type", f"preference is {type_name(preferred)}, not a number from 1 to 2")
-    if preferred in (0, 1.5):
-        raise Dropped("tie")
-    if not 1 <= preferred <= 2:
-        raise Dropped("wrong_type", f"preference is {preferred}, not a number from 1 to 2")
-    answers = [assistant(text_of(row, name)) for name in ("output_1", "output_2")]
-    better, worse = answers if preferred < 1.5 else reversed(answers)
-    margin = round(abs(2 * preferred - 3), 6)
-    return preference({**row, "margin": row.get("margin", margin)}, alpaca_prompt(row, conversion), better, worse)
+        what = f"preference is {type_name(preferred)}, not a number from {first} to {first + 1}"
+        raise Dropped("wrong_type", what)
+    return preferred
 
 
 def assistant(content: str) -> Message:
@@ -161,7 +175,34 @@ def split_at_difference(chosen: list[Message], rejected: list[Message]) -> tuple
     return prompt, last_chosen, last_rejected
 
 
+PROMPT_NAMES = ("messages", "conversations", "prompt")
+
+
 def preference_turns(row: Row, conversion: Conversion) -> Row:
-    """`preference_chat` with the prompt under any of its usual names."""
-    prompt = next((row[name] for name in ("messages", "conversations", "prompt") if row.get(name) is not None), None)
-    return preference_chat({**row, "messages": prompt}, conversion)
+    """`preference_chat` with the prompt under any of its usual names: one that `columns` declares, or else what all of them say.
+
+    Raises `Dropped` where two of them say different things.
+    """
+    names = [name for name in PROMPT_NAMES if row.get(name) not in (None, "", [])]
+    if "messages" in conversion.declared:
+        pair = preference_chat(row, conversion)
+        for name in names:
+            if row[name] != row.get("messages") and pair != pair_after(row, row[name], conversion):
+                conversion.notice(
+                    f"'{name}' says something else than the prompt that columns declares, and is not read"
+                )
+        return pair
+    first = next(iter(names), next((name for name in PROMPT_NAMES if row.get(name) is not None), "messages"))
+    pair = preference_chat({**row, "messages": row.get(first)}, conversion)
+    for name in names[1:]:
+        if row[name] != row[first] and pair != pair_after(row, row[name], conversion):
+            raise Dropped("contradictory", f"{first} and {name} (columns: {{messages: ...}} says which is the prompt)")
+    return pair
+
+
+def pair_after(row: Row, prompt: Any, conversion: Conversion) -> Row | None:
+    """The pair after another prompt, whose repairs and notices do not count; None where it cannot stand there."""
+    try:
+        return preference_chat({**row, "messages": prompt}, conversion.apart())
+    except Dropped:
+        return None

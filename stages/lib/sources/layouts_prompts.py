@@ -16,7 +16,7 @@ def prompts(row: Row, conversion: Conversion) -> Row:
     if row.get("prompt") is None:
         if row.get("instruction") is None and row.get("input") is None:
             raise Dropped("missing_field", "prompt")
-        return {"prompt": alpaca_prompt(row, conversion)}
+        return {"prompt": with_system(alpaca_prompt(row, conversion), system_turn(row, conversion), conversion)}
     if row.get("instruction") is not None:
         raise Dropped("contradictory", "prompt and instruction")
     if not is_blank(text_of(row, "input", optional=True)):

@@ -7,24 +7,36 @@ from collections.abc import Iterator
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, is_whole, list_of, nearest_place, text_of, type_name
+from stages.lib.sources.conversion import (
+    Conversion,
+    Dropped,
+    Unusable,
+    is_blank,
+    is_whole,
+    items_of,
+    nearest_place,
+    text_of,
+    truth_of,
+    type_name,
+)
 
 # Questions
 
 
-def squad_rows(record: Row) -> Iterator[Row]:
+def squad_rows(record: Row) -> Iterator[Row | Unusable]:
     """One raw row per question of a SQuAD document, article or paragraph, or the row itself where it is one already."""
-    if "data" in record:
-        for article in list_of(record, "data"):
-            yield from squad_rows(mapping(article, "data"))
-    elif "paragraphs" in record:
-        for paragraph in list_of(record, "paragraphs"):
-            yield from squad_rows(mapping(paragraph, "paragraphs"))
-    elif "qas" in record:
-        for question in list_of(record, "qas"):
-            yield {**mapping(question, "qas"), "context": record.get("context")}
-    else:
+    nested = [name for name in ("data", "paragraphs", "qas") if name in record]
+    outer = next((name for name in nested if record[name] is not None), next(iter(nested), None))
+    if outer is None or (record[outer] is None and record.get("question") is not None):
         yield record
+        return
+    for part in items_of(record, outer):
+        if isinstance(part, Unusable):
+            yield part
+        elif outer == "qas":
+            yield {**part, "context": record.get("context")}
+        else:
+            yield from squad_rows(part)
 
 
 def mapping(value: Any, name: str) -> Row:
@@ -36,14 +48,15 @@ def mapping(value: Any, name: str) -> Row:
 def squad(row: Row, conversion: Conversion) -> Row:
     """A question on a context; answers with their offsets, as nested documents have them or as the hub's columns do."""
     context, question = text_of(row, "context"), text_of(row, "question")
-    given = list(read_answers(row)) if not conversion.unlabelled else []
+    impossible = None if conversion.unlabelled else truth_of(row, "is_impossible")
+    given = [] if conversion.unlabelled else list(read_answers(row, impossible))
     if conversion.unlabelled:
         if row.get("answers") or row.get("is_impossible") is not None:
             conversion.notice("the answers are left out, as unlabelled says")
-    elif row.get("is_impossible") is True:
+    elif impossible:
         conversion.repair("plausible_answers_left_out", len(given))
         given = []
-    elif row.get("is_impossible") is False and not given:
+    elif impossible is False and not given:
         raise Dropped("contradictory", "is_impossible is false, and there is no answer")
     answers = [place for start, answer in given if (place := find_answer(context, start, answer, conversion))]
     if given and not answers:
@@ -56,11 +69,13 @@ def squad(row: Row, conversion: Conversion) -> Row:
     return {"id": str(identity), "context": context, "question": question, "answers": known}
 
 
-def read_answers(row: Row) -> Iterator[tuple[int, str]]:
-    """(offset, text) of each reference: a list of mappings, or the hub's mapping of two lists."""
+def read_answers(row: Row, impossible: bool | None) -> Iterator[tuple[int, str]]:
+    """(offset, text) of each reference: a list of mappings, or the hub's mapping of two lists. Where there is none (it is
+    `impossible`), an empty text is how some data sets write that.
+    """
     answers = row.get("answers")
     if answers is None:
-        if row.get("is_impossible") is True:
+        if impossible:
             return
         raise Dropped("missing_field", "answers")
     if isinstance(answers, dict):
@@ -72,6 +87,8 @@ def read_answers(row: Row) -> Iterator[tuple[int, str]]:
         raise Dropped("wrong_type", f"answers is {type_name(answers)}, not a list")
     for answer in answers:
         answer = mapping(answer, "answers")
+        if impossible and is_blank(text_of(answer, "text", optional=True)):
+            continue
         start = answer.get("answer_start", answer.get("start"))
         if start is None:
             raise Dropped("missing_field", "answers.answer_start")

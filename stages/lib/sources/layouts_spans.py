@@ -24,6 +24,9 @@ def entity_tokens(row: Row, name: str, num_tokens: int) -> tuple[int, int]:
     try:
         mention = list_of(row, name)[2][0]
         start, end = mention[0], mention[-1] + 1
+        if end - start != len(mention) or mention != list(range(start, end)):
+            # Marks around all of it would make the words between part of the entity.
+            raise Dropped("bad_span", f"{name} has tokens that do not follow each other: {mention}")
     except (IndexError, TypeError, KeyError):
         raise Dropped("wrong_type", f"{name} is not [name, id, [[token index, ...]]]") from None
     if not (is_whole(start) and is_whole(end) and 0 <= start < end <= num_tokens):

@@ -95,6 +95,10 @@ class LaidOutSource(Strict):
     """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
     unlabelled: bool = False
     """Whether the rows are yet to be labelled, by the stage `annotate` (layouts label and squad): their label, or their answers, are not read, and may be missing. Texts without a second one need no such word: read them with the layout text."""
+    first_answer: Literal[0, 1] | None = None
+    """What `preference` says of a row whose first answer (output_1) is the better one, 0 or 1 (layout preference_between); one more says the second. With 1 also 0 is a tie. null: 1, and where the numbers are only ever 0 and 1 the stage stops and asks."""
+    no_label: list[str] | None = None
+    """Labels that say that a row has none (layouts label and relation): such rows are dropped and counted. null: - and -1, as SNLI and `datasets` write it. []: each label is a class."""
     max_row_bytes: int = Field(default=8 << 20, ge=1)
     """Rows of more bytes than this are dropped without being parsed."""
     max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -121,6 +125,8 @@ class LaidOutSource(Strict):
             ("strip_segment_digit", self.strip_segment_digit),
             ("turns_in_text", self.turns_in_text is not None),
             ("unlabelled", self.unlabelled),
+            ("first_answer", self.first_answer is not None),
+            ("no_label", self.no_label is not None),
         ):
             if is_set and option not in self.laid_out.options:
                 users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipeline.errors import DataError, Problem
 from stages.lib.rows.canonical import Row
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.arrow_reader import read_dataset, read_hub
-from stages.lib.sources.conversion import REASONS, Conversion, Dropped
+from stages.lib.sources.conversion import NO_LABEL, REASONS, Conversion, Dropped
 from stages.lib.sources.encodings import likely_encoding
 from stages.lib.sources.files import read_files
 from stages.lib.sources.layouts import convert_record
@@ -36,6 +36,7 @@ def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str,
     if not ledger.read:
         raise DataError(Problem(place_of(source), "holds no rows", "Check what the source names."))
     if not isinstance(source, PythonDocsSource):
+        refuse_unclear(ledger)
         refuse_too_many_broken(source, ledger)
         if looks := look_of(source, ledger):
             ledger.noticed[f"dropped because they are no UTF-8: the file looks like encoding: {looks}"] += (
@@ -68,6 +69,8 @@ def convert_records(
         strip_segment_digit=source.strip_segment_digit,
         turns_in_text=source.turns_in_text,
         unlabelled=source.unlabelled,
+        first_answer=source.first_answer,
+        no_label=NO_LABEL if source.no_label is None else tuple(source.no_label),
         declared=frozenset(source.columns),
     )
     for record in records:
@@ -83,6 +86,17 @@ def convert_records(
                 yield record.where, found
     ledger.repaired.update(conversion.repaired)
     ledger.noticed.update(conversion.noticed)
+    if conversion.preferred["0"] and conversion.preferred["1"] and not conversion.preferred["above 1"]:
+        ledger.unclear.append(counted_from_where(source, conversion.preferred))
+
+
+def counted_from_where(source: LaidOutSource, preferred: Mapping[str, int]) -> Problem:
+    what = f"is 0 in {preferred['0']:,} rows, 1 in {preferred['1']:,} and 2 in none, so nobody can tell whether 1 is the first answer or the second"
+    hint = (
+        "Set first_answer: 0 where 0 is output_1 and 1 is output_2 (where it is the other way round, exchange output_1 and "
+        "output_2 in columns as well), or first_answer: 1 where 0 says that they are as good."
+    )
+    return Problem(source.columns.get("preference", "preference"), what, hint)
 
 
 def example(where: str, detail: str, snippet: str) -> str:
@@ -98,6 +112,12 @@ def refuse_damaged_files(source: FilesSource, ledger: Ledger) -> None:
         )
         hint = "Get them whole, or set allow_damaged_files: true to go on with what stands before."
         raise DataError(Problem(place_of(source), what, hint))
+
+
+def refuse_unclear(ledger: Ledger) -> None:
+    """Raises `DataError` if what a column means must be said, since its values leave it open."""
+    if ledger.unclear:
+        raise DataError(*ledger.unclear)
 
 
 def refuse_too_many_broken(source: LaidOutSource, ledger: Ledger) -> None:

@@ -18,13 +18,24 @@ CALL_KEYS = ("tool_calls", "function_call", "api")
 
 def tool_calls(turn: Row) -> list[Any]:
     """What the turn asks tools to do, in any of the usual places. Raises `Dropped` if two of them say different things."""
-    listed = turn.get("tool_calls") or []
+    listed = json_in(turn.get("tool_calls")) or []
+    listed = [listed] if isinstance(listed, dict) else listed
     if not isinstance(listed, list):
         raise Dropped("wrong_type", f"tool_calls is {type_name(listed)}, not a list")
-    single = [turn[key] for key in ("function_call", "api") if turn.get(key) not in (None, "", {})]
+    single = [json_in(turn[key]) for key in ("function_call", "api") if turn.get(key) not in (None, "", {})]
     if listed and single and [without_id(each) for each in listed] != [without_id(each) for each in single]:
         raise Dropped("contradictory", "tool_calls and function_call")
     return listed or single
+
+
+def json_in(value: Any) -> Any:
+    """What a text holds as JSON: tables without nested columns keep calls so. The value itself where it is no such text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
 
 
 def without_id(call: Any) -> Any:
@@ -46,6 +57,9 @@ def calls_in(content: str, conversion: Conversion) -> Message:
 def with_calls(message: Message, calls: list[Any], conversion: Conversion) -> Message:
     """The message with its calls, each a name and a mapping of arguments; as marked text where one of them is none."""
     read = [as_call(call) for call in calls]
+    for key in sorted({key for call in calls if isinstance(call, dict) and "function" in call for key in call}):
+        if key not in CALL_FIELDS and any(call.get(key) for call in calls if isinstance(call, dict)):
+            conversion.notice(f"calls of tools have '{key}', which is not read")
     if all(read):
         return {**message, "tool_calls": read}
     conversion.notice("calls of tools that have no name or no arguments by name were taken as text")
@@ -58,21 +72,44 @@ def in_text(content: str, calls: list[Any]) -> str:
     return "\n".join(part for part in (content, *marked) if not is_blank(part))
 
 
+ARGUMENT_KEYS = ("arguments", "parameters")
+ID_KEYS = ("call_id", "id")
+"""Of a call: the name in OpenAI's newer interface, where `id` is that of the item, and in its older one."""
+CALL_FIELDS = frozenset({"function", "name", "type", "index", *ARGUMENT_KEYS, *ID_KEYS})
+
+
 def as_call(call: Any) -> dict[str, Any] | None:
-    """`{"name", "arguments"}`, the arguments by name; None if it is no such call."""
-    inner = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
-    inner = with_arguments(inner)
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+    """`{"name", "arguments"}`, the arguments by name; None if it is no such call. Both may stand in `function` or beside it.
+
+    Raises `Dropped` if they stand in two places, and differ.
+    """
+    if not isinstance(call, dict):
         return None
-    given = [inner[name] for name in ("arguments", "parameters") if inner.get(name) not in (None, "")]
-    if len(given) == 2 and given[0] != given[1]:
-        raise Dropped("contradictory", "arguments and parameters of a call")
-    arguments = given[0] if given else {}
-    known = inner.keys() <= {"name", "arguments", "parameters", "id", "type"}
+    function = call.get("function")
+    inner = {"name": function} if isinstance(function, str) else function if isinstance(function, dict) else call
+    places = [with_arguments(inner), with_arguments(call)] if inner is not call else [with_arguments(call)]
+    name = same_in(places, ("name",), "names")
+    if not isinstance(name, str) or not name:
+        return None
+    arguments = same_in(places, ARGUMENT_KEYS, "arguments")
+    arguments = {} if arguments is None else arguments
+    known = inner.keys() <= {"name", "type", *ARGUMENT_KEYS, *ID_KEYS}
+    identifier = next((place[key] for key in ID_KEYS for place in places if is_identifier(place.get(key))), None)
+    named = {"name": name, "arguments": arguments}
     is_whole = isinstance(arguments, dict) and known and is_json(arguments)
-    identifier = next((each["id"] for each in (call, inner) if isinstance(each.get("id"), str | int)), None)
-    named = {"name": inner["name"], "arguments": arguments}
     return (named if identifier is None else {**named, "id": str(identifier)}) if is_whole else None
+
+
+def same_in(places: list[Row], keys: tuple[str, ...], what: str) -> Any:
+    """What stands under the keys in the places, None where nothing does. Raises `Dropped` if it differs."""
+    given = [place[key] for place in places for key in keys if place.get(key) not in (None, "")]
+    if any(value != given[0] for value in given[1:]):
+        raise Dropped("contradictory", f"a call has two {what} that differ")
+    return given[0] if given else None
+
+
+def is_identifier(value: Any) -> bool:
+    return value != "" and isinstance(value, str | int)
 
 
 def is_json(value: Any) -> bool:
@@ -86,13 +123,10 @@ def is_json(value: Any) -> bool:
 
 def with_arguments(call: Any) -> Any:
     """The call with its arguments as a mapping: OpenAI writes them as JSON text, and JSON within JSON is another call."""
-    if not isinstance(call, dict) or not isinstance(call.get("arguments"), str):
+    if not isinstance(call, dict):
         return call
-    try:
-        arguments = parse_json(call["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    read = {key: json_in(call[key]) for key in ARGUMENT_KEYS if isinstance(call.get(key), str)}
+    return {**call, **{key: value for key, value in read.items() if isinstance(value, dict)}}
 
 
 def compact_json(value: Any) -> str:
@@ -141,31 +175,55 @@ def with_answers_in_order(turns: list[Message], conversion: Conversion) -> list[
             calls = ordered[-1].get("tool_calls", [])
             if not calls:
                 conversion.notice("turns of tools follow upon turns that call none")
-            ordered += (
-                in_order_of(calls, messages, conversion) if calls else [without_call_id(each) for each in messages]
-            )
+            if calls:
+                calls, messages = paired(calls, messages, conversion)
+                ordered[-1] = {**ordered[-1], "tool_calls": calls}
+            ordered += [without_call_id(each) for each in messages]
         else:
             ordered += [without_call_id(each) for each in messages] if is_tool else messages
     return [without_ids(turn) for turn in ordered]
 
 
-def in_order_of(calls: list[Any], answers: list[Message], conversion: Conversion) -> list[Message]:
-    """The answers in the order of the calls, told by identifiers where both have such."""
+def paired(calls: list[Row], answers: list[Message], conversion: Conversion) -> tuple[list[Row], list[Message]]:
+    """The calls, those that are answered first, and the answers in their order: templates pair them by position.
+
+    An answer that says which call it answers is of that call; others are of the calls that are left, in order, which is
+    noticed where there are several. Raises `Dropped` where identifiers tell no call, or several.
+    """
     if len(answers) > len(calls):
         raise Dropped("contradictory", f"{len(answers)} turns of tools follow upon {len(calls)} calls")
     if len(answers) < len(calls):
         conversion.notice("calls of tools that nothing answers")
+    told = told_by_id(calls, answers)
+    if len(told) < len(answers) and len(calls) > 1 and any("id" in call for call in calls):
+        conversion.notice(
+            "answers of tools that do not say which call they answer were taken in the order of the calls"
+        )
+    free = iter([place for place in range(len(calls)) if place not in told.values()])
+    places = [told[index] if index in told else next(free) for index in range(len(answers))]
+    for place, answer in zip(places, answers, strict=True):
+        if answer.get("name", calls[place]["name"]) != calls[place]["name"]:
+            what = f"a tool named {answer['name']} answers a call of {calls[place]['name']}"
+            raise Dropped("contradictory", what)
+    answered = sorted(places)
+    if answered != list(range(len(answered))):
+        conversion.notice("calls of tools that nothing answers were put behind those that are answered")
+    unanswered = [place for place in range(len(calls)) if place not in places]
+    in_order = [answers[places.index(place)] for place in answered]
+    return [calls[place] for place in (*answered, *unanswered)], in_order
+
+
+def told_by_id(calls: list[Row], answers: list[Message]) -> dict[int, int]:
+    """Which answer is of which call, by position, as far as identifiers say it."""
     known = [call.get("id") for call in calls]
-    asked = [answer.get("tool_call_id") for answer in answers]
-    if all(asked) and all(known) and len(set(known)) == len(known):
-        if len(set(asked)) < len(asked) or not set(asked) <= set(known):
-            raise Dropped("contradictory", "tool_call_id is that of no call, or of one that is answered already")
-        answers = sorted(answers, key=lambda answer: known.index(answer["tool_call_id"]))
-        calls = [call for call in calls if call["id"] in asked]
-    for call, answer in zip(calls, answers, strict=False):
-        if answer.get("name", call["name"]) != call["name"]:
-            raise Dropped("contradictory", f"a tool named {answer['name']} answers a call of {call['name']}")
-    return [without_call_id(answer) for answer in answers]
+    asked = {index: answer["tool_call_id"] for index, answer in enumerate(answers) if "tool_call_id" in answer}
+    if len(calls) == 1 and known == [None]:  # there is no other call that it could answer
+        return dict.fromkeys(asked, 0)
+    if len(set(asked.values())) < len(asked) or not set(asked.values()) <= set(known):
+        raise Dropped("contradictory", "tool_call_id is that of no call, or of one that is answered already")
+    if repeated := [each for each in asked.values() if known.count(each) > 1]:
+        raise Dropped("contradictory", f"several calls have the identifier {repeated[0]}")
+    return {index: known.index(each) for index, each in asked.items()}
 
 
 def without_call_id(answer: Message) -> Message:
@@ -201,12 +259,7 @@ def system_turn(row: Row, conversion: Conversion) -> Message:
 
 def named_tools(value: Any) -> Any:
     """The tools in a column, JSON text read; None where it names none."""
-    if isinstance(value, str):
-        try:
-            value = parse_json(value) if value.strip() else None
-        except (ValueError, RecursionError):
-            return value
-    return value or None
+    return json_in(value) or None
 
 
 def as_tools(listed: Any) -> list[Any] | None:

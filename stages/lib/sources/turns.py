@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import Conversion, Dropped, is_blank, one_of, text_of, type_name
+from stages.lib.sources.conversion import TRUTHS, Conversion, Dropped, is_blank, one_of, text_of, type_name
 from stages.lib.sources.strict_json import parse_json
 from stages.lib.sources.tool_turns import CALL_KEYS, Message, calls_in, compact_json, tool_calls, with_calls
 
@@ -84,68 +84,97 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 TRAIN_KEYS = ("weight", "loss_weight", "train", "loss", "trainable")
 """Of OpenAI and Mistral, of others, of Axolotl, of ms-swift, of verl: whether an assistant turn is to be trained on."""
 
-NAME_KEYS = ("name", "tool_call_id")
-"""Of the tool that returned something, and of its call: the second says which call it answers."""
+ANSWERED_KEYS = ("tool_call_id", "call_id")
+"""Which call a tool's turn answers: OpenAI's name, and that of its newer interface."""
 
 
 def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
     """One turn as a message; none for a system turn that says nothing."""
     if not isinstance(turn, dict):
         raise Dropped("wrong_type", f"a turn is {type_name(turn)}, not a mapping")
-    role = one_of(turn, ROLE_KEYS)
+    role = one_of(turn, ROLE_KEYS, role_of)
     if role is None:
         raise Dropped("missing_field", "role")
-    if not isinstance(role, str) or role.lower() not in ROLES:
+    if (role := role_of(role)) not in ROLES.values():
         raise Dropped("unknown_role", repr(role))
-    role = ROLES[role.lower()]
     says = role in ("assistant", "tool_call")
     content, calls = one_of(turn, CONTENT_KEYS), tool_calls(turn) if says else []
-    if content is None and not calls:
+    if content is None and not calls and not (role == "tool" and any(key in turn for key in CONTENT_KEYS)):
         raise Dropped("missing_field", "content")
     notice_unread(turn, role, conversion)
-    message: Message = {"role": role, "content": content_text(content, role)}
+    message: Message = {"role": role, "content": content_text(content, role, conversion)}
     if role == "tool_call":
         message = {"role": role, "content": "", **calls_in(message["content"], conversion)}
     elif calls:
         message = with_calls(message, calls, conversion)
     if role == "tool":
-        message |= {key: str(turn[key]) for key in NAME_KEYS if turn.get(key) not in (None, "")}
+        named = {"name": turn.get("name"), "tool_call_id": one_of(turn, ANSWERED_KEYS)}
+        message |= {key: str(value) for key, value in named.items() if value not in (None, "")}
     if role == "assistant":
         message |= reasoning_in(turn, message["content"])
-    if is_blank(message["content"]) and "tool_calls" not in message:
+    # A tool may return nothing: that is what it returned.
+    if is_blank(message["content"]) and "tool_calls" not in message and role != "tool":
         if role == "system":
             conversion.repair("empty_system_turn")
             return []
         raise Dropped("empty_field", "content")
-    if says and not is_trained(turn):
+    if says and not is_trained(turn, content):
         message["train"] = False
     return [message]
 
 
+def role_of(given: Any) -> Any:
+    """Our name of a role; one that we do not know as it is."""
+    return ROLES.get(given.lower(), given) if isinstance(given, str) else given
+
+
 def notice_unread(turn: Row, role: str, conversion: Conversion) -> None:
     of_role = {
-        "tool": NAME_KEYS,
+        "tool": ("name", *ANSWERED_KEYS),
         "assistant": (*CALL_KEYS, *REASONING_KEYS),
         "tool_call": (*CALL_KEYS, *REASONING_KEYS),
     }
-    # That a turn of somebody else is not trained on goes without saying.
+    if role not in ("assistant", "tool_call"):
+        # That a turn of somebody else is not trained on goes without saying; that it is to be does not.
+        for key in TRAIN_KEYS:
+            if turn.get(key) not in (None, "") and TRUTHS.get(str(turn[key]).lower()) is not False:
+                conversion.notice(f"turns of the {role} are to be trained on by their '{key}', which is not done")
     read = {*ROLE_KEYS, *CONTENT_KEYS, *TRAIN_KEYS, *of_role.get(role, ())}
     for key in sorted(turn.keys() - read):
         if turn[key] not in (None, "", [], {}):
             conversion.notice(f"turns have '{key}', which is not read")
 
 
-def is_trained(turn: Row) -> bool:
-    """Whether an assistant turn is to be learned from. Raises `Dropped` where it is to be in part, or says yes and no."""
+def is_trained(turn: Row, content: Any) -> bool:
+    """Whether an assistant turn is to be learned from, by its own word and by that of its parts. Raises `Dropped` where it is
+    to be in part, or says yes and no.
+    """
+    whole = flag_of(turn)
+    if not is_list_of_parts(content) or not content:
+        return whole is not False
+    parts = {flag_of(part) for part in content}
+    if len(parts) > 1 and False in parts:
+        raise Dropped("partial_weight", "some parts of its content are to be trained on, and some are not")
+    if whole is not None and not parts <= {whole, None}:
+        raise Dropped("contradictory", "a turn says of itself and of its parts whether they are to be trained on")
+    return whole is not False and False not in parts
+
+
+def flag_of(turn: Row) -> bool | None:
+    """Whether a turn, or a part of one, says that it is to be trained on; None where it says nothing."""
     flags = {key: turn[key] for key in TRAIN_KEYS if turn.get(key) is not None}
+    read = set()
     for key, value in flags.items():
+        if isinstance(value, str) and value.strip().lower() in TRUTHS:
+            value = TRUTHS[value.strip().lower()]
         if not isinstance(value, bool | int | float):
             raise Dropped("wrong_type", f"{key} is {type_name(value)}, not a number or truth value")
         if value not in (0, 1):
             raise Dropped("partial_weight", f"{key} is {value}")
-    if len(set(map(bool, flags.values()))) > 1:
+        read.add(bool(value))
+    if len(read) > 1:
         raise Dropped("contradictory", ", ".join(f"{key} is {value}" for key, value in flags.items()))
-    return all(flags.values())
+    return read.pop() if read else None
 
 
 def reasoning_in(turn: Row, content: str) -> Message:
@@ -162,7 +191,7 @@ def reasoning_in(turn: Row, content: str) -> Message:
     return {"reasoning_content": reasoning.strip()}
 
 
-def content_text(content: Any, role: str) -> str:
+def content_text(content: Any, role: str, conversion: Conversion) -> str:
     """The text of a turn: a text, a list of text parts, or what a tool returned, as JSON."""
     if content is None:
         return ""
@@ -178,8 +207,21 @@ def content_text(content: Any, role: str) -> str:
             raise Dropped("wrong_type", f"a part of content is {type_name(part)}, not a mapping")
         if part.get("type") != "text":
             raise Dropped("not_text", f"a part is of type {part.get('type')!r}")
-        texts.append(text_of(part, "text" if "text" in part else "value", optional=True))
+        if (said := one_of(part, PART_KEYS)) is None:
+            raise Dropped("missing_field", "the text of a part of content")
+        texts.append(text_of({"text": said}, "text", optional=True))
+        notice_unread_of_part(part, role, conversion)
     return "".join(texts)
+
+
+PART_KEYS = ("text", "value")
+
+
+def notice_unread_of_part(part: Row, role: str, conversion: Conversion) -> None:
+    flags = TRAIN_KEYS if role in ("assistant", "tool_call") else ()
+    for key in sorted(part.keys() - {"type", *PART_KEYS, *flags}):
+        if part[key] not in (None, "", [], {}) and not (key in TRAIN_KEYS and not part[key]):
+            conversion.notice(f"parts of turns of the {role} have '{key}', which is not read")
 
 
 def is_list_of_parts(content: Any) -> bool:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.lib.rows.canonical import Row
+from stages.lib.sources.layouts_chats import RATINGS
 from stages.lib.sources.proposing.looking import BIO_TAG
 from stages.lib.sources.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, is_transcript, turns_in_json
 
 MAJORITY = 0.8
 """A column holds what at least this share of its values is."""
 
-TEXTS = frozenset({"text", "turns_json", "turn_json", "transcript"})
+TEXTS = frozenset({"text", "turns_json", "turn_json", "transcript", "truth_text"})
 TURNS = frozenset({"chat", "asked", "turn"})
 STRUCTURES = TURNS | {"tags", "spans", "pieces", "answers", "documents", "instances", "entity", "pairs"}
 """What says by its form alone what it is."""
@@ -30,6 +31,7 @@ WORDS = {
     "asked": "conversations that end with the user's turn",
     "turn": "single turns",
     "truth": "truth values",
+    "truth_text": "yes and no as texts (true, good, desirable, 1, or their opposites)",
     "binary": "ones and zeros",
     "number": "numbers",
     "tags": "tags of tokens",
@@ -101,6 +103,8 @@ def kind_of_values(values: Sequence[Any]) -> str:
     if sum(kinds[each] for each in TURNS) >= MAJORITY * kinds.total():
         # A conversation that someone else opens or closes is one among many: what most rows end with decides.
         return "asked" if kinds["asked"] >= MAJORITY * kinds.total() else "turn" if kinds.keys() == {"turn"} else "chat"
+    if kinds.keys() == {"text"} and all(value.strip().lower() in RATINGS for value in values):
+        return "truth_text"
     kind, count = kinds.most_common(1)[0]
     if count >= MAJORITY * kinds.total():
         return kind

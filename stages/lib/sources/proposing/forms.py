@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from stages.lib.sources.layouts import LAYOUTS
 from stages.lib.sources.proposing.columns import TEXTS, TURNS
 
-LABELS = frozenset({"text", "number", "truth", "binary"})
+LABELS = frozenset({"text", "number", "truth", "binary", "truth_text"})
 ANYTHING = frozenset({"text", "texts", "mapping", "mappings", "list", "mixed", "chat"})
 
 
@@ -53,7 +53,7 @@ TEXT_NAMES = tuple(
 )
 LABEL_NAMES = tuple(
     "label labels category intent class sentiment topic target tag emotion label_text label_name class_index coarse_label "
-    "fine_label rating stars stance y gold annotation".split()
+    "fine_label rating stars stance y gold gold_label annotation".split()
 )
 QUESTION_NAMES = tuple("question prompt query problem user human task ask q goal user_input instructions".split())
 ANSWER_NAMES = tuple(
@@ -70,7 +70,7 @@ MARGIN = Slot("margin", frozenset({"number", "binary"}), ("score_difference", "s
 CHAT_NAMES = ("conversation", "dialog", "dialogue", "chat", "turns", "prompt", "data", "trajectory")
 RATING = Slot(
     "label",
-    frozenset({"truth", "binary"}),
+    frozenset({"truth", "binary", "truth_text"}),
     (
         "rating",
         "reward",
@@ -127,7 +127,7 @@ FORMS: tuple[Form, ...] = (
             *TOOLS,
         ),
     ),
-    Form("prompts", (Slot("instruction", TEXTS), INPUT, HISTORY, SYSTEM)),
+    Form("prompts", (Slot("instruction", TEXTS), INPUT, HISTORY, SYSTEM, *TOOLS)),
     Form("preference_alpaca", (*ALPACA_PROMPT, *PAIRS)),
     Form(
         "preference_alpaca",
@@ -206,7 +206,7 @@ FORMS: tuple[Form, ...] = (
             Slot("context", TEXTS, ("passage", "document", "paragraph", "review", "article", "text")),
             Slot("question", TEXTS, ("query",)),
             Slot("answers", frozenset({"answers", "nothing"}), ("answer",)),
-            Slot("is_impossible", frozenset({"truth", "binary"}), optional=True, fixed=True),
+            Slot("is_impossible", frozenset({"truth", "binary", "truth_text"}), optional=True, fixed=True),
         ),
     ),
 )

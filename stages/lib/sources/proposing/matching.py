@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from stages.lib.sources.proposing.columns import Column
 from stages.lib.sources.proposing.forms import IDENTITIES, Form, Matched, Slot, plain_name
@@ -118,6 +120,24 @@ def renames(matched: Matched, names: Sequence[str]) -> dict[str, str]:
         if theirs != next((name for name in own if name in names), ours):
             found[ours] = theirs
     return found
+
+
+def answers_both_ways(
+    matched: Matched, columns: Sequence[Column], given: Mapping[str, Any]
+) -> list[tuple[Matched, dict[str, Any], list[str]]]:
+    """(columns, options, why) of each way in which a preference among two answers may be meant: both, where it is only ever 0
+    or 1, since nothing in the data says which answer a 1 prefers. Otherwise the one way that there is.
+    """
+    name = matched.columns.get("preference")
+    values = next((column.values for column in columns if column.name == name), ())
+    if {str(value).strip().removesuffix(".0") for value in values} != {"0", "1"} or "first_answer" in given:
+        return [(matched, {}, [])]
+    first, second = matched.columns["output_1"], matched.columns["output_2"]
+    exchanged = replace(matched, columns={**matched.columns, "output_1": second, "output_2": first})
+    return [
+        (way, {"first_answer": 0}, [f"if 1 in '{name}' prefers '{better}', which no value says: look at some rows"])
+        for way, better in ((matched, second), (exchanged, first))
+    ]
 
 
 def unnamed(columns: Sequence[Column]) -> Iterator[Column]:

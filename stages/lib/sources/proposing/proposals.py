@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from stages.lib.rows.canonical import Row
@@ -18,7 +18,7 @@ from stages.lib.sources.params import LaidOutSource
 from stages.lib.sources.proposing.columns import TEXTS, WORDS, Column, columns_of, token_options
 from stages.lib.sources.proposing.forms import CARRIED, GROUPS, Form, Matched, forms_of, plain_name
 from stages.lib.sources.proposing.looking import ReaderChoice
-from stages.lib.sources.proposing.matching import match, renames, unnamed
+from stages.lib.sources.proposing.matching import answers_both_ways, match, renames, unnamed
 from stages.lib.sources.proposing.places import source_of
 from stages.lib.sources.read import convert_records, read_records
 
@@ -173,21 +173,22 @@ def tried(sample: SampledRecords, form: Form, given: Mapping[str, Any]) -> Itera
     matched = match(form, columns, given.get("columns", {}), len(sample.rows))
     if matched.missing:
         return
-    for options, why in options_for(form, matched, sample.columns, given):
+    ways = product(options_for(form, matched, sample.columns, given), answers_both_ways(matched, sample.columns, given))
+    for (options, why), (way, more, told) in ways:
         block = {**sample.block, "layout": form.layout}
         names = {
-            **renames(matched, [column.name for column in sample.columns]),
+            **renames(way, [column.name for column in sample.columns]),
             **group_of(sample.columns, matched, len(sample.rows)),
         }
         block |= {"columns": names} if names else {}
-        block |= options
+        block |= {**options, **more}
         block |= {name: value for name, value in given.items() if name != "columns"}
         source = source_of(block)
         ledger = Ledger()
         rows = list(convert_records(sample.records, source, ledger))
         read, special = read_share(columns, matched, options), specificity(matched, sample.columns)
-        told = [*sample.why, *reasons(matched, sample.columns), *why]
-        yield Proposal(source, block, sample, matched, ledger, rows, read, special, told)
+        reasoned = [*sample.why, *reasons(way, sample.columns), *why, *told]
+        yield Proposal(source, block, sample, way, ledger, rows, read, special, reasoned)
 
 
 def can_have(layout: Layout, given: Mapping[str, Any]) -> bool:
@@ -240,7 +241,7 @@ def carried(columns: Sequence[Column], matched: Matched) -> str | None:
         for column in columns:
             if column.name in taken or column.name != outer:
                 continue
-            if not inner and column.kind in ("text", "number", "binary", "truth"):
+            if not inner and column.kind in ("text", "number", "binary", "truth", "truth_text"):
                 return name
             if (
                 inner
