@@ -26,6 +26,8 @@ class Ledger:
     repaired: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     """What the user should know of rows that were kept as they are, in words -> how many rows."""
+    noticed_examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first of them, of what has examples."""
 
     def drop(self, reason: str, example: str, count: int = 1) -> None:
         """Counts dropped rows, and keeps the first examples (cut to 200 characters)."""
@@ -33,6 +35,12 @@ class Ledger:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < MAX_EXAMPLES:
             examples.append(printable(example))
+
+    def notice(self, what: str, *examples: str, count: int = 1) -> None:
+        """Counts rows that are kept as they are, and keeps the first examples (cut to 200 characters)."""
+        self.noticed[what] += count
+        kept = self.noticed_examples.setdefault(what, [])
+        kept += map(printable, examples[: MAX_EXAMPLES - len(kept)])
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -44,6 +52,7 @@ class Ledger:
             },
             "repaired": dict(sorted(self.repaired.items())),
             **({"noticed": dict(sorted(self.noticed.items()))} if self.noticed else {}),
+            **({"noticed_examples": dict(sorted(self.noticed_examples.items()))} if self.noticed_examples else {}),
         }
 
     def write(self, folder: Path) -> None:
@@ -73,6 +82,8 @@ def add_ledgers(first: Ledger, second: Ledger) -> Ledger:
     both = Ledger(first.read + second.read, first.kept + second.kept)
     both.repaired, both.noticed = first.repaired + second.repaired, first.noticed + second.noticed
     for ledger in (first, second):
+        for what, kept in ledger.noticed_examples.items():
+            both.notice(what, *kept, count=0)
         for reason, count in ledger.dropped.items():
             examples = ledger.examples[reason]
             for example in examples:
