@@ -197,7 +197,7 @@ LAYOUTS: dict[str, Layout] = {
         "tokens, two entities and their relation",
         options=("token_separator",),
     ),
-    "spans": Layout("spans", spans, ("text", "spans"), "a text and its spans"),
+    "spans": Layout("spans", spans, ("text", "spans"), "a text and its spans", options=("span_offsets",)),
     "bio": Layout(
         "spans",
         bio,

@@ -95,6 +95,8 @@ class LaidOutSource(Strict):
     """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
     unlabelled: bool = False
     """Whether the rows are yet to be labelled, by the stage `annotate` (layouts label and squad): their label, or their answers, are not read, and may be missing. Texts without a second one need no such word: read them with the layout text."""
+    span_offsets: Literal["inclusive", "utf16", "utf8"] | None = None
+    """How spans count that do not say their text (layout spans): with an `end` that is their last character (inclusive), in UTF-16 units as browsers and Java do (utf16), or in bytes of UTF-8 (utf8). null: half-open, in characters."""
     max_row_bytes: int = Field(default=8 << 20, ge=1)
     """Rows of more bytes than this are dropped without being parsed."""
     max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -121,6 +123,7 @@ class LaidOutSource(Strict):
             ("strip_segment_digit", self.strip_segment_digit),
             ("turns_in_text", self.turns_in_text is not None),
             ("unlabelled", self.unlabelled),
+            ("span_offsets", self.span_offsets is not None),
         ):
             if is_set and option not in self.laid_out.options:
                 users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)

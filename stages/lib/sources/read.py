@@ -15,6 +15,7 @@ from stages.lib.sources.files import read_files
 from stages.lib.sources.layouts import convert_record
 from stages.lib.sources.lines import Broken, Limits, Record
 from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, LaidOutSource, PythonDocsSource
+from stages.lib.sources.span_ends import odd_ends
 
 
 def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str, Row]]:
@@ -68,6 +69,7 @@ def convert_records(
         strip_segment_digit=source.strip_segment_digit,
         turns_in_text=source.turns_in_text,
         unlabelled=source.unlabelled,
+        span_offsets=source.span_offsets,
         declared=frozenset(source.columns),
     )
     for record in records:
@@ -83,6 +85,9 @@ def convert_records(
                 yield record.where, found
     ledger.repaired.update(conversion.repaired)
     ledger.noticed.update(conversion.noticed)
+    if conversion.odd_spans:
+        what, rows = odd_ends(conversion.span_ends), conversion.span_ends["rows"]
+        ledger.notice(what, *conversion.odd_spans, count=rows)
 
 
 def example(where: str, detail: str, snippet: str) -> str:
