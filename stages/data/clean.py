@@ -105,9 +105,9 @@ def run(ctx: Context, params: CleanParams) -> Result:
         )
     ledger.write(ctx.out)
     report(ctx, ledger, ruling)
-    metrics = {**ledger.metrics(), "characters_kept": float(characters)}
-    if contradicting := ledger.noticed[CONTRADICTING]:
-        metrics["rows_contradicting"] = float(contradicting)
+    contradicting = ledger.noticed[CONTRADICTING]
+    told = {"rows_contradicting": float(contradicting)} if contradicting else {}
+    metrics = {**ledger.metrics(), **told, "characters_kept": float(characters)}
     return Result(metrics, Facts(dropped_rows=dict(sorted(ledger.dropped.items()))))
 
 

@@ -581,6 +581,31 @@ def test_pairs_whose_numbers_agree_or_judge_nothing_are_proposed(numbers: Row, t
     assert (report["notes"], report["proposals"][0]["layout"]) == ([], "preference_chat")
 
 
+def test_a_choice_between_two_answers_must_be_as_their_numbers_are(tmp_path: Path) -> None:
+    """`preference` 1 prefers the first answer, 2 the second: what counts from 0, or names the worse one, is told."""
+    for preferences, agrees in (((1, 2), True), ((2, 1), False)):
+        rows = [
+            {"instruction": saying(n), "output_1": "a", "output_2": "b", "preference": preferences[n % 2]}
+            | {"score_1": 5 - n % 2 * 4, "score_2": 3}
+            for n in range(20)
+        ]
+        report = proposed(write(tmp_path / "rows.jsonl", rows))
+        proposes = "preference_between" in [each["layout"] for each in report["proposals"]]
+        assert (proposes, report["notes"] == []) == (agrees, agrees)
+    assert (
+        "in 20 of 20 rows 'score_1' and 'score_2' are higher for the answer that 'preference' does not"
+        in report["notes"][0]
+    )
+    swapped = proposed(tmp_path / "rows.jsonl", given={"columns": {"output_1": "output_2", "output_2": "output_1"}})
+    assert (swapped["notes"], swapped["proposals"][0]["layout"]) == ([], "preference_between")
+
+
+def test_numbers_that_judge_several_things_turn_nothing_round_where_they_differ(tmp_path: Path) -> None:
+    several = {"chosen_score": 5, "rejected_score": 1, "chosen_quality": 1, "rejected_quality": 2}
+    report = proposed(write(tmp_path / "rows.jsonl", ranked(**several)))
+    assert (report["notes"], report["proposals"][0]["layout"]) == ([], "preference_chat")
+
+
 def test_a_list_of_answers_must_be_ordered_as_its_numbers_are(tmp_path: Path) -> None:
     """By the first and the last of three: scores that fall and ranks that rise are as the layout reads them."""
     for name, numbers, agrees in (
@@ -596,6 +621,16 @@ def test_a_list_of_answers_must_be_ordered_as_its_numbers_are(tmp_path: Path) ->
         assert ("preference_alpaca" in layouts, report["notes"] == []) == (agrees, agrees)
         if not agrees:
             assert f"in 20 of 20 rows '{name}' is" in report["notes"][0]
+    for reversed_of_ten, agrees in ((2, True), (3, False)):
+        rows = [
+            {
+                "instruction": saying(n),
+                "responses": ["a", "b"],
+                "scores": [1, 2] if n % 10 < reversed_of_ten else [2, 1],
+            }
+            for n in range(20)
+        ]
+        assert (proposed(write(tmp_path / "rows.jsonl", rows))["notes"] == []) == agrees
 
 
 def test_rows_that_contradict_each_other_are_told(tmp_path: Path) -> None:

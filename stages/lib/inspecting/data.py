@@ -40,6 +40,10 @@ SAMPLE_RECORDS = 1000
 MOST_ALTERNATIVES = 3
 
 
+ANSWERS = frozenset({"chosen", "rejected", "output", "output_1", "output_2"})
+"""Our names of columns that say which answer is the better one."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a user wants to know of data or rows."""
@@ -97,7 +101,7 @@ def without_reversed(proposals: Sequence[Proposal], asked: Asked) -> tuple[list[
         for index, each in enumerate(proposals)
         if (sentence := reversed_by_numbers(each.layout, each.matched.columns, each.sample.rows))
     }
-    decided = asked.layout is not None or {"chosen", "rejected", "output"} & asked.given.get("columns", {}).keys()
+    decided = asked.layout is not None or ANSWERS & asked.given.get("columns", {}).keys()
     what = "CAREFUL" if decided else "NOT PROPOSED"
     told = [f"{what}: layout {proposals[index].layout}: {sentence}" for index, sentence in against.items()]
     kept = [each for index, each in enumerate(proposals) if decided or index not in against]
