@@ -135,7 +135,9 @@ def count_lines(rows: Mapping[str, Any]) -> list[str]:
         lines.append(f"    for example {short(each['example'])}")
     for each in rows["repaired"]:
         lines.append(f"  repaired {each['count']:,}: {each['meaning'] or each['what']}")
-    lines += [f"  {each['count']:,} rows: {each['what']}" for each in rows["noticed"]]
+    for each in rows["noticed"]:
+        lines.append(f"  {each['count']:,} rows: {each['what']}")
+        lines += [f"    for example {short(each['example'])}"] if "example" in each else []
     return lines
 
 

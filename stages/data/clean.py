@@ -15,6 +15,7 @@ from pipeline.errors import DataError, Problem
 from pipeline.settings.strict import Inlined, Strict
 from pipeline.stage import Context, Forecast, Result, Stage
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.curation.agreement import CONTRADICTING, Agreement, shown_beside
 from stages.lib.curation.filters import Filters, build_judge
 from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_clusters, near_duplicates
 from stages.lib.curation.normalization import Normalization, normalize_row
@@ -40,7 +41,9 @@ class CleanParams(Strict):
     filters: Inlined[Filters] = Filters()
     """What a row's text must be like. By default only empty texts go; quality and repetition suit web text and are off."""
     drop_exact_duplicates: bool = True
-    """Whether of rows that say exactly the same only the first is kept."""
+    """Whether of rows that say exactly the same only the first is kept. One that has another margin, or carries other columns, is counted apart, as contradicts_earlier_row."""
+    drop_contradicting: bool = False
+    """Whether to drop all rows that contradict each other: the same text with two labels, other spans or other answers, a pair of preferences both ways round or with two margins, a prompt with two sets of carried columns. If not, they are counted (rows_contradicting) and told."""
     minhash: Inlined[MinHash] | None = None
     """Near-duplicates to drop; {} takes the defaults. null: none are looked for."""
     max_rows: int | None = Field(default=None, ge=1)
@@ -82,11 +85,14 @@ def run(ctx: Context, params: CleanParams) -> Result:
     scratch.mkdir(exist_ok=True)
     candidates = scratch / "candidates.jsonl"
     ruling = Ruling(params.rules)
-    count = write_candidates(candidates, ctx, params, ledger, ruling)
+    agreement = Agreement(params.format)
+    count = write_candidates(candidates, ctx, params, ledger, ruling, agreement)
     ctx.journal.note(f"read {ledger.read:,} rows; {count:,} are whole, pass rules and filters and are said once")
+    if params.drop_contradicting:
+        drop_contradicting(candidates, agreement, ledger)
     near = find_near_duplicates(candidates, scratch / "minhash", ctx, params)
     left_out = beyond_max_rows(candidates, near, params)
-    characters = write_kept(ctx.out / "rows.jsonl", candidates, near, left_out, params, ledger)
+    characters = write_kept(ctx.out / "rows.jsonl", candidates, near, left_out, params, ledger, agreement)
     candidates.unlink()
     if not ledger.kept:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in ledger.dropped.most_common())
@@ -99,7 +105,9 @@ def run(ctx: Context, params: CleanParams) -> Result:
         )
     ledger.write(ctx.out)
     report(ctx, ledger, ruling)
-    metrics = {**ledger.metrics(), "characters_kept": float(characters)}
+    contradicting = ledger.noticed[CONTRADICTING]
+    told = {"rows_contradicting": float(contradicting)} if contradicting else {}
+    metrics = {**ledger.metrics(), **told, "characters_kept": float(characters)}
     return Result(metrics, Facts(dropped_rows=dict(sorted(ledger.dropped.items()))))
 
 
@@ -115,12 +123,13 @@ STAGE = Stage(
 )
 
 
-def write_candidates(path: Path, ctx: Context, params: CleanParams, ledger: Ledger, ruling: Ruling) -> int:
+def write_candidates(
+    path: Path, ctx: Context, params: CleanParams, ledger: Ledger, ruling: Ruling, agreement: Agreement
+) -> int:
     """Writes (where, row) of every row that passes rules, filters and exact deduplication; returns how many."""
     from stages.lib.sources.read import read_source
 
     verdict = build_verdict(params)
-    seen: set[bytes] = set()
     count = 0
     with path.open("wb") as file:
         for where, raw in read_source(params.source, params.format, ledger):
@@ -130,12 +139,11 @@ def write_candidates(path: Path, ctx: Context, params: CleanParams, ledger: Ledg
             if reason:
                 ledger.drop(reason, f"{where}: {text}")
                 continue
-            if params.drop_exact_duplicates:
-                digest = content_digest(ruled.row, params.format)
-                if digest in seen:
-                    ledger.drop("exact_duplicate", f"{where}: {text}")
-                    continue
-                seen.add(digest)
+            agreement.learn(ruled.row)
+            if params.drop_exact_duplicates and (reason := agreement.repeats(ruled.row)):
+                contradicts = params.drop_contradicting and agreement.is_contradicted(ruled.row)
+                drop_repeated(ledger, "contradicting" if contradicts else reason, where, ruled.row, params.format)
+                continue
             candidate = [where, ruled.row, [*ruled.rewritten_by], ruled.not_judged_by]
             file.write(json.dumps(candidate, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             count += 1
@@ -180,6 +188,27 @@ def read_candidates(path: Path) -> Iterator[Candidate]:
             yield Candidate(*json.loads(line))
 
 
+def drop_repeated(ledger: Ledger, reason: str, where: str, row: Row, format: str) -> None:
+    """Counts a row that says what another one says, with what it says besides where that is what tells them apart."""
+    beside = "" if reason == "exact_duplicate" else f"{shown_beside(row, format)}: "
+    ledger.drop(reason, f"{where}: {beside}{judged_text(row, format)}")
+
+
+def drop_contradicting(candidates: Path, agreement: Agreement, ledger: Ledger) -> None:
+    """Takes every row out of the candidates that another one contradicts."""
+    if not agreement.contradicted:
+        return
+    rest = candidates.with_suffix(".rest")
+    with candidates.open("rb") as file, rest.open("wb") as out:
+        for line in file:
+            each = Candidate(*json.loads(line))
+            if agreement.is_contradicted(each.row):
+                drop_repeated(ledger, "contradicting", each.where, each.row, agreement.format)
+            else:
+                out.write(line)
+    rest.replace(candidates)
+
+
 def find_near_duplicates(candidates: Path, scratch: Path, ctx: Context, params: CleanParams) -> set[int]:
     """Positions of the candidates that are nearly the same as an earlier one."""
     minhash = params.minhash
@@ -211,21 +240,31 @@ def beyond_max_rows(candidates: Path, near: set[int], params: CleanParams) -> se
 
 
 def write_kept(
-    path: Path, candidates: Path, near: set[int], left_out: set[int], params: CleanParams, ledger: Ledger
+    path: Path,
+    candidates: Path,
+    near: set[int],
+    left_out: set[int],
+    params: CleanParams,
+    ledger: Ledger,
+    agreement: Agreement,
 ) -> int:
     """Writes the rows that are kept, in the order of the source; returns their characters."""
     characters = 0
     with path.open("wb") as file:
         for position, (where, row, *ruled) in enumerate(read_candidates(candidates)):
             text = judged_text(row, params.format)
+            contradicted = agreement.is_contradicted(row)
             if position in near:
-                ledger.drop("near_duplicate", f"{where}: {text}")
+                reason = "contradicts_earlier_row" if contradicted else "near_duplicate"
+                drop_repeated(ledger, reason, where, row, params.format)
             elif position in left_out:
                 ledger.drop("over_max_rows", f"{where}: {text}")
             else:
                 file.write(encode_row(row))
                 ledger.kept += 1
                 count_ruled(ledger, *ruled)
+                if contradicted:
+                    ledger.notice(CONTRADICTING, f"{where}: {shown_beside(row, params.format)}: {text}")
                 characters += len(text)
     return characters
 
@@ -239,7 +278,10 @@ def report(ctx: Context, ledger: Ledger, ruling: Ruling) -> None:
     for reason, count in ledger.repaired.most_common():
         ctx.journal.note(f"repaired {count:,}: {reason}")
     for what, count in ledger.noticed.most_common():
-        ctx.journal.note(f"{count:,} rows: {what}")
+        examples = "".join(
+            f" (for example {' '.join(each[:160].split())})" for each in ledger.noticed_examples.get(what, [])[:1]
+        )
+        ctx.journal.note(f"{count:,} rows: {what}{examples}")
     for note in ruling.notes():
         ctx.journal.note(note)
     if damaged := ledger.dropped["damaged_file"]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Result, Stage, accepts
 from pipeline.store.artifact import Kind
+from stages.lib.encoding.label_names import require_common_labels
 from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
 from stages.lib.training.params import TrainingParams
 
@@ -51,6 +52,7 @@ def run(ctx: Context, params: ClassifyParams) -> Result:
     pair = are_pairs([*train_rows, *heldout_rows], "inputs.labels")
     tokenizer, frame = open_encoder(ctx, params.max_length_tokens, pair=pair)
     labels = require_labels(row["label"] for row in train_rows)
+    require_common_labels(labels, {row["label"] for row in heldout_rows}, "inputs.labels")
     # Labels that training never saw come after those it did: nothing is ever predicted to be one of them.
     unseen = sorted({row["label"] for row in heldout_rows} - set(labels))
     numbers = {label: number for number, label in enumerate([*labels, *unseen])}

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Result, Stage, accepts
 from pipeline.store.artifact import Kind
+from stages.lib.encoding.label_names import require_common_labels
 from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
 from stages.lib.training.params import TrainingParams
 
@@ -55,6 +56,7 @@ def run(ctx: Context, params: ExtractParams) -> Result:
     labels = sorted({span["label"] for row in train_rows for span in row["spans"]})
     if not labels:
         raise DataError(Problem("training rows", "hold no span", "There is nothing to learn to extract."))
+    require_common_labels(labels, {span["label"] for row in heldout_rows for span in row["spans"]}, "inputs.spans")
     train_texts, heldout_texts = (
         [
             read_tagged_text(row, tokenizer, frame, labels, params.max_length_tokens, params.stride_tokens)

@@ -27,7 +27,7 @@ def sides(ran: Ran) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("minhash", [None, {}], ids=["exact", "near duplicates"])
 def test_columns_pass_cleaning_and_mixing(minhash: dict[str, Any] | None, tmp_path: Path) -> None:
     """Texts are normalized (the blank behind the answer goes), columns are not. Of two rows that say the same the first is
-    kept with its columns. Every row of the mix has what stood beside its question, also where it is drawn twice."""
+    kept with its columns, and as these differ the other one counts as what contradicts it. Every row of the mix has what stood beside its question, also where it is drawn twice."""
     # Near-duplicate search reads all numbers as one, so it is words that tell the questions apart: six in each, all different.
     words = ["".join(letters) for letters in itertools.product("bcdfg", "aeiou", "klmnp", "aeiou")]
     raw = [
@@ -45,7 +45,7 @@ def test_columns_pass_cleaning_and_mixing(minhash: dict[str, Any] | None, tmp_pa
         "carry": ["answer", "number", "even"],
     }
     rows = cleaned(tmp_path / "rows", source, minhash=minhash)
-    assert rows.result.facts.dropped_rows == {"exact_duplicate": 1}
+    assert rows.result.facts.dropped_rows == {"contradicts_earlier_row": 1}
     plain = cleaned(tmp_path / "plain", {**source, "carry": []})
     assert [{name: row[name] for name in row if name != "columns"} for row in rows.rows()] == plain.rows()
     mixed = run_stage(

@@ -189,6 +189,22 @@ def test_refuses_one_label_and_a_length_that_the_encoder_does_not_take(encoder: 
         run_task(STAGE, {"encoder": encoder, "labels": data}, {**PARAMS, "max_length_tokens": 97}, tmp_path / "long")
 
 
+def test_refuses_held_out_rows_of_which_training_knows_no_label(encoder: Path, tmp_path: Path) -> None:
+    """Names in training, numbers in the held-out set: every figure would be 0. Named alike they are measured."""
+    rows = request_rows()[:24]
+    numbers = {label: str(number) for number, label in enumerate(sorted({row["label"] for row in rows}))}
+    heldout = [{**row, "label": numbers[row["label"]]} for row in rows[:8]]
+    data = write_data(tmp_path / "labels", rows, heldout)
+    told = (
+        r"inputs\.labels: no held-out row has a label that training knows: held out are '\d'.*, and in training '[a-z]"
+    )
+    with pytest.raises(DataError, match=told):
+        run_task(STAGE, {"encoder": encoder, "labels": data}, {**PARAMS, "max_steps": 11}, tmp_path / "a")
+    alike = write_data(tmp_path / "alike", [{**row, "label": numbers[row["label"]]} for row in rows], heldout)
+    result, _ = run_task(STAGE, {"encoder": encoder, "labels": alike}, {**PARAMS, "max_steps": 11}, tmp_path / "b")
+    assert result.metrics["heldout_rows_with_unseen_label"] == 0
+
+
 def test_refuses_an_encoder_with_holes(encoder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -240,6 +240,127 @@ def test_rows_with_another_label_are_no_duplicates(tmp_path: Path) -> None:
     assert clean(tmp_path, rows, format="labels", layout="label").rows() == rows[:2]
 
 
+def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": "q", "chosen": chosen, "rejected": rejected, **more}
+
+
+QUESTION = {"context": "one two", "question": "which?"}
+
+CONTRADICTING: dict[str, tuple[str, str, list[dict[str, Any]], dict[str, int]]] = {
+    "labels": (
+        "labels",
+        "label",
+        [{"text": "one", "label": label} for label in "xyx"] + [{"text": "two", "label": "x"}],
+        {"exact_duplicate": 1},
+    ),
+    "pairs of texts": (
+        "labels",
+        "label",
+        [{"text": "a", "text_pair": second, "label": label} for second, label in ("bx", "by", "cx")],
+        {},
+    ),
+    "spans": (
+        "spans",
+        "spans",
+        [{"text": "one two", "spans": spans} for spans in ([], [[0, 3, "X"]])] + [{"text": "two", "spans": []}],
+        {},
+    ),
+    "answers": (
+        "questions",
+        "squad",
+        [{**QUESTION, "answers": answers} for answers in ([], [{"text": "one", "answer_start": 0}])]
+        + [{**QUESTION, "question": "what?", "answers": []}],
+        {},
+    ),
+    "preferences both ways round": (
+        "preferences",
+        "preference_chat",
+        [pair("a", "b"), pair("b", "a"), pair("a", "c")],
+        {},
+    ),
+    "margins": (
+        "preferences",
+        "preference_chat",
+        [pair("a", "b", margin=0), pair("a", "b", margin=1), pair("a", "b", margin=0), pair("a", "c", margin=0)],
+        {"exact_duplicate": 1, "contradicts_earlier_row": 1},
+    ),
+    "answers that a reward compares with": (
+        "prompts",
+        "prompts",
+        [{"prompt": "q", "answer": answer} for answer in "010"] + [{"prompt": "p", "answer": "0"}],
+        {"exact_duplicate": 1, "contradicts_earlier_row": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTING)
+def test_rows_that_contradict_each_other_are_told_or_dropped(case: str, tmp_path: Path) -> None:
+    """The last row contradicts none. The first two do; a third says what the first says. Of two rows with the same content
+    one has to go, and is counted as what it is; others stay, and both are told. Asked to, all of them go."""
+    format, layout, rows, dropped = CONTRADICTING[case]
+    carry = ["answer"] if format == "prompts" else []
+
+    def cleaned(name: str, **params: Any) -> Ran:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = {"kind": "files", "paths": ["rows.jsonl"], "layout": layout, "carry": carry}
+        return run_stage(STAGE, {"format": format, "source": source, **params}, tmp_path / name)
+
+    ran = cleaned("told")
+    assert ran.result.facts.dropped_rows == dropped
+    contradicting = 1 if "contradicts_earlier_row" in dropped else 2
+    assert ran.result.metrics["rows_contradicting"] == contradicting
+    ledger = ran.json("ledger.json")
+    (told,) = ledger["noticed"]
+    assert told.startswith("say what another row says, and are to teach something else")
+    assert len(ledger["noticed_examples"][told]) == contradicting
+    assert ledger["noticed_examples"][told][0].startswith("rows.jsonl:1: {")
+    assert any(f"{contradicting} rows: {told} (for example rows.jsonl:1: " in note for note in ran.notes)
+    if "contradicts_earlier_row" in dropped:
+        (example,) = ledger["dropped"]["contradicts_earlier_row"]["examples"]
+        assert example.startswith("rows.jsonl:2: {") and "1" in example
+
+    rest = cleaned("dropped", drop_contradicting=True)
+    assert rest.rows() == ran.rows()[-1:]
+    assert rest.result.facts.dropped_rows == {"contradicting": len(rows) - 1}
+    assert "rows_contradicting" not in rest.result.metrics and "noticed" not in rest.json("ledger.json")
+
+    every = cleaned("all", drop_exact_duplicates=False)
+    assert (len(every.rows()), every.result.metrics["rows_contradicting"]) == (len(rows), len(rows) - 1)
+
+
+def test_different_answers_to_one_prompt_and_texts_with_other_columns_contradict_nothing(tmp_path: Path) -> None:
+    """Chats may answer one prompt in many ways. A text that carries another address goes, under a name of its own."""
+    chats = [{"instruction": "q", "output": output} for output in "ab"]
+    ran = clean(tmp_path / "chats", chats, format="chats", layout="alpaca")
+    assert (len(ran.rows()), "rows_contradicting" in ran.result.metrics) == (2, False)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text('{"text": "one", "url": "a"}\n{"text": "one", "url": "b"}\n')
+    source = {"kind": "files", "paths": ["a.jsonl"], "layout": "text", "carry": ["url"]}
+    ran = run_stage(STAGE, {"format": "text", "source": source, "drop_contradicting": True}, tmp_path / "texts")
+    assert ran.result.facts.dropped_rows == {"contradicts_earlier_row": 1}
+    assert "rows_contradicting" not in ran.result.metrics
+
+
+def test_a_near_duplicate_with_another_label_counts_as_what_contradicts_it(tmp_path: Path) -> None:
+    text = " ".join(words(100))
+    rows = [{"text": text, "label": "x"}, {"text": text, "label": "y"}]
+    ran = clean(tmp_path, rows, format="labels", layout="label", minhash={})
+    assert ran.rows() == rows[:1]
+    assert ran.result.facts.dropped_rows == {"contradicts_earlier_row": 1}
+    assert ran.json("ledger.json")["dropped"]["contradicts_earlier_row"]["examples"][0].startswith(
+        'rows.jsonl:2: {"label":"y"}: '
+    )
+
+
+def test_spans_that_end_inside_words_are_told_with_an_example(tmp_path: Path) -> None:
+    rows = [{"text": f"Alice met Bob {n}", "spans": [[0, 4, "P"]]} for n in range(3)]
+    ran = clean(tmp_path, rows, format="spans", layout="spans")
+    told = "3 of 3 spans begin or end inside a word or with a space; with span_offsets: inclusive it would be 0"
+    assert ran.json("ledger.json")["noticed"] == {told: 3}
+    assert f"3 rows: {told} (for example [Alic]e met Bob 0)" in ran.notes
+
+
 def test_minhash_finds_near_duplicates_and_keeps_the_first(tmp_path: Path) -> None:
     """Of 200 words one is changed: of 196 runs of five words 5 differ, so the similarity is 191 / 201 = 0.95, and
     1 - (1 - 0.95^8)^14 is 1 - 10^-7. The other texts share no run."""

@@ -138,6 +138,15 @@ def test_a_label_that_only_held_out_rows_have_counts_as_not_found(encoder: Path,
     assert "planet" not in (result.facts.labels or [])
 
 
+def test_refuses_held_out_spans_of_which_training_knows_no_label(encoder: Path, tmp_path: Path) -> None:
+    new = {"text": "on mars", "spans": [{"start": 3, "end": 7, "label": "planet"}]}
+    data = write_data(tmp_path / "spans", requests()[:16], [new])
+    with pytest.raises(
+        DataError, match=r"inputs\.spans: no held-out row has a label that training knows: held out are 'planet'"
+    ):
+        run_task(STAGE, {"encoder": encoder, "spans": data}, {**PARAMS, "max_steps": 11}, tmp_path / "run")
+
+
 def test_what_is_taken_for_what() -> None:
     """Of five spans one is found, one is taken for a place, one has another end, one is not found, and one was never there."""
     wanted = [Span(0, 2, "person"), Span(4, 6, "person"), Span(8, 12, "place"), Span(20, 22, "place")]

@@ -661,6 +661,8 @@ DROPPED: list[tuple[str, Row, str, str]] = [
         "answer_not_in_context",
         "x",
     ),
+    ("squad", {"context": "ab cd ab", "question": "q", "answers": [{"text": "ab", "answer_start": 5}]}, "ambiguous_place", "'ab' stands several times, and not at 5"),
+    ("spans", {"text": "ab cd ab", "spans": [{"start": 1, "end": 3, "label": "X", "text": "ab"}]}, "ambiguous_place", "'ab' stands several times, and not at 1"),
     ("squad", {"context": "abc", "question": "q"}, "missing_field", "answers"),
     ("squad", {"context": "abc", "question": "q", "answers": [], "is_impossible": False}, "contradictory", "is_impossible is false, and there is no answer"),
     ("squad", {"context": "abc", "question": " ", "answers": []}, "empty_field", "question"),
@@ -777,12 +779,45 @@ REPAIRED: list[tuple[str, Row, str, int, Row]] = [
         {"text": "a b c", "spans": [{"start": 0, "end": 1, "label": "X"}, {"start": 2, "end": 5, "label": "Y"}]},
     ),
     (
-        # "ab" stands at 0 and 6; 5 is nearer to 6
         "squad",
-        {"id": "q", "context": "ab cd ab", "question": "q", "answers": [{"text": "ab", "answer_start": 5}]},
+        {"id": "q", "context": "ab cd ab", "question": "q", "answers": [{"text": "cd", "answer_start": 5}]},
         "answer_moved",
         1,
-        {"id": "q", "context": "ab cd ab", "question": "q", "answers": [{"start": 6, "text": "ab"}]},
+        {"id": "q", "context": "ab cd ab", "question": "q", "answers": [{"start": 3, "text": "cd"}]},
+    ),
+    (
+        # "ab" stands at 0 and 4; each emoji before it is two units of UTF-16, so 6 is the second one, and no place in bytes
+        "squad",
+        {"id": "q", "context": "ab😀😀ab", "question": "q", "answers": [{"text": "ab", "answer_start": 6}]},
+        "offset_in_utf16",
+        1,
+        {"id": "q", "context": "ab😀😀ab", "question": "q", "answers": [{"start": 4, "text": "ab"}]},
+    ),
+    (
+        # the second one: four characters of three bytes each before it
+        "squad",
+        {
+            "id": "q",
+            "context": "巴黎。很巴黎。巴黎",
+            "question": "q",
+            "answers": [{"text": "巴黎", "answer_start": 12}],
+        },
+        "offset_in_utf8",
+        1,
+        {"id": "q", "context": "巴黎。很巴黎。巴黎", "question": "q", "answers": [{"start": 4, "text": "巴黎"}]},
+    ),
+    (
+        # of two references the one of which nobody knows where it stands
+        "squad",
+        {
+            "id": "q",
+            "context": "ab cd ab",
+            "question": "q",
+            "answers": [{"text": "ab", "answer_start": 5}, {"text": "cd", "answer_start": 3}],
+        },
+        "reference_left_out",
+        1,
+        {"id": "q", "context": "ab cd ab", "question": "q", "answers": [{"start": 3, "text": "cd"}]},
     ),
     (
         "squad",
@@ -1407,3 +1442,77 @@ def test_margins_count_from_the_first_answer() -> None:
     assert convert("preference_between", between(0.5)[0], first_answer=0)[0] == ("tie", "")
     outside = convert("preference_between", between(2)[0], first_answer=0)[0]
     assert outside == ("wrong_type", "preference is 2, not a number from 0 to 1")
+
+
+def test_a_span_that_says_its_text_is_read_in_the_units_that_fit() -> None:
+    """ "ab" stands at 0 and 3. The emoji is two units of UTF-16 and four bytes of UTF-8: 4 and 6 are the second one."""
+    for start, repair in ((4, "offset_in_utf16"), (6, "offset_in_utf8")):
+        span = {"start": start, "end": start + 2, "label": "X", "text": "ab"}
+        found = convert("spans", {"text": "ab😀ab", "spans": [span]})
+        assert found == ({"text": "ab😀ab", "spans": [{"start": 3, "end": 5, "label": "X"}]}, Counter({repair: 1}))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "span", "expected"),
+    [
+        (None, [3, 6], (3, 6)),
+        ("inclusive", [3, 5], (3, 6)),
+        ("utf16", [4, 7], (3, 6)),
+        ("utf8", [6, 9], (3, 6)),
+        ("inclusive", [3, 6], "bad_span"),
+        ("utf16", [3, 7], "bad_span"),
+        ("utf8", [6, 10], "bad_span"),
+        ("utf8", [-1, 3], "bad_span"),
+    ],
+)
+def test_offsets_of_spans_are_read_as_declared(
+    offsets: str | None, span: list[int], expected: tuple[int, int] | str
+) -> None:
+    """Bob stands at [3, 6) in six characters; the emoji before it is two units of UTF-16, and four bytes of UTF-8."""
+    found, _ = convert("spans", {"text": "ab😀Bob", "spans": [[*span, "P"]]}, span_offsets=offsets)
+    place = found[0] if isinstance(found, tuple) else (found["spans"][0]["start"], found["spans"][0]["end"])
+    assert place == expected
+
+
+def odd_spans(folder: Path, rows: Sequence[Row], **block: Any) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """What is told of the spans of these rows, and the examples."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    found, ledger = read_files(folder, paths=[str(path)], layout="spans", **block)
+    assert len(found) == len(rows)
+    return dict(ledger.noticed), ledger.noticed_examples
+
+
+ODD = "begin or end inside a word or with a space"
+
+
+def test_spans_that_end_inside_words_are_told_with_the_option_that_reads_them(tmp_path: Path) -> None:
+    """Ends that are inclusive cut the last letter off; offsets of a browser are too far by one for each emoji before; and
+    what was counted some other way is told without an option. A row counts once, each of its spans for itself."""
+    inclusive = [{"text": "Alice met Bob", "spans": [[0, 4, "P"], [10, 12, "P"]]}] * 3
+    noticed, examples = odd_spans(tmp_path, inclusive)
+    told = f"6 of 6 spans {ODD}; with span_offsets: inclusive it would be 0"
+    assert (noticed, examples) == ({told: 3}, {told: ["[Alic]e met Bob", "Alice met [Bo]b"] * 2 + ["[Alic]e met Bob"]})
+    assert odd_spans(tmp_path, inclusive, span_offsets="inclusive") == ({}, {})
+    browser = [{"text": "😀 Bob met Al", "spans": [[3, 6, "P"]]}, {"text": "Bob met Al", "spans": [[0, 3, "P"]]}]
+    assert odd_spans(tmp_path, browser)[0] == {f"1 of 2 spans {ODD}; with span_offsets: utf16 it would be 0": 1}
+    assert odd_spans(tmp_path, browser, span_offsets="utf16") == ({}, {})
+    read_bytes = [{"text": "\u00e9t\u00e9: Bob met Al", "spans": [[7, 10, "P"]]}]
+    assert odd_spans(tmp_path, read_bytes)[0] == {f"1 of 1 spans {ODD}; with span_offsets: utf8 it would be 0": 1}
+    shifted = [{"text": "Bob met Al", "spans": [[3, 8, "P"]]}]
+    assert odd_spans(tmp_path, shifted)[0] == {f"1 of 1 spans {ODD}: look whether their offsets are right": 1}
+
+
+def test_spans_that_end_as_words_do_are_not_told(tmp_path: Path) -> None:
+    """Marks are no letters; where words have no spaces between them, or particles are written onto names, every end may be
+    right; and what says its own text was looked for by it."""
+    rows = [
+        {"text": "the U.S.-led war (Iraq).", "spans": [[4, 8, "P"], [9, 12, "X"], [18, 22, "P"]]},
+        {"text": "他在北京工作", "spans": [[2, 4, "P"]]},
+        {"text": "東京タワーへ行く", "spans": [[0, 2, "P"]]},
+        {"text": "ไปกรุงเทพมหานคร", "spans": [[2, 9, "P"]]},
+        {"text": "서울에서", "spans": [[0, 2, "P"]]},
+        {"text": "在Paris市", "spans": [[1, 6, "P"]]},
+        {"text": "Alice", "spans": [{"start": 0, "end": 2, "label": "P", "text": "Al"}]},
+    ]
+    assert odd_spans(tmp_path, rows) == ({}, {})

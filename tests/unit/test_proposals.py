@@ -566,3 +566,121 @@ def test_only_as_many_rows_are_read_as_asked_for(tmp_path: Path) -> None:
     assert (rows["read"], rows["complete"]) == (10, False)
     rows = proposed(path, num_rows=0)["proposals"][0]["rows"]
     assert (rows["read"], rows["complete"]) == (30, True)
+
+
+PAIR = {"chosen": "good", "rejected": "bad"}
+
+
+def ranked(**numbers: Any) -> list[Row]:
+    """Rows in which most, and not all, of the numbers say so; none in a row says nothing."""
+    rows = [{"prompt": saying(n), **PAIR, **numbers} for n in range(20)]
+    return [*rows, {"prompt": saying(20), **PAIR}]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"chosen_score": 1.0, "rejected_score": 5.0},
+        {"score_chosen": "1", "score_rejected": "4.5"},
+        {"chosen-rating": 2, "rejected-rating": 3},
+        {"chosenReward": -2.5, "rejectedReward": 0.5},
+        {"rank_chosen": 2, "rank_rejected": 1},
+        {"scores": {"chosen": 1, "rejected": 2}},
+        {"ratings": [1, 2]},
+    ],
+)
+def test_pairs_that_their_own_numbers_turn_round_are_not_proposed(numbers: Row, tmp_path: Path) -> None:
+    """Neither with the numbers of the best answer below those of the other, nor with its rank above; the columns the other
+    way round are proposed, and what the user names is shown with a warning."""
+    path = write(tmp_path / "rows.jsonl", ranked(**numbers))
+    report = proposed(path)
+    (note,) = report["notes"]
+    assert note.startswith("NOT PROPOSED: layout preference_chat: in 20 of 20 rows ")
+    assert all(each["layout"] != "preference_chat" for each in [*report["proposals"], *report["also_fit"]])
+    (note,) = proposed(path, layout="preference_chat")["notes"]
+    assert note.startswith("CAREFUL: layout preference_chat: in 20 of 20 rows ")
+    if "ratings" not in numbers:
+        swapped = proposed(path, given={"columns": {"chosen": "rejected", "rejected": "chosen"}})
+        assert (swapped["notes"], swapped["proposals"][0]["layout"]) == ([], "preference_chat")
+        assert swapped["proposals"][0]["shown"][0]["row"]["chosen"] == [assistant("bad")]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"chosen_score": 5.0, "rejected_score": 1.0},
+        {"chosen_score": 1.0, "rejected_score": 1.0},
+        {"chosen_rank": 1, "rejected_rank": 2},
+        {"chosen_tokens": 10, "rejected_tokens": 20},
+        {"ratings": [2, 1]},
+        {"score": 3, "scores": [1, 2, 3]},
+    ],
+)
+def test_pairs_whose_numbers_agree_or_judge_nothing_are_proposed(numbers: Row, tmp_path: Path) -> None:
+    report = proposed(write(tmp_path / "rows.jsonl", ranked(**numbers)))
+    assert (report["notes"], report["proposals"][0]["layout"]) == ([], "preference_chat")
+
+
+def test_a_choice_between_two_answers_must_be_as_their_numbers_are(tmp_path: Path) -> None:
+    """`preference` 1 prefers the first answer, 2 the second: what counts from 0, or names the worse one, is told."""
+    for preferences, agrees in (((1, 2), True), ((2, 1), False)):
+        rows = [
+            {"instruction": saying(n), "output_1": "a", "output_2": "b", "preference": preferences[n % 2]}
+            | {"score_1": 5 - n % 2 * 4, "score_2": 3}
+            for n in range(20)
+        ]
+        report = proposed(write(tmp_path / "rows.jsonl", rows))
+        proposes = "preference_between" in [each["layout"] for each in report["proposals"]]
+        assert (proposes, report["notes"] == []) == (agrees, agrees)
+    assert (
+        "in 20 of 20 rows 'score_1' and 'score_2' are higher for the answer that 'preference' does not"
+        in report["notes"][0]
+    )
+    swapped = proposed(tmp_path / "rows.jsonl", given={"columns": {"output_1": "output_2", "output_2": "output_1"}})
+    assert (swapped["notes"], swapped["proposals"][0]["layout"]) == ([], "preference_between")
+
+
+def test_numbers_that_judge_several_things_turn_nothing_round_where_they_differ(tmp_path: Path) -> None:
+    several = {"chosen_score": 5, "rejected_score": 1, "chosen_quality": 1, "rejected_quality": 2}
+    report = proposed(write(tmp_path / "rows.jsonl", ranked(**several)))
+    assert (report["notes"], report["proposals"][0]["layout"]) == ([], "preference_chat")
+
+
+def test_a_list_of_answers_must_be_ordered_as_its_numbers_are(tmp_path: Path) -> None:
+    """By the first and the last of three: scores that fall and ranks that rise are as the layout reads them."""
+    for name, numbers, agrees in (
+        ("scores", [1, 3, 5], False),
+        ("scores", [5, 1, 3], True),
+        ("rank", [3, 2, 1], False),
+        ("rank", [1, 2, 3], True),
+        ("lengths", [1, 2, 3], True),
+    ):
+        rows = [{"instruction": saying(n), "responses": ["a", "b", "c"], name: numbers} for n in range(20)]
+        report = proposed(write(tmp_path / "rows.jsonl", rows))
+        layouts = [each["layout"] for each in report["proposals"]]
+        assert ("preference_alpaca" in layouts, report["notes"] == []) == (agrees, agrees)
+        if not agrees:
+            assert f"in 20 of 20 rows '{name}' is" in report["notes"][0]
+    for reversed_of_ten, agrees in ((2, True), (3, False)):
+        rows = [
+            {
+                "instruction": saying(n),
+                "responses": ["a", "b"],
+                "scores": [1, 2] if n % 10 < reversed_of_ten else [2, 1],
+            }
+            for n in range(20)
+        ]
+        assert (proposed(write(tmp_path / "rows.jsonl", rows))["notes"] == []) == agrees
+
+
+def test_rows_that_contradict_each_other_are_told(tmp_path: Path) -> None:
+    """Of four rows two say the same and are labelled otherwise; of three pairs one is said twice with two margins."""
+    labels = [{"text": saying(n // 2), "label": "ab"[n]} for n in (0, 1)] + [{"text": saying(9), "label": "a"}] * 2
+    rows = proposed(write(tmp_path / "rows.jsonl", labels), layout="label")["proposals"][0]["rows"]
+    (noticed,) = rows["noticed"]
+    assert (rows["kept"], noticed["count"]) == (3, 2)
+    assert noticed["example"] == f'rows.jsonl:2: {{"label":"b"}}: {saying(0)}'
+    pairs = [{"prompt": "q", **PAIR, "margin": margin} for margin in (1, 2)] + [{"prompt": "p", **PAIR}]
+    rows = proposed(write(tmp_path / "pairs.jsonl", pairs), layout="preference_chat")["proposals"][0]["rows"]
+    assert [each["reason"] for each in rows["reasons"]] == ["contradicts_earlier_row"]
+    assert (rows["kept"], rows["noticed"][0]["count"]) == (2, 1)

@@ -17,14 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from stages.lib.rows.scripts import JOINED, UNSPACED
+
 if TYPE_CHECKING:
     from datatrove.utils.word_tokenizers import WordTokenizer
-
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\uff70\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-"""Scripts without spaces between words, of which ICU has dictionaries; U+30FC and U+FF70 lengthen Japanese vowels."""
-
-JOINED = r"\p{M}\u200c\u200d"
-"""What belongs to the letter before it: combining marks, and what says whether letters join (in Persian, Malayalam, ...)."""
 
 BETWEEN = r"\u0f0b\u0f0c\u1361\U00010100\U00010101\U0001039f"
 """Marks that do what spaces do elsewhere: Tibetan between syllables, Ethiopic and old scripts between words."""

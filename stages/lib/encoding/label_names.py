@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from pipeline.errors import ArtifactError, Problem
+from pipeline.errors import ArtifactError, DataError, Problem
 
 SEVERAL_LABELS = ("multi_label_classification", "regression")
 UNNAMED = 2
@@ -43,3 +43,18 @@ def span_tags(config: Mapping[str, Any], where: str) -> tuple[list[str], list[in
         what = f"does not tag with O, B-x and I-x: {', '.join(odd[:5])}"
         raise ArtifactError(Problem(where, what, "Save it with `id2label` of that scheme."))
     return labels, [tags["O"], *(tags.get(f"{prefix}-{label}") for label in labels for prefix in "BI")]
+
+
+def require_common_labels(trained: Collection[str], heldout: Collection[str], where: str) -> None:
+    """Raises `DataError` if held-out rows have labels and training knows none of them: every figure would be 0."""
+    if not heldout or set(heldout) & set(trained):
+        return
+    shown = {
+        side: ", ".join(map(repr, sorted(set(names))[:5])) for side, names in (("heldout", heldout), ("train", trained))
+    }
+    what = f"no held-out row has a label that training knows: held out are {shown['heldout']}, and in training {shown['train']}"
+    hint = (
+        "Write the labels alike on both sides; or take the held-out source out of `mix`, which then holds out some of the "
+        "other rows (heldout_fraction)."
+    )
+    raise DataError(Problem(where, what, hint))

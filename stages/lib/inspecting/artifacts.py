@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import ArtifactError, DataError, Problem, SlipwayError, shown_path
 from pipeline.settings.paths import is_file, read_json
 from pipeline.store.artifact import MANIFEST, Manifest, read_manifest
-from stages.lib.inspecting.data import Asked, RowLooks, first_rows, meaning_of
+from stages.lib.inspecting.data import Asked, RowLooks, example_of, first_rows, meaning_of
 from stages.lib.inspecting.token_views import ModelView
 from stages.lib.rows.canonical import FORMATS, Row, format_of_kind, read_rows
 from stages.lib.text.tokenizers import tokenizer_folder
@@ -134,7 +134,10 @@ def counts_in(ledger: dict[str, Any]) -> dict[str, Any]:
         "dropped": sum(reason["count"] for reason in reasons),
         "reasons": reasons,
         "repaired": [{"what": what, "count": count, "meaning": ""} for what, count in ledger["repaired"].items()],
-        "noticed": [{"what": what, "count": count} for what, count in ledger.get("noticed", {}).items()],
+        "noticed": [
+            {"what": what, "count": count, **example_of(ledger.get("noticed_examples", {}).get(what))}
+            for what, count in ledger.get("noticed", {}).items()
+        ],
         "complete": True,
     }
 

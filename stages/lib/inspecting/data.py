@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, Problem
+from stages.lib.curation.agreement import CONTRADICTING, Agreement, shown_beside
 from stages.lib.curation.normalization import Normalization, normalize_row
 from stages.lib.curation.wholeness import alike, emptied
 from stages.lib.inspecting.row_views import Part, parts_of_row, spread
 from stages.lib.inspecting.token_views import ModelView
-from stages.lib.rows.canonical import Row, content_digest, judged_text
-from stages.lib.rows.ledger import Ledger, largest_first
+from stages.lib.rows.canonical import Row, judged_text
+from stages.lib.rows.ledger import MAX_EXAMPLES, Ledger, largest_first
 from stages.lib.sources.conversion import REASONS, REPAIRS
 from stages.lib.sources.lines import Broken, Record
 from stages.lib.sources.params import FilesSource, LaidOutSource
@@ -29,6 +31,7 @@ from stages.lib.sources.proposing.proposals import (
     proposals_for,
     sample_of,
 )
+from stages.lib.sources.proposing.scores import reversed_by_numbers
 from stages.lib.sources.read import (
     convert_records,
     look_of,
@@ -42,6 +45,10 @@ SAMPLE_RECORDS = 1000
 """Records by which proposals are judged."""
 
 MOST_ALTERNATIVES = 3
+
+
+ANSWERS = frozenset({"chosen", "rejected", "output", "output_1", "output_2"})
+"""Our names of columns that say which answer is the better one."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,9 @@ def inspect_data(names: Sequence[str], asked: Asked) -> dict[str, Any]:
     if not samples:
         raise DataError(Problem(", ".join(names), "holds no rows", "Look at what stands below its header."))
     tried = proposals_for(samples, asked.given, layout=asked.layout, format=asked.format)
-    proposals = [proposal for proposal in tried if proposal.fit >= LEAST_FIT]
-    report: dict[str, Any] = {"what": "data", "paths": list(names), "notes": notes}
+    fitting = [proposal for proposal in tried if proposal.fit >= LEAST_FIT]
+    proposals, against = without_reversed(fitting, asked)
+    report: dict[str, Any] = {"what": "data", "paths": list(names), "notes": [*notes, *against]}
     if not proposals:
         best = max(samples, key=lambda sample: len(sample.rows))
         return {**report, **without_proposal(best, samples, tried, asked)}
@@ -90,6 +98,21 @@ def inspect_data(names: Sequence[str], asked: Asked) -> dict[str, Any]:
         {**summary_of(each), "why": each.why} for each in proposals[len(best) : len(best) + MOST_ALTERNATIVES]
     ]
     return report
+
+
+def without_reversed(proposals: Sequence[Proposal], asked: Asked) -> tuple[list[Proposal], list[str]]:
+    """The proposals without those whose pairs the data's own numbers turn round, unless the user names the layout or the
+    columns of the answers; and what is to be said of them."""
+    against = {
+        index: sentence
+        for index, each in enumerate(proposals)
+        if (sentence := reversed_by_numbers(each.layout, each.matched.columns, each.sample.rows))
+    }
+    decided = asked.layout is not None or ANSWERS & asked.given.get("columns", {}).keys()
+    what = "CAREFUL" if decided else "NOT PROPOSED"
+    told = [f"{what}: layout {proposals[index].layout}: {sentence}" for index, sentence in against.items()]
+    kept = [each for index, each in enumerate(proposals) if decided or index not in against]
+    return kept, list(dict.fromkeys(told))
 
 
 def without_proposal(
@@ -157,18 +180,27 @@ class Examined:
 
     def kept_rows(self) -> Iterator[tuple[str, Row]]:
         """The rows that `clean` keeps by default: whole ones, each content once."""
-        seen = set()
+        agreement = Agreement(self.format)
+        asked: Counter[bytes | None] = Counter()
+        examples: list[str] = []
         for where, raw in convert_records(self.records(), self.source, self.ledger):
             row = normalize_row(raw, self.format, Normalization())
             text = judged_text(row, self.format)
             if reason := emptied(row) or alike(row):
                 self.ledger.drop(reason, f"{where}: {text}")
-            elif (digest := content_digest(row, self.format)) in seen:
-                self.ledger.drop("exact_duplicate", f"{where}: {text}")
-            else:
-                seen.add(digest)
-                self.ledger.kept += 1
-                yield where, row
+                continue
+            agreement.learn(row)
+            if agreement.is_contradicted(row) and len(examples) < MAX_EXAMPLES:
+                examples.append(f"{where}: {shown_beside(row, self.format)}: {text}")
+            if repeated := agreement.repeats(row):
+                beside = "" if repeated == "exact_duplicate" else f"{shown_beside(row, self.format)}: "
+                self.ledger.drop(repeated, f"{where}: {beside}{text}")
+                continue
+            self.ledger.kept += 1
+            asked[agreement.asked(row)] += 1
+            yield where, row
+        if contradicting := sum(asked[each] for each in agreement.contradicted):
+            self.ledger.notice(CONTRADICTING, *examples, count=contradicting)
 
     def look_at(self, where: str, row: Row) -> None:
         self.looks.add(where, row)
@@ -245,12 +277,21 @@ def counts_of(ledger: Ledger) -> dict[str, Any]:
             {"what": name, "count": count, "meaning": REPAIRS.get(name, "")}
             for name, count in largest_first(ledger.repaired)
         ],
-        "noticed": [{"what": what, "count": count} for what, count in largest_first(ledger.noticed)],
+        "noticed": [
+            {"what": what, "count": count, **example_of(ledger.noticed_examples.get(what))}
+            for what, count in largest_first(ledger.noticed)
+        ],
     }
+
+
+def example_of(examples: Sequence[str] | None) -> dict[str, str]:
+    return {"example": examples[0]} if examples else {}
 
 
 OTHER_MEANINGS = {
     "exact_duplicate": "says exactly what a row before it says",
+    "contradicts_earlier_row": "says what a row before it says, and has another margin or carries other columns",
+    "contradicting": "says what another row says, and is to teach something else",
     "no_layout": "fits no layout",
 }
 

@@ -27,6 +27,8 @@ class Ledger:
     repaired: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     """What the user should know of rows that were kept as they are, in words -> how many rows."""
+    noticed_examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first of them, of what has examples."""
 
     unclear: list[Problem] = field(default_factory=list)
     """What a source must say before its rows can be trusted; no part of the file."""
@@ -38,6 +40,12 @@ class Ledger:
         if len(examples) < MAX_EXAMPLES:
             examples.append(printable(example))
 
+    def notice(self, what: str, *examples: str, count: int = 1) -> None:
+        """Counts rows that are kept as they are, and keeps the first examples (cut to 200 characters)."""
+        self.noticed[what] += count
+        kept = self.noticed_examples.setdefault(what, [])
+        kept += map(printable, examples[: MAX_EXAMPLES - len(kept)])
+
     def as_json(self) -> dict[str, Any]:
         return {
             "read": self.read,
@@ -48,6 +56,7 @@ class Ledger:
             },
             "repaired": dict(sorted(self.repaired.items())),
             **({"noticed": dict(sorted(self.noticed.items()))} if self.noticed else {}),
+            **({"noticed_examples": dict(sorted(self.noticed_examples.items()))} if self.noticed_examples else {}),
         }
 
     def write(self, folder: Path) -> None:
@@ -78,6 +87,8 @@ def add_ledgers(first: Ledger, second: Ledger) -> Ledger:
     both.unclear = [*first.unclear, *second.unclear]
     both.repaired, both.noticed = first.repaired + second.repaired, first.noticed + second.noticed
     for ledger in (first, second):
+        for what, kept in ledger.noticed_examples.items():
+            both.notice(what, *kept, count=0)
         for reason, count in ledger.dropped.items():
             examples = ledger.examples[reason]
             for example in examples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from stages.lib.rows.blank import is_blank
 from stages.lib.rows.canonical import Row
+from stages.lib.rows.ledger import MAX_EXAMPLES
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ REASONS: dict[str, Reason] = {
     "bad_span": Reason("has a span outside its text, or an empty one"),
     "overlapping_entities": Reason("has a head and a tail entity that overlap"),
     "answer_not_in_context": Reason("has answers, and none of them stands in the context"),
+    "ambiguous_place": Reason("has a span or an answer whose text stands several times, and not at its offset"),
     "not_text": Reason("has parts that are no text, such as images", broken=False),
     "rated_bad": Reason("was rated bad, so it is nothing to learn from", broken=False),
     "contradictory": Reason("says one thing in two places, and they differ"),
@@ -70,10 +71,12 @@ REPAIRS: dict[str, str] = {
     "empty_system_turn": "a system message that says nothing was left out",
     "answers_between_best_and_worst": "of several ranked answers, those between the first and the last were left out",
     "inside_without_begin": "an I- tag that continues nothing began a new span",
-    "span_moved": "a span's offsets were moved to the nearest place where its own text stands",
+    "span_moved": "a span's offsets were moved to the one place where its own text stands",
     "plausible_answers_left_out": "an answer to a question that says of itself to have none was left out",
-    "answer_moved": "an answer's offset was moved to the nearest place where its text stands",
-    "reference_left_out": "one of several reference answers does not stand in the context and was left out",
+    "answer_moved": "an answer's offset was moved to the one place where its text stands",
+    "offset_in_utf16": "an offset of a text that stands several times counts UTF-16 units, and was read so",
+    "offset_in_utf8": "an offset of a text that stands several times counts bytes of UTF-8, and was read so",
+    "reference_left_out": "one of several reference answers was left out: it does not stand in the context, or several times and not at its offset",
 }
 
 
@@ -108,6 +111,7 @@ class Conversion:
     unlabelled: bool = False
     first_answer: int | None = None
     no_label: tuple[str, ...] = NO_LABEL
+    span_offsets: str | None = None
     declared: frozenset[str] = frozenset()
     """Our names of the columns that the source's `columns` names."""
     repaired: Counter[str] = field(default_factory=Counter)
@@ -117,6 +121,12 @@ class Conversion:
     """Of rows whose source does not say from which number answers are counted: 0, 1, `above 1` or `between` -> how many."""
     in_this_row: Counter[str] = field(default_factory=Counter)
     noticed_in_this_row: set[str] = field(default_factory=set)
+    span_ends: Counter[str] = field(default_factory=Counter)
+    """Of the spans of rows that are kept: what `look_at_ends` counts, and `rows` with an odd one."""
+    span_ends_in_this_row: Counter[str] = field(default_factory=Counter)
+    odd_spans: list[str] = field(default_factory=list)
+    """How the first of the odd ones look."""
+    odd_spans_in_this_row: list[str] = field(default_factory=list)
 
     def repair(self, name: str, count: int = 1) -> None:
         assert name in REPAIRS, name
@@ -140,10 +150,15 @@ class Conversion:
     def begin_row(self) -> None:
         self.in_this_row.clear()
         self.noticed_in_this_row.clear()
+        self.span_ends_in_this_row.clear()
+        self.odd_spans_in_this_row.clear()
 
     def finish_row(self) -> None:
         self.repaired.update(self.in_this_row)
         self.noticed.update(self.noticed_in_this_row)
+        self.span_ends.update(self.span_ends_in_this_row)
+        self.span_ends["rows"] += bool(self.odd_spans_in_this_row)
+        self.odd_spans = (self.odd_spans + self.odd_spans_in_this_row)[:MAX_EXAMPLES]
 
 
 def text_of(row: Row, name: str, *, optional: bool = False) -> str:
@@ -187,12 +202,6 @@ def list_of(row: Row, name: str) -> list[Any]:
     if not value:
         raise Dropped("empty_field", name)
     return value
-
-
-def nearest_place(text: str, part: str, start: int) -> int | None:
-    """Where `part` stands nearest to `start`, the earlier place of two; None where it stands nowhere."""
-    places = (match.start() for match in re.finditer(f"(?={re.escape(part)})", text))
-    return min(places, key=lambda place: (abs(place - start), place), default=None)
 
 
 TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}

@@ -195,7 +195,7 @@ LAYOUTS: dict[str, Layout] = {
         "tokens, two entities and their relation",
         options=("token_separator", "no_label"),
     ),
-    "spans": Layout("spans", spans, ("text", "spans"), "a text and its spans"),
+    "spans": Layout("spans", spans, ("text", "spans"), "a text and its spans", options=("span_offsets",)),
     "bio": Layout(
         "spans",
         bio,

@@ -14,11 +14,11 @@ from stages.lib.sources.conversion import (
     is_blank,
     is_whole,
     items_of,
-    nearest_place,
     text_of,
     truth_of,
     type_name,
 )
+from stages.lib.sources.places import find_part
 
 # Questions
 
@@ -58,9 +58,11 @@ def squad(row: Row, conversion: Conversion) -> Row:
         given = []
     elif impossible is False and not given:
         raise Dropped("contradictory", "is_impossible is false, and there is no answer")
-    answers = [place for start, answer in given if (place := find_answer(context, start, answer, conversion))]
+    found = [find_answer(context, start, answer, conversion) for start, answer in given]
+    answers = [answer for answer in found if isinstance(answer, dict)]
     if given and not answers:
-        raise Dropped("answer_not_in_context", given[0][1])
+        ambiguous = next((reason for reason in found if isinstance(reason, Dropped)), None)
+        raise ambiguous or Dropped("answer_not_in_context", given[0][1])
     conversion.repair("reference_left_out", len(given) - len(answers))
     identity = row.get("id")
     if not isinstance(identity, str | int) or isinstance(identity, bool):
@@ -97,12 +99,12 @@ def read_answers(row: Row, impossible: bool | None) -> Iterator[tuple[int, str]]
         yield start, text_of(answer, "text")
 
 
-def find_answer(context: str, start: int, answer: str, conversion: Conversion) -> Row | None:
-    """The answer at its offset, or else where its text stands nearest to it; None where it stands nowhere."""
-    if start < 0 or context[start : start + len(answer)] != answer:
-        place = nearest_place(context, answer, start)
-        if place is None:
-            return None
-        start = place
-        conversion.repair("answer_moved")
-    return {"start": start, "text": answer}
+def find_answer(context: str, start: int, answer: str, conversion: Conversion) -> Row | Dropped | None:
+    """The answer at its offset, or else where its text is found; why it cannot be told where; None where it stands nowhere."""
+    place: int | None = start
+    if start < 0 or not context.startswith(answer, start):
+        try:
+            place = find_part(context, answer, start, conversion, moved="answer_moved")
+        except Dropped as ambiguous:
+            return ambiguous
+    return None if place is None else {"start": place, "text": answer}

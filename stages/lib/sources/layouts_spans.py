@@ -13,10 +13,11 @@ from stages.lib.sources.conversion import (
     is_whole,
     label_of,
     list_of,
-    nearest_place,
     text_of,
     type_name,
 )
+from stages.lib.sources.places import find_part
+from stages.lib.sources.span_ends import look_at_ends, span_read_as
 
 
 def entity_tokens(row: Row, name: str, num_tokens: int) -> tuple[int, int]:
@@ -38,7 +39,8 @@ def entity_tokens(row: Row, name: str, num_tokens: int) -> tuple[int, int]:
 
 
 def spans(row: Row, conversion: Conversion) -> Row:
-    """A text and its spans: mappings with start, end and label, or lists [start, end, label]; half-open offsets.
+    """A text and its spans: mappings with start, end and label, or lists [start, end, label]; half-open offsets in
+    characters, unless the source's `span_offsets` says otherwise.
 
     A mapping may hold its `text` as well, which is then what counts: offsets of other tools may count otherwise.
     """
@@ -63,14 +65,26 @@ def read_span(span: Any, content: str, conversion: Conversion) -> Row:
     if not (is_whole(start) and is_whole(end)):
         raise Dropped("wrong_type", "a span's start and end must be whole numbers")
     said = text_of(span, "text", optional=True)
-    if said and (start < 0 or content[start:end] != said):
-        if (place := nearest_place(content, said, start)) is None:
-            raise Dropped("contradictory", f"a span says {said!r}, which stands nowhere in the text")
-        start, end = place, place + len(said)
-        conversion.repair("span_moved")
-    if not 0 <= start < end <= len(content):
-        raise Dropped("bad_span", f"[{start}, {end}) of {len(content)} characters")
-    return {"start": start, "end": end, "label": label_of(span, "label")}
+    read = span_read_as(content, start, end, conversion.span_offsets)
+    if said and (read is None or content[slice(*read)] != said):
+        read = find_span(content, said, start if read is None else read[0], conversion)
+    if read is None:
+        units = f" as {conversion.span_offsets}" if conversion.span_offsets else ""
+        raise Dropped("bad_span", f"[{start}, {end}){units} of {len(content)} characters")
+    if not said and (odd := look_at_ends(content, start, end, read, conversion.span_ends_in_this_row)):
+        conversion.odd_spans_in_this_row.append(odd)
+    return {"start": read[0], "end": read[1], "label": label_of(span, "label")}
+
+
+def find_span(content: str, said: str, start: int, conversion: Conversion) -> tuple[int, int]:
+    """The span of a text that does not stand where its offsets say. Raises `Dropped` if it stands nowhere, or who knows where."""
+    if start >= 0 and content.startswith(said, start):
+        conversion.repair("span_moved")  # only its end is another
+        return start, start + len(said)
+    place = find_part(content, said, start, conversion, moved="span_moved")
+    if place is None:
+        raise Dropped("contradictory", f"a span says {said!r}, which stands nowhere in the text")
+    return place, place + len(said)
 
 
 def bio(row: Row, conversion: Conversion) -> Row:

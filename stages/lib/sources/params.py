@@ -99,6 +99,8 @@ class LaidOutSource(Strict):
     """What `preference` says of a row whose first answer (output_1) is the better one, 0 or 1 (layout preference_between); one more says the second. With 1 also 0 is a tie. null: 1, and where the numbers are only ever 0 and 1 the stage stops and asks."""
     no_label: list[str] | None = None
     """Labels that say that a row has none (layouts label and relation): such rows are dropped and counted. null: - and -1, as SNLI and `datasets` write it. []: each label is a class."""
+    span_offsets: Literal["inclusive", "utf16", "utf8"] | None = None
+    """How spans count that do not say their text (layout spans): with an `end` that is their last character (inclusive), in UTF-16 units as browsers and Java do (utf16), or in bytes of UTF-8 (utf8). null: half-open, in characters."""
     max_row_bytes: int = Field(default=8 << 20, ge=1)
     """Rows of more bytes than this are dropped without being parsed."""
     max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -127,6 +129,7 @@ class LaidOutSource(Strict):
             ("unlabelled", self.unlabelled),
             ("first_answer", self.first_answer is not None),
             ("no_label", self.no_label is not None),
+            ("span_offsets", self.span_offsets is not None),
         ):
             if is_set and option not in self.laid_out.options:
                 users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)

@@ -15,6 +15,7 @@ from stages.lib.sources.files import read_files
 from stages.lib.sources.layouts import convert_record
 from stages.lib.sources.lines import Broken, Limits, Record
 from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, LaidOutSource, PythonDocsSource
+from stages.lib.sources.span_ends import odd_ends
 
 
 def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str, Row]]:
@@ -71,6 +72,7 @@ def convert_records(
         unlabelled=source.unlabelled,
         first_answer=source.first_answer,
         no_label=NO_LABEL if source.no_label is None else tuple(source.no_label),
+        span_offsets=source.span_offsets,
         declared=frozenset(source.columns),
     )
     for record in records:
@@ -86,6 +88,9 @@ def convert_records(
                 yield record.where, found
     ledger.repaired.update(conversion.repaired)
     ledger.noticed.update(conversion.noticed)
+    if conversion.odd_spans:
+        what, rows = odd_ends(conversion.span_ends), conversion.span_ends["rows"]
+        ledger.notice(what, *conversion.odd_spans, count=rows)
     if conversion.preferred["0"] and conversion.preferred["1"] and not conversion.preferred["above 1"]:
         ledger.unclear.append(counted_from_where(source, conversion.preferred))
 
