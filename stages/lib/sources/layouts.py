@@ -59,6 +59,7 @@ def convert_record(
     """
     renamed = rename(record, columns)
     try:
+        refuse_bytes(renamed, record, layout, columns, carry)
         for raw in layout.expand(renamed):
             conversion.begin_row()
             try:
@@ -74,6 +75,23 @@ def convert_record(
                 yield raw, row
     except Dropped as reason:
         yield renamed, reason
+
+
+def refuse_bytes(renamed: Row, record: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> None:
+    """Raises `Dropped` where a column that is read holds bytes, which readers leave where they are no UTF-8."""
+    read = {"id", "group"} & columns.keys() | {*layout.columns, *layout.also}
+    wanted = {columns.get(name, name): renamed.get(name) for name in sorted(read)}
+    wanted |= {name: column_in(record, name) for name in carry}
+    for name, value in wanted.items():
+        if holds_bytes(value):
+            hint = "name a column of text in `columns`, or write this one as UTF-8"
+            raise Dropped("not_utf8", f"column '{name}' holds bytes that are no text: {hint}")
+
+
+def holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(holds_bytes, value.values()))
+    return isinstance(value, bytes) or (isinstance(value, list) and any(map(holds_bytes, value)))
 
 
 def unread(record: Row, raw: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> list[str]:
