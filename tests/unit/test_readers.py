@@ -708,7 +708,8 @@ def test_a_key_twice_or_a_bad_byte_in_a_document_spoils_only_its_row(tmp_path: P
     assert ledger.examples["not_utf8"][0].startswith("a.json:data[2]: in x[0]: {")
     kept, dropped, _ = read(tmp_path, "a.json", b'{"x": {"text": "a"}, "y": {"text": "b", "text": "c"}}', records="*")
     assert (kept, dropped) == (["a"], {"repeated_key": 1})
-    kept, dropped, ledger = read(tmp_path, "a.json", b'{"data": [{"text": "a"}], "data": []}', records="data")
+    content = b'{"a": "\xff", "b": {"c": 1, "c": 2}, "data": [{"text": "a"}], "data": []}'
+    kept, dropped, ledger = read(tmp_path, "a.json", content, records="data")
     assert (kept, dropped) == ([], {"repeated_key": 1})
     assert "'data' in the mapping that holds the rows" in ledger.examples["repeated_key"][0]
 
@@ -741,6 +742,18 @@ def test_a_header_that_names_two_columns_alike_is_refused(tmp_path: Path) -> Non
     (tmp_path / "a.csv").write_text("yes,yes\nno,no\n")
     rows, _ = read_files(tmp_path, paths=["a.csv"], layout="text", columns={"text": "0"}, has_header=False)
     assert texts(rows) == ["yes", "no"]
+
+
+def test_two_columns_of_a_parquet_file_with_one_name_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array(["one"]), pyarrow.array(["x"]), pyarrow.array(["y"])]
+    for names in (["text", "label", "label"], ["text", "label", "rating"]):
+        pyarrow.parquet.write_table(pyarrow.table(columns, names=names), tmp_path / f"{names[-1]}.parquet")
+    with pytest.raises(DataError, match=r"label\.parquet: has more than one column 'label'\. Write it again"):
+        read_files(tmp_path, paths=["label.parquet"], layout="label")
+    assert read_files(tmp_path, paths=["rating.parquet"], layout="label")[0] == [{"text": "one", "label": "x"}]
 
 
 def test_columns_without_a_name_go_by_their_positions(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +35,21 @@ def read_parquet(path: Path, name: str, source: FilesSource, limits: Limits) -> 
         start = 0
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
+                refuse_repeated_names(table.schema_arrow.names, name)
                 names, noticed = named_classes(table.schema_arrow)
                 for batch in table.iter_batches(batch_size=ARROW_BATCH_ROWS):
                     yield from arrow_rows(batch, name, start, limits, names, noticed)
                     start += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             raise Damaged(str(error)) from None
+
+
+def refuse_repeated_names(names: list[str], where: str) -> None:
+    """Raises `DataError` where two columns have one name: which of them is meant cannot be told."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        listed = ", ".join(f"'{name}'" for name in repeated)
+        what = f"has more than one column {listed}"
+        raise DataError(Problem(where, what, "Write it again with a name of its own for each."))
 
 
 def named_classes(schema: pyarrow.Schema) -> tuple[dict[str, Callable[[Any], Any]], tuple[str, ...]]:

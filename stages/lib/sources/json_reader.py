@@ -68,6 +68,8 @@ def read_json(path: Path, name: str, source: FilesSource, limits: Limits) -> Ite
     """The elements of a list, one by one; or a whole document, or the rows that `records` names in it."""
     blocks = text_blocks(path, source.encoding)
     first = next(blocks, b"").removeprefix(UTF8_MARK)
+    while not first.strip() and (block := next(blocks, b"")):
+        first += block
     if source.records is None and first.lstrip()[:1] == b"[":
         yield from read_json_list(chain(first, blocks), name, limits)
         return
@@ -108,10 +110,8 @@ def document_rows(document: Document, records: str | None, name: str, limits: Li
                 yield Broken(where, "row_too_long", f"more than {limits.row_bytes:,} bytes")
             else:
                 yield as_record(where, value)
-    except RepeatedKey:
-        fault = document.fault_in(document.value)
-        assert fault is not None
-        yield Broken(f"{name}:1", "repeated_key", f"{fault.detail} in the mapping that holds the rows")
+    except RepeatedKey as error:
+        yield Broken(f"{name}:1", "repeated_key", f"{error} in the mapping that holds the rows")
 
 
 def faulty_row(where: str, value: Any, fault: Fault, records: str | None) -> Broken:
@@ -132,7 +132,7 @@ def chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 def records_in(document: Any, keys: list[str], where: str) -> Iterator[tuple[str, Any]]:
     """(where, row) below the keys; `*` steps into every entry of a mapping, whose name becomes the row's `key`."""
     if keys and isinstance(document, Repeating):
-        raise RepeatedKey
+        raise RepeatedKey(document.key)
     if keys and isinstance(document, dict):
         key, *rest = keys
         if key == "*":

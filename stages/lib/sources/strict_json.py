@@ -20,6 +20,10 @@ class RepeatedKey(ValueError):
 class Repeating(dict[str, Any]):
     """A mapping that has a key twice, in a document whose other parts are read. It holds what the last one says."""
 
+    def __init__(self, found: dict[str, Any], key: str) -> None:
+        super().__init__(found)
+        self.key = key
+
 
 def parse_json(text: str) -> Any:
     """The value that the text holds. Raises `RepeatedKey` where a mapping has a key twice, and `ValueError` if it is no JSON."""
@@ -52,8 +56,7 @@ class Document:
 
     def __init__(self, content: bytes) -> None:
         """Raises `ValueError` if it is no JSON, and `UnicodeDecodeError` if that may be because it is no UTF-8."""
-        self.repeated: dict[int, str] = {}
-        """The identity of each mapping with a key twice, and the key. The mappings live as long as the document."""
+        self.repeats = False
         self.undecodable: UnicodeDecodeError | None = None
         try:
             text = content.decode("utf-8")
@@ -71,13 +74,12 @@ class Document:
         found: dict[str, Any] = dict(pairs)
         if len(found) == len(pairs):
             return found
-        repeating = Repeating(found)
-        self.repeated[id(repeating)] = repeated_key(pairs)
-        return repeating
+        self.repeats = True
+        return Repeating(found, repeated_key(pairs))
 
     @property
     def is_whole(self) -> bool:
-        return not self.repeated and self.undecodable is None
+        return not self.repeats and self.undecodable is None
 
     def fault_in(self, value: Any) -> Fault | None:
         """The first fault in a part of the document, its place told from there; None where it has none."""
@@ -87,7 +89,7 @@ class Document:
         while waiting:
             place, part = waiting.pop()
             if isinstance(part, Repeating):
-                return Fault("repeated_key", place.removeprefix("."), self.repeated[id(part)])
+                return Fault("repeated_key", place.removeprefix("."), part.key)
             if isinstance(part, str) and self.undecodable and ESCAPED_BYTE.search(part):
                 return Fault("not_utf8", place.removeprefix("."), f"byte {self.undecodable.start}")
             waiting += reversed(list(parts_of(place, part)))
