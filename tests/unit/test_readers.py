@@ -697,6 +697,16 @@ def test_the_way_out_of_several_json_values_is_one_that_works(tmp_path: Path) ->
     assert read(tmp_path, "a.json", f"[{','.join(values)}]".encode())[:2] == (["a", "b"], {})
 
 
+def test_lines_that_are_lists_of_texts_are_told_in_a_json_file(tmp_path: Path) -> None:
+    content = b'["one", "x"]\n["two", "y"]\n'
+    _, dropped, ledger = read(tmp_path, "a.json", content)
+    assert dropped == {"not_a_record": 4}
+    assert "set file_type: jsonl" in ledger.examples["not_a_record"][0]
+    kept, dropped, _ = read(tmp_path, "a.json", content, file_type="jsonl", columns={"text": "0"})
+    assert (kept, dropped) == (["one", "two"], {})
+    assert "file_type" not in read(tmp_path, "a.json", b'["one",\n"two"]')[2].examples["not_a_record"][0]
+
+
 def test_a_key_twice_or_a_bad_byte_in_a_document_spoils_only_its_row(tmp_path: Path) -> None:
     rows = b'{"text": "a"}, {"text": "b", "text": "c"}, {"text": "d", "x": [{"\xff": 1}]}, {"text": "e", "x": [{"k": 1, "k": 2}]}, {"text": "f"}'
     kept, dropped, ledger = read(tmp_path, "a.json", b'{"data": [' + rows + b"]}", records="data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,10 @@ def read_json(path: Path, name: str, source: FilesSource, limits: Limits) -> Ite
     while not first.strip() and (block := next(blocks, b"")):
         first += block
     if source.records is None and first.lstrip()[:1] == b"[":
-        yield from read_json_list(chain(first, blocks), name, limits)
+        hint = "if each line is a row of its own, set file_type: jsonl" if begins_with_list_lines(first) else ""
+        for found in read_json_list(chain(first, blocks), name, limits):
+            bare = isinstance(found, Broken) and found.reason == "not_a_record"
+            yield replace(found, detail=hint) if bare else found
         return
     content = bytearray(first)
     for block in blocks:
@@ -90,6 +94,12 @@ def read_json(path: Path, name: str, source: FilesSource, limits: Limits) -> Ite
         yield Broken(f"{name}:1", "bad_json", detail, snippet_of(bytes(content)))
     else:
         yield from document_rows(document, source.records, name, limits)
+
+
+def begins_with_list_lines(content: bytes) -> bool:
+    """Whether the first line is a list by itself, and another follows."""
+    line, _, rest = content.lstrip().partition(b"\n")
+    return rest.lstrip()[:1] == b"[" and isinstance(parse_record("", line), Record)
 
 
 def extra_data_hint(content: bytes) -> str:
