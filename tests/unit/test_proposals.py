@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.errors import SlipwayError
 from stages.data.clean import STAGE as CLEAN
+from stages.data.mix import MixParams
 from stages.lib.inspecting.data import Asked, inspect_data
 from stages.lib.sources.layouts import LAYOUTS
 from tests.unit.running_stages import run_stage
@@ -345,6 +346,63 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
         json.dumps({"version": 1, "data": [{"text": saying(n), "label": n % 2} for n in range(9)]}),
         {"records": "data", "layout": "label"},
     ),
+    "rows within a document of which one has a key twice": (
+        "rows.json",
+        json.dumps({"data": [{"text": saying(n), "label": n % 2} for n in range(60)]}).replace(
+            "0}", '0, "label": 1}', 1
+        ),
+        {"records": "data", "layout": "label"},
+    ),
+    "list after list": (
+        "rows.json",
+        "".join(json.dumps([{"text": saying(n), "label": n % 2} for n in range(k, k + 9)]) + "\n" for k in (0, 9)),
+        {"layout": "label"},
+    ),
+    "lists of rows that are called JSON lines": (
+        "rows.jsonl",
+        "".join(json.dumps([{"text": saying(n), "label": n % 2}]) + "\n" for n in range(9)),
+        {"file_type": "json", "layout": "label"},
+    ),
+    "quotes that enclose fields between tabs": (
+        "a.tsv",
+        "text\tlabel\n" + "".join(f'"{saying(n)} ""Yes"""\t{n % 2}\n{saying(n)}\t{n % 2}\n' for n in range(9)),
+        {"file_type": "csv", "delimiter": "\t", "layout": "label"},
+    ),
+    "quotes around fields of several lines": (
+        "a.tsv",
+        "text\tlabel\n" + "".join(f'"{saying(n)}\nAnd more."\t{n % 2}\n' for n in range(9)),
+        {"file_type": "csv", "delimiter": "\t", "layout": "label"},
+    ),
+    "quotes around each text": (
+        "a.txt",
+        '"text"\t"label"\n' + "".join(f'"{saying(n)}"\t{n % 2}\n' for n in range(9)),
+        {"file_type": "csv", "delimiter": "\t", "layout": "label"},
+    ),
+    "quotes that texts have of their own": (
+        "a.tsv",
+        "text\tlabel\n" + "".join(f'"{saying(n)}\t0\n{saying(n + 1)}"\t1\n"Go {n}!"\t1\n' for n in range(9)),
+        {"layout": "label"},
+    ),
+    "a header once more": (
+        "a.csv",
+        "".join("text,label\n" + "".join(f"{saying(n)},{n % 2}\n" for n in range(k, k + 9)) for k in (0, 9)),
+        {"layout": "label"},
+    ),
+    "empty columns of a spreadsheet": (
+        "a.csv",
+        "text,label,,\n" + "".join(f"{saying(n)},{n % 2},,\n" for n in range(9)),
+        {"layout": "label"},
+    ),
+    "line ends of old Macs": (
+        "a.csv",
+        "text,label\r" + "".join(f"{saying(n)},{n % 2}\r" for n in range(9)),
+        {"layout": "label"},
+    ),
+    "spaces that do not break": (
+        "a.conll",
+        "Mira B-PER\nhas O\n10\u00a0000 B-NUM\n\nOsaka\u3000Bay B-LOC\nis O\n",
+        {"layout": "bio"},
+    ),
     "lines": ("poem.txt", "".join(f"{saying(n)}\n" for n in range(9)), {"split_text": "line", "layout": "text"}),
     "paragraphs": ("book.md", "\n\n".join(map(saying, range(9))), {"split_text": "paragraph", "layout": "text"}),
     "one text": ("page.txt", saying(1), {"layout": "text"}),
@@ -385,6 +443,53 @@ def test_encodings_are_proposed(encoding: str, text: str, wanted: str | None, tm
     path.write_bytes(("text,label\n" + "".join(f"{text} {n},{n % 2}\n" for n in range(20))).encode(encoding))
     found = source(path)
     assert (found.get("encoding"), found["layout"]) == (wanted, "label")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le"])
+def test_rows_within_a_document_are_found_in_other_encodings(encoding: str, tmp_path: Path) -> None:
+    rows = [{"text": f"caf\u00e9 au lait {n}", "label": n % 2} for n in range(9)]
+    (tmp_path / "rows.json").write_bytes(json.dumps({"data": rows}, ensure_ascii=False).encode(encoding))
+    assert source(tmp_path / "rows.json") == {"encoding": encoding, "records": "data", "layout": "label"}
+
+
+def test_a_header_that_names_two_columns_alike_is_told(tmp_path: Path) -> None:
+    """And not taken for a row. Who says that it is one is believed."""
+    path = tmp_path / "a.csv"
+    path.write_text("id,text,label,label\n" + "".join(f"{n},{saying(n)},{n % 2},{n % 3}\n" for n in range(9)))
+    assert "has a header that names more than one column 'label'" in refused(path)
+    assert proposed(path, given={"has_header": False})["proposals"][0]["rows"]["read"] == 10
+    path.write_text("Title,My label,My label\n" + "".join(f"{saying(n)},{n % 2},{n % 3}\n" for n in range(9)))
+    assert "has a header that names more than one column 'My label'" in refused(path)
+    path.rename(tmp_path / "a.txt")
+    assert any("more than one column 'My label'" in note for note in proposed(tmp_path / "a.txt")["notes"])
+    path.write_text("".join(f"good {n},good {n},no word\n" for n in range(9)))
+    assert source(path)["has_header"] is False
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"),
+        ("train/a.jsonl", "dev/a.jsonl"),
+        ("squad_dev.jsonl", "squad_train.jsonl"),
+    ],
+)
+def test_official_splits_are_told(names: tuple[str, ...], tmp_path: Path) -> None:
+    """The way out: each by itself, and the one to test with named in heldout_sources of `mix`."""
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, [{"text": saying(number * 9 + n)} for n in range(9)])
+    (note,) = [note for note in proposed(tmp_path)["notes"] if "official splits" in note]
+    assert "name that `clean` in heldout_sources of the stage `mix`" in note
+    assert "heldout_sources" in MixParams.model_fields
+    assert not any("splits" in note for note in proposed(tmp_path / names[0])["notes"])
+
+
+def test_other_names_are_no_splits(tmp_path: Path) -> None:
+    for name in ("test-1.jsonl", "test-2.jsonl", "latest.jsonl", "contrast.jsonl", "developers.jsonl"):
+        write(tmp_path / name, [{"text": saying(1)}])
+    assert not any("splits" in note for note in proposed(tmp_path)["notes"])
 
 
 def test_a_folder_of_texts_is_read_text_by_text(tmp_path: Path) -> None:

@@ -659,3 +659,301 @@ def test_options_of_other_file_types_are_refused(option: str, value: Any, tmp_pa
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match=f"{option}: is for .* files, and none of the files is one"):
         read_files(tmp_path, paths=["a.jsonl"], layout="text", **{option: value})
+
+
+@pytest.mark.parametrize("between", [b"\n", b"", b",\n", b"\n\n \n", b"\n\xef\xbb\xbf"])
+def test_json_lists_one_after_the_other_are_read(
+    between: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files put one behind another: the second list holds rows too, wherever the file is cut into blocks."""
+    lists = [json.dumps([{"text": f"{name} {index}"} for index in range(3)]).encode() for name in ("a", "b", "c")]
+    expected = [f"{name} {index}" for name in ("a", "b", "c") for index in range(3)]
+    for block_bytes in (1, 3, 1 << 20):
+        monkeypatch.setattr("stages.lib.sources.lines.BLOCK_BYTES", block_bytes)
+        assert read(tmp_path, "a.json", between.join(lists) + b"\n")[:2] == (expected, {})
+
+
+def test_what_stands_outside_json_lists_is_counted(tmp_path: Path) -> None:
+    """Rows in = rows out + dropped: two mappings, a text and a closing bracket too many are no part of a list."""
+    content = (
+        b'[{"text": "a"}]\n, {"text": "lost, [here]"}, {"text": "lost {too}"}\n"lost"\n[{"text": "b"}]]\n[]\n'
+        b'[{"text": "c"}'
+    )
+    kept, dropped, ledger = read(tmp_path, "a.json", content)
+    assert kept == ["a", "b", "c"]
+    assert dropped == {"bad_json": 4, "damaged_file": 1}
+    assert [example.partition(": ")[0] for example in ledger.examples["bad_json"]] == [
+        f"a.json:{line}" for line in (2, 2, 3, 4)
+    ]
+    assert all("stands outside the list: put it into the list, or" in each for each in ledger.examples["bad_json"])
+
+
+def test_the_way_out_of_several_json_values_is_one_that_works(tmp_path: Path) -> None:
+    """Values over several lines cannot be read as JSON lines, so that is not said of them."""
+    values = [json.dumps({"text": text}, indent=1) for text in ("a", "b")]
+    _, dropped, ledger = read(tmp_path, "a.json", "\n".join(values).encode())
+    assert dropped == {"bad_json": 1}
+    assert "write its values as one list" in ledger.examples["bad_json"][0]
+    assert read(tmp_path, "a.json", f"[{','.join(values)}]".encode())[:2] == (["a", "b"], {})
+
+
+def test_lines_that_are_lists_of_texts_are_told_in_a_json_file(tmp_path: Path) -> None:
+    content = b'["one", "x"]\n["two", "y"]\n'
+    _, dropped, ledger = read(tmp_path, "a.json", content)
+    assert dropped == {"not_a_record": 4}
+    assert "set file_type: jsonl" in ledger.examples["not_a_record"][0]
+    kept, dropped, _ = read(tmp_path, "a.json", content, file_type="jsonl", columns={"text": "0"})
+    assert (kept, dropped) == (["one", "two"], {})
+    assert "file_type" not in read(tmp_path, "a.json", b'["one",\n"two"]')[2].examples["not_a_record"][0]
+
+
+def test_a_key_twice_or_a_bad_byte_in_a_document_spoils_only_its_row(tmp_path: Path) -> None:
+    rows = b'{"text": "a"}, {"text": "b", "text": "c"}, {"text": "d", "x": [{"\xff": 1}]}, {"text": "e", "x": [{"k": 1, "k": 2}]}, {"text": "f"}'
+    kept, dropped, ledger = read(tmp_path, "a.json", b'{"data": [' + rows + b"]}", records="data")
+    assert (kept, dropped) == (["a", "f"], {"repeated_key": 2, "not_utf8": 1})
+    assert [each.partition(": {")[0] for each in ledger.examples["repeated_key"]] == [
+        "a.json:data[1]: 'text'",
+        "a.json:data[3]: 'k' in x[0]",
+    ]
+    assert ledger.examples["not_utf8"][0].startswith("a.json:data[2]: in x[0]: {")
+    kept, dropped, _ = read(tmp_path, "a.json", b'{"x": {"text": "a"}, "y": {"text": "b", "text": "c"}}', records="*")
+    assert (kept, dropped) == (["a"], {"repeated_key": 1})
+    content = b'{"a": "\xff", "b": {"c": 1, "c": 2}, "data": [{"text": "a"}], "data": []}'
+    kept, dropped, ledger = read(tmp_path, "a.json", content, records="data")
+    assert (kept, dropped) == ([], {"repeated_key": 1})
+    assert "'data' in the mapping that holds the rows" in ledger.examples["repeated_key"][0]
+
+
+def test_a_fault_in_a_document_that_is_one_row_is_placed(tmp_path: Path) -> None:
+    """The way out that is named, `records`, keeps the other articles."""
+    articles = [
+        {"paragraphs": [{"context": f"Number {n}.", "qas": [{"id": f"q{n}", "question": "What?", "answers": []}]}]}
+        for n in range(3)
+    ]
+    content = json.dumps({"data": articles}).replace('"id": "q1"', '"id": "q1", "id": "q2"')
+    (tmp_path / "a.json").write_text(content)
+    how: dict[str, Any] = {"paths": ["a.json"], "layout": "squad", **ANY_BROKEN}
+    rows, ledger = read_files(tmp_path, **how)
+    assert (rows, dict(ledger.dropped)) == ([], {"repeated_key": 1})
+    said = ledger.examples["repeated_key"][0]
+    assert "'id' in data[1].paragraphs[0].qas[0]; with records: data only the row that holds it is dropped" in said
+    rows, ledger = read_files(tmp_path, records="data", **how)
+    assert ([row["id"] for row in rows], dict(ledger.dropped)) == (["q0", "q2"], {"repeated_key": 1})
+
+
+def test_a_header_that_names_two_columns_alike_is_refused(tmp_path: Path) -> None:
+    content = "id,text,label,label\n0,one,x,1\n1,two,y,0\n"
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=r"a\.csv:1: has a header that names more than one column 'label'\. Give each"):
+        read_files(tmp_path, paths=["a.csv"], layout="label")
+    (tmp_path / "a.csv").write_text(content.replace("label,label", "label,rating"))
+    rows, _ = read_files(tmp_path, paths=["a.csv"], layout="label")
+    assert [row["label"] for row in rows] == ["x", "y"]
+    (tmp_path / "a.csv").write_text("yes,yes\nno,no\n")
+    rows, _ = read_files(tmp_path, paths=["a.csv"], layout="text", columns={"text": "0"}, has_header=False)
+    assert texts(rows) == ["yes", "no"]
+
+
+def test_two_columns_of_a_parquet_file_with_one_name_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array(["one"]), pyarrow.array(["x"]), pyarrow.array(["y"])]
+    for names in (["text", "label", "label"], ["text", "label", "rating"]):
+        pyarrow.parquet.write_table(pyarrow.table(columns, names=names), tmp_path / f"{names[-1]}.parquet")
+    with pytest.raises(DataError, match=r"label\.parquet: has more than one column 'label'\. Write it again"):
+        read_files(tmp_path, paths=["label.parquet"], layout="label")
+    assert read_files(tmp_path, paths=["rating.parquet"], layout="label")[0] == [{"text": "one", "label": "x"}]
+
+
+def test_columns_without_a_name_go_by_their_positions(tmp_path: Path) -> None:
+    """Spreadsheets write empty columns after the last one; what stands in one is not lost without a word."""
+    kept, dropped, ledger = read(tmp_path, "a.csv", b"text,,\none,,\ntwo,,note\n")
+    assert (kept, dropped) == (["one", "two"], {})
+    assert ledger.noticed == {"column '2' is not read": 1}
+
+
+def test_a_header_once_more_is_no_row(tmp_path: Path) -> None:
+    content = b'text,label\none,x\ntext,label\n"text",y\n\xef\xbb\xbftext,label\n'
+    kept, dropped, ledger = read(tmp_path, "a.csv", content, max_broken_fraction=0.0)
+    assert (kept, dropped) == (["one", "text"], {"repeated_header": 2})
+    assert ledger.examples["repeated_header"][0].startswith("a.csv:3: ")
+    assert read(tmp_path, "a.csv", b"text\none\ntext\n")[:2] == (["one", "text"], {})  # a word may be called so
+
+
+def test_fields_between_quotes_in_tsv_are_said(tmp_path: Path) -> None:
+    """The way out that is named reads them, also one that goes on in the next line."""
+    content = b'text\tlabel\nplain\tx\n"She said ""no"""\ty\n"over\ntwo lines"\tx\nsaid "so" here\ty\n'
+    kept, dropped, ledger = read(tmp_path, "a.tsv", content)
+    assert kept == ["plain", '"She said ""no"""', 'two lines"', 'said "so" here']
+    assert dropped == {"bad_csv_row": 1}
+    way = 'set file_type: csv and delimiter: "\\t"'
+    assert way in ledger.examples["bad_csv_row"][0]
+    assert [count for what, count in ledger.noticed.items() if way in what] == [1]
+    kept, dropped, ledger = read(tmp_path, "a.tsv", content, file_type="csv", delimiter="\t")
+    assert (kept, dropped) == (["plain", 'She said "no"', "over\ntwo lines", 'said "so" here'], {})
+    assert list(ledger.noticed) == ["column 'label' is not read"]
+
+
+def test_a_field_of_many_lines_is_said(tmp_path: Path) -> None:
+    """10 lines are none too many; of 11 a quote that was never closed may be the reason."""
+    for lines, times in ((10, 0), (11, 1)):
+        content = 'text\n"' + "\n".join(["word"] * lines) + '"\nend\n'
+        kept, _, ledger = read(tmp_path, "a.csv", content.encode())
+        assert len(kept) == 2
+        assert sum(count for what, count in ledger.noticed.items() if "more than 10 lines" in what) == times
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_lines_that_end_as_on_old_macs(suffix: str, tmp_path: Path) -> None:
+    """A carriage return alone ends a line where no line feed does; where line feeds do, it is a part of a text."""
+    contents = {
+        "a.csv": (b'text,label\rone,x\r"two\rlines",y\r', ["one", "two\nlines"], {}),
+        "a.tsv": (b"text\tlabel\rone\tx\rtwo\ty", ["one", "two"], {}),
+        "a.jsonl": (b'{"text": "one"}\r{"text": "two"}\r', ["one", "two"], {}),
+        "a.txt": (b"one\rtwo\r", ["one", "two"], {"split_text": "line"}),
+        "b.csv": (b'text,label\n"one\rmore",x\n', ["one\rmore"], {}),
+    }
+    for name, (content, expected, how) in contents.items():
+        kept, dropped, _ = read(tmp_path, name + suffix, compress(content, suffix), **how)
+        assert (kept, dropped) == (expected, {})
+
+
+def test_what_stands_before_damage_is_read_where_no_line_ends(tmp_path: Path) -> None:
+    numbers = [str(random.Random(index).random()) for index in range(1000)]
+    packed = gzip.compress(b"".join(b'{"text": "%s"}\r' % number.encode() for number in numbers), mtime=0)
+    kept, dropped, _ = read(tmp_path, "a.jsonl.gz", packed[: len(packed) // 2])
+    assert len(kept) > 100
+    assert kept == numbers[: len(kept)]
+    assert dropped["damaged_file"] == 1
+
+
+def test_only_spaces_and_tabs_part_the_columns_of_conll_files(tmp_path: Path) -> None:
+    content = "Tokyo\u3000Tower  B-LOC\nhas O\n10\u00a0000 B-NUM\n steps\tO\r\n"
+    (tmp_path / "a.conll").write_bytes(content.encode())
+    rows, ledger = read_files(tmp_path, paths=["a.conll"], layout="bio")
+    assert [row["text"] for row in rows] == ["Tokyo\u3000Tower has 10\u00a0000  steps"]
+    assert [rows[0]["text"][span["start"] : span["end"]] for span in rows[0]["spans"]] == [
+        "Tokyo\u3000Tower",
+        "10\u00a0000",
+    ]
+    assert not ledger.dropped
+
+
+def write_parquet(path: Path, columns: dict[str, Any], features: dict[str, Any] | None = None) -> None:
+    """With `features` in the form in which the `datasets` library describes them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(columns)
+    if features:
+        described = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": described})
+    pyarrow.parquet.write_table(table, path)
+
+
+CLASSES = {"_type": "ClassLabel", "names": ["neg", "pos"]}
+
+
+def test_a_number_of_no_class_drops_its_row(tmp_path: Path) -> None:
+    """-1 says that there is no label; numbers may be floats, as pandas writes them beside gaps."""
+    import datasets
+
+    labels = [0, 5, 1, -1, -2]
+    write_parquet(tmp_path / "a.parquet", {"text": list("abcde"), "label": labels}, {"label": CLASSES})
+    rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="label", **ANY_BROKEN)
+    assert [row["label"] for row in rows] == ["neg", "pos"]
+    assert ledger.dropped == {"wrong_type": 2, "missing_field": 1}
+    assert ledger.examples["wrong_type"][0] == "a.parquet:2: label: there is no class 5 among 2"
+    write_parquet(tmp_path / "a.parquet", {"text": list("abc"), "label": [1.0, None, 0.5]}, {"label": CLASSES})
+    rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="label", **ANY_BROKEN)
+    assert ([row["label"] for row in rows], ledger.dropped) == (["pos"], {"missing_field": 1, "wrong_type": 1})
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-PER"]))
+    data = datasets.Dataset.from_dict({"tokens": [["a"], ["b"]], "tags": [[0], [1]]}).cast_column("tags", tags)
+    data.to_parquet(tmp_path / "b.parquet")
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(table.set_column(1, "tags", pyarrow.array([[0], [7]])), tmp_path / "b.parquet")
+    rows, ledger = read_files(tmp_path, paths=["b.parquet"], layout="bio", **ANY_BROKEN)
+    assert (len(rows), ledger.dropped) == (1, {"wrong_type": 1})
+
+
+def test_a_feature_that_datasets_does_not_know_costs_no_other_column(tmp_path: Path) -> None:
+    columns = {"text": ["a", "b"], "label": [1, 0], "xs": [[1], [2]]}
+    write_parquet(tmp_path / "a.parquet", columns, {"label": CLASSES, "xs": {"_type": "NewKind"}, "gone": CLASSES})
+    rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="label")
+    assert [row["label"] for row in rows] == ["pos", "neg"]
+    what = "column 'xs' is read as it stands: the installed `datasets` does not know its feature (Feature type 'NewKind' not found)"
+    assert ledger.noticed == {what: 2, "column 'xs' is not read": 2}
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": "ClassLabel: {"})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="label")
+    assert [row["label"] for row in rows] == ["1", "0"]
+    assert ledger.noticed["the file's description of its features cannot be read: numbers of classes stay numbers"] == 2
+
+
+def test_bytes_that_no_column_of_the_layout_needs_are_left_alone(tmp_path: Path) -> None:
+    """Where they are needed, no encoding is advised, which Parquet does not take; another column of text is, and works."""
+    jpeg = b"\xff\xd8\xff\xe0"
+    columns = {"text": ["a", "b"], "image": [jpeg, jpeg], "more": [{"bytes": jpeg}, {"bytes": jpeg}]}
+    write_parquet(tmp_path / "a.parquet", columns)
+    rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="text")
+    assert (texts(rows), ledger.dropped) == (["a", "b"], {})
+    assert ledger.noticed == {"column 'image' is not read": 2, "column 'more' is not read": 2}
+    save_dataset(tmp_path / "saved", columns)
+    rows, ledger = read_dataset(tmp_path)
+    assert (texts(rows), ledger.dropped) == (["a", "b"], {})
+    for how in ({"columns": {"text": "image"}}, {"columns": {"text": "more"}}, {"carry": ["image"]}):
+        with pytest.raises(DataError, match="2 of 2 rows are broken") as caught:
+            read_files(tmp_path, paths=["a.parquet"], layout="text", **how)
+        assert "encoding" not in str(caught.value)
+        assert "holds bytes that are no text: name a column of text in `columns`" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["café", "plain"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_text_in_two_bytes_a_character_is_told_without_its_mark(encoding: str, text: str, tmp_path: Path) -> None:
+    """ASCII in it is UTF-8 too, with nulls between; what is advised works."""
+    content = "text,label\n" + "".join(f"{text} words {n},x\n" for n in range(20))
+    (tmp_path / "a.csv").write_bytes(content.encode(encoding))
+    with pytest.raises(DataError, match=rf"Or set encoding: {encoding}\."):
+        read_files(tmp_path, paths=["a.csv"], layout="text")
+    rows, ledger = read_files(tmp_path, paths=["a.csv"], layout="text", encoding=encoding)
+    assert (len(rows), ledger.dropped) == (20, {})
+
+
+def test_files_that_no_reader_reads_are_told_with_a_way_out(tmp_path: Path) -> None:
+    """The same sentences as `inspect` has; what they advise is done here."""
+    import bz2
+    import lzma
+
+    content = b'{"text": "one"}\n'
+    how: dict[str, Any] = {"layout": "text"}
+
+    def refusal(name: str, written: bytes, **more: Any) -> str:
+        (tmp_path / name).write_bytes(written)
+        with pytest.raises(DataError) as caught:
+            read_files(tmp_path, paths=[name], **how, **more)
+        return str(caught.value)
+
+    assert "Rename it to a.jsonl.gz." in refusal("a.jsonl", gzip.compress(content))
+    assert "Rename it to a.jsonl.zst." in refusal("a.jsonl.gz", compress(content, ".zst"))
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.jsonl.gz")
+    assert texts(read_files(tmp_path, paths=["a.jsonl.gz"], **how)[0]) == ["one"]
+    for name, packed, called in (
+        ("a.jsonl.xz", lzma.compress(content), "xz"),
+        ("a.jsonl.bz2", bz2.compress(content), "bzip2"),
+    ):
+        expected = f"is compressed with {called}, which is not read. Decompress it, or pack it as .gz or .zst."
+        assert expected in refusal(name, packed)
+        assert expected in refusal(name, packed, file_type="jsonl")
+        assert expected in refusal("b.jsonl", packed)
+    write_parquet(tmp_path / "c.parquet", {"text": ["one"]})
+    assert "Set file_type: parquet." in refusal("c.jsonl", (tmp_path / "c.parquet").read_bytes())
+    assert texts(read_files(tmp_path, paths=["c.jsonl"], file_type="parquet", **how)[0]) == ["one"]
+    (tmp_path / "d.txt").write_bytes(b"BZh is how bzip2 files begin, %PDF- others")
+    assert len(read_files(tmp_path, paths=["d.txt"], **how)[0]) == 1

@@ -86,6 +86,8 @@ def inspect_data(names: Sequence[str], asked: Asked) -> dict[str, Any]:
     tried = proposals_for(samples, asked.given, layout=asked.layout, format=asked.format)
     fitting = [proposal for proposal in tried if proposal.fit >= LEAST_FIT]
     proposals, against = without_reversed(fitting, asked)
+    # What stands in the way of the likeliest reading is told beside what another makes of the file.
+    notes = [*notes, *(f"another reading is refused: {problem}" for error in problems for problem in error.problems)]
     report: dict[str, Any] = {"what": "data", "paths": list(names), "notes": [*notes, *against]}
     if not proposals:
         best = max(samples, key=lambda sample: len(sample.rows))
@@ -206,7 +208,7 @@ class Examined:
         self.looks.add(where, row)
 
     def data(self) -> dict[str, Any]:
-        if looks := look_of(self.source, self.ledger):
+        if self.ledger.dropped["not_utf8"] and (looks := look_of(self.source, self.ledger)):
             count = self.ledger.dropped["not_utf8"]
             self.ledger.noticed[f"dropped because they are no UTF-8: the file looks like encoding: {looks}"] += count
         found = {"rows": {**counts_of(self.ledger), "complete": self.complete}, **self.looks.data()}

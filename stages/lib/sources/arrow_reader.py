@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, Problem
-from stages.lib.sources.lines import Broken, Damaged, Limits, Record, blocks_of, snippet_of
+from stages.lib.sources.lines import Broken, Damaged, Limits, Record, blocks_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,22 +35,46 @@ def read_parquet(path: Path, name: str, source: FilesSource, limits: Limits) -> 
         start = 0
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
-                names = named_classes(table.schema_arrow)
+                refuse_repeated_names(table.schema_arrow.names, name)
+                names, noticed = named_classes(table.schema_arrow)
                 for batch in table.iter_batches(batch_size=ARROW_BATCH_ROWS):
-                    yield from arrow_rows(batch, name, start, limits, names)
+                    yield from arrow_rows(batch, name, start, limits, names, noticed)
                     start += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             raise Damaged(str(error)) from None
 
 
-def named_classes(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
-    """`class_names` of the features that the `datasets` library writes into the Parquet files it makes."""
+def refuse_repeated_names(names: list[str], where: str) -> None:
+    """Raises `DataError` where two columns have one name: which of them is meant cannot be told."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        listed = ", ".join(f"'{name}'" for name in repeated)
+        what = f"has more than one column {listed}"
+        raise DataError(Problem(where, what, "Write it again with a name of its own for each."))
+
+
+def named_classes(schema: pyarrow.Schema) -> tuple[dict[str, Callable[[Any], Any]], tuple[str, ...]]:
+    """`class_names` of the features that the `datasets` library writes into the Parquet files it makes, and a notice of each
+    that the installed one does not know: its column is read as Arrow has it.
+    """
     described = (schema.metadata or {}).get(b"huggingface", b"")
     if b"ClassLabel" not in described:
-        return {}
+        return {}, ()
     import datasets
 
-    return class_names(datasets.Features.from_arrow_schema(schema))
+    try:
+        features = json.loads(described)["info"]["features"]
+        known = {column: feature for column, feature in features.items() if column in schema.names}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}, ("the file's description of its features cannot be read: numbers of classes stay numbers",)
+    found: dict[str, Any] = {}
+    noticed = []
+    for column, feature in known.items():
+        try:
+            found |= datasets.Features.from_dict({column: feature})
+        except Exception as error:  # the library raises many kinds for what it does not know
+            what = f"column '{column}' is read as it stands: the installed `datasets` does not know its feature"
+            noticed.append(f"{what} ({first_line(error).partition('. ')[0]})")
+    return class_names(found), tuple(noticed)
 
 
 def arrow_rows(
@@ -57,8 +83,12 @@ def arrow_rows(
     start: int,
     limits: Limits,
     names: dict[str, Callable[[Any], Any]] | None = None,
+    noticed: tuple[str, ...] = (),
 ) -> Iterator[Record | Broken]:
-    """The rows of a batch, numbered from `start` + 1. Oversized ones are passed over before they become objects."""
+    """The rows of a batch, numbered from `start` + 1. Oversized ones are passed over before they become objects.
+
+    Bytes that are no UTF-8 stay bytes: only a layout that reads their column needs them as text.
+    """
     import pyarrow
 
     for index in range(batch.num_rows):
@@ -67,29 +97,40 @@ def arrow_rows(
         if one.nbytes > limits.row_bytes:
             yield Broken(where, "row_too_long", f"{one.nbytes:,} bytes")
             continue
+        column = ""
         try:
-            row = {column: plain_value(value) for column, value in one.to_pylist()[0].items()}
-        except UnicodeDecodeError as error:
-            yield Broken(where, "not_utf8", f"byte {error.start}", snippet_of(bytes(error.object)))
-            continue
+            row = {}
+            for column, values in zip(one.schema.names, one.columns, strict=True):
+                row[column] = plain_value(python_value(values))
+                if names and column in names:
+                    row[column] = names[column](row[column])
         except (pyarrow.ArrowException, ValueError) as error:
-            yield Broken(where, "wrong_type", str(error))
+            yield Broken(where, "wrong_type", f"{column}: {error}")
             continue
-        for column, name_of in (names or {}).items():
-            row[column] = name_of(row[column])
         if all(value is None for value in row.values()):
             yield Broken(where, "empty_row", "")
         else:
-            yield Record(where, row)
+            yield Record(where, row, noticed)
+
+
+def python_value(values: pyarrow.Array) -> Any:
+    """The first value. Of a text that is no UTF-8, as far as Arrow was told that it is one, its bytes."""
+    try:
+        return values[0].as_py()
+    except UnicodeDecodeError as error:
+        return bytes(error.object)
 
 
 def plain_value(value: Any) -> Any:
-    """The value with bytes decoded, all the way down. Raises `UnicodeDecodeError`.
+    """The value with bytes decoded, all the way down, where they are UTF-8.
 
     Fields of mappings that hold nothing are left out: Arrow gives each mapping of a column all fields that any has.
     """
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, list):
         return [plain_value(item) for item in value]
     if isinstance(value, dict):
@@ -157,7 +198,7 @@ def namer(feature: Any) -> Callable[[Any], Any] | None:
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
-        return lambda value: feature.int2str(value) if isinstance(value, int) and value >= 0 else None
+        return lambda value: class_name(value, feature.names or [])
     if isinstance(feature, dict):
         inner = class_names(feature)
         return inner and (
@@ -166,6 +207,15 @@ def namer(feature: Any) -> Callable[[Any], Any] | None:
     within = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
     name_of = namer(within) if within is not None else None
     return name_of and (lambda value: [name_of(item) for item in value] if isinstance(value, list) else value)
+
+
+def class_name(value: Any, names: list[str]) -> str | None:
+    """The name of a class, None for -1, by which `datasets` says that there is none. Raises `ValueError` for other numbers."""
+    if value is None or value == -1:
+        return None
+    if isinstance(value, int | float) and 0 <= value < len(names) and value == int(value):
+        return names[int(value)]
+    raise ValueError(f"there is no class {value!r:.40} among {len(names):,}")
 
 
 def unchanged(value: Any) -> Any:

@@ -30,6 +30,7 @@ REASONS: dict[str, Reason] = {
     "row_too_long": Reason("has more than max_row_bytes; it was not parsed"),
     "empty_row": Reason("holds nothing"),
     "bad_csv_row": Reason("has unbalanced quotes, or more or fewer fields than the header"),
+    "repeated_header": Reason("is the header once more, as where files were put one behind another", broken=False),
     "bad_conll_row": Reason("has a line without the token or the tag column"),
     "damaged_file": Reason("the file ends early or cannot be read from here on; its other rows are lost"),
     # found by converters

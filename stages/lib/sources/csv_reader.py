@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import DataError, Problem
 from stages.lib.sources.encodings import text_blocks
 from stages.lib.sources.lines import Broken, Limits, Line, Record, lines_of, snippet_of, too_long
 
 if TYPE_CHECKING:
     from stages.lib.sources.params import FilesSource
+
+
+MANY_LINES = 10
+"""A field of more lines than this may be the work of a quote that was never closed, so it is said."""
+
+
+SPANS_MANY_LINES = (
+    f"a field spans more than {MANY_LINES} lines: look whether a quotation mark before it was never closed"
+)
 
 
 class RecordTooLong(Exception):
@@ -79,6 +92,7 @@ def read_table(
 ) -> Iterator[Record | Broken]:
     csv.field_size_limit(max(csv.field_size_limit(), limits.row_bytes))
     names: list[str] | None = None
+    header: list[str] = []
     first_line: int | None = 1
     while first_line is not None:
         start, first_line = first_line, None
@@ -90,11 +104,55 @@ def read_table(
             elif isinstance(found, Broken):
                 yield found
             elif names is None and source.has_header:
-                names = cut_fields(found, source.max_fields, delimiter)
+                header = cut_fields(found, source.max_fields, delimiter)
+                names = named_columns(header, where)
             else:
                 fields = cut_fields(found, source.max_fields, delimiter)
                 snippet = snippet_of(lines.record[0].content)
-                yield table_row(where, fields, names or [str(position) for position in range(len(fields))], snippet)
+                if len(fields) > 1 and [fields[0].removeprefix("\ufeff"), *fields[1:]] == header:
+                    yield Broken(where, "repeated_header", "", snippet)
+                    continue
+                row = table_row(where, fields, names or [str(position) for position in range(len(fields))], snippet)
+                quoted = quoting == csv.QUOTE_NONE and source.max_fields is None and looks_quoted(fields, row)
+                how = f"file_type: csv and delimiter: {json.dumps(delimiter, allow_nan=False)}"
+                yield with_notices(row, len(lines.record), how if quoted else None)
+
+
+def named_columns(header: list[str], where: str) -> list[str]:
+    """The names of the columns: what the header says. Columns without a name, as spreadsheets write after the last one, go by
+    their position where they are several.
+
+    Raises `DataError` where two have one name: which of them is meant cannot be told.
+    """
+    counts = Counter(header)
+    if repeated := [name for name, count in counts.items() if count > 1 and name.strip()]:
+        listed = ", ".join(f"'{name}'" for name in repeated)
+        what = f"has a header that names more than one column {listed}"
+        hint = "Give each a name of its own in the file; or, if this line is a row, set has_header: false."
+        raise DataError(Problem(where, what, hint))
+    nameless = sum(not name.strip() for name in header) > 1
+    return [str(position) if nameless and not name.strip() else name for position, name in enumerate(header)]
+
+
+def looks_quoted(fields: list[str], row: Record | Broken) -> bool:
+    """Whether a field of a TSV file, in which quotes have no meaning, stands between two that would enclose it in CSV, or is
+    the beginning or the end of one that goes over several lines.
+    """
+    whole = any(len(field) > 1 and field[0] == field[-1] == '"' for field in fields)
+    return whole or (isinstance(row, Broken) and sum(field.count('"') for field in fields) % 2 == 1)
+
+
+def with_notices(row: Record | Broken, num_lines: int, quoted: str | None) -> Record | Broken:
+    """The row with what the user should know of its quotation marks. `quoted` says how fields between such are read."""
+    if isinstance(row, Broken):
+        if row.reason != "bad_csv_row" or quoted is None:
+            return row
+        return replace(row, detail=f"{row.detail}; where quotation marks enclose fields, set {quoted}")
+    found = [SPANS_MANY_LINES] if num_lines > MANY_LINES else []
+    if quoted is not None:
+        kept = "a field stands between quotation marks, which mean nothing in TSV and stay in it"
+        found.append(f"{kept}; where they only enclose it, set {quoted}")
+    return replace(row, noticed=tuple(found)) if found else row
 
 
 def cut_fields(fields: list[str], most: int | None, delimiter: str) -> list[str]:

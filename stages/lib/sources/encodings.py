@@ -53,8 +53,8 @@ def likely_encoding(path: Path) -> str | None:
         block = next(blocks_of(path), b"")
     except (Damaged, OSError):
         return None
-    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
+    if wide := wide_encoding(block):
+        return wide
     runs = [len(run) for run in HIGH_BYTES.findall(block)]
     if not runs:
         return None
@@ -62,6 +62,17 @@ def likely_encoding(path: Path) -> str | None:
     if found := likely_script(block, alphabets=sum(runs) / len(runs) > 2.5):
         return found
     return "cp1252" if reads(block, "cp1252") else "latin-1"
+
+
+def wide_encoding(block: bytes) -> str | None:
+    """The encoding of text in 2 bytes a character: `utf-16` where the file says so, else with its order of bytes."""
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    sample = block[:8192]
+    zeros = (sample[0::2].count(0) / max(len(sample) // 2, 1), sample[1::2].count(0) / max(len(sample) // 2, 1))
+    if max(zeros) < 0.4 or min(zeros) > 0.05:
+        return None
+    return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
 
 
 KANA = re.compile(r"[\u3041-\u30ff]")

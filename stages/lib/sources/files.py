@@ -25,6 +25,7 @@ from stages.lib.sources.lines import (
     snippet_of,
     too_long,
 )
+from stages.lib.sources.other_files import refuse_unread_content
 
 if TYPE_CHECKING:
     from stages.lib.sources.params import FilesSource
@@ -89,7 +90,7 @@ def read_conll(path: Path, name: str, source: FilesSource, limits: Limits) -> It
         for line in record.row["text"].split("\n"):
             if source.comment_prefix is not None and line.startswith(source.comment_prefix):
                 continue
-            columns = line.rstrip("\r").split("\t") if "\t" in line else line.split()
+            columns = conll_columns(line)
             if columns[0].startswith("-DOCSTART-"):
                 continue
             try:
@@ -103,6 +104,14 @@ def read_conll(path: Path, name: str, source: FilesSource, limits: Limits) -> It
         else:
             if tokens:
                 yield Record(record.where, {"tokens": tokens, "tags": tags})
+
+
+def conll_columns(line: str) -> list[str]:
+    """The columns of a line, apart by tabs, or by spaces where it has none. Other white space, such as the space that does
+    not break in `10 000`, is a part of a token.
+    """
+    line = line.rstrip("\r")
+    return line.split("\t") if "\t" in line else [part for part in line.split(" ") if part]
 
 
 Reader = Callable[[Path, str, "FilesSource", Limits], Iterator[Record | Broken]]
@@ -125,6 +134,7 @@ def read_files(source: FilesSource, limits: Limits) -> Iterator[Record | Broken]
     for path, name, file_type in source.files():
         where = name
         try:
+            refuse_unread_content(path, file_type)
             for record in READERS[file_type](path, name, source, limits):
                 where = record.where
                 yield record

@@ -58,6 +58,11 @@ def convert_record(
     `carry` names columns of the raw record, or of the rows it is split into, that each row keeps.
     """
     renamed = rename(record, columns)
+    try:
+        refuse_bytes(renamed, record, layout, columns, carry)
+    except Dropped as reason:
+        yield renamed, reason
+        return
     for raw in layout.expand(renamed):
         if isinstance(raw, Unusable):
             yield raw
@@ -74,6 +79,23 @@ def convert_record(
                 conversion.notice(f"column '{name}' is not read")
             conversion.finish_row()
             yield raw, row
+
+
+def refuse_bytes(renamed: Row, record: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> None:
+    """Raises `Dropped` where a column that is read holds bytes, which readers leave where they are no UTF-8."""
+    read = {"id", "group"} & columns.keys() | {*layout.columns, *layout.also}
+    wanted = {columns.get(name, name): renamed.get(name) for name in sorted(read)}
+    wanted |= {name: column_in(record, name) for name in carry}
+    for name, value in wanted.items():
+        if holds_bytes(value):
+            hint = "name a column of text in `columns`, or write this one as UTF-8"
+            raise Dropped("not_utf8", f"column '{name}' holds bytes that are no text: {hint}")
+
+
+def holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(holds_bytes, value.values()))
+    return isinstance(value, bytes) or (isinstance(value, list) and any(map(holds_bytes, value)))
 
 
 def unread(record: Row, raw: Row, layout: Layout, columns: Mapping[str, str], carry: Sequence[str]) -> list[str]:

@@ -39,6 +39,8 @@ class Record:
 
     where: str
     row: dict[str, Any]
+    noticed: tuple[str, ...] = ()
+    """What the user should know of how it was read, in words."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Line:
 def lines_of(blocks: Iterable[bytes], limits: Limits) -> Iterator[Line]:
     """The lines, numbered from 1. Raises `Damaged` where the blocks do."""
     number, pending, passed_over, quotes = 1, b"", False, 0
-    for block in blocks:
+    for block in with_line_feeds(blocks):
         *complete, rest = block.split(b"\n")
         for part in complete:
             if passed_over:
@@ -146,6 +148,33 @@ def lines_of(blocks: Iterable[bytes], limits: Limits) -> Iterator[Line]:
                 pending = pending[:SNIPPET_BYTES]
     if pending:
         yield Line(number, pending, True, quotes) if passed_over else whole_line(number, pending, limits)
+
+
+def with_line_feeds(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The blocks; of a file whose lines end with a carriage return alone, as on old Macs, with line feeds in their place.
+
+    The first line end decides, which must be among the first `BLOCK_BYTES`: a longer line is no line of such a file.
+    """
+    blocks = iter(blocks)
+    head, damage = b"", None
+    try:
+        for block in blocks:
+            head += block
+            if b"\n" in block or len(head) >= BLOCK_BYTES:
+                break
+    except Damaged as error:
+        damage = error  # What stands before it is read all the same.
+    bare = has_bare_returns(head)
+    yield head.replace(b"\r", b"\n") if bare else head
+    if damage:
+        raise damage
+    for block in blocks:
+        yield block.replace(b"\r", b"\n") if bare else block
+
+
+def has_bare_returns(head: bytes) -> bool:
+    """Whether lines end with a carriage return alone in the beginning of a file."""
+    return b"\n" not in head and b"\r" in head[:-1]
 
 
 def whole_line(number: int, content: bytes, limits: Limits) -> Line:

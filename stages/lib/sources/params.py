@@ -47,6 +47,10 @@ else:
 COMPRESSIONS = (".gz", ".zst")
 
 
+OTHER_COMPRESSIONS = {".xz": "xz", ".bz2": "bzip2", ".lz4": "lz4", ".7z": "7-Zip", ".zip": "zip"}
+"""Suffix -> what nothing here decompresses."""
+
+
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 """These, and hidden files and folders, are no part of a folder's digest, so nothing is read from them either."""
 
@@ -153,9 +157,9 @@ class FilesSource(LaidOutSource):
     records: str | None = Field(default=None, min_length=1)
     """Where in a JSON document the list of rows stands: names separated by dots. `*` is every name, which becomes the row's column `key`. null: the document is the list, or it is one record."""
     has_header: bool = True
-    """Whether the first row of a CSV or TSV file names the columns. If not, they are called 0, 1, 2, ..."""
+    """Whether the first row of a CSV or TSV file names the columns, each with a name of its own. If not, they are called 0, 1, 2, ..."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
-    """What stands between the fields of a CSV or TSV file, one character. null: a comma in CSV, a tab in TSV."""
+    """What stands between the fields of a CSV or TSV file, one character. null: a comma in CSV, a tab in TSV. With tabs and `file_type: csv` quotation marks may enclose fields."""
     max_fields: int | None = Field(default=None, ge=2)
     """Into how many fields a line of a TSV file is cut at most; what follows is part of the last. With `delimiter: " "` and 2, a line is a label and a text: `NUM:date When was he born ?`. null: at every delimiter."""
     token_column: int = 0
@@ -193,6 +197,9 @@ class FilesSource(LaidOutSource):
 
     def file(self, path: Path, name: str) -> tuple[Path, str, FileType]:
         found = self.file_type or type_of(path)
+        if found is None and (packed := OTHER_COMPRESSIONS.get(path.suffix.lower())):
+            hint = "Decompress it, or pack it as .gz or .zst."
+            raise DataError(Problem(str(path), f"is compressed with {packed}, which is not read", hint))
         if found is None:
             raise DataError(Problem(str(path), "has no suffix that says what it is", "Set file_type, or rename it."))
         return path, name, found

@@ -10,7 +10,7 @@ from stages.lib.rows.canonical import Row
 from stages.lib.rows.ledger import Ledger
 from stages.lib.sources.arrow_reader import read_dataset, read_hub
 from stages.lib.sources.conversion import NO_LABEL, REASONS, Conversion, Dropped
-from stages.lib.sources.encodings import likely_encoding
+from stages.lib.sources.encodings import TEXT_TYPES, likely_encoding
 from stages.lib.sources.files import read_files
 from stages.lib.sources.layouts import convert_record
 from stages.lib.sources.lines import Broken, Limits, Record
@@ -39,7 +39,7 @@ def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str,
     if not isinstance(source, PythonDocsSource):
         refuse_unclear(ledger)
         refuse_too_many_broken(source, ledger)
-        if looks := look_of(source, ledger):
+        if ledger.dropped["not_utf8"] and (looks := look_of(source, ledger)):
             ledger.noticed[f"dropped because they are no UTF-8: the file looks like encoding: {looks}"] += (
                 ledger.dropped["not_utf8"]
             )
@@ -85,6 +85,7 @@ def convert_records(
             if isinstance(found, Dropped):
                 ledger.drop(found.reason, example(record.where, found.detail, repr(raw)))
             else:
+                conversion.noticed.update(record.noticed)
                 yield record.where, found
     ledger.repaired.update(conversion.repaired)
     ledger.noticed.update(conversion.noticed)
@@ -147,12 +148,20 @@ def refuse_too_many_broken(source: LaidOutSource, ledger: Ledger) -> None:
 
 
 def look_of(source: LaidOutSource, ledger: Ledger) -> str | None:
-    """The encoding that the first file with rows that are no UTF-8 looks like."""
-    if not isinstance(source, FilesSource) or not ledger.dropped["not_utf8"]:
+    """The encoding that the first file with rows that are no UTF-8 looks like, or, where rows are broken in another way, the
+    first file if it has 2 bytes a character: ASCII in UTF-16 is UTF-8 too, with a null after each letter. None where it is
+    the one that the source names.
+    """
+    if not isinstance(source, FilesSource) or not ledger.dropped:
         return None
-    name = ledger.examples["not_utf8"][0].partition(":")[0]
-    path = next((path for path, known, _ in source.files() if known == name), None)
-    return likely_encoding(path) if path else None
+    files = [(path, name) for path, name, file_type in source.files() if file_type in TEXT_TYPES]
+    if ledger.dropped["not_utf8"]:
+        wanted = ledger.examples["not_utf8"][0].partition(":")[0]
+        found = next((likely_encoding(path) for path, name in files if name == wanted), None)
+    else:
+        found = next((likely_encoding(path) for path, _ in files), None)
+        found = found if found and found.startswith("utf-16") else None
+    return found if found != source.encoding else None
 
 
 def place_of(source: Any) -> str:

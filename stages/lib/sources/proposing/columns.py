@@ -47,6 +47,7 @@ WORDS = {
     "mapping": "mappings",
     "mappings": "lists of mappings",
     "list": "lists",
+    "bytes": "bytes that are no text",
     "mixed": "values of several kinds",
     "nothing": "nothing",
 }
@@ -118,6 +119,8 @@ def kind_of_value(value: Any) -> str:
         return "number"
     if isinstance(value, str):
         return kind_of_text(value)
+    if isinstance(value, bytes):
+        return "bytes"
     if isinstance(value, dict):
         return kind_of_mapping(value)
     return kind_of_list(value) if isinstance(value, list) else "mixed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from stages.lib.sources.encodings import text_blocks
 from stages.lib.sources.json_reader import MAX_DOCUMENT_BYTES
 from stages.lib.sources.lines import UTF8_MARK, Damaged
+from stages.lib.sources.strict_json import Document
 
 SPLITS = ("train", "training", "data", "rows", "examples", "validation", "valid", "val", "dev", "test")
 """Names of parts of a data set, in the order in which they are proposed."""
@@ -56,7 +56,7 @@ def read_whole(path: Path, encoding: str | None) -> Any:
         content += block
         if len(content) > MAX_DOCUMENT_BYTES:
             return None
-    return json.loads(bytes(content).removeprefix(UTF8_MARK).decode("utf-8"))
+    return Document(bytes(content).removeprefix(UTF8_MARK)).value
 
 
 def lists_below(document: dict[str, Any], above: str, depth: int) -> Iterator[tuple[str, int]]:

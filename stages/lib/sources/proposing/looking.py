@@ -12,25 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, Problem
-from stages.lib.sources.encodings import likely_encoding
-from stages.lib.sources.lines import Damaged, blocks_of
-from stages.lib.sources.params import COMPRESSIONS, SUFFIXES, compression_of, type_of
+from stages.lib.sources.encodings import likely_encoding, wide_encoding
+from stages.lib.sources.files import conll_columns
+from stages.lib.sources.lines import Damaged, blocks_of, has_bare_returns
+from stages.lib.sources.other_files import unread_content
+from stages.lib.sources.params import COMPRESSIONS, SUFFIXES, type_of
 from stages.lib.sources.proposing.json_places import places_in
-from stages.lib.sources.proposing.tables import delimiter_of, header_of, label_first, table_lines
+from stages.lib.sources.proposing.tables import delimiter_of, header_of, label_first, table_lines, tabs_between_quotes
+from stages.lib.sources.turns import ROLE_KEYS
 
 LINES_LOOKED_AT = 2000
 HEAD_BYTES = 1 << 20
 LESS_LIKELY = 0.6
 
-MAGIC = (
-    (b"PK\x03\x04", "is a zip archive, as workbooks of spreadsheets are", "Save its table as CSV, and inspect that."),
-    (b"BZh", "is compressed with bzip2, which is not read", "Decompress it, or pack it as .gz or .zst."),
-    (b"\xfd7zXZ", "is compressed with xz, which is not read", "Decompress it, or pack it as .gz or .zst."),
-    (b"SQLite format", "is a database", "Export its table as CSV or JSON lines, and inspect that."),
-    (b"%PDF", "is a PDF, which holds pages and no rows", "Extract its text, and inspect that."),
-)
 ARROW_STARTS = (b"ARROW1", b"\xff\xff\xff\xff")
-PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 BIO_TAG = re.compile(r"O|[BIESMLU][-_].+")
 LEAST_PARTS = 5
@@ -64,7 +59,8 @@ def choices_for(path: Path, given: Mapping[str, Any], *, alone: bool = True) -> 
     found = []
     likelihood = 1.0
     for file_type in dict.fromkeys(types_of_content(content, declared)):
-        for choice in READ_AS[file_type](path, content, {**given, "several": not alone}):
+        known = {"encoding": encoding, **given, "several": not alone}
+        for choice in READ_AS[file_type](path, content, known):
             options = {"file_type": file_type} if file_type != type_of(path) else {}
             options |= {"encoding": encoding} if encoding else {}
             why = [*reason, *type_reason(path, file_type), *choice.why]
@@ -93,31 +89,17 @@ def first_block(path: Path) -> bytes:
 
 def refuse_other_files(path: Path, head: bytes) -> None:
     """Raises `DataError` for content that no reader reads."""
-    for start, suffix in PACKED.items():
-        if head.startswith(start) and compression_of(path) != suffix:
-            hint = f"Rename it to {path.name}{suffix}."
-            raise DataError(Problem(str(path), f"is compressed, and its name does not end with {suffix}", hint))
-    for start, what, hint in MAGIC:
-        if head.startswith(start):
-            raise DataError(Problem(str(path), what, hint))
+    if problem := unread_content(path, head):
+        raise DataError(problem)
     if head.startswith(ARROW_STARTS) or path.suffix == ".arrow":
         whole = path.parent if (path.parent / "state.json").exists() else None
         hint = f"Inspect its folder: {whole}." if whole else "Write it as Parquet, and inspect that."
         raise DataError(Problem(str(path), "is an Arrow file, which is not read by itself", hint))
-    if b"\0" in head[:8192] and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if b"\0" in head[:8192]:
         suffixes = ", ".join([*SUFFIXES, *(f".jsonl{each}" for each in COMPRESSIONS)])
         hint = f"Rows are read from text files and Parquet: {suffixes}. If it is text, set encoding, such as utf-16-le."
-        if not text_without_mark(head):
+        if not wide_encoding(head):
             raise DataError(Problem(str(path), "is neither text nor Parquet", hint))
-
-
-def text_without_mark(head: bytes) -> str | None:
-    """`utf-16-le` or `utf-16-be` of text in 2 bytes a character whose file does not say so."""
-    sample = head[:8192]
-    zeros = (sample[0::2].count(0) / max(len(sample) // 2, 1), sample[1::2].count(0) / max(len(sample) // 2, 1))
-    if max(zeros) < 0.4 or min(zeros) > 0.05:
-        return None
-    return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
 
 
 def encoding_of(path: Path, head: bytes, given: Mapping[str, Any]) -> tuple[str | None, list[str]]:
@@ -126,7 +108,7 @@ def encoding_of(path: Path, head: bytes, given: Mapping[str, Any]) -> tuple[str 
         return None, []
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16", ["it begins with the mark of utf-16"]
-    if (wide := text_without_mark(head)) and b"\0" in head[:8192]:
+    if wide := wide_encoding(head):
         return wide, [f"it is no UTF-8, and looks like {wide}"]
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
@@ -143,17 +125,24 @@ def encoding_of(path: Path, head: bytes, given: Mapping[str, Any]) -> tuple[str 
 def decoded(head: bytes, encoding: str) -> str:
     """The block as text, up to its last whole line."""
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head).removeprefix("\ufeff")
+    if has_bare_returns(head):
+        text = text.replace("\r", "\n")
     return text if len(head) < 1 << 18 or "\n" not in text else text[: text.rindex("\n") + 1]
 
 
 def types_of_content(content: str, declared: str | None) -> Iterator[str]:
     """File types that the content may be, the likeliest first. A type that is declared stays, unless it cannot be."""
     json_type = json_type_of(content, declared)
+    if json_type == "jsonl" and lines_are_lists_of_rows(content):
+        yield "json"  # which reads list after list
     if declared in ("jsonl", "json") or (declared in (None, "text") and json_type):
         yield json_type or declared or "text"
         return
     if declared in ("csv", "tsv"):
         delimiter = delimiter_of(content)
+        if delimiter == "\t" and tabs_between_quotes(content):
+            yield "csv"
+            return
         yield "tsv" if delimiter == "\t" or (delimiter is None and label_first(content)) else "csv"
         return
     if declared == "conll" or tag_columns(content):
@@ -161,7 +150,7 @@ def types_of_content(content: str, declared: str | None) -> Iterator[str]:
     if declared == "conll":
         return
     if delimiter := delimiter_of(content, strict=True):
-        yield "tsv" if delimiter == "\t" else "csv"
+        yield "tsv" if delimiter == "\t" and not tabs_between_quotes(content) else "csv"
     elif label_first(content):
         yield "tsv"
     yield "text"
@@ -179,6 +168,18 @@ def json_type_of(content: str, declared: str | None) -> str | None:
         return declared if declared in ("jsonl", "json") else "json"
     whole = sum(map(is_json_row, lines))
     return "jsonl" if whole * 2 > len(lines) else "json"
+
+
+def lines_are_lists_of_rows(content: str) -> bool:
+    """Whether each line is a list of mappings that are rows, and no turns of one conversation."""
+    lines = [line for line in content.split("\n", LINES_LOOKED_AT)[:20] if line.strip()]
+    try:
+        found = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+        return False
+    rows = [row for each in found if isinstance(each, list) for row in each]
+    whole = all(isinstance(each, list) for each in found) and all(isinstance(row, dict) for row in rows)
+    return whole and bool(rows) and not any(row.keys() & set(ROLE_KEYS) for row in rows)
 
 
 def is_json_row(line: str) -> bool:
@@ -210,7 +211,7 @@ def tag_columns(content: str) -> TagColumns | None:
     lines = [line.rstrip("\r") for line in content.split("\n", LINES_LOOKED_AT)[:LINES_LOOKED_AT]]
     lines = [line for line in lines if line.strip() and not line.startswith("-DOCSTART-")]
     with_tabs = sum("\t" in line for line in lines) > len(lines) / 3
-    rows = [line.split("\t") if "\t" in line else line.split() for line in lines]
+    rows = [conll_columns(line) for line in lines]
     widths = Counter(len(row) for row, line in zip(rows, lines, strict=True) if not with_tabs or "\t" in line)
     width = widths.most_common(1)[0][0] if widths else 0
     tokens, comments, odd = [], [], 0
@@ -257,10 +258,14 @@ def read_fields(path: Path, content: str, given: Mapping[str, Any]) -> Iterator[
         return
     delimiter = given.get("delimiter") or delimiter_of(content) or ","
     options, why = {}, []
-    if delimiter not in (",", "\t"):
+    quoted = delimiter == "\t" and given.get("file_type") != "tsv" and tabs_between_quotes(content)
+    if quoted:
+        options["delimiter"] = delimiter
+        why.append("quotation marks enclose its fields, which stand apart by tabs")
+    elif delimiter not in (",", "\t"):
         options["delimiter"] = delimiter
         why.append(f"its fields stand apart by {delimiter!r}")
-    lines = table_lines(content, delimiter)
+    lines = table_lines(content, delimiter, quoted=quoted)
     if lines and not header_of(lines):
         options["has_header"] = False
         why.append(f"its first line looks like a row, so the columns are called 0 to {len(lines[0]) - 1}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,13 @@ from pipeline.store.artifact import files_below
 from stages.lib.sources.params import SUFFIXES, DatasetSource, FilesSource, LaidOutSource, is_visible, type_of
 from stages.lib.sources.proposing.json_places import SPLITS
 from stages.lib.sources.proposing.looking import ReaderChoice, choices_for
+
+TRAINING = frozenset({"train", "training"})
+
+
+SPLIT_NAMES = TRAINING | {"validation", "valid", "val", "dev", "test", "eval"}
+"""What files that are parts of a data set are called."""
+
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files of a folder that `save_to_disk` of the `datasets` library wrote: one data set, or several splits."""
@@ -53,10 +61,35 @@ def readings_of(names: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[st
     notes = []
     if len(files) > 1:
         notes.append(f"{len(files):,} files; how they are read is told by the first, {files[0].name}")
+    notes += note_of_splits(files)
     if others and "file_type" not in given:
         options["file_type"] = type_of(files[0])
         notes.append(f"{len(others):,} files beside these are not read: {counted(others)}")
     return {"kind": "files", "paths": list(places), **options}, choices, notes
+
+
+def note_of_splits(files: Sequence[Path]) -> list[str]:
+    """What to know of files whose names look like the parts of a data set: rows to test with would be trained on."""
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        if split := split_of(path):
+            found.setdefault(split, []).append(path)
+    heldout = [name for name in found if name not in TRAINING]
+    if len(found) < 2 or not heldout:
+        return []
+    listed = ", ".join(
+        f"{name} ({paths[0].name if len(paths) == 1 else f'{len(paths):,} files'})" for name, paths in found.items()
+    )
+    parts = f"these names look like official splits, and are read here as one source: {listed}"
+    way = f"To hold one out whole, such as {heldout[0]}, inspect and `clean` it by itself"
+    return [f"{parts}. {way}, and name that `clean` in heldout_sources of the stage `mix`"]
+
+
+def split_of(path: Path) -> str | None:
+    """The part of a data set that a file's name, or its folder's, says it is."""
+    words = re.split(r"[^a-z]+", path.name.partition(".")[0].lower())
+    folder = path.parent.name.lower()
+    return next((word for word in [*words, folder] if word in SPLIT_NAMES), None)
 
 
 def absolute(name: str) -> str:

@@ -12,9 +12,9 @@ ROWS_LOOKED_AT = 200
 LONGEST_NAME_CHARACTERS = 40
 
 
-def table_lines(content: str, delimiter: str, rows: int = ROWS_LOOKED_AT) -> list[list[str]]:
-    """The fields of the first lines; quotes have a meaning unless tabs stand between the fields."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+def table_lines(content: str, delimiter: str, rows: int = ROWS_LOOKED_AT, *, quoted: bool = False) -> list[list[str]]:
+    """The fields of the first lines; quotes have a meaning unless tabs stand between the fields, and there where `quoted`."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" and not quoted else csv.QUOTE_MINIMAL
     lines = content.split("\n", 4 * rows)[: 4 * rows]
     found: list[list[str]] = []
     try:
@@ -34,7 +34,8 @@ def delimiter_of(content: str, *, strict: bool = False) -> str | None:
     """
     best: tuple[float, int, str] | None = None
     for order, delimiter in enumerate(DELIMITERS):
-        widths = Counter(map(len, table_lines(content, delimiter)))
+        quoted = delimiter == "\t" and tabs_between_quotes(content)
+        widths = Counter(map(len, table_lines(content, delimiter, quoted=quoted)))
         if not widths:
             continue
         width, lines = widths.most_common(1)[0]
@@ -45,6 +46,44 @@ def delimiter_of(content: str, *, strict: bool = False) -> str | None:
         if best is None or (share, -order) > best[:2]:
             best = (share, -order, delimiter)
     return best[2] if best else None
+
+
+ENCLOSED = re.compile(r'(?:^|(?<=\t))"(?:[^"]|"")*"(?=\t|\r?$)', re.MULTILINE)
+"""A field between quotation marks, those within it doubled."""
+
+
+def tabs_between_quotes(content: str) -> bool:
+    """Whether quotation marks enclose fields between tabs, as spreadsheets and pandas write them where a field holds a tab, a
+    line end or such a mark itself. Marks that a text has of its own are not doubled, or do not enclose a whole field.
+    """
+    fields = ENCLOSED.findall(content)
+    plain = Counter(map(len, table_lines(content, "\t")))
+    # Where each line has as many fields as the others, no field goes on in the next line: marks of a text may do.
+    within = [field for field in fields if len(plain) > 1 or not {"\t", "\n"} & set(field)]
+    if not any("\t" in field or "\n" in field or '""' in field[1:-1] for field in within):
+        return always_enclosed(content)
+    found: list[int] = []
+    lines = content.split("\n", 4 * ROWS_LOOKED_AT)[: 4 * ROWS_LOOKED_AT]
+    try:
+        for fields in csv.reader((line + "\n" for line in lines), delimiter="\t", strict=True):
+            found += [len(fields)] if fields else []
+            if len(found) == ROWS_LOOKED_AT:
+                break
+    except csv.Error as error:
+        if "unexpected end" not in str(error):  # what is looked at may end within a field
+            return False
+    widths = Counter(found)
+    return len(found) > 1 and widths.most_common(1)[0][1] >= 0.8 * len(found)
+
+
+def always_enclosed(content: str) -> bool:
+    """Whether marks enclose each field of a column that is no number."""
+    rows = [row for row in table_lines(content, "\t") if len(row) > 1]
+    columns = [[row[column] for row in rows if column < len(row)] for column in range(len(rows[0]) if rows else 0)]
+    return len(rows) > 2 and any(
+        all(len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1] for field in column)
+        for column in columns
+    )
 
 
 FIRST_LABEL = re.compile(r"(__label__\S+|[A-Z][A-Z_]+(:\w+)?|[a-z]+:[a-z]+|[+-]?\d{1,2})[ ]+\S.*")
@@ -58,20 +97,37 @@ def label_first(content: str) -> bool:
 
 
 def header_of(lines: Sequence[Sequence[str]]) -> bool:
-    """Whether the first line names the columns: its fields are short, differ from each other, are no numbers, and are not
-    said again in the column below them.
+    """Whether the first line names the columns: its fields are short, are no numbers, and are not said again in the column
+    below them, but where the whole line is. Names that stand twice are names all the same, which the reader refuses; those
+    of several words only where numbers stand below one of them.
     """
     first, *rest = lines
     names = [field.strip() for field in first]
-    if len(set(names)) < len(names) or any(len(name) > LONGEST_NAME_CHARACTERS for name in names):
+    named = [name for name in names if name]
+    if any(len(name) > LONGEST_NAME_CHARACTERS or is_a_number(name) for name in names):
         return False
-    if any(is_a_number(name) for name in names) or not all(names[1:]):
+    if len(set(named)) < len(named) and any(" " in name for name in named) and not numbers_below(rest):
         return False
+    if not all(names[1:]) and not trailing_gaps(names, rest):
+        return False
+    rest = [row for row in rest if len(row) < 2 or row != first]
     for column, name in enumerate(names):
         below = [row[column].strip() for row in rest if column < len(row)]
-        if name in below:
+        if name and name in below:
             return False
     return not any(len(name.split()) > 4 for name in names)
+
+
+def numbers_below(rest: Sequence[Sequence[str]]) -> bool:
+    """Whether the rows have a column of numbers alone."""
+    columns = [[row[column] for row in rest if column < len(row)] for column in range(len(rest[0]) if rest else 0)]
+    return any(all(map(is_a_number, column)) for column in columns)
+
+
+def trailing_gaps(names: Sequence[str], rest: Sequence[Sequence[str]]) -> bool:
+    """Whether the fields without a name are the last ones, and hold nothing below, as spreadsheets write empty columns."""
+    last = max(index for index, name in enumerate(names) if name) + 1 if any(names) else 0
+    return last > 0 and all(names[1:last]) and not any(field.strip() for row in rest for field in row[last:])
 
 
 def is_a_number(text: str) -> bool:
