@@ -21,7 +21,7 @@ from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.text.template_date import TemplateDateParams
 from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
-from stages.lib.training.layouts import read_layout
+from stages.lib.training.layouts import readable_layout
 from stages.lib.training.params import OptimizerParams, derive_batch
 
 INPUTS: dict[str, Input] = {
@@ -226,7 +226,7 @@ def estimate_on_policy(forecast: Forecast) -> Estimate:
         # Weights without gradients and moments; those of the adapters are small beside them.
         states = state_bytes_per_rank(
             parameters=known.parameters,
-            layout=read_layout(forecast.resources.deepspeed) if forecast.resources.deepspeed else None,
+            layout=readable_layout(forecast.resources),
             world_size=forecast.resources.world_size,
             precision=params.precision,
         )

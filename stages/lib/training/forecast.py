@@ -11,7 +11,7 @@ from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.noise import dropped_heads, noise_notes
-from stages.lib.training.layouts import complete_layout, read_layout, zero_stage
+from stages.lib.training.layouts import layout_problems, read_layout, readable_layout
 from stages.lib.training.params import TrainingParams, derive_batch, optimizer_steps
 
 
@@ -24,9 +24,8 @@ def check_training(forecast: Forecast, global_batch_size: int | None = None) -> 
     except RecipeError as error:
         problems += error.problems
     try:
-        zero_stage(forecast.resources)
-        if batch is not None:
-            complete_layout(forecast.resources, forecast.params, batch)
+        if forecast.resources.deepspeed is not None:
+            problems += layout_problems(read_layout(forecast.resources.deepspeed), forecast.params, batch)
     except RecipeError as error:
         problems += error.problems
     return [problem for problem in problems if isinstance(problem, Problem)]
@@ -61,10 +60,11 @@ def estimate_training(
     config = architecture or {}
     sizes = [field_of(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
     memory = None
-    if parameters and batch and sequence_length and all(sizes):
+    layout = readable_layout(resources)
+    if parameters and batch and sequence_length and all(sizes) and (layout is None) == (resources.deepspeed is None):
         memory = memory_bytes_per_rank(
             parameters=parameters,
-            layout=read_layout(resources.deepspeed) if resources.deepspeed else None,
+            layout=layout,
             world_size=resources.world_size,
             precision=params.precision,
             micro_batch=batch.micro_batch_size,

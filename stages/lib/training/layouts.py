@@ -5,27 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PathError, Problem, RecipeError, did_you_mean, shown
-from pipeline.settings.paths import holds_file, read_json
+from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, did_you_mean, shown, shown_path
+from pipeline.settings.paths import READABLE_JSON_BYTES, holds_file, read_file, read_json
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
+from stages.lib.training.layout_checks import WHERE, field_problems, without_what_is_off
+from stages.lib.training.layout_fields import FITTED, SET, ZERO
 from stages.lib.training.params import Batch, OptimizerParams
 
 LAYOUTS = CHECKOUT / "ds_configs"
-
-DECIDED_BLOCKS = {
-    "optimizer": "the stage's learning_rate, weight_decay and adam_* params",
-    "scheduler": "the stage's schedule and warmup_steps params",
-    "amp": "the stage's param precision",
-    "checkpoint": "Slipway, which writes and proves checkpoints itself",
-    "nebula": "Slipway, which writes and proves checkpoints itself",
-    "datastates_ckpt": "Slipway, which writes and proves checkpoints itself",
-}
-"""Blocks of a DeepSpeed config that would decide what the recipe decides, and what does so in a recipe."""
 
 
 def layout_path(name: str) -> Path:
@@ -34,35 +27,48 @@ def layout_path(name: str) -> Path:
     if path := packaged.get(name) or (Path(name) if holds_file(Path(), name) else None):
         return path
     known = sorted(packaged)
-    raise RecipeError(
-        Problem("resources.deepspeed", f"there is no memory layout {name!r} in ds_configs/", did_you_mean(name, known))
-    )
+    raise RecipeError(Problem(WHERE, f"there is no memory layout {name!r} in ds_configs/", did_you_mean(name, known)))
 
 
 def read_layout(name: str) -> dict[str, Any]:
     """The DeepSpeed config of a memory layout. Raises `RecipeError` if it cannot be read."""
-    path, hint = layout_path(name), "Compare with ds_configs/zero2.json."
+    path = layout_path(name)
     try:
         layout = read_json(path)
+        # Of a name that stands twice only the last value is read, here as in every other reader.
+        twice = names_twice(read_file(path, READABLE_JSON_BYTES))
     except PathError as error:
-        raise RecipeError(*error.problems) from None
-    zero = layout.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise RecipeError(Problem(str(path), f"its zero_optimization is {shown(zero)}, and not a mapping", hint))
-    for name in ("offload_optimizer", "offload_param"):
-        if not isinstance(zero.get(name, {}), dict):
-            what = f"its zero_optimization.{name} is {shown(zero[name])}, and not a mapping with a `device`"
-            raise RecipeError(Problem(str(path), what, "Compare with ds_configs/zero3_offload.json."))
+        found = [each for each in error.problems if isinstance(each, Problem)]
+        raise RecipeError(*(Problem(WHERE, f"{each.where}: {each.what}", each.hint) for each in found)) from None
+    if twice:
+        names = ", ".join(shown(each) for each in twice[:MOST_PROBLEMS])
+        raise RecipeError(
+            Problem(WHERE, f"{shown_path(path)}: names that stand twice in one block: {names}", "Remove one.")
+        )
     return layout
+
+
+def names_twice(content: bytes) -> list[str]:
+    """The names that stand twice in one object of a JSON text."""
+    found: list[str] = []
+
+    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        return dict(pairs)
+
+    json.loads(content, object_pairs_hook=read)
+    return found
 
 
 def zero_stage_of(layout: Mapping[str, Any] | None) -> int:
     """The ZeRO stage of a DeepSpeed config, 0 without one."""
-    block = (layout or {}).get("zero_optimization", {})
-    stage = block.get("stage", 0) if isinstance(block, Mapping) else None
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise RecipeError(Problem("resources.deepspeed", f"zero_optimization.stage is {stage!r}", "Take 0, 1, 2 or 3."))
-    return int(stage)
+    block = (layout or {}).get(ZERO)
+    stage = block.get("stage", 0) if isinstance(block, Mapping) else 0 if block is None else None
+    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
+        raise RecipeError(
+            Problem(WHERE, f"zero_optimization.stage is {shown(stage)}", "Take 0, 1, 2 or 3, as a number.")
+        )
+    return stage
 
 
 def zero_stage(resources: Resources) -> int:
@@ -70,12 +76,25 @@ def zero_stage(resources: Resources) -> int:
     return zero_stage_of(None if resources.deepspeed is None else read_layout(resources.deepspeed))
 
 
-def decisions(params: OptimizerParams, batch: Batch) -> dict[str, Any]:
-    """Dotted field of a DeepSpeed config -> the value that the recipe gives it."""
+def readable_layout(resources: Resources) -> dict[str, Any] | None:
+    """The DeepSpeed config as a plan may reckon with it; None without one, and where its fields cannot be read.
+
+    What is wrong with it is said before a step runs, by `layout_problems`; a step that is made already needs no layout.
+    """
+    try:
+        layout = {} if resources.deepspeed is None else read_layout(resources.deepspeed)
+        zero_stage_of(layout)
+    except RecipeError:
+        return None
+    return None if resources.deepspeed is None or field_problems(layout) else without_what_is_off(layout)
+
+
+def decisions(params: OptimizerParams, batch: Batch | None) -> dict[str, Any]:
+    """Dotted field of a DeepSpeed config -> the value that the recipe gives it, as far as the batch is known."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    sizes = (batch.global_batch_size, batch.micro_batch_size, batch.accumulation) if batch else ()
     return {
-        "train_batch_size": batch.global_batch_size,
-        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
-        "gradient_accumulation_steps": batch.accumulation,
+        **dict(zip(names, sizes, strict=False)),
         "gradient_clipping": params.max_gradient_norm,
         "bf16.enabled": params.precision == "bf16",
         "bf16.check_grad_overflow": True,  # a step whose gradients are not finite is never taken
@@ -85,24 +104,54 @@ def decisions(params: OptimizerParams, batch: Batch) -> dict[str, Any]:
     }
 
 
-def layout_problems(layout: Mapping[str, Any], params: OptimizerParams, batch: Batch) -> list[Problem]:
-    """What in a DeepSpeed config contradicts the recipe, which would be trained otherwise than it says."""
-    problems = [
-        Problem("resources.deepspeed", f"its block '{name}' is decided by {by}", "Remove the block from the file.")
-        for name, by in DECIDED_BLOCKS.items()
-        if layout.get(name) not in (None, {}, {"enabled": False})
-    ]
+def layout_problems(layout: Mapping[str, Any], params: OptimizerParams, batch: Batch | None) -> list[Problem]:
+    """What in a DeepSpeed config is no memory layout, or contradicts the recipe, which would be trained otherwise."""
+    problems = [*field_problems(layout), *zero_problems(layout, batch)]
     for field, value in decisions(params, batch).items():
         found = value_at(layout, field)
         same = found == value and isinstance(found, bool) == isinstance(value, bool)
         if found is not None and found != "auto" and not same:
             problems.append(
                 Problem(
-                    "resources.deepspeed",
+                    WHERE,
                     f"its {field} is {json.dumps(found)}, and the recipe makes it {json.dumps(value)}",
-                    f'Write "auto" in the file: the recipe decides {field}.',
+                    f'Write "auto" in the file: {field} is decided by {SET[field]}.',
                 )
             )
+    sent = layout.get("communication_data_type")
+    if sent in ("bf16", "fp16") and sent != params.precision:
+        what = f'its communication_data_type is "{sent}", which rounds gradients, and precision is {params.precision}'
+        hint = f'Write "fp32" in the file, remove it, or write `precision: {sent}` in the recipe.'
+        problems.append(Problem(WHERE, what, hint))
+    return problems
+
+
+def zero_problems(layout: Mapping[str, Any], batch: Batch | None) -> list[Problem]:
+    """What is wrong with the ZeRO stage, and what of `zero_optimization` DeepSpeed would pass over, or end with."""
+    if not isinstance(layout.get(ZERO), Mapping):
+        return []
+    try:
+        stage = zero_stage_of(layout)
+    except RecipeError as error:
+        return [problem for problem in error.problems if isinstance(problem, Problem)]
+    problems = []
+    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
+        block = value_at(layout, f"{ZERO}.{name}")
+        device = block.get("device") if isinstance(block, Mapping) else None
+        if device not in ("cpu", "nvme"):
+            continue
+        field = f"{ZERO}.{name}"
+        least = 3 if device == "nvme" else least
+        if stage < least:
+            what = f"its {field} has the device {device}, which ZeRO-{stage} does not move anything to"
+            problems.append(Problem(WHERE, what, f'Take "stage": {least}, or remove {name} from the file.'))
+        if device == "nvme" and not block.get("nvme_path"):
+            what = f"its {field} has the device nvme, and no nvme_path"
+            problems.append(Problem(WHERE, what, 'Add "nvme_path": the folder of a disk of each machine.'))
+    parts, processes = layout[ZERO].get("zero_hpz_partition_size"), batch.processes if batch else 1
+    if stage == 3 and isinstance(parts, int | float) and 1 < parts < processes and processes % parts:
+        what = f"its {ZERO}.zero_hpz_partition_size is {parts}, which does not divide {processes} processes"
+        problems.append(Problem(WHERE, what, "Take a number that does: the processes of one machine."))
     return problems
 
 
@@ -122,10 +171,10 @@ def complete_layout(resources: Resources, params: OptimizerParams, batch: Batch)
     """
     if resources.deepspeed is None:
         return None
-    layout = copy.deepcopy(read_layout(resources.deepspeed))
-    zero_stage_of(layout)
+    layout = read_layout(resources.deepspeed)
     if problems := layout_problems(layout, params, batch):
         raise RecipeError(*problems)
+    layout = without_what_is_off(layout)
     for field, value in decisions(params, batch).items():
         *parents, name = field.split(".")
         block = layout
@@ -143,13 +192,11 @@ def fit_to_width(layout: Mapping[str, Any] | None, hidden_size: int) -> dict[str
     if layout is None:
         return None
     fitted: dict[str, Any] = copy.deepcopy(dict(layout))
-    sizes = {
-        "reduce_bucket_size": hidden_size * hidden_size,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    block = fitted.get("zero_optimization", {})
-    block.update({name: size for name, size in sizes.items() if block.get(name) == "auto"})
+    sizes = (hidden_size * hidden_size, int(0.9 * hidden_size * hidden_size), 10 * hidden_size)
+    for field, size in zip(FITTED, sizes, strict=True):
+        name = field.rpartition(".")[2]
+        if value_at(fitted, field) == "auto":
+            fitted[ZERO][name] = size
     return fitted
 
 
