@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import RecipeError
 from pipeline.settings.resources import Resources
 from stages.lib.training.layouts import complete_layout, fit_to_width
-from stages.lib.training.params import Batch, OptimizerParams
+from stages.lib.training.params import Batch, OptimizerParams, TrainingParams
 
 PARAMS = OptimizerParams(learning_rate=1e-3, max_gradient_norm=0.5, precision="bf16")
 BATCH = Batch(global_batch_size=16, micro_batch_size=2, accumulation=4, processes=2)
@@ -49,20 +49,55 @@ def test_a_file_that_contradicts_the_recipe_is_refused_as_a_whole(tmp_path: Path
         "fp16": {"enabled": True},
         "train_batch_size": "auto",
         "optimizer": {"type": "Adam", "params": {"lr": 1e-5}},
-        "scheduler": {"type": "WarmupLR"},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}},
     }
     with pytest.raises(RecipeError) as caught:
         complete(tmp_path, own)
     said = [str(problem) for problem in caught.value.problems]
-    assert len(said) == 5
+    assert len(said) == 7
     assert any("its gradient_clipping is 1.0, and the recipe makes it 0.5" in line for line in said)
-    assert any("'optimizer' is decided by the stage's learning_rate" in line for line in said)
+    assert any("its optimizer.type is 'Adam', and the recipe makes it 'AdamW'" in line for line in said)
+    assert any("its optimizer.params.lr is 1e-05, and the recipe makes it 0.001" in line for line in said)
+    assert any("its scheduler.type is 'WarmupLR', and the recipe makes it schedule: cosine" in line for line in said)
+    assert any("its scheduler.params.warmup_num_steps is 7, and the recipe makes it 0" in line for line in said)
     assert all('"auto"' in line or "Remove the block" in line for line in said)
 
 
 def test_the_way_out_of_a_refusal_works(tmp_path: Path) -> None:
     completed = complete(tmp_path, {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "optimizer": None})
     assert completed["gradient_clipping"] == 0.5 and completed["bf16"]["enabled"] is True
+
+
+AUTO = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule", "fields"),
+    [
+        ("WarmupLR", "constant", AUTO),
+        ("WarmupLR", "constant", {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}),
+        ("WarmupDecayLR", "linear", AUTO | {"total_num_steps": "auto"}),
+        ("WarmupDecayLR", "linear", AUTO | {"total_num_steps": 20}),
+    ],
+)
+def test_blocks_that_repeat_the_recipe_are_taken_and_left_out(
+    tmp_path: Path, kind: str, schedule: Any, fields: dict[str, Any]
+) -> None:
+    """As transformers documents them, with "auto" or with numbers."""
+    params = TrainingParams(
+        learning_rate=1e-3, weight_decay=0.1, schedule=schedule, warmup_steps=3, max_steps=20, global_batch_size=16
+    )
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}}
+    own = {"optimizer": optimizer, "scheduler": {"type": kind, "params": fields}}
+    assert not {"optimizer", "scheduler"} & complete(tmp_path, own, params).keys()
+    other = params.model_copy(update={"schedule": "cosine"})
+    with pytest.raises(RecipeError, match=rf"schedule: cosine\. Remove the block.*or write `schedule: {schedule}`"):
+        complete(tmp_path, own, other)
+    optimizer["params"]["betas"] = [0.8, 0.999]
+    optimizer["params"]["betta"] = 1
+    with pytest.raises(RecipeError, match=r"betas is \[0.8, 0.999\], and the recipe makes it \[0.9, 0.999\]") as caught:
+        complete(tmp_path, own, params)
+    assert "its optimizer.params.betta is no field that is read here" in str(caught.value)
 
 
 def test_truth_is_no_number(tmp_path: Path) -> None:

@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.errors import MOST_PROBLEMS, Problem, did_you_mean, shown
-from stages.lib.training.layout_fields import BLOCKS, FIELDS, FITTED, KEPT, NOTHING, PACKAGES, REFUSED, SET, ZERO
+from stages.lib.training.layout_fields import (
+    BLOCKS,
+    FIELDS,
+    FITTED,
+    KEPT,
+    MATCHED,
+    NOTHING,
+    PACKAGES,
+    REFUSED,
+    SET,
+    ZERO,
+)
 
 WHERE = "resources.deepspeed"
 
@@ -27,9 +38,6 @@ def says_nothing(value: Any) -> bool:
 
 def switched_off(field: str, value: Any) -> bool:
     """Whether a refused field has a value that does nothing, as files that list all defaults have it."""
-    if field == "optimizer" and isinstance(value, Mapping) and value.get("type") == "AdamW":
-        # Which it is, whatever a file says; the rest of the block is to stand on "auto".
-        value = {name: each for name, each in value.items() if name != "type"}
     default = REFUSED[field].default
     if default is NOTHING:
         return says_nothing(value)
@@ -60,7 +68,7 @@ def field_problems(layout: Mapping[str, Any]) -> list[Problem]:
 
 
 def field_problem(field: str, value: Any) -> Problem | None:
-    if field in SET or field == f"{ZERO}.stage":
+    if field in SET or field in MATCHED or field == f"{ZERO}.stage":
         return None
     if field in REFUSED:
         refused = REFUSED[field]
@@ -94,7 +102,7 @@ def without_what_is_off(block: Mapping[str, Any], parent: str = "") -> dict[str,
     kept: dict[str, Any] = {}
     for name, value in block.items():
         field = f"{parent}{name}"
-        if value is None or field in REFUSED or (value == "auto" and field not in FITTED):
+        if value is None or field in REFUSED or field in MATCHED or (value == "auto" and field not in FITTED):
             continue
         looked_into = field in BLOCKS and isinstance(value, Mapping)
         kept[name] = without_what_is_off(value, f"{field}.") if looked_into else value

@@ -154,6 +154,9 @@ SET = {
 }
 """Dotted field -> what sets it, and demands its value of the file. `decisions` of layouts.py has the values."""
 
+MATCHED = ("optimizer", "scheduler")
+"""Blocks that say what the recipe says, or are refused: `layout_blocks.py`. They are not handed on."""
+
 NOTHING = object()
 
 
@@ -190,8 +193,6 @@ NO_LONGER = "DeepSpeed has it no longer"
 
 REFUSED: dict[str, Refused] = {
     # The recipe, or Slipway itself, does it.
-    "optimizer": decided_by("the stage's learning_rate, weight_decay and adam_* params"),
-    "scheduler": decided_by("the stage's schedule and warmup_steps params"),
     "amp": decided_by("the stage's param precision"),
     "checkpoint": decided_by("Slipway, which writes and proves checkpoints itself"),
     "nebula": decided_by("Slipway, which writes and proves checkpoints itself"),
@@ -279,6 +280,6 @@ FITTED = (
 )
 """Fields whose "auto" is a size that follows the model's width: `fit_to_width` of layouts.py."""
 
-FIELDS = {*KEPT, *SET, f"{ZERO}.stage"}
+FIELDS = {*KEPT, *SET, *MATCHED, f"{ZERO}.stage"}
 BLOCKS = {field[:index] for field in FIELDS for index, letter in enumerate(field) if letter == "."}
 """Dotted names of the mappings that are looked into."""

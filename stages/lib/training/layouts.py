@@ -14,6 +14,7 @@ from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, did_
 from pipeline.settings.paths import READABLE_JSON_BYTES, holds_file, read_file, read_json
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
+from stages.lib.training.layout_blocks import block_problems
 from stages.lib.training.layout_checks import WHERE, field_problems, without_what_is_off
 from stages.lib.training.layout_fields import FITTED, SET, ZERO
 from stages.lib.training.params import Batch, OptimizerParams
@@ -106,7 +107,7 @@ def decisions(params: OptimizerParams, batch: Batch | None) -> dict[str, Any]:
 
 def layout_problems(layout: Mapping[str, Any], params: OptimizerParams, batch: Batch | None) -> list[Problem]:
     """What in a DeepSpeed config is no memory layout, or contradicts the recipe, which would be trained otherwise."""
-    problems = [*field_problems(layout), *zero_problems(layout, batch)]
+    problems = [*field_problems(layout), *zero_problems(layout, batch), *block_problems(layout, params)]
     for field, value in decisions(params, batch).items():
         found = value_at(layout, field)
         same = found == value and isinstance(found, bool) == isinstance(value, bool)
