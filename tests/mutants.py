@@ -169,9 +169,9 @@ MUTATIONS = (
     # From here on tests train.
     Mutation(
         "reference swapped",
-        "stages/alignment/dpo.py",
-        "*ref_2N.chunk(2)]",
-        "*reversed(ref_2N.chunk(2))]",
+        "stages/lib/preferring/objective.py",
+        "*(ref_2N.chunk(2) if",
+        "*(reversed(ref_2N.chunk(2)) if",
         (
             "tests/integration/test_dpo.py::test_the_loss_starts_at_log_2",
             "tests/integration/test_dpo.py::test_the_margin_is_beta_times_the_difference_of_changes",
