@@ -179,6 +179,27 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "the mean reward forgotten at a restart",
+        "stages/lib/training/carrying.py",
+        "return {KEY: carried} if carried else {}",
+        "return {}",
+        ("tests/integration/test_preference_family.py::test_what_a_loss_carries_is_carried_over_a_stop",),
+    ),
+    Mutation(
+        "tails of the reference counted in full",
+        "stages/lib/preferring/reference.py",
+        "answer_logprobs(model, batch, self.tail_weight)",
+        "answer_logprobs(model, batch)",
+        ("tests/integration/test_preference_family.py::test_the_reference_counts_tails_as_the_policy_does",),
+    ),
+    Mutation(
+        "a micro batch sorted as a whole",
+        "stages/lib/preferring/objective.py",
+        "vector.split(self.params.sorted_pairs)",
+        "vector.split(len(vector))",
+        ("tests/integration/test_preference_family.py::test_micro_batches_change_nothing[aot]",),
+    ),
+    Mutation(
         "reference pass swapped",
         "stages/lib/preferring/reference.py",
         "reshape(2, -1).T",

@@ -190,8 +190,8 @@ def group_problem(params: PairLossParams, micro_batch_size: int) -> Problem | No
     if group is None or micro_batch_size % group == 0:
         return None
     smaller = math.gcd(micro_batch_size, params.global_batch_size)
-    ways = [f"set params.group_pairs to {smaller} or a divisor of it"] if smaller > 1 else []
-    ways.append(f"make resources.micro_batch_size a multiple of {group}, on fewer resources.processes")
+    ways = [f"set params.group_pairs to {smaller}"] if smaller > 1 else []
+    ways.append(f"make resources.micro_batch_size a multiple of {group}, on fewer resources.processes if need be")
     return Problem(
         "params.loss" if params.group_pairs is None else "params.group_pairs",
         f"{group} pairs are sorted together, and micro batches of {micro_batch_size} pairs would split them",
