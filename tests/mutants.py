@@ -169,14 +169,35 @@ MUTATIONS = (
     # From here on tests train.
     Mutation(
         "reference swapped",
-        "stages/alignment/dpo.py",
-        "*ref_2N.chunk(2)]",
-        "*reversed(ref_2N.chunk(2))]",
+        "stages/lib/preferring/objective.py",
+        "*(ref_2N.chunk(2) if",
+        "*(reversed(ref_2N.chunk(2)) if",
         (
             "tests/integration/test_dpo.py::test_the_loss_starts_at_log_2",
             "tests/integration/test_dpo.py::test_the_margin_is_beta_times_the_difference_of_changes",
             "tests/numerics/test_preferences_against_trl.py::test_dpo",
         ),
+    ),
+    Mutation(
+        "the mean reward forgotten at a restart",
+        "stages/lib/training/carrying.py",
+        "return {KEY: carried} if carried else {}",
+        "return {}",
+        ("tests/integration/test_preference_family.py::test_what_a_loss_carries_is_carried_over_a_stop",),
+    ),
+    Mutation(
+        "tails of the reference counted in full",
+        "stages/lib/preferring/reference.py",
+        "answer_logprobs(model, batch, self.tail_weight)",
+        "answer_logprobs(model, batch)",
+        ("tests/integration/test_preference_family.py::test_the_reference_counts_tails_as_the_policy_does",),
+    ),
+    Mutation(
+        "a micro batch sorted as a whole",
+        "stages/lib/preferring/objective.py",
+        "vector.split(self.params.sorted_pairs)",
+        "vector.split(len(vector))",
+        ("tests/integration/test_preference_family.py::test_micro_batches_change_nothing[aot]",),
     ),
     Mutation(
         "reference pass swapped",

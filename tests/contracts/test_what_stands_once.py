@@ -13,8 +13,9 @@ import pytest
 from pipeline.settings.strict import CHECKOUT
 from stages import STAGES
 from stages.data.clean import CleanParams
+from stages.lib.formulas.divergences import DIVERGENCES
 from stages.lib.formulas.policy_gradient import KL_ESTIMATORS
-from stages.lib.formulas.preference_losses import PREFERENCE_LOSSES
+from stages.lib.formulas.preference_table import PREFERENCE_LOSSES
 from stages.lib.rows.canonical import FORMATS
 from stages.lib.sources import python_docs
 from stages.lib.sources.files import READERS
@@ -67,13 +68,14 @@ def choices(stage: str, field: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("offered", "table"),
     [
-        (choices("dpo", "loss"), PREFERENCE_LOSSES),
+        (get_args(choices("dpo", "loss")[0]), PREFERENCE_LOSSES),
+        (get_args(choices("dpo", "f_divergence")[0]), DIVERGENCES),
         (choices("ppo", "kl_estimator"), KL_ESTIMATORS),
         (get_args(CleanParams.model_fields["format"].annotation), FORMATS),
         (tuple(python_docs.FORMATS), FORMATS),
         (get_args(FileType), READERS),
     ],
-    ids=["losses", "estimators", "formats", "formats of python_docs", "readers"],
+    ids=["losses", "divergences", "estimators", "formats", "formats of python_docs", "readers"],
 )
 def test_what_a_recipe_may_name_is_what_the_table_holds(offered: tuple[Any, ...], table: Any) -> None:
     assert offered == tuple(table)

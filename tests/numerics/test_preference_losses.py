@@ -1,21 +1,22 @@
-"""Losses over pairs, against numbers worked out by hand and against TRL's trainers."""
+"""Losses of the difference of two answers, against numbers worked out by hand."""
 
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 import torch
 
-from stages.alignment.dpo import DPOParams
 from stages.lib.formulas.preference_losses import (
-    PREFERENCE_LOSSES,
+    discopop_loss,
+    exo_pair_loss,
     hinge_loss,
     implicit_margin,
     ipo_loss,
     reward_loss,
+    robust_loss,
     sigmoid_loss,
+    sigmoid_norm_loss,
 )
 
 LN2 = math.log(2)
@@ -64,32 +65,72 @@ def test_ipo_loss() -> None:
     assert ipo_loss(*log_probabilities(), beta=0.5).tolist() == [1.0, 81.0, 25.0]
 
 
-@pytest.mark.parametrize(("name", "at_start"), [("sigmoid", LN2), ("hinge", 1.0), ("ipo", 25.0)])
-def test_losses_at_the_reference(name: str, at_start: float) -> None:
-    """A policy equal to its reference has margin 0 on every pair: log 2, 1, and (0 - 1 / 0.2)^2 = 25 at beta 0.1."""
-    chosen, rejected = vectors([-3.25, -100.0], [-8.5, -0.125])
-    loss = PREFERENCE_LOSSES[name].function(chosen, rejected, chosen, rejected, beta=0.1)
-    assert loss.tolist() == pytest.approx([at_start, at_start], rel=1e-12)
+def test_sigmoid_norm_loss() -> None:
+    """log(1 + exp(-m)) of log-probabilities per token: the formula of DPO, for the margins 0, 5 and -2."""
+    loss = sigmoid_norm_loss(*log_probabilities(), beta=0.5)
+    assert loss.tolist() == pytest.approx([LN2, math.log1p(math.exp(-5)), math.log1p(math.exp(2))], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(PREFERENCE_LOSSES))
-def test_losses_depend_on_differences_only(name: str) -> None:
-    """Adding c to an answer's log-probability under both policy and reference changes nothing: the ratio is the same."""
-    function = PREFERENCE_LOSSES[name].function
-    chosen, rejected, ref_chosen, ref_rejected = log_probabilities()
-    moved = function(chosen + 7, rejected - 2, ref_chosen + 7, ref_rejected - 2, beta=0.5)
-    assert torch.equal(moved, function(chosen, rejected, ref_chosen, ref_rejected, beta=0.5))
+def test_robust_loss() -> None:
+    """((1 - e) L(m) - e L(-m)) / (1 - 2 e) with L(m) = log(1 + exp(-m)) and L(-m) = m + L(m) is L(m) - m e / (1 - 2 e).
+
+    With e = 0.1 that is m / 8 less than without: 0, 0.625 and -0.25 less.
+    """
+    plain = sigmoid_loss(*log_probabilities(), beta=0.5)
+    loss = robust_loss(*log_probabilities(), beta=0.5, label_smoothing=0.1)
+    assert (plain - loss).tolist() == pytest.approx([0.0, 0.625, -0.25], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(PREFERENCE_LOSSES))
-def test_gradients_raise_the_chosen_answer(name: str) -> None:
-    """At the reference every loss falls when the chosen answer becomes likelier and the rejected one less likely."""
-    chosen, rejected = vectors([-3.0], [-4.0])
-    policy = [chosen.clone().requires_grad_(), rejected.clone().requires_grad_()]
-    PREFERENCE_LOSSES[name].function(*policy, chosen, rejected, beta=0.1).sum().backward()
-    assert policy[0].grad is not None and policy[1].grad is not None
-    assert policy[0].grad.item() < 0 < policy[1].grad.item()
-    assert policy[0].grad.item() == -policy[1].grad.item()
+def test_robust_loss_is_unbiased() -> None:
+    """If a share e of the labels is turned, the mean (1 - e) f(m) + e f(-m) is DPO's loss on labels that are right."""
+    chosen, rejected = vectors([3.0], [1.0])
+    (zero,) = vectors([0.0])
+    right, turned = (
+        robust_loss(*pair, zero, zero, beta=0.7, label_smoothing=0.3).item()
+        for pair in ((chosen, rejected), (rejected, chosen))
+    )
+    expected = sigmoid_loss(chosen, rejected, zero, zero, beta=0.7).item()
+    assert 0.7 * right + 0.3 * turned == pytest.approx(expected, rel=1e-12)
+
+
+def test_exo_pair_loss() -> None:
+    """KL((s, 1 - s) || (0.8, 0.2)) with s = sigmoid(m).
+
+    m = 0: (1/2) log(1/4 / (0.8 x 0.2)) = (1/2) log 1.5625 = log 1.25. m = log 4: s is 0.8, the same distribution: 0.
+    m = -log 4: 0.2 log(0.2 / 0.8) + 0.8 log(0.8 / 0.2) = 0.6 log 4.
+    """
+    chosen, zero = vectors([0.0, math.log(4), -math.log(4)], [0.0, 0.0, 0.0])
+    loss = exo_pair_loss(chosen, zero, zero, zero, beta=1.0, label_smoothing=0.2)
+    assert loss.tolist() == pytest.approx([math.log(1.25), 0.0, 0.6 * math.log(4)], abs=1e-12)
+
+
+def test_discopop_loss() -> None:
+    """(1 - s) log(1 + exp(-m)) + s exp(-m), s = sigmoid(20 m). m = 0: s = 1/2, log(2) / 2 + 1/2.
+
+    m = 5: s is 1 but for e^-100, exp(-5). m = -2: s is e^-40, log(1 + exp(2)).
+    """
+    loss = discopop_loss(*log_probabilities(), beta=0.5, discopop_temperature=0.05)
+    assert loss.tolist() == pytest.approx([LN2 / 2 + 0.5, math.exp(-5), math.log1p(math.exp(2))], rel=1e-12)
+
+
+def test_discopop_rises_where_a_policy_starts() -> None:
+    """At m = 0 the slope is -(1/2) / 2 - 1/2 + (1 - log 2) s', with s' = 1 / (4 t) = 5 at t = 0.05: 0.784."""
+    (zero,) = vectors([0.0])
+    chosen = zero.clone().requires_grad_()
+    discopop_loss(chosen, zero, zero, zero, beta=1.0, discopop_temperature=0.05).sum().backward()
+    assert chosen.grad is not None
+    assert chosen.grad.item() == pytest.approx(-0.75 + 5 * (1 - LN2), rel=1e-12)
+
+
+@pytest.mark.parametrize("margin", [-1e4, 1e4])
+def test_discopop_is_finite_far_from_0(margin: float) -> None:
+    """exp(10000) is infinite and sigmoid(-200000) is 0, but their product is 0: log(1 + exp(10000)) = 10000 is left."""
+    chosen, zero = (each.float() for each in vectors([margin], [0.0]))
+    policy = chosen.clone().requires_grad_()
+    loss = discopop_loss(policy, zero, zero, zero, beta=1.0, discopop_temperature=0.05)
+    loss.sum().backward()
+    assert loss.tolist() == [max(0.0, -margin)]
+    assert policy.grad is not None and policy.grad.item() == (-1.0 if margin < 0 else 0.0)
 
 
 def test_sigmoid_gradient() -> None:
@@ -153,7 +194,3 @@ def test_losses_are_finite_where_a_sigmoid_underflows(difference: float) -> None
     expected = [max(0.0, -difference)]
     assert reward_loss(scores, zero).tolist() == expected
     assert sigmoid_loss(scores, zero, zero, zero, beta=1.0).tolist() == expected
-
-
-def test_the_recipe_offers_exactly_the_table() -> None:
-    assert set(get_args(DPOParams.model_fields["loss"].annotation)) == set(PREFERENCE_LOSSES)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from stages.alignment.dpo import DPOObjective, DPOParams
+from stages.alignment.dpo import DPOParams
 from stages.alignment.reward import RewardObjective, RewardParams
 from stages.lib.preferring.answers import answer_logprobs
+from stages.lib.preferring.objective import PreferenceObjective
 from stages.lib.preferring.pairs import collate_pairs
 from stages.lib.preferring.reward_models import scores
 from tests.integration.preference_world import tokenized
@@ -86,7 +87,7 @@ def test_dpo(loss: str, rows: list[dict[str, Any]], tokenizer: Any, tmp_path: Pa
 
     with torch.no_grad():
         ours["reference_N2"] = answer_logprobs(reference, ours).double().view(2, -1).T
-        objective = DPOObjective(DPOParams(**TRAINING, loss=loss, beta=0.3))  # type: ignore[arg-type]
+        objective = PreferenceObjective(DPOParams(**TRAINING, loss=loss, beta=0.3))
         mean = float(objective.loss_sum(policy, ours) / objective.count(ours))
     assert mean == pytest.approx(theirs, rel=1e-5)
     at_reference = {"sigmoid": 0.6931, "hinge": 1.0, "ipo": (1 / 0.6) ** 2}[loss]

@@ -1,16 +1,18 @@
-"""Losses over pairs of answers: the reward model's, and those of direct preference optimization.
+"""Losses over pairs of answers that see only by how much one is better: the reward model's, and DPO and its like.
 
 N: pairs. `chosen_N` and `rejected_N` are what the model in training gives the two answers of each pair (a score, or a
 log-probability), `ref_chosen_N` and `ref_rejected_N` the same of the reference. Every function returns one loss a pair.
+
+What belongs to the prompt alone cancels in that difference. `preference_table.py` says what each of them needs; those that
+look at either answer by itself stand in `answer_losses.py`, those without a reference in `reference_free_losses.py`.
 
 Imports torch only where it computes, because `slipway plan` reads the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,27 +99,74 @@ def ipo_loss(
     return (h_N - 1 / (2 * beta)).square()
 
 
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """A loss of direct preference optimization, and what its callers must know of it."""
+def sigmoid_norm_loss(
+    chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, *, beta: float
+) -> Tensor:
+    """-log sigmoid(m), with m the implicit margin of log-probabilities averaged over tokens.
 
-    function: Callable[..., Tensor]
-    """(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, *, beta) -> loss_N."""
-    averages_over_tokens: bool = False
-    """Whether the log-probability of an answer is the mean of its tokens', instead of their sum."""
-    takes_label_smoothing: bool = False
-    """Whether the function has a parameter `label_smoothing`."""
+    The length-normalized DPO of Tulu 3 (Lambert et al., 2024). beta is then that of a token: 5 there.
+    """
+    return smoothed_logistic_loss(implicit_margin(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta))
 
 
-PREFERENCE_LOSSES = {
-    "sigmoid": PreferenceLoss(sigmoid_loss, takes_label_smoothing=True),
-    "hinge": PreferenceLoss(hinge_loss),
-    "ipo": PreferenceLoss(ipo_loss, averages_over_tokens=True),
-}
-"""The losses that a recipe may name. A new one is a line here, and nothing else."""
+def robust_loss(
+    chosen_N: Tensor,
+    rejected_N: Tensor,
+    ref_chosen_N: Tensor,
+    ref_rejected_N: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> Tensor:
+    """(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e): in the mean DPO's loss on labels that are right.
+
+    Chowdhury et al. (2024, robust DPO): unbiased where a share e of the labels is the wrong way round. Unlike
+    the conservative form (`smoothed_logistic_loss`) it may be negative, and has no minimum at a finite margin.
+    """
+    from torch.nn.functional import logsigmoid
+
+    margin_N = implicit_margin(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta)
+    as_labelled_N, turned_N = -logsigmoid(margin_N), -logsigmoid(-margin_N)
+    return ((1 - label_smoothing) * as_labelled_N - label_smoothing * turned_N) / (1 - 2 * label_smoothing)
 
 
-if TYPE_CHECKING:
-    PreferenceLossName = str
-else:
-    PreferenceLossName = Literal[tuple(PREFERENCE_LOSSES)]
+def exo_pair_loss(
+    chosen_N: Tensor,
+    rejected_N: Tensor,
+    ref_chosen_N: Tensor,
+    ref_rejected_N: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> Tensor:
+    """KL(q || p) with q = (sigmoid(m), sigmoid(-m)) and p = (1 - e, e): the policy's choice against the labels', reversed.
+
+    EXO (Ji et al., 2024), equation 16; they take e = 0.001. Without label smoothing it would be infinite.
+    """
+    from torch.nn.functional import logsigmoid
+
+    margin_N = implicit_margin(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta)
+    chosen_part_N = margin_N.sigmoid() * (logsigmoid(margin_N) - math.log1p(-label_smoothing))
+    return chosen_part_N + (-margin_N).sigmoid() * (logsigmoid(-margin_N) - math.log(label_smoothing))
+
+
+def discopop_loss(
+    chosen_N: Tensor,
+    rejected_N: Tensor,
+    ref_chosen_N: Tensor,
+    ref_rejected_N: Tensor,
+    *,
+    beta: float,
+    discopop_temperature: float,
+) -> Tensor:
+    """-(1 - s) log sigmoid(m) + s exp(-m) with s = sigmoid(m / t): logistic below 0, exponential above, blended at 0.
+
+    DiscoPOP (Lu et al., 2024), equation 5, with their t = 0.05. It is not convex: around 0, where a policy starts, it rises with
+    the margin, as they say themselves, so that pairs are first pushed the wrong way. s exp(-m) is computed as exp(log s - m): as a product it is
+    0 times infinity where the margin is far below 0.
+    """
+    from torch.nn.functional import logsigmoid
+
+    margin_N = implicit_margin(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta)
+    sharp_N = margin_N / discopop_temperature
+    return -logsigmoid(margin_N) * (-sharp_N).sigmoid() + (logsigmoid(sharp_N) - margin_N).exp()

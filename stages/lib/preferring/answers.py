@@ -7,6 +7,7 @@ sequences, the N chosen ones first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,16 +20,68 @@ from stages.lib.models.asking import without_cache
 from stages.lib.training.evaluating import Metrics
 
 
-def answer_logprobs(model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-    """log p(answer | prompt) of each of the 2N sequences: the sum over the answer's tokens, in float32."""
+@dataclass(frozen=True)
+class Answered:
+    """What a model says of the answers of a micro batch, vectors of 2N in float32, one number for each sequence."""
+
+    logp: torch.Tensor
+    """log p(answer | prompt): the sum over the answer's tokens."""
+    counted: torch.Tensor
+    """The same sum with the tail of the longer answer of each pair weighted, if so asked."""
+    likelihood: torch.Tensor | None = None
+    """How much the answer is like what the model itself would say (`own_likelihood`), where asked for. No gradient."""
+
+
+def ask_for_answers(
+    model: torch.nn.Module, batch: Tensors, *, tail_weight: float | None = None, with_likelihood: bool = False
+) -> Answered:
+    """One forward pass over the 2N sequences. `tail_weight`: see `tail_weights`."""
     options = {"attention_mask": batch["attention_mask"], **without_cache(model)}
     logits_BTV = model(input_ids=batch["input_ids"], **options).logits
     targets_BT = next_tokens(batch["input_ids"], batch["answer_mask"])
     asked_BT = targets_BT != IGNORE
     # Only the answers' positions are brought to float32: with long prompts most of the logits are not needed.
-    logp_K = -cross_entropy(logits_BTV[asked_BT].float(), targets_BT[asked_BT], reduction="none")
-    zeros_BT = torch.zeros(asked_BT.shape, dtype=logp_K.dtype, device=logp_K.device)
-    return zeros_BT.masked_scatter(asked_BT, logp_K).sum(dim=1)
+    logits_KV = logits_BTV[asked_BT].float()
+    logp_K = -cross_entropy(logits_KV, targets_BT[asked_BT], reduction="none")
+    logp_BT = in_places(logp_K, asked_BT)
+    logp_2N = counted_2N = logp_BT.sum(dim=1)
+    if tail_weight is not None:
+        counted_2N = (logp_BT * tail_weights(asked_BT, tail_weight)).sum(dim=1)
+    likelihood_2N = own_likelihood(logits_KV, logp_K, asked_BT) if with_likelihood else None
+    return Answered(logp_2N, counted_2N, likelihood_2N)
+
+
+def answer_logprobs(model: torch.nn.Module, batch: Tensors, tail_weight: float | None = None) -> torch.Tensor:
+    """log p(answer | prompt) of each of the 2N sequences: the sum over the answer's tokens, in float32."""
+    return ask_for_answers(model, batch, tail_weight=tail_weight).counted
+
+
+def in_places(values_K: torch.Tensor, asked_BT: torch.Tensor) -> torch.Tensor:
+    """The values at the places that are asked for, in their order, and 0 elsewhere."""
+    zeros_BT = torch.zeros(asked_BT.shape, dtype=values_K.dtype, device=values_K.device)
+    return zeros_BT.masked_scatter(asked_BT, values_K)
+
+
+def tail_weights(asked_BT: torch.Tensor, weight: float) -> torch.Tensor:
+    """1 for the first tokens of each answer, as many as the shorter answer of its pair has, and `weight` for those behind.
+
+    LD-DPO (Liu et al., 2024, length desensitization): log p = (1 - a) log p(first l tokens) + a log p(all).
+    """
+    lengths_2N = asked_BT.sum(dim=1)
+    shorter_N = torch.minimum(*lengths_2N.chunk(2))
+    beyond_BT = asked_BT.cumsum(dim=1) > torch.cat([shorter_N, shorter_N])[:, None]
+    return torch.where(beyond_BT, weight, 1.0)
+
+
+@torch.no_grad()
+def own_likelihood(logits_KV: torch.Tensor, logp_K: torch.Tensor, asked_BT: torch.Tensor) -> torch.Tensor:
+    """exp of the mean over an answer's tokens of log p(token) - log sum_v p(v)^2, for each sequence.
+
+    WPO (Zhou et al., 2024), equation 2 with its sampled alignment: 1 in the mean of what the model itself would draw,
+    however sure it is; their weight of a pair is the product of both answers'.
+    """
+    log_squares_K = (2 * logits_KV).logsumexp(dim=-1) - 2 * logits_KV.logsumexp(dim=-1)
+    return (in_places(logp_K - log_squares_K, asked_BT).sum(dim=1) / asked_BT.sum(dim=1).clamp(min=1)).exp()
 
 
 def answer_tokens(batch: Tensors) -> torch.Tensor:

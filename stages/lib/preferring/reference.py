@@ -41,13 +41,16 @@ class ReferencePass:
     """The reference model."""
     pairs: Sequence[Pairs]
     precision: str
+    tail_weight: float | None = None
+    """What tokens beyond the shorter answer's length count: see `answers.tail_weights`."""
     rows: list[tuple[int, int]] = field(init=False)
     """(number of the data set, index in it) of every pair."""
     file: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = [(number, index) for number, pairs in enumerate(self.pairs) for index in range(len(pairs))]
-        digest = from_main(lambda: digest_pairs(model_identity(self.folder), self.precision, self.pairs))
+        how = self.precision if self.tail_weight is None else f"{self.precision} {self.tail_weight!r}"
+        digest = from_main(lambda: digest_pairs(model_identity(self.folder), how, self.pairs))
         self.file = self.ctx.work / f"reference_logprobs-{digest[:16]}.npy"
 
     def row(self, index: int) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class ReferencePass:
                 indices = waiting[mine]
                 batch = {n: t.to(device) for n, t in collate([self.row(index) for index in indices]).items()}
                 with torch.no_grad(), rounding:
-                    logp_2N = answer_logprobs(model, batch)
+                    logp_2N = answer_logprobs(model, batch, self.tail_weight)
                 logprobs_N2[indices] = logp_2N.double().cpu().numpy().reshape(2, -1).T
         del model
         gc.collect()
@@ -163,9 +166,9 @@ def model_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_pairs(model: str, precision: str, data: Sequence[Pairs]) -> str:
-    """Changes with the model and with every token of every pair."""
-    digest = hashlib.sha256(f"{model} {precision} {[len(pairs) for pairs in data]}".encode())
+def digest_pairs(model: str, how: str, data: Sequence[Pairs]) -> str:
+    """Changes with the model, with how it is asked, and with every token of every pair."""
+    digest = hashlib.sha256(f"{model} {how} {[len(pairs) for pairs in data]}".encode())
     for pairs in data:
         for row in pairs:
             for name in ("chosen_ids", "chosen_answer", "rejected_ids", "rejected_answer"):

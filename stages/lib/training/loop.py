@@ -37,6 +37,7 @@ from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
 from stages.lib.processes.joining import join_processes
 from stages.lib.text.batches import Collate, num_tokens, with_positions
+from stages.lib.training.carrying import carried_by, go_on, one_step
 from stages.lib.training.engine import Engine, Stepped
 from stages.lib.training.evaluating import Evaluator, Metrics, StopRequested
 from stages.lib.training.making import make_engine
@@ -159,9 +160,10 @@ class Training:
                 )
             )
         losses: list[torch.Tensor] = []
-        for number, batch in enumerate(batches):
-            with self.randomness.of(batch, step):
-                engine.backward(partial(self.loss, batch, units, losses), last=number == len(batches) - 1)
+        with one_step(self.objective):
+            for number, batch in enumerate(batches):
+                with self.randomness.of(batch, step):
+                    engine.backward(partial(self.loss, batch, units, losses), last=number == len(batches) - 1)
         (loss,) = all_reduce_sum([float(torch.stack(losses).sum())])
         self.require_finite_number("loss", loss / units)
         factor = learning_rate_factor(self.params, step, self.steps)
@@ -260,7 +262,7 @@ class Training:
 
     def save(self) -> None:
         carried = {"window": asdict(self.progress.window), "before": self.progress.before}
-        content = {**self.identity, **carried}
+        content = {**self.identity, **carried, **carried_by(self.objective)}
         save_checkpoint(self.ctx, self.engine, self.progress.step, self.steps, self.parameters, content)
 
 
@@ -303,6 +305,7 @@ def train(
     if saved is not None:
         engine.load(saved.folder)
         write_receipt(ctx, params, batch, len(data), steps, saved)
+        go_on(objective, saved.state)
     training = Training(
         ctx=ctx,
         params=params,

@@ -1,0 +1,49 @@
+"""Objectives that carry something from one optimizer step to the next: it is in a checkpoint, so that a resume is exact."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+KEY = "objective"
+"""Where it stands in a checkpoint."""
+
+
+@runtime_checkable
+class Carrying(Protocol):
+    """What such an objective has besides what all have."""
+
+    def begin_step(self) -> None:
+        """Called before the first micro batch of a step."""
+
+    def end_step(self) -> None:
+        """Called after the last micro batch of a step, in all processes together."""
+
+    def carried(self) -> dict[str, float]:
+        """What `carry_on` needs to go on from here, the same in every process. Empty if it carries nothing."""
+
+    def carry_on(self, carried: Mapping[str, float]) -> None:
+        """Goes on from what `carried` returned."""
+
+
+@contextlib.contextmanager
+def one_step(objective: object) -> Iterator[None]:
+    """Around the micro batches of a step."""
+    if isinstance(objective, Carrying):
+        objective.begin_step()
+    yield
+    if isinstance(objective, Carrying):
+        objective.end_step()
+
+
+def carried_by(objective: object) -> dict[str, Any]:
+    """Its part of a checkpoint; nothing for an objective that carries nothing."""
+    carried = objective.carried() if isinstance(objective, Carrying) else {}
+    return {KEY: carried} if carried else {}
+
+
+def go_on(objective: object, state: Mapping[str, Any]) -> None:
+    """Gives it back what a checkpoint holds of it."""
+    if isinstance(objective, Carrying) and KEY in state:
+        objective.carry_on(state[KEY])
