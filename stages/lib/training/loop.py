@@ -293,13 +293,12 @@ def train(
     steps = optimizer_steps(params, len(data))
     require_sound(params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
-    of_params = {"total_steps": steps, "global_batch_size": params.global_batch_size}
-    identity = {**of_params, "seed": ctx.seed, "data": fingerprint(data)}
+    identity = {"total_steps": steps, "global_batch_size": params.global_batch_size}
+    identity |= {"seed": ctx.seed, "data": fingerprint(data)}
     saved = find_saved(ctx, identity)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
     note_generation(ctx)
-    passes = steps * batch.global_batch_size / len(data)
-    ctx.journal.note(f"{len(data):,} rows, {steps:,} steps of {batch}: {passes:.2f} passes")
+    ctx.journal.note(in_passes(len(data), steps, batch))
     randomness = Randomness(ctx, device, without_dropout)
     engine, model, rates = make_engine(ctx, params, batch, make_model, device, randomness)
     if saved is not None:
@@ -327,6 +326,12 @@ def train(
     dtype = from_main(lambda: publish(model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
     say_if_other(ctx, formats, dtype)
     return replace(trained, dtype=dtype)
+
+
+def in_passes(num_rows: int, steps: int, batch: Batch) -> str:
+    """How often the training rows are seen, for the journal."""
+    passes = steps * batch.global_batch_size / num_rows
+    return f"{num_rows:,} rows, {steps:,} steps of {batch}: {passes:.2f} passes"
 
 
 def require_sound(params: TrainingParams, steps: int, device: torch.device) -> None:
