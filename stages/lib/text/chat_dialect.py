@@ -9,8 +9,7 @@ for one that does not, calls, what tools returned and the list of tools stand in
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -26,9 +25,6 @@ REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 
 WITHIN_CONTENT = "content"
 """The template takes reasoning in the content, between `<think>` and `</think>`."""
-
-THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>\s*)", re.DOTALL)
-"""A thought at the beginning of what an assistant says."""
 
 
 @dataclass(frozen=True)
@@ -174,16 +170,6 @@ def with_reasoning_as(message: TemplateMessage, name: str) -> TemplateMessage:
 
 THOUGHT_MARKS = "thought_marks"
 """Key of a message: what stood around a thought that was found within its content."""
-
-
-def thought_apart(message: Mapping[str, Any]) -> TemplateMessage:
-    """The message, with a thought at the beginning of its content as `reasoning_content`, and what stood around it."""
-    if message["role"] != "assistant" or message.get("reasoning_content"):
-        return dict(message)
-    if not (found := THOUGHT.match(message["content"])) or not found[2].strip():
-        return dict(message)
-    rest = message["content"][found.end() :]
-    return {**message, "content": rest, "reasoning_content": found[2], THOUGHT_MARKS: (found[1], found[3])}
 
 
 def json_of(value: Any) -> str:
