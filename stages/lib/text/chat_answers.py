@@ -129,7 +129,8 @@ def continuation(tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: 
         said = written[len(before) :]
         # Also a thought that is said as it would be after this prompt, without its opening mark.
         if said.startswith("<think>") or (knows and is_unopened(through[-1])):
-            return said.removeprefix("<think>").lstrip()
+            said = said.removeprefix("<think>")
+            return said.lstrip() if reasoning else said
         return f"{reasoning}\n</think>\n\n{said}"
     raise Unlearnable(
         OTHER_PROMPT,

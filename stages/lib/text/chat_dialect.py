@@ -159,13 +159,11 @@ def with_numbered_calls(messages: Sequence[TemplateMessage], dialect: Dialect) -
 def with_reasoning_as(message: TemplateMessage, name: str) -> TemplateMessage:
     """An assistant's message with its reasoning where the template looks for it; without it where it looks nowhere."""
     plain = {key: value for key, value in message.items() if key not in ("reasoning_content", THOUGHT_MARKS)}
-    reasoning = message.get("reasoning_content")
-    if not reasoning or not name:
-        return plain
-    if name == WITHIN_CONTENT:
+    reasoning = message.get("reasoning_content") or ""
+    if name == WITHIN_CONTENT and (reasoning or THOUGHT_MARKS in message):
         before, after = message.get(THOUGHT_MARKS) or ("<think>\n", "\n</think>\n\n")
         return {**plain, "content": f"{before}{reasoning}{after}{message['content']}"}
-    return {**plain, name: reasoning.strip()}
+    return {**plain, name: reasoning.strip()} if reasoning and name else plain
 
 
 THOUGHT_MARKS = "thought_marks"

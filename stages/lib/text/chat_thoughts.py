@@ -63,18 +63,17 @@ def thought_apart(message: Mapping[str, Any]) -> TemplateMessage:
     """The message, with a thought at the beginning of its content as `reasoning_content`, and what stood around it."""
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return dict(message)
-    found = thought_within(message["content"])
-    if found is None or not found.thought.strip():
+    if (found := thought_within(message["content"])) is None:
         return dict(message)
+    if not found.thought.strip():  # its marks alone, which most templates write themselves
+        return {**message, "content": found.rest, THOUGHT_MARKS: (found.before, found.thought + found.after)}
     marks = (found.before, found.after)
     return {**message, "content": found.rest, "reasoning_content": found.thought, THOUGHT_MARKS: marks}
 
 
 def without_thought(message: Mapping[str, Any]) -> TemplateMessage:
     """The message without what it thinks before it answers, and without the marks of an empty thought."""
-    apart = {key: value for key, value in thought_apart(message).items() if key not in LOST_WITH_THOUGHT}
-    found = thought_within(apart["content"]) if apart["role"] == "assistant" else None
-    return {**apart, "content": found.rest} if found and not found.thought.strip() else apart
+    return {key: value for key, value in thought_apart(message).items() if key not in LOST_WITH_THOUGHT}
 
 
 LOST_WITH_THOUGHT = ("reasoning_content", THOUGHT_MARKS)
