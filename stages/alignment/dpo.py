@@ -97,7 +97,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
 
 STAGE = Stage(
     kind="dpo",
-    version=4,
+    version=5,
     summary="direct preference optimization of a causal model on pairs of answers",
     params=DPOParams,
     inputs={

@@ -113,7 +113,7 @@ def run(ctx: Context, params: RewardParams) -> Result:
 
 STAGE = Stage(
     kind="reward",
-    version=4,
+    version=5,
     summary="a reward model: which of two answers is better, as a score for each",
     params=RewardParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},

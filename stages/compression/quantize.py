@@ -165,7 +165,7 @@ def run(ctx: Context, params: QuantizeParams) -> Result:
 
 STAGE = Stage(
     kind="quantize",
-    version=3,
+    version=4,
     summary="a causal model in 8 or 4 bits per weight, with its perplexity before and after",
     params=QuantizeParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "calibration": accepts(Kind.TOKENS, Kind.CHATS)},

@@ -139,7 +139,7 @@ def run(ctx: Context, params: EvaluateParams) -> Result:
 
 STAGE = Stage(
     kind="evaluate",
-    version=5,
+    version=6,
     summary="models side by side: perplexity, loss on chats, preference accuracy, sample replies, rewards of replies",
     params=EvaluateParams,
     inputs={

@@ -39,7 +39,7 @@ class SftParams(TemplateDateParams, TrainingParams):
     vocabulary_multiple: int | None = Field(default=None, ge=1)
     """Where embeddings are added, their number becomes a multiple of this. null: of the largest power of two, up to 64, that it was a multiple of."""
     thinking: Literal["trained", "masked", "stripped"] = "trained"
-    """What becomes of the reasoning before an answer: learned like all that the assistant says; read, but nothing is learned from it; or taken out of every turn."""
+    """What becomes of the reasoning before an answer: learned like all that the assistant says; read, but nothing is learned from it; or taken out of every turn. What stands before a `</think>` that nothing opens is reasoning too. A chat with a mark of a thought anywhere else is then dropped."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
 
@@ -136,7 +136,7 @@ def run(ctx: Context, params: SftParams) -> Result:
 
 STAGE = Stage(
     kind="sft",
-    version=3,
+    version=4,
     summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
     params=SftParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},

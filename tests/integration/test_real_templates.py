@@ -19,10 +19,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
-from stages.lib.text.chat_answers import OTHER_PROMPT, Unlearnable
+from stages.lib.text.chat_answers import LEFT_OUT, OTHER_PROMPT, Unlearnable
 from stages.lib.text.chat_check import check_chat_template, end_of_turn_ids
 from stages.lib.text.chat_dialect import dialect_of
-from stages.lib.text.chat_spans import encode_prompt, training_sequences
+from stages.lib.text.chat_spans import THOUGHT_LEFT, encode_prompt, training_sequences
 from stages.lib.text.chat_template import RefusedChat
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -471,6 +471,69 @@ def test_a_thought_within_the_content_is_masked_however_it_is_spaced(content: st
     for name in ("qwen2_5", "qwen3", "deepseek_r1_distill"):
         (parts,) = learned(tokenizer_of(name), [user("Who?"), assistant(content)], thinking="masked")
         assert "ponder" not in "".join(parts) and "Me." in parts[-1], name
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "gptoss", "deepseek_r1_distill", "deepseek_r1_distill_training"])
+@pytest.mark.parametrize("content", ["I ponder.\n</think>\n\nMe.", "I ponder.</think>Me."])
+def test_a_thought_that_only_the_prompt_would_open_is_one(name: str, content: str) -> None:
+    """As models say it after a prompt that ends in `<think>`; once, whatever the template's prompt is."""
+    tokenizer, chat = tokenizer_of(name), [user("Who?"), assistant(content)]
+    ((trained,),) = learned(tokenizer, chat)
+    assert trained.count("I ponder.") == trained.count("Me.") == 1 and trained.count("</think>") <= 1
+    (masked,) = learned(tokenizer, chat, thinking="masked")
+    assert "".join(masked) == trained.replace("I ponder.", "")
+    assert learned(tokenizer, chat, thinking="stripped") == learned(tokenizer, [user("Who?"), assistant("Me.")])
+
+
+@pytest.mark.parametrize(
+    "name", sorted({"qwen3", "gptoss", "deepseekv3", "glm4moe"} | {n for n in NAMES if "nemotron" in n})
+)
+@pytest.mark.parametrize("content", ["<think>\n\n</think>\n\nMe.", "\n</think>\n\nMe.", "</think>Me."])
+def test_marks_of_an_empty_thought_are_written_once(name: str, content: str) -> None:
+    """By the template, which has a way of its own to say that nothing was thought."""
+    tokenizer = tokenizer_of(name)
+    for how in ("trained", "masked", "stripped"):
+        assert learned(tokenizer, [user("Who?"), assistant(content)], thinking=how) == learned(tokenizer, CHATS["S"])
+
+
+def test_marks_of_thoughts_are_also_those_of_the_template() -> None:
+    tokenizer = tokenizer_of("muse_glimmer")
+    chat = [user("Who?"), assistant("Me. to=self<|message|>I ponder.")]
+    with pytest.raises(Unlearnable) as caught:
+        learned(tokenizer, chat, thinking="masked")
+    assert caught.value.reason == THOUGHT_LEFT
+    assert learned(tokenizer_of("qwen3"), chat, thinking="masked")
+
+
+CALLED_TWICE = [
+    *CHATS["T"][:2],
+    assistant("", tool_calls=[{"name": "add", "arguments": {"a": 12}}, {"name": "add", "arguments": {"a": 1}}]),
+    {"role": "tool", "content": "3"},
+    {"role": "tool", "content": "3"},
+    assistant("It is 3."),
+]
+
+ONE_CALL = {"gptoss": LEFT_OUT, "gptoss_training": LEFT_OUT, "llama3_1": "", "llama3_2": ""}
+"""Template -> why two calls in one message are not learned: some write the first one only, some refuse the message."""
+
+CONSTANTS = [
+    *CHATS["T"][:2],
+    assistant("", tool_calls=[{"name": "add", "arguments": {"a": [True, 0, {"a": None}], "b": False, "c": "", "d": 1.5}}]),
+    *CHATS["T"][3:],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - NO_SYSTEM))
+def test_a_call_is_learned_where_the_template_writes_all_of_it(name: str) -> None:
+    """Two calls of which one says what a part of the other says; and values that no word can stand for."""
+    tokenizer = tokenizer_of(name)
+    assert learned(tokenizer, CONSTANTS)
+    if name not in ONE_CALL:
+        assert learned(tokenizer, CALLED_TWICE)
+        return
+    with pytest.raises((Unlearnable, RefusedChat)) as caught:
+        learned(tokenizer, CALLED_TWICE)
+    assert getattr(caught.value, "reason", "") == ONE_CALL[name]
 
 
 @pytest.mark.parametrize(("name", "thought"), [("qwen3", "think"), ("gptoss", "analysis"), ("gemma4_v5", "thought")])

@@ -10,11 +10,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
+from stages.lib.text.chat_answers import LEFT_OUT, Unlearnable
 from stages.lib.text.chat_check import check_chat_template, end_of_turn_ids
 from stages.lib.text.chat_fitting import TOO_LONG, fit_chat, fit_preference
 from stages.lib.text.chat_presets import CHATML, PRESETS, SLIPWAY
 from stages.lib.text.chat_rendering import special_ids
-from stages.lib.text.chat_spans import encode_chat, encode_prompt, training_sequences
+from stages.lib.text.chat_spans import THOUGHT_LEFT, Thinking, encode_chat, encode_prompt, training_sequences
+from stages.lib.text.chats import UNOPENED, tokenizing_chats
 from stages.lib.text.prompts import tokenizing_prompts
 from stages.lib.text.tokenized_parts import TokenizedRow
 from stages.lib.text.tokenizers import encode_texts, stop_token_ids
@@ -479,3 +481,213 @@ def test_a_character_that_no_text_should_have_never_becomes_an_id_that_no_model_
         with pytest.raises(DataError, match="which no text should"):
             encode_chat(tokenizer, messages)
     assert max(encode_chat(tokenizer, chat(f"a{BREAK}", "b")).input_ids) < len(tokenizer)
+
+
+# Every part is asked for, also where its text stands in another one.
+
+CALLING = """\
+{%- if tools %}<|im_start|>system
+{%- for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>{% endif -%}
+{%- for m in messages -%}
+<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
+{{ m.content }}
+{%- for c in m.tool_calls or [] %}<c>{{ c.function.name }}
+{%- for k, v in c.function.arguments.items() %} {{ k }}={{ v if v is string else v | tojson }};{% endfor %}</c>{% endfor -%}
+<|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}"""
+"""A template that knows tools, and writes all that it is given."""
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Says it.",
+        "parameters": {
+            "type": "object",
+            "properties": {name: {"type": "string"} for name in ("a", "sure", "rest")},
+            "required": ["a"],
+        },
+    },
+}
+
+
+def called(*arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """A chat in which a tool is called with each of these."""
+    calls = [{"name": "weather", "arguments": each} for each in arguments]
+    returned = [{"role": "tool", "content": "3"} for _ in arguments]
+    return [
+        {"role": "system", "content": "", "tools": [WEATHER]},
+        {"role": "user", "content": "a weather?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *returned,
+        {"role": "assistant", "content": "3 a"},
+    ]
+
+
+CALLS = (
+    called({"a": "Paris 2"}, {"a": "Paris"}),
+    called({"a": "Paris"}, {"a": "Paris"}),
+    called({"a": 11, "sure": True}, {"a": 1, "sure": False, "rest": None}),
+    called({"a": {"a": ["a", 0, True, {"b": ""}], "c": []}}, {}),
+)
+
+
+def turns_of(messages: list[dict[str, Any]]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+@pytest.mark.parametrize("messages", [*CALLS, chat("Who", "Who", "Who", "Wh", system="user")])
+def test_parts_that_say_the_same_are_learned_where_each_is_written(messages: list[dict[str, Any]]) -> None:
+    for template in (CALLING, CHATML, CHATML_OF_OTHERS, SLIPWAY):
+        turns = turns_of(messages)
+        sequences = training_sequences(build(template), messages, turns)
+        assert [turn for each in sequences for turn in each.turns] == turns
+
+
+@pytest.mark.parametrize(
+    ("what", "instead", "messages", "part"),
+    [
+        ("m.tool_calls or []", "(m.tool_calls or [])[:1]", CALLS[0], "weather"),
+        ("m.tool_calls or []", "(m.tool_calls or [])[:1]", CALLS[1], "weather"),
+        ("m.tool_calls or []", "(m.tool_calls or [])[-1:]", CALLS[0], "Paris 2"),
+        ("m.tool_calls or []", "(m.tool_calls or [])[-1:]", called({"a": 1}, {"a": 11}), "weather"),
+        ("{{ k }}=", "", CALLS[0], "a"),
+        ("v | tojson", "''", CALLS[2], "11"),
+        ("v | tojson", "(v | tojson if v is not boolean else '')", CALLS[2], "a true, false or null of"),
+        ("v | tojson", "(v | tojson if v is not none else '')", CALLS[2], "a true, false or null of"),
+        ("arguments.items() %}", "arguments.items() if v %}", CALLS[2], "sure"),
+        ("t | tojson", "t.function.name ~ t.function.description", CALLS[1], "a"),
+        ("in messages -%}", "in messages if m.role != 'system' -%}", chat("as told", "b", system="told"), "told"),
+        ("in messages -%}", "in messages if m.role != 'system' -%}", chat("a", "b", system="user"), "user"),
+        ("in messages -%}", "in messages if m != messages[0] or messages | length < 3 -%}", chat("b", "b", "b", "b"), "b"),
+    ],
+)  # fmt: skip
+def test_a_part_whose_text_stands_elsewhere_is_missed_where_it_is_left_out(
+    what: str, instead: str, messages: list[dict[str, Any]], part: str
+) -> None:
+    assert what in CALLING
+    tokenizer = build(CALLING.replace(what, instead))
+    with pytest.raises(Unlearnable, match=f"leaves ['\"]{part}.*out") as caught:
+        training_sequences(tokenizer, messages, turns_of(messages))
+    assert caught.value.reason == LEFT_OUT
+    with pytest.raises(Unlearnable, match="leaves"):  # Also where a policy is only asked.
+        encode_prompt(tokenizer, messages, strict=True)
+
+
+def test_a_shape_of_chats_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.lib.text import chat_parts
+
+    asked = []
+    found = chat_parts.found_missing
+
+    def counting(*arguments: Any) -> frozenset[str]:
+        asked.append(arguments)
+        return found(*arguments)
+
+    monkeypatch.setattr(chat_parts, "found_missing", counting)
+    tokenizer = build(CALLING)
+    for number in range(5):
+        training_sequences(tokenizer, chat(f"a{number}", "b"), [1])
+        training_sequences(tokenizer, called({"a": number + 1, "sure": True}), [2, 4])
+    assert len(asked) == 3
+    tokenizer.chat_template = CALLING.replace("messages -%}", "messages if m.role != 'system' -%}")
+    with pytest.raises(Unlearnable):
+        training_sequences(tokenizer, chat("ab", "b", system="a"), [2])
+
+
+# Thoughts within answers.
+
+
+def thinks(said: str) -> list[dict[str, str]]:
+    return chat("2+2", said)
+
+
+@pytest.mark.parametrize("template", [CHATML, SLIPWAY])
+@pytest.mark.parametrize(
+    ("content", "after"),
+    [
+        ("hm\n</think>\n\n4", "\n</think>\n\n4"),
+        ("hm</think>4", "</think>4"),
+        ("\n hm </think> 4", " </think> 4"),
+        ("say 'hm'</think>4", "</think>4"),
+    ],
+)
+def test_what_stands_before_a_bare_closing_mark_is_the_thought(template: str, content: str, after: str) -> None:
+    """As the reasoning parsers of servers have it: the prompt of many models opens the thought."""
+    tokenizer = build(template)
+    end = "<|end|>" if template == SLIPWAY else "<|im_end|>"
+
+    def said(thinking: Thinking) -> str:
+        ((ids, mask), _, _) = training_sequences(tokenizer, thinks(content), [1], thinking=thinking)[0]
+        return tokenizer.decode([token for token, learned in zip(ids, mask, strict=True) if learned])
+
+    assert said("trained") == content + end
+    assert said("masked") == content[: len(content) - len(content.lstrip())] + after + end
+    assert said("stripped") == "4" + end
+    for thinking in ("masked", "stripped"):
+        made = tokenizing_chats(tokenizer, 100, thinking=thinking).make({"messages": thinks(content)})
+        assert isinstance(made, list) and made[0].repaired == {UNOPENED: 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>a</think>4<think>hm</think>5",
+        "<think>a</think><think>hm</think>5",
+        "a</think>b</think>4",
+        "Sure. <think>hm</think>4",
+        "<think>hm 4",
+        "<thinking>hm</thinking>4",
+        "< THINK >hm</ Think >4",
+        '<think mode="x">hm</THINK>4',
+        "<antThinking>hm</antThinking>4",
+        "<seed:think>hm</seed:think>4",
+        "<|begin_of_thought|>hm<|end_of_thought|>4",
+        "<|START_THINKING|>hm<|END_THINKING|>4",
+        "[THINK]hm[/THINK]4",
+        "\u25c1think\u25b7hm\u25c1/think\u25b74",
+        "<|channel|>analysis<|message|>hm<|end|>4",
+        "<|channel>thought\nhm<channel|>4",
+        "The mark '</think>' ends it.",
+    ],
+)
+@pytest.mark.parametrize("thinking", ["masked", "stripped"])
+def test_a_thought_that_cannot_be_told_apart_drops_the_row_by_name(content: str, thinking: Thinking) -> None:
+    tokenizer = build(CHATML)
+    made = tokenizing_chats(tokenizer, 200, thinking=thinking).make({"messages": thinks(content)})
+    assert isinstance(made, TokenizedRow) and (made.reason, made.example) == (THOUGHT_LEFT, f"2+2 | {content}")
+    with pytest.raises(DataError, match=f"cannot be {thinking}.*learn it"):
+        training_sequences(tokenizer, thinks(content), [1], thinking=thinking)
+    # The way out.
+    made = tokenizing_chats(tokenizer, 200).make({"messages": thinks(content)})
+    assert isinstance(made, list) and not made[0].repaired
+
+
+@pytest.mark.parametrize("thinking", ["masked", "stripped"])
+def test_answers_without_thoughts_are_learned_whole(thinking: Thinking) -> None:
+    tokenizer = build(CHATML)
+    for content in ("I think, on reflection: (thinking) [1] List<int> a < b > c.", "<b>4</b>", "<tool_call>4"):
+        ((ids, mask), _, _) = training_sequences(tokenizer, thinks(content), [1], thinking=thinking)[0]
+        assert tokenizer.decode([token for token, learned in zip(ids, mask, strict=True) if learned]).startswith(
+            content
+        )
+
+
+def test_an_empty_thought_is_stripped_with_its_marks_and_has_nothing_to_mask() -> None:
+    tokenizer = build(CHATML)
+    for content in ("<think>\n\n</think>\n\n4", "\n</think>\n\n4"):
+        for thinking, said in (("masked", content), ("stripped", "4")):
+            ((ids, mask), _, _) = training_sequences(tokenizer, thinks(content), [1], thinking=thinking)[0]  # type: ignore[arg-type]
+            learned = tokenizer.decode([token for token, bit in zip(ids, mask, strict=True) if bit])
+            assert learned == said + "<|im_end|>"
+
+
+def test_a_thought_left_in_a_turn_that_is_not_learned_is_masked_anyhow() -> None:
+    """Stripped, it would still be read."""
+    messages: list[dict[str, Any]] = [*chat("a", "Sure. <think>hm</think>4", "b", "5")]
+    messages[1]["train"] = False
+    assert training_sequences(build(CHATML), messages, [3], thinking="masked")
+    with pytest.raises(Unlearnable):
+        training_sequences(build(CHATML), messages, [3], thinking="stripped")

@@ -21,6 +21,7 @@ from pipeline.errors import DataError, Problem
 from stages.lib.text.chat_dialect import ASKED, CALLED, LAST, REPLY, THINKING, USER, dialect_of, json_of, written_as
 from stages.lib.text.chat_rendering import render_guarded
 from stages.lib.text.chat_template import Messages, about
+from stages.lib.text.chat_thoughts import is_unopened
 from stages.lib.text.turn_marks import marks_of, state_of
 
 if TYPE_CHECKING:
@@ -126,8 +127,10 @@ def continuation(tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: 
         return f"{reasoning}\n</think>\n\n{said}" if opened else f"<think>\n{reasoning}\n</think>\n\n{said}"
     if opened and written.startswith(before := prompt[: opened.start()]):
         said = written[len(before) :]
-        if said.startswith("<think>"):
-            return said.removeprefix("<think>").lstrip()
+        # Also a thought that is said as it would be after this prompt, without its opening mark.
+        if said.startswith("<think>") or (knows and is_unopened(through[-1])):
+            said = said.removeprefix("<think>")
+            return said.lstrip() if reasoning else said
         return f"{reasoning}\n</think>\n\n{said}"
     raise Unlearnable(
         OTHER_PROMPT,

@@ -9,8 +9,7 @@ for one that does not, calls, what tools returned and the list of tools stand in
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -26,9 +25,6 @@ REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 
 WITHIN_CONTENT = "content"
 """The template takes reasoning in the content, between `<think>` and `</think>`."""
-
-THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>\s*)", re.DOTALL)
-"""A thought at the beginning of what an assistant says."""
 
 
 @dataclass(frozen=True)
@@ -163,27 +159,15 @@ def with_numbered_calls(messages: Sequence[TemplateMessage], dialect: Dialect) -
 def with_reasoning_as(message: TemplateMessage, name: str) -> TemplateMessage:
     """An assistant's message with its reasoning where the template looks for it; without it where it looks nowhere."""
     plain = {key: value for key, value in message.items() if key not in ("reasoning_content", THOUGHT_MARKS)}
-    reasoning = message.get("reasoning_content")
-    if not reasoning or not name:
-        return plain
-    if name == WITHIN_CONTENT:
+    reasoning = message.get("reasoning_content") or ""
+    if name == WITHIN_CONTENT and (reasoning or THOUGHT_MARKS in message):
         before, after = message.get(THOUGHT_MARKS) or ("<think>\n", "\n</think>\n\n")
         return {**plain, "content": f"{before}{reasoning}{after}{message['content']}"}
-    return {**plain, name: reasoning.strip()}
+    return {**plain, name: reasoning.strip()} if reasoning and name else plain
 
 
 THOUGHT_MARKS = "thought_marks"
 """Key of a message: what stood around a thought that was found within its content."""
-
-
-def thought_apart(message: Mapping[str, Any]) -> TemplateMessage:
-    """The message, with a thought at the beginning of its content as `reasoning_content`, and what stood around it."""
-    if message["role"] != "assistant" or message.get("reasoning_content"):
-        return dict(message)
-    if not (found := THOUGHT.match(message["content"])) or not found[2].strip():
-        return dict(message)
-    rest = message["content"][found.end() :]
-    return {**message, "content": rest, "reasoning_content": found[2], THOUGHT_MARKS: (found[1], found[3])}
 
 
 def json_of(value: Any) -> str:

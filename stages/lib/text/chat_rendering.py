@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_dialect import dialect_of, in_dialect, thought_apart
+from stages.lib.text.chat_dialect import dialect_of, in_dialect
 from stages.lib.text.chat_template import Messages, about, apply_template
+from stages.lib.text.chat_thoughts import thought_apart
 from stages.lib.text.turn_marks import marks_of
 
 if TYPE_CHECKING:

@@ -12,9 +12,11 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_answers import ChatAnswer, answer_at, require_asked
-from stages.lib.text.chat_rendering import Rendered, guard_special, learned_turns, render_guarded
+from stages.lib.text.chat_answers import ChatAnswer, Unlearnable, answer_at, require_asked
+from stages.lib.text.chat_parts import PartsOfChat
+from stages.lib.text.chat_rendering import Rendered, guard_special, learned_turns, render_guarded, require_messages
 from stages.lib.text.chat_template import Messages, about
+from stages.lib.text.chat_thoughts import mark_left, without_thought
 from stages.lib.text.chat_tokens import ends_with_special, tokenize, tokenize_stretches
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, str
     text = render_guarded(tokenizer, guarded, add_generation_prompt=True)
     if strict:
         require_asked(guarded, text)
+        PartsOfChat(guarded).require(tokenizer, len(guarded))
     return tokenize(tokenizer, Rendered(text, guard))[0]
 
 
@@ -72,17 +75,25 @@ def training_sequences(
     """The sequences from which the assistant's messages `turns` are learned, in their order; the last goes on to the end
     of the chat. One without any loss where there are no turns.
 
-    With `strict`, raises `Unlearnable` where the template does not write what is said, exactly once. Raises `DataError`
-    where it refuses or fails.
+    With `strict`, raises `Unlearnable` where the template does not write what is said, exactly once. Where thoughts are
+    masked or stripped, raises it where one would be learned all the same. Raises `DataError` where the template refuses or
+    fails.
     """
-    guarded, guard = guard_special(tokenizer, messages)
+    require_messages(messages)
+    if thinking != "trained":
+        require_thoughts_apart(tokenizer, messages, turns, thinking)
     if thinking == "stripped":
-        guarded = [{key: value for key, value in each.items() if key != "reasoning_content"} for each in guarded]
+        messages = [without_thought(each) for each in messages]
+    guarded, guard = guard_special(tokenizer, messages)
     masked = thinking == "masked"
     answers = [answer_at(tokenizer, guarded, index, strict=strict, finds_thought=masked) for index in sorted(turns)]
     if not answers:
         ids, _ = tokenize(tokenizer, Rendered(render_guarded(tokenizer, guarded), guard))
         return [TrainingSequence(once_begun(tokenizer, messages, EncodedChat(ids, [0] * len(ids))), (), 0)]
+    if strict:
+        parts = PartsOfChat(guarded)
+        for index in sorted(turns):
+            parts.require(tokenizer, index)
     sequences = []
     for group in continued(sorted(turns), answers):
         last = group[-1][1]
@@ -96,6 +107,27 @@ def training_sequences(
     for each in sequences:
         once_begun(tokenizer, messages, each.encoded)
     return sequences
+
+
+THOUGHT_LEFT = "thought_within_answer"
+"""A thought, or a mark of one, stands elsewhere than where an answer begins: it cannot be masked or stripped."""
+
+
+def require_thoughts_apart(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, turns: Collection[int], thinking: Thinking
+) -> None:
+    """Raises `Unlearnable` where a mark of a thought would stay in what is learned, or, stripped, in any answer."""
+    for index, message in enumerate(messages):
+        is_meant = message["role"] == "assistant" and (index in turns or thinking == "stripped")
+        if is_meant and (mark := mark_left(tokenizer, message)):
+            raise Unlearnable(
+                THOUGHT_LEFT,
+                Problem(
+                    about(messages),
+                    f"an answer has {mark!r} elsewhere than around a thought at its beginning: it cannot be {thinking}",
+                    "Write one thought, between <think> and </think>, before the answer; or learn it (`thinking: trained`).",
+                ),
+            )
 
 
 NumberedAnswers = list[tuple[int, ChatAnswer]]

@@ -12,7 +12,9 @@ from stages.lib.formulas.token_losses import TARGETS, Tensors, next_tokens
 from stages.lib.rows.canonical import Row
 from stages.lib.text.batches import Collate, attention_mask, padded
 from stages.lib.text.chat_fitting import fit_chat
+from stages.lib.text.chat_rendering import is_learned
 from stages.lib.text.chat_spans import Thinking
+from stages.lib.text.chat_thoughts import is_unopened
 from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing
 
 
@@ -57,6 +59,10 @@ TRIMMED = "answers_trimmed_by_template"
 """Answers off whose ends the template takes spaces or line breaks."""
 
 
+UNOPENED = "thoughts_without_opening_mark"
+"""Answers that say the end of a thought and not its beginning: what stands before it is masked or stripped as the thought."""
+
+
 def tokenizing_chats(
     tokenizer: PreTrainedTokenizerBase,
     max_length_tokens: int,
@@ -75,6 +81,7 @@ def tokenizing_chats(
             APART: int(len(fitted.sequences) + fitted.lost_answers > 1),
             LOST: fitted.lost_answers,
             TRIMMED: fitted.trimmed_answers,
+            UNOPENED: 0 if thinking == "trained" else sum(map(is_unopened, filter(is_learned, row["messages"]))),
         }
         repaired = {name: count for name, count in counts.items() if count}
         first, *rest = fitted.sequences
