@@ -10,12 +10,15 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -124,17 +127,19 @@ def test_config_json_names_the_stop_ids_too(model_type: str, said: Any) -> None:
     assert Model.config.eos_token_id == said
 
 
+LLAMA = {
+    "vocab_size": 260,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+}
+
+
 def tiny_llama(folder: Path, **fields: Any) -> Any:
-    sizes = {
-        "vocab_size": 260,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 16,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **fields}))
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **fields}))
     model.save_pretrained(folder)
     return model
 
@@ -181,6 +186,33 @@ def test_weights_for_which_the_config_leaves_no_room_are_refused_and_both_ways_o
     follow(str(caught.value), tmp_path / "new")
     assert load_model(AutoModelForCausalLM, tmp_path / "new").num_parameters() < model.num_parameters()
     write(tmp_path, "config.json", **config)
+    assert load_model(AutoModelForCausalLM, tmp_path).num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("model", "left_over"),
+    [
+        (
+            GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)),
+            ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias", "h.0.attn.masked_bias"],
+        ),
+        (
+            LlamaForCausalLM(LlamaConfig(**LLAMA, num_nextn_predict_layers=1)),
+            [
+                "model.layers.0.self_attn.rotary_emb.inv_freq",
+                "model.layers.1.self_attn.q_proj.weight",
+                "model.layers.1.eh_proj.weight",
+            ],
+        ),
+    ],
+)
+def test_buffers_of_older_versions_and_predicting_layers_are_passed_over(
+    tmp_path: Path, model: Any, left_over: list[str]
+) -> None:
+    """GPT-2 and Pythia have such buffers on the hub; DeepSeek and GLM a layer that predicts the token after the next."""
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors") | {name: torch.ones(4, 4) for name in left_over}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert load_model(AutoModelForCausalLM, tmp_path).num_parameters() == model.num_parameters()
 
 

@@ -91,18 +91,24 @@ def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrai
 
 def require_all_used(folder: Path, model: PreTrainedModel, left_over: Iterable[str]) -> None:
     """Raises `ArtifactError` if weights were left over for which the model has a place: a bias of a layer that it has, or a
-    further layer like those that it has. What belongs to parts that the class does not have (another head, a vision tower)
-    is passed over.
+    further layer like those that it has. What belongs to parts that the class does not have (another head, a vision tower,
+    layers that predict several tokens) is passed over, and so are buffers of older versions.
     """
-    places = {name for name, _ in model.named_modules()}
+    modules = dict(model.named_modules())
     numbered = {NUMBER.sub(".0.", name) for name in model.state_dict()}
+    config = model.config.get_text_config()
+    first = int(getattr(config, "num_hidden_layers", 0) or 0)
+    predicting = range(first, first + int(getattr(config, "num_nextn_predict_layers", 0) or 0))
+
+    def has_place(name: str) -> bool:
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("weight", "bias") and layer in modules:
+            return "weight" in dict(modules[layer].named_parameters(recurse=False))
+        found = NUMBER.search(name)
+        return found is not None and int(found[0][1:-1]) not in predicting and NUMBER.sub(".0.", name) in numbered
+
     bare = f"{model.base_model_prefix}."
-    lost = [
-        name
-        for key in sorted(left_over)
-        for name in (key, bare + key)
-        if name.rpartition(".")[0] in places or (NUMBER.search(name) and NUMBER.sub(".0.", name) in numbered)
-    ]
+    lost = [key for key in sorted(left_over) if has_place(key) or has_place(bare + key)]
     if lost:
         what = f"holds {len(lost)} weights that its config.json leaves no room for: {', '.join(lost[:3])}"
         hint = (
