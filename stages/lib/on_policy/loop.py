@@ -116,6 +116,8 @@ class Aligner:
             "rollout_tokens_per_second": round(float(experience.lengths.sum()) / max(seconds, 1e-9), 1),
             "samples": self.rollouts.samples(experience),
         }
+        if params.mask_truncated_completions:
+            progress.collected["completions_left_out"] = float((1 - experience.ended).sum())
 
     def say_if_equal(self, rollout: int, scores_N: Tensor) -> None:
         """Says where no completion is better than another: only the KL penalty is left to learn from, if there is one."""

@@ -17,12 +17,13 @@ from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
+from stages.lib.on_policy.loss_params import PolicyLossParams
 from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.text.template_date import TemplateDateParams
 from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import readable_layout
-from stages.lib.training.params import OptimizerParams, derive_batch
+from stages.lib.training.params import derive_batch
 
 INPUTS: dict[str, Input] = {
     "model": accepts(Kind.CAUSAL_LM),
@@ -35,8 +36,8 @@ INPUTS: dict[str, Input] = {
 default the artifact of the policy itself. `chats`: what ptx_coefficient mixes in."""
 
 
-class OnPolicyParams(TemplateDateParams, OptimizerParams):
-    """What PPO, GRPO and RLOO have in common."""
+class OnPolicyParams(TemplateDateParams, PolicyLossParams):
+    """What the stages have in common that learn from completions."""
 
     rewards: Rewards
     """What a completion is worth: the weighted sum of these rewards."""
@@ -70,10 +71,6 @@ class OnPolicyParams(TemplateDateParams, OptimizerParams):
     """Beta: how dear each nat of divergence from the reference is. 0: no reference is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """How the divergence of a token is estimated: k1 = log pi - log ref, k2 = k1^2 / 2, k3 = ref / pi - 1 + k1."""
-    clip_ratio: float = Field(default=0.2, ge=1e-6, lt=1)
-    """Epsilon: beyond 1 +- this ratio to the policy that wrote it, a token teaches nothing more."""
-    clip_ratio_high: Scale | None = None
-    """Another epsilon for the upper side. null: the same."""
     entropy_coefficient: Weight = 0.0
     """Weight of the entropy bonus, per nat and token."""
     max_policy_kl: Scale | None = None

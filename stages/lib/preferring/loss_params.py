@@ -169,10 +169,12 @@ def multiple_of(group: int, size: int) -> str:
     return " or ".join(str(each) for each in (below, below + group) if each)
 
 
-def require_option(key: str, value: float, known: Mapping[str, LossOption], losses: str) -> None:
-    """Raises `ValueError` unless `known` has an option of this name which may have this value."""
+def require_option(
+    key: str, value: float, known: Mapping[str, LossOption], losses: str, table: Mapping[str, Any] = PREFERENCE_LOSSES
+) -> None:
+    """Raises `ValueError` unless `known` has an option of this name which may have this value; `table` has all losses."""
     if key not in known:
-        elsewhere = [name for name, loss in PREFERENCE_LOSSES.items() if key in loss.options]
+        elsewhere = [name for name, loss in table.items() if key in loss.options]
         way = f"remove it, or take {elsewhere[0]}" if elsewhere else "remove it"
         has = ", ".join(f"{name} ({option.meaning})" for name, option in known.items())
         have = "has" if losses.startswith("the loss ") else "have"
