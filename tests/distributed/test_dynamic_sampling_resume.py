@@ -43,6 +43,14 @@ PARAMS: dict[str, Any] = {
 }
 GSPO = {**PARAMS, "policy_loss": "gspo", "clip_ratio": 0.05, "clip_ratio_high": 0.08}
 DR_GRPO = {**PARAMS, "loss_aggregation": "seq_mean_token_sum_norm", "scale_by_deviation": False}
+BASELINE = {**PARAMS, "subtract_group_mean": True, "kl_coefficient": 0.1, "kl_estimator": "k2"}
+DAPO = ("grpo", PARAMS)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dapo": DAPO,
+    "gspo": ("grpo", GSPO),
+    "dr_grpo": ("grpo", DR_GRPO),
+    "reinforce++": ("reinforce_plus_plus", BASELINE),
+}
 CHUNKS = 16 // 4
 """Batches of completions that one process writes for a batch of 16."""
 DEATHS: dict[str, dict[str, Any]] = {
@@ -58,10 +66,12 @@ class World:
     folder: Path
     inputs: dict[str, Path]
 
-    def job(self, name: str, params: dict[str, Any] = PARAMS, micro_batch_size: int = 4, **more: Any) -> Job:
+    def job(self, name: str, micro_batch_size: int = 4, **more: Any) -> Job:
+        kind, params = VARIANTS.get(name.partition(" ")[0], DAPO)
         resources = {"micro_batch_size": micro_batch_size, "save_every_steps": 3, "log_every_steps": 1}
-        kind = "stages.alignment.grpo"
-        return Job(self.folder / name.replace(" ", "_"), kind, params, self.inputs, resources, **more)
+        return Job(
+            self.folder / name.replace(" ", "_"), f"stages.alignment.{kind}", params, self.inputs, resources, **more
+        )
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +82,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(folder, inputs)
     killed = [world.job(name, die=die) for name, die in DEATHS.items()]
     stopped = world.job("stopped", stop={"rollout": 2, "chunk": CHUNKS})
-    spread = [
-        world.job(f"{name} {how}", params, **options)
-        for name, params in VARIANTS.items()
-        for how, options in SPREAD.items()
-    ]
+    spread = [world.job(f"{name} {how}", **options) for name in VARIANTS for how, options in SPREAD.items()]
     run_forked(folder, [*killed, stopped, *spread])
     run_forked(folder, [*(world.job(name) for name in DEATHS), world.job("stopped")])
     return world
 
 
-VARIANTS = {"dapo": PARAMS, "gspo": GSPO, "dr_grpo": DR_GRPO}
 SPREAD: dict[str, dict[str, Any]] = {
     "whole": {},
     "one by one": {"micro_batch_size": 1},

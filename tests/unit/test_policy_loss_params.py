@@ -117,7 +117,7 @@ def test_what_has_no_effect_is_refused(given: Mapping[str, Any], problem: str, w
     accepted(**way_out)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo", "reinforce_plus_plus"])
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_every_stage_takes_every_loss_and_every_aggregation(name: str, kind: str) -> None:
     """Without a word of how tokens are added up, it is as the row says."""
@@ -145,7 +145,7 @@ def test_a_wrong_name_is_told() -> None:
         assert near in problems[0]
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo", "reinforce_plus_plus"])
 def test_what_is_not_said_has_no_part_in_the_identity(kind: str) -> None:
     """A recipe that was written before there were these fields makes what it made; once said, they count."""
     new = {"policy_loss", "loss_aggregation", "dual_clip", "loss_options", "mask_truncated_completions", "deviation_of"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from stages.lib.formulas import policy_losses
-from stages.lib.formulas.preference_table import LossOption
+from stages.lib.formulas.loss_options import LossOption
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""A policy trained on its own completions: `align(ctx, params, algorithm)`, the loop that PPO, GRPO and RLOO share.
+"""A policy trained on its own completions: `align(ctx, params, algorithm)`, the loop that they all share.
 
 A rollout: completions of the next prompts, what they are worth, and what the policy, its reference and its critic say of
 every token (rollout.py). Then some passes over them in minibatches, each one optimizer step (learning.py). What

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from stages.lib.formulas.bounds import Scale
+from stages.lib.formulas.loss_options import require_option
 from stages.lib.formulas.policy_table import POLICY_LOSSES, AggregationName, PolicyLoss, PolicyLossName
-from stages.lib.preferring.loss_params import require_option
 from stages.lib.training.params import OptimizerParams
 
 
