@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import yaml
 
-from pipeline.settings.strict import Strict, validate
+from pipeline.settings.strict import CHECKOUT, Strict, validate
 from stages import STAGES
 from stages.lib.formulas.policy_table import AGGREGATIONS, POLICY_LOSSES
 
@@ -160,3 +161,19 @@ def test_params_are_read_again_from_what_they_are_written_as(name: str) -> None:
     params = accepted(policy_loss=name, **NEEDED[name])
     again, problems = validate(type(params), params.model_dump(mode="json"), "params")
     assert again == params, problems
+
+
+def test_the_documented_blocks_are_what_they_are_called() -> None:
+    """DAPO, Dr. GRPO and GSPO in stages/README.md: each is accepted, beside the usual params, and says what its authors do."""
+    text = (CHECKOUT / "stages" / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Losses of a policy on its own completions")[2]
+    blocks = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
+    made = {name: accepted(**block) for name, block in blocks.items()}
+    dapo, dr_grpo, gspo = made["dapo"], made["dr_grpo"], made["gspo"]
+    assert (dapo.clip_ratio, dapo.clip_ratio_high, dapo.aggregation) == (0.2, 0.28, "token_mean")
+    assert dapo.dynamic_sampling.metric == "exact_match"
+    punishment = dapo.rewards[1]
+    assert (dapo.max_new_tokens - punishment.target_tokens) * punishment.per_token == 1
+    assert (dr_grpo.aggregation, dr_grpo.scale_by_deviation) == ("seq_mean_token_sum_norm", False)
+    assert (gspo.policy_loss, gspo.aggregation) == ("gspo", "seq_mean_token_mean")
+    assert gspo.policy_loss_options == {"clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": None}
