@@ -58,6 +58,7 @@ DEATHS: dict[str, dict[str, Any]] = {
     "in the passes of a later rollout": {"during": "update", "step": 8, "micro_batch": 1, "rank": 0},
     "while completions are saved": {"during": "checkpoint", "step": 6, "file": "experience", "rank": 0},
 }
+DEATH_OF_TWO = {"during": "generation", "rollout": 2, "chunk": 16 // 2 // 2, "token": 1, "rank": 1}
 RESUMED_FROM = {"within the second batch": 3, "in the passes of a later rollout": 6, "while completions are saved": 3}
 
 
@@ -81,10 +82,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     inputs = {"model": write_policy(folder / "model", tokenizer), "prompts": write_chats(folder / "chats")}
     world = World(folder, inputs)
     killed = [world.job(name, die=die) for name, die in DEATHS.items()]
+    by_two = world.job("both killed", die=DEATH_OF_TWO, **SPREAD["by two"])
     stopped = world.job("stopped", stop={"rollout": 2, "chunk": CHUNKS})
     spread = [world.job(f"{name} {how}", **options) for name in VARIANTS for how, options in SPREAD.items()]
-    run_forked(folder, [*killed, stopped, *spread])
-    run_forked(folder, [*(world.job(name) for name in DEATHS), world.job("stopped")])
+    run_forked(folder, [*killed, by_two, stopped, *spread])
+    again = [world.job(name) for name in (*DEATHS, "stopped")]
+    run_forked(folder, [*again, world.job("both killed", **SPREAD["by two"])])
     return world
 
 
@@ -100,6 +103,13 @@ def test_killed_and_started_again(world: World, name: str) -> None:
     job = world.job(name)
     assert [line["step"] for line in job.events("resume")] == [RESUMED_FROM[name]]
     assert_same_end(job, world.job("dapo whole"))
+
+
+def test_two_processes_killed_and_started_again(world: World) -> None:
+    """One of them died within the second batch of the last rollout, and the other ended with it."""
+    job = world.job("both killed")
+    assert [line["step"] for line in job.events("resume")] == [6]
+    assert_same_end(job, world.job("dapo by two"))
 
 
 def test_stopped_while_others_are_drawn(world: World) -> None:

@@ -145,7 +145,7 @@ class DynamicSamplingParams(Strict):
     max_num_gen_batches: int = Field(default=10, ge=1, le=1000)
     """Batches that are drawn for a rollout at most. Where it is reached, groups that teach nothing make up the number, and the journal says so."""
     gen_batch_size: int | None = Field(default=None, ge=1)
-    """Completions per batch, over all processes; a multiple of completions_per_prompt. null: rollout_batch_size."""
+    """Completions per batch, over all processes; a multiple of completions_per_prompt. The smaller, the fewer groups are left over once there are enough. null: rollout_batch_size."""
 
 
 class GroupParams(OnPolicyParams):
