@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.stage import Stage
-from stages.alignment import dpo, grpo, ppo, reward, rloo
+from stages.alignment import dpo, grpo, ppo, reinforce_plus_plus, reward, rloo
 from stages.compression import distill, quantize
 from stages.data import clean, mix, pack, tokenizer
 from stages.encoder import annotate, answer, classify, extract
@@ -23,6 +23,7 @@ STAGES: dict[str, Stage] = {
     "ppo": ppo.STAGE,
     "grpo": grpo.STAGE,
     "rloo": rloo.STAGE,
+    "reinforce_plus_plus": reinforce_plus_plus.STAGE,
     "distill": distill.STAGE,
     "quantize": quantize.STAGE,
     "evaluate": evaluate.STAGE,

@@ -1,13 +1,16 @@
 """`grpo`: group relative policy optimization (Shao et al., 2024, DeepSeekMath): advantages without a critic.
 
 Several completions of each prompt are each other's baseline: A = (score - mean of the group) / deviation of the group, for
-every token of a completion. The divergence from the reference is a term of the loss. The loss is a mean over all tokens of
-a step, as in DAPO (Yu et al., 2025), so that long completions are not taught less per token.
+every token of a completion. The divergence from the reference is a term of the loss. Unless a recipe says otherwise the loss
+is a mean over all tokens of a step, as in DAPO (Yu et al., 2025), so that long completions are not taught less per token.
+DAPO, Dr. GRPO, GSPO, CISPO and SAPO are options of this stage: the table in stages/README.md says which.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
 
 from pipeline.stage import Context, Result
 from stages.lib.formulas.bounds import Weight
@@ -29,6 +32,14 @@ class GRPOParams(GroupParams):
     """How the divergence of a token is estimated: k2 = (log pi - log ref)^2 / 2, k3 = ref / pi - 1 - log(ref / pi). As a loss, k1 would have a gradient that is 0 on average."""
     scale_by_deviation: bool = True
     """Whether advantages are divided by the deviation of their group. Without (Dr. GRPO), prompts on which all completions are nearly equal weigh less."""
+    deviation_of: Literal["group", "batch"] = Field(default="group", exclude_if=lambda scores: scores == "group")
+    """Whose deviation that is. group: of the completions of the same prompt; batch: of all completions of the rollout (Lite PPO)."""
+
+    @model_validator(mode="after")
+    def deviation_is_used(self) -> GRPOParams:
+        if self.deviation_of != "group" and not self.scale_by_deviation:
+            raise ValueError("deviation_of: batch has no effect with scale_by_deviation: false: remove one of them")
+        return self
 
 
 def run(ctx: Context, params: GRPOParams) -> Result:
@@ -59,6 +70,11 @@ class GRPO(GroupAlgorithm[GRPOParams]):
 
         mask_NK = experience.mask
         groups_GS = scores_N.view(-1, self.params.group_size)
-        advantages_N = group_advantages(scores_N, self.params.group_size, scale=self.params.scale_by_deviation)
+        advantages_N = group_advantages(
+            scores_N,
+            self.params.group_size,
+            scale=self.params.scale_by_deviation,
+            of_batch=self.params.deviation_of == "batch",
+        )
         equal = all_equal(groups_GS).double().mean()
         return advantages_N.unsqueeze(1) * mask_NK, mask_NK * 0, {"groups_without_signal": float(equal)}

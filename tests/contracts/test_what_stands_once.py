@@ -15,6 +15,7 @@ from stages import STAGES
 from stages.data.clean import CleanParams
 from stages.lib.formulas.divergences import DIVERGENCES
 from stages.lib.formulas.policy_gradient import KL_ESTIMATORS
+from stages.lib.formulas.policy_table import AGGREGATIONS, POLICY_LOSSES
 from stages.lib.formulas.preference_table import PREFERENCE_LOSSES
 from stages.lib.rows.canonical import FORMATS
 from stages.lib.sources import python_docs
@@ -71,11 +72,22 @@ def choices(stage: str, field: str) -> tuple[Any, ...]:
         (get_args(choices("dpo", "loss")[0]), PREFERENCE_LOSSES),
         (get_args(choices("dpo", "f_divergence")[0]), DIVERGENCES),
         (choices("ppo", "kl_estimator"), KL_ESTIMATORS),
+        (choices("ppo", "policy_loss"), POLICY_LOSSES),
+        (get_args(choices("ppo", "loss_aggregation")[0]), AGGREGATIONS),
         (get_args(CleanParams.model_fields["format"].annotation), FORMATS),
         (tuple(python_docs.FORMATS), FORMATS),
         (get_args(FileType), READERS),
     ],
-    ids=["losses", "divergences", "estimators", "formats", "formats of python_docs", "readers"],
+    ids=[
+        "losses",
+        "divergences",
+        "estimators",
+        "policy losses",
+        "aggregations",
+        "formats",
+        "formats of python_docs",
+        "readers",
+    ],
 )
 def test_what_a_recipe_may_name_is_what_the_table_holds(offered: tuple[Any, ...], table: Any) -> None:
     assert offered == tuple(table)

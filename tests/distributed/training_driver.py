@@ -32,7 +32,7 @@ WORLD = World(
     size=int(os.environ.get("WORLD_SIZE", "1")),
     local_rank=int(os.environ.get("LOCAL_RANK", "0")),
 )
-ON_POLICY = ("stages.alignment.ppo", "stages.alignment.grpo", "stages.alignment.rloo")
+ON_POLICY = tuple(f"stages.alignment.{kind}" for kind in ("ppo", "grpo", "rloo", "reinforce_plus_plus"))
 
 
 def is_last() -> bool:

@@ -120,8 +120,23 @@ def test_without_scaling_advantages_are_differences(world: OnPolicyWorld, tmp_pa
     assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
-def test_it_learns_what_is_rewarded(kind: str, world: OnPolicyWorld, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("ppo", {}),
+        ("grpo", {}),
+        ("rloo", {}),
+        ("reinforce_plus_plus", {}),
+        ("reinforce_plus_plus", {"subtract_group_mean": True, "completions_per_prompt": GROUP, "kl_estimator": "k2"}),
+        ("grpo", {"loss_aggregation": "seq_mean_token_sum_norm", "scale_by_deviation": False}),
+        ("grpo", {"policy_loss": "gspo", "clip_ratio": 0.2}),
+        ("grpo", {"policy_loss": "cispo", "clip_ratio_high": 4.0}),
+        ("grpo", {"policy_loss": "sapo"}),
+        ("grpo", {"dynamic_sampling": {}, "clip_ratio_high": 0.28}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "-".join(map(str, each.values())),
+)
+def test_it_learns_what_is_rewarded(kind: str, more: dict[str, Any], world: OnPolicyWorld, tmp_path: Path) -> None:
     """To be brief: -0.1 for each token but the first. Better than the policy it began with by four standard errors."""
     rows = list(read_rows(world.chats / "train.jsonl"))
     prompts = write_prompts(tmp_path / "prompts", rows, rows)
@@ -133,6 +148,7 @@ def test_it_learns_what_is_rewarded(kind: str, world: OnPolicyWorld, tmp_path: P
         "kl_coefficient": 0.01,
         "heldout_prompts": 64,
         "evaluate_every_rollouts": 4,
+        **more,
     }
     seen = align(kind, {"model": world.model, "prompts": prompts}, tmp_path / "run", changes)
     metrics = seen.result.metrics

@@ -300,43 +300,6 @@ def test_leave_one_out_is_a_multiple_of_the_centered_score(group_size: int) -> N
 # Losses.
 
 
-def test_clipped_policy_loss_by_hand() -> None:
-    """Clipped at 1/2 and 5/4, at the ratios 2, 2, 1/4, 1/4, 1 and 1, each with a positive and a negative advantage.
-
-    Ratio 2: A = 3 gives max(-6, -15/4) = -15/4, clipped; A = -3 gives max(6, 15/4) = 6, free.
-    Ratio 1/4: A = 3 gives max(-3/4, -3/2) = -3/4, free; A = -3 gives max(3/4, 3/2) = 3/2, clipped.
-    Ratio 1: -A, free. The gradient with regard to log pi is -A rho where the loss is free, and 0 where it is clipped.
-    """
-    log_ratio = tensor(LN2, LN2, -2 * LN2, -2 * LN2, 0, 0)
-    old_logp, advantages = tensor(-1, -2, -3, -4, -5, -6), tensor(3, -3, 3, -3, 3, -3)
-    logp = (old_logp + log_ratio).requires_grad_()
-    loss, clipped = pg.clipped_policy_loss(logp, old_logp, advantages, clip_low=0.5, clip_high=0.25)
-    assert loss.tolist() == pytest.approx([-3.75, 6, -0.75, 1.5, -3, 3], abs=1e-12)
-    assert clipped.tolist() == [1, 0, 0, 1, 0, 0]
-    loss.sum().backward()
-    assert logp.grad is not None
-    assert logp.grad.tolist() == pytest.approx([0, 6, -0.75, 0, -3, 3], abs=1e-12)
-
-
-def test_clipped_policy_loss_against_a_slow_loop() -> None:
-    mask_NK, (log_ratio_NK, advantages_NK) = ragged([50] * 4, 50, seed=9)
-    old_logp_NK = mask_NK * -2
-    loss_NK, clipped_NK = pg.clipped_policy_loss(
-        old_logp_NK + log_ratio_NK / 2, old_logp_NK, advantages_NK, clip_low=0.2, clip_high=0.3
-    )
-    decided = 0
-    for log_ratio, advantage, loss, clipped in zip(
-        *(each.flatten().tolist() for each in (log_ratio_NK / 2, advantages_NK, loss_NK, clipped_NK)), strict=True
-    ):
-        ratio = math.exp(log_ratio)
-        objective = min(ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage)
-        assert loss == pytest.approx(-objective, abs=1e-6)
-        outside = ratio > 1.3 if advantage > 0 else ratio < 0.8
-        assert clipped == float(outside)
-        decided += outside
-    assert 20 < decided < 180, "the comparison would see little if hardly a token, or nearly every one, were clipped"
-
-
 def test_clipped_value_loss_by_hand() -> None:
     """V_old = 0 and c = 1, so that V counts as kept within -1 and 1.
 

@@ -89,7 +89,7 @@ def test_plan_refuses_what_is_longer_than_the_model(kind: str, config: dict[str,
         assert found == [f"{each} Lower it to 128." for each in expected]
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo", "reinforce_plus_plus"])
 def test_plan_refuses_completions_beyond_the_model(kind: str) -> None:
     stage = STAGES[kind]
     for new, expected in ((28, []), (29, ["100 and max_new_tokens 29 are 129, and the model takes 128 tokens"])):

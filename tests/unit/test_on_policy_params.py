@@ -34,7 +34,7 @@ ARCHITECTURE = {
     "max_position_embeddings": 32,
 }
 MODEL = Estimate(parameters=1000, architecture=ARCHITECTURE, vocabulary_size=100)
-ALL = ("ppo", "grpo", "rloo")
+ALL = ("ppo", "grpo", "rloo", "reinforce_plus_plus")
 
 
 def problems(

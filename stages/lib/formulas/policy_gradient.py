@@ -131,16 +131,18 @@ def generalized_advantages(
     return advantages_NK, (advantages_NK + values_NK) * mask_NK
 
 
-def group_advantages(scores_N: Tensor, group_size: int, *, scale: bool) -> Tensor:
+def group_advantages(scores_N: Tensor, group_size: int, *, scale: bool, of_batch: bool = False) -> Tensor:
     """GRPO: (score - mean of its group), divided by the group's standard deviation with `scale`. Groups stand together.
 
     Shao et al. (2024, DeepSeekMath), section 4.1.2; without `scale`, Liu et al. (2025, Dr. GRPO), because the division
-    weighs prompts by how little their completions differ. 0 in a group of equal scores.
+    weighs prompts by how little their completions differ. With `of_batch` by the deviation of all scores: Liu et al.
+    (2025, "Tricks or traps?", Lite PPO). 0 in a group of equal scores.
     """
     groups_GS = scores_N.view(-1, group_size)
     centered_GS = (groups_GS - groups_GS.mean(dim=1, keepdim=True)) * ~all_equal(groups_GS)
     if scale:
-        centered_GS = centered_GS / (groups_GS.std(dim=1, keepdim=True) + 1e-4)
+        deviation = scores_N.std() if of_batch else groups_GS.std(dim=1, keepdim=True)
+        centered_GS = centered_GS / (deviation + 1e-4)
     return centered_GS.flatten()
 
 
@@ -155,19 +157,6 @@ def leave_one_out_advantages(scores_N: Tensor, group_size: int) -> Tensor:
 
 
 # Losses
-
-
-def clipped_policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """max(-A rho, -A clip(rho, 1 - low, 1 + high)) with rho = pi / pi_old, and where the clip decided (1 or 0). Per token.
-
-    Schulman et al. (2017, PPO), equation 7; low = high = epsilon there. Apart, as in DAPO (Yu et al., 2025).
-    """
-    ratio = (logp - old_logp).exp()
-    free = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(free, clipped), (clipped > free).to(logp.dtype)
 
 
 def clipped_value_loss(

@@ -7,19 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from stages.lib.formulas import answer_losses, preference_losses, reference_free_losses
+from stages.lib.formulas.loss_options import LossOption
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class LossOption:
-    """A number of a loss's own, which a recipe sets under `loss_options`."""
-
-    default: float
-    least: float
-    most: float
-    meaning: str
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from torch import Tensor
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas import policy_gradient as pg
+from stages.lib.formulas.policy_table import AGGREGATIONS
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.on_policy.actor_critic import Judged
-from stages.lib.on_policy.experience import Experience, collate_episodes
+from stages.lib.on_policy.experience import PER_TOKEN, Episode, Experience, collate_episodes
 from stages.lib.on_policy.params import OnPolicyParams
 from stages.lib.on_policy.parts import Algorithm, Parts
 from stages.lib.processes.collectives import all_reduce_sum
@@ -43,25 +44,24 @@ class Learner:
         """
         started = time.monotonic()
         params, ctx, engine = self.params, self.ctx, self.parts.engine
-        tokens = float(sum(len(experience.episodes[index].ids) for index in chosen))
+        tokens = float(sum(self.learned_tokens(experience.episodes[index]) for index in chosen))
         share = len(chosen) // ctx.world.size
         mine = chosen[ctx.world.rank * share : (ctx.world.rank + 1) * share]
         micro = self.batch.micro_batch_size
         batches = [
-            self.parts.to_device(
-                collate_episodes([experience.episodes[i] for i in mine[start : start + micro]], self.parts.padding_id)
-            )
+            self.parts.to_device(self.collate([experience.episodes[i] for i in mine[start : start + micro]]))
             for start in range(0, share, micro)
         ]
+        counted = max(tokens, 1.0)  # there are none where all completions were cut off, and those are left out
         torch.manual_seed(seed_of(ctx.seed, step))  # for what is drawn without being seen in what comes out
         totals: Tensors = {}
         if self.parts.mixture is not None:
             self.parts.mixture.add_gradients(engine, step, params.ptx_coefficient, totals)
         for number, batch in enumerate(batches):
-            engine.backward(partial(self.loss, batch, tokens, totals), last=number == len(batches) - 1)
+            engine.backward(partial(self.loss, batch, counted, totals), last=number == len(batches) - 1)
         names = sorted(totals)
         sums = dict(zip(names, all_reduce_sum([float(totals[name]) for name in names]), strict=True))
-        stats = {name: value if name == "ptx_loss" else value / tokens for name, value in sums.items()}
+        stats = {name: value if name == "ptx_loss" else value / counted for name, value in sums.items()}
         deviation = max(0.0, stats.pop("ratio_squares") - stats["ratio"] ** 2) ** 0.5
         stats["ratio_deviation"] = deviation
         require_finite(stats, f"step {step + 1}", HINT)
@@ -71,31 +71,45 @@ class Learner:
         stats |= {"tokens": tokens, "seconds": time.monotonic() - started}
         return stats
 
-    def loss(self, batch: Tensors, tokens: float, totals: Tensors) -> Tensor:
-        """This micro batch's part of the loss, a mean over the `tokens` of all micro batches of all processes.
+    def learned_tokens(self, episode: Episode) -> int:
+        """How many of its tokens are in the loss: all, or none where it was cut off and such completions are left out."""
+        return 0 if self.params.mask_truncated_completions and not episode.ended else len(episode.ids)
 
-        L = L_policy + c_value L_value - c_entropy H (+ beta KL), each summed over tokens and divided by their number: so
-        neither micro batch nor number of processes changes it. Adds the sums of what is logged to `totals`, in double precision.
+    def collate(self, episodes: Sequence[Episode]) -> Tensors:
+        """A micro batch, whose mask covers the tokens that are in the loss; as behind an end, all is 0 outside of it."""
+        batch = collate_episodes(episodes, self.parts.padding_id)
+        for row, each in enumerate(episodes):
+            if not self.learned_tokens(each):
+                for name in {"mask", *PER_TOKEN} & set(batch):
+                    batch[name][row] = 0
+        return batch
+
+    def loss(self, batch: Tensors, tokens: float, totals: Tensors) -> Tensor:
+        """This micro batch's part of the loss, which is one over the `tokens` of all micro batches of all processes.
+
+        L = L_policy (+ beta KL) + c_value L_value - c_entropy H: the first two as `loss_aggregation` adds up tokens, the
+        others as their mean, each summed over tokens and divided by what is known of the whole step: so neither micro batch
+        nor number of processes changes it. Adds the sums of what is logged to `totals`, in double precision.
         """
         params = self.params
         mask = batch["mask"]
         judged: Judged = self.parts.engine.forward(batch["input_ids"], batch["attention_mask"], mask.shape[1])
         # exp of what the policy says of padding may be infinite, and 0 times that is no number.
         logp, old = judged.logprobs.masked_fill(mask == 0, 0.0), batch["logprobs"]
-        policy, clipped = pg.clipped_policy_loss(
-            logp,
-            old,
-            batch["advantages"],
-            clip_low=params.clip_ratio,
-            clip_high=params.clip_ratio_high or params.clip_ratio,
-        )
+        policy, clipped = params.loss_row.function(logp, old, batch["advantages"], mask, **params.policy_loss_options)
         weights = pg.mismatch_weights(old, batch["generator_logprobs"], cap=params.mismatch_cap)
-        terms = {"policy_loss": policy * weights, "entropy": judged.entropy}
+        counts = AGGREGATIONS[params.aggregation](
+            mask.sum(dim=1, keepdim=True),
+            tokens=tokens,
+            completions=params.global_batch_size,
+            max_new_tokens=params.max_new_tokens,
+        )
+        terms = {"policy_loss": policy * weights * counts, "entropy": judged.entropy}
         loss = terms["policy_loss"] * mask
         if params.entropy_coefficient:
             loss = loss - params.entropy_coefficient * judged.entropy * mask
         if self.algorithm.kl_in_loss and params.kl_coefficient:
-            terms["kl_loss"] = pg.KL_ESTIMATORS[params.kl_estimator](logp, batch["ref_logprobs"])
+            terms["kl_loss"] = pg.KL_ESTIMATORS[params.kl_estimator](logp, batch["ref_logprobs"]) * counts
             loss = loss + params.kl_coefficient * terms["kl_loss"] * mask
         if judged.values is not None:
             terms["value_loss"], terms["value_clipped"] = self.algorithm.value_loss(judged.values, batch)

@@ -1,4 +1,4 @@
-"""A policy trained on its own completions: `align(ctx, params, algorithm)`, the loop that PPO, GRPO and RLOO share.
+"""A policy trained on its own completions: `align(ctx, params, algorithm)`, the loop that they all share.
 
 A rollout: completions of the next prompts, what they are worth, and what the policy, its reference and its critic say of
 every token (rollout.py). Then some passes over them in minibatches, each one optimizer step (learning.py). What
@@ -13,7 +13,7 @@ which is proven before the first rollout (quiet.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,10 @@ from pipeline.errors import Preempted
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas import policy_gradient as pg
+from stages.lib.on_policy.dynamic_sampling import Drawn, draw_groups
+from stages.lib.on_policy.experience import Experience
 from stages.lib.on_policy.learning import Learner
-from stages.lib.on_policy.params import OnPolicyParams
+from stages.lib.on_policy.params import GroupParams, OnPolicyParams
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts, Progress
 from stages.lib.on_policy.rollout import Rollouts, require_going_on, require_like_generator
 from stages.lib.processes.collectives import barrier, from_main
@@ -88,10 +90,8 @@ class Aligner:
         """The experience of a rollout, with advantages, and what to log of it."""
         params, progress = self.params, self.progress
         started = time.monotonic()
-        first = rollout * params.rollout_batch_size
-        positions = range(first, first + params.rollout_batch_size)
-        rows = [self.parts.train.rows[self.schedule.index(position // params.group_size)] for position in positions]
-        experience = self.rollouts.complete(rows, list(positions), self.ctx.seed)
+        drawn = self.draw(rollout)
+        experience = drawn.experience
         require_like_generator(experience, params.max_logprob_mismatch)
         scores_N = self.rollouts.scores(experience)
         self.say_if_equal(rollout, scores_N)
@@ -103,6 +103,7 @@ class Aligner:
         coefficient = progress.controller.coefficient
         advantages_NK, returns_NK, logged = self.algorithm.advantages(experience, scores_N, coefficient)
         progress.experience = experience.with_advantages(advantages_NK, returns_NK)
+        progress.drawn += drawn.num_completions
         progress.sums = {}
         seconds = time.monotonic() - started
         progress.collected = {
@@ -112,10 +113,35 @@ class Aligner:
             "advantage_mean": float(pg.masked_mean(advantages_NK, experience.mask)),
             "advantage_deviation": float(pg.masked_variance(advantages_NK, experience.mask).sqrt()),
             **logged,
+            **drawn.logged,
             "rollout_seconds": round(seconds, 3),
-            "rollout_tokens_per_second": round(float(experience.lengths.sum()) / max(seconds, 1e-9), 1),
+            "rollout_tokens_per_second": round(drawn.num_tokens / max(seconds, 1e-9), 1),
             "samples": self.rollouts.samples(experience),
         }
+        if params.mask_truncated_completions:
+            progress.collected["completions_left_out"] = float((1 - experience.ended).sum())
+
+    def draw(self, rollout: int) -> Drawn:
+        """What the rollout learns from: the completions of the next prompts, or of those among them that teach something."""
+        params = self.params
+        sampling = getattr(params, "dynamic_sampling", None)
+        if sampling is None:
+            first = rollout * params.rollout_batch_size
+            experience = self.complete(range(first, first + params.rollout_batch_size))
+            return Drawn(experience, len(experience), float(experience.lengths.sum()))
+        assert isinstance(params, GroupParams)
+        scorer, scores = self.parts.scorer, self.rollouts.scores
+        drawn = draw_groups(params, sampling, self.progress.drawn, self.complete, scores, scorer.names)
+        if drawn.note:
+            self.ctx.journal.note(f"rollout {rollout + 1}: {drawn.note}")
+        return drawn
+
+    def complete(self, positions: Sequence[int]) -> Experience:
+        """The completions at these positions of training: of the prompts that stand there, with random numbers of their own."""
+        rows = [
+            self.parts.train.rows[self.schedule.index(position // self.params.group_size)] for position in positions
+        ]
+        return self.rollouts.complete(rows, list(positions), self.ctx.seed)
 
     def say_if_equal(self, rollout: int, scores_N: Tensor) -> None:
         """Says where no completion is better than another: only the KL penalty is left to learn from, if there is one."""

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.errors import Problem, RecipeError
+from pipeline.errors import Problem, RecipeError, did_you_mean, shown
+from pipeline.settings.strict import Strict
 from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
@@ -17,12 +18,13 @@ from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
-from stages.lib.on_policy.reward_params import Rewards, learned
+from stages.lib.on_policy.loss_params import PolicyLossParams
+from stages.lib.on_policy.reward_params import Rewards, learned, reward_names
 from stages.lib.text.template_date import TemplateDateParams
 from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import readable_layout
-from stages.lib.training.params import OptimizerParams, derive_batch
+from stages.lib.training.params import derive_batch
 
 INPUTS: dict[str, Input] = {
     "model": accepts(Kind.CAUSAL_LM),
@@ -35,8 +37,8 @@ INPUTS: dict[str, Input] = {
 default the artifact of the policy itself. `chats`: what ptx_coefficient mixes in."""
 
 
-class OnPolicyParams(TemplateDateParams, OptimizerParams):
-    """What PPO, GRPO and RLOO have in common."""
+class OnPolicyParams(TemplateDateParams, PolicyLossParams):
+    """What the stages have in common that learn from completions."""
 
     rewards: Rewards
     """What a completion is worth: the weighted sum of these rewards."""
@@ -70,10 +72,6 @@ class OnPolicyParams(TemplateDateParams, OptimizerParams):
     """Beta: how dear each nat of divergence from the reference is. 0: no reference is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """How the divergence of a token is estimated: k1 = log pi - log ref, k2 = k1^2 / 2, k3 = ref / pi - 1 + k1."""
-    clip_ratio: float = Field(default=0.2, ge=1e-6, lt=1)
-    """Epsilon: beyond 1 +- this ratio to the policy that wrote it, a token teaches nothing more."""
-    clip_ratio_high: Scale | None = None
-    """Another epsilon for the upper side. null: the same."""
     entropy_coefficient: Weight = 0.0
     """Weight of the entropy bonus, per nat and token."""
     max_policy_kl: Scale | None = None
@@ -139,15 +137,49 @@ class OnPolicyParams(TemplateDateParams, OptimizerParams):
         return self
 
 
+class DynamicSamplingParams(Strict):
+    """Which prompts a rollout learns from: those whose completions differ in what they score (DAPO)."""
+
+    metric: str | None = None
+    """What must differ: the name of a reward, as its metrics call it (its kind, and from the second of a kind on with a number, as exact_match_2). null: the whole score, in which a penalty of length alone makes a difference."""
+    max_num_gen_batches: int = Field(default=10, ge=1, le=1000)
+    """Batches that are drawn for a rollout at most. Where it is reached, groups that teach nothing make up the number, and the journal says so."""
+    gen_batch_size: int | None = Field(default=None, ge=1)
+    """Completions per batch, over all processes; a multiple of completions_per_prompt. The smaller, the fewer groups are left over once there are enough. null: rollout_batch_size."""
+
+
 class GroupParams(OnPolicyParams):
     """What algorithms have in common that compare several completions of each prompt."""
 
     completions_per_prompt: int = Field(default=4, ge=2)
     """Completions of each prompt in a rollout; a divisor of rollout_batch_size."""
+    dynamic_sampling: DynamicSamplingParams | None = Field(default=None, exclude_if=lambda block: block is None)
+    """Leave out prompts whose completions all score alike, and draw others in their place. null: learn from all that are drawn."""
 
     @property
     def group_size(self) -> int:
         return self.completions_per_prompt
+
+    @model_validator(mode="after")
+    def dynamic_sampling_fits(self) -> GroupParams:
+        sampling, group, size = self.dynamic_sampling, self.completions_per_prompt, self.rollout_batch_size
+        if sampling is None:
+            return self
+        names, batch = reward_names(self.rewards), sampling.gen_batch_size or size
+        if sampling.metric is not None and sampling.metric not in names:
+            hint = did_you_mean(sampling.metric, names)
+            raise ValueError(f"dynamic_sampling.metric: there is no reward {shown(sampling.metric)} here ({hint})")
+        if batch % group:
+            raise ValueError(
+                f"dynamic_sampling.gen_batch_size {batch} is not a multiple of completions_per_prompt {group}: take"
+                f" {batch + group - batch % group}"
+            )
+        if batch * sampling.max_num_gen_batches <= size:
+            raise ValueError(
+                f"dynamic_sampling draws {batch * sampling.max_num_gen_batches} completions at most, and a rollout learns from"
+                f" {size}, so that none could be left out: take max_num_gen_batches {size // batch + 1} or more"
+            )
+        return self
 
 
 def check_on_policy(forecast: Forecast) -> list[Problem]:

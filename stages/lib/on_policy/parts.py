@@ -61,6 +61,8 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     """What its optimizer steps so far add up to."""
     experience: Experience | None = None
+    drawn: int = 0
+    """Completions written so far in training, those left out counted as well: where the next rollout begins."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -69,6 +71,7 @@ class Progress:
             "before": self.before,
             "collected": self.collected,
             "sums": self.sums,
+            "drawn": self.drawn,
         }
 
     @classmethod
@@ -83,6 +86,7 @@ class Progress:
             collected=state["collected"],
             sums=state["sums"],
             experience=Experience.load(path) if path.exists() else None,
+            drawn=state.get("drawn", 0),  # checkpoints of earlier versions are of runs that left nothing out
         )
 
     def save(self, folder: Path) -> None:

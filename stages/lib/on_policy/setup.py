@@ -106,7 +106,16 @@ def run_on_policy(
 
 def last_of(aligned: Aligned) -> dict[str, float]:
     """What the manifest keeps of the last rollout in training."""
-    kept = ("reward", "kl", "kl_coefficient", "entropy", "clipped", "explained_variance", "generator_logprob_gap")
+    kept = (
+        "reward",
+        "reward_drawn",
+        "kl",
+        "kl_coefficient",
+        "entropy",
+        "clipped",
+        "explained_variance",
+        "generator_logprob_gap",
+    )
     return {f"train_{name}": aligned.last_rollout[name] for name in kept if name in aligned.last_rollout}
 
 

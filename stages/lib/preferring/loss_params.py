@@ -12,7 +12,8 @@ from pipeline.errors import Problem, RecipeError, did_you_mean, shown
 from pipeline.stage import Forecast
 from stages.lib.formulas.bounds import Scale, Weight
 from stages.lib.formulas.divergences import DIVERGENCES, DivergenceName
-from stages.lib.formulas.preference_table import PREFERENCE_LOSSES, LossOption, PreferenceLoss, PreferenceLossName
+from stages.lib.formulas.loss_options import require_option
+from stages.lib.formulas.preference_table import PREFERENCE_LOSSES, PreferenceLoss, PreferenceLossName
 from stages.lib.preferring.params import PreferenceParams
 from stages.lib.training.params import derive_batch
 
@@ -104,7 +105,7 @@ class PairLossParams(PreferenceParams):
     def options_fit(self) -> PairLossParams:
         known = {key: option for loss in self.losses.values() for key, option in loss.options.items()}
         for key, value in self.loss_options.items():
-            require_option(key, value, known, named(self.losses))
+            require_option(key, value, known, named(self.losses), PREFERENCE_LOSSES)
         return self
 
     @model_validator(mode="after")
@@ -167,21 +168,6 @@ def multiple_of(group: int, size: int) -> str:
     """The multiples of `group` next to `size`, as one says them."""
     below = size - size % group
     return " or ".join(str(each) for each in (below, below + group) if each)
-
-
-def require_option(key: str, value: float, known: Mapping[str, LossOption], losses: str) -> None:
-    """Raises `ValueError` unless `known` has an option of this name which may have this value."""
-    if key not in known:
-        elsewhere = [name for name, loss in PREFERENCE_LOSSES.items() if key in loss.options]
-        way = f"remove it, or take {elsewhere[0]}" if elsewhere else "remove it"
-        has = ", ".join(f"{name} ({option.meaning})" for name, option in known.items())
-        have = "has" if losses.startswith("the loss ") else "have"
-        raise ValueError(f"loss_options.{key} has no effect with {losses}, which {have} {has or 'no options'}: {way}")
-    option = known[key]
-    if not (math.isfinite(value) and option.least <= value <= option.most):
-        raise ValueError(
-            f"loss_options.{key} must be from {option.least:g} to {option.most:g}, not {value!r}: {option.meaning}"
-        )
 
 
 def group_problem(params: PairLossParams, micro_batch_size: int) -> Problem | None:
