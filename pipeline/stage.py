@@ -19,6 +19,10 @@ BASE_ROLES = ("model", "encoder", "student")
 """The roles of the model that a step goes on from, and whose number format, licence and origin its own model has."""
 
 
+EXTENDS = "extends"
+"""The role of a finished training of the same stage that a step makes longer: it goes on from the last checkpoint of that one."""
+
+
 @dataclass(frozen=True)
 class Input:
     """One role of a stage's inputs: the kinds it accepts, whether it may be absent, whether it takes several.
@@ -121,6 +125,8 @@ class Context:
     """True once this process was asked to save and stop. Ranks must agree before they act on it."""
     hub: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Role -> (repository, revision) of the inputs that were brought from the hub."""
+    extends: Path | None = None
+    """The last checkpoint of the training that the input `extends` names; None without that input."""
 
     @property
     def base(self) -> Path | None:

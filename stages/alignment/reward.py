@@ -43,6 +43,10 @@ class RewardParams(PreferenceParams):
     center_rewards_coefficient: Weight = 0.0
     """Weight of the squared sum of a pair's two scores in the loss, which holds scores around 0 (0.01 is usual). Without it only differences of scores mean something."""
 
+    def measures(self) -> tuple[str, ...]:
+        names = ("accuracy", "accuracy_of_*", "loss", "margin", "calibration_error", "score", "score_*")
+        return tuple(f"heldout_{name}" for name in names)
+
     @model_validator(mode="after")
     def margin_is_used(self) -> RewardParams:
         if self.margin and self.margin_from == "column":

@@ -46,6 +46,9 @@ class DistillParams(TrainingParams):
     isolate_documents: bool = True
     """Whether each document in a block is a world of its own, for student and teacher: attention and positions begin anew at its start, and the last token of one is not asked to predict the first of the next."""
 
+    def measures(self) -> tuple[str, ...]:
+        return (*OF_STUDENT, "heldout_perplexity_ratio")
+
     @model_validator(mode="after")
     def temperature_is_used(self) -> DistillParams:
         if self.alpha == 0 and self.temperature != 1:

@@ -39,6 +39,10 @@ class AnswerParams(TrainingParams):
     null_threshold: float | None = None
     """How much better (in log-probability) "no answer" must score than the best answer for the question to stay unanswered. null: 0 if training has questions without answer, otherwise every question is answered."""
 
+    def measures(self) -> tuple[str, ...]:
+        names = ("exact_match", "f1", "exact_match_has_answer", "f1_has_answer", "exact_match_no_answer")
+        return tuple(f"heldout_{name}" for name in names)
+
     @model_validator(mode="after")
     def windows_move_on(self) -> AnswerParams:
         room = self.max_length_tokens - self.max_question_tokens - SPECIAL_TOKENS

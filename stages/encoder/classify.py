@@ -33,6 +33,9 @@ class ClassifyParams(TrainingParams):
     max_length_tokens: int = Field(default=256, ge=8)
     """Tokens per text or pair, special ones included. What is longer loses its end, of a pair the end of the longer text first, and is counted."""
 
+    def measures(self) -> tuple[str, ...]:
+        return ("heldout_accuracy", "heldout_macro_f1", "heldout_loss")
+
 
 def run(ctx: Context, params: ClassifyParams) -> Result:
     from transformers import AutoModelForSequenceClassification

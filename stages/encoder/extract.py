@@ -27,6 +27,9 @@ class ExtractParams(TrainingParams):
     stride_tokens: int = Field(default=64, ge=0)
     """Tokens that neighbouring windows of a text share. The window that sees more around it decides."""
 
+    def measures(self) -> tuple[str, ...]:
+        return ("heldout_f1", "heldout_precision", "heldout_recall", "heldout_f1_of_*")
+
     @model_validator(mode="after")
     def windows_move_on(self) -> ExtractParams:
         if 2 * self.stride_tokens >= self.max_length_tokens:

@@ -1,0 +1,107 @@
+"""Where a training on fixed data begins: with nothing, with its own newest checkpoint, or with the last one of what it extends."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import ArtifactError, Problem, RecipeError
+from pipeline.stage import Context
+from stages.lib.processes.collectives import from_main
+from stages.lib.training.params import Batch, TrainingParams
+from stages.lib.training.scheduling import fingerprint
+from stages.lib.training.state import Saved, check_state, find_saved, read_state, why_unreadable
+from stages.lib.training.watching import Watching
+
+LENGTH = ("total_steps", "schedule_steps")
+"""What a training that extends another one need not have in common with it."""
+
+
+def identity_of_run(ctx: Context, params: TrainingParams, steps: int, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that resumes from it."""
+    identity = {"total_steps": steps, "global_batch_size": params.global_batch_size}
+    identity |= {"seed": ctx.seed, "data": fingerprint(data)}
+    return identity | ({"schedule_steps": params.schedule_steps} if params.schedule_steps else {})
+
+
+def find_start(ctx: Context, params: TrainingParams, identity: Mapping[str, Any]) -> Saved | None:
+    """What the run goes on from, the same in every process; None where it begins.
+
+    Raises `ArtifactError` or `RecipeError` if it is the training that the run extends, and cannot be extended so.
+    """
+    saved = find_saved(ctx, identity)
+    if saved is not None or ctx.extends is None:
+        return saved
+    return from_main(lambda: extended_training(ctx, params, identity))
+
+
+def extended_training(ctx: Context, params: TrainingParams, identity: Mapping[str, Any]) -> Saved:
+    folder = ctx.extends
+    assert folder is not None
+    if reason := why_unreadable(folder):
+        hint = "Make what it was written by anew, or leave out the input extends."
+        raise ArtifactError(Problem(str(folder), f"cannot be extended: {reason}", hint))
+    saved = Saved(folder, read_state(folder), extended=True)
+    common = {name: value for name, value in identity.items() if name not in LENGTH}
+    check_state(ctx, saved, common)
+    problems = extension_problems(params, int(identity["total_steps"]), saved)
+    if Watching.of(params, saved.state).ends:
+        what = "would end the training at once: what it extends had stopped early by the same rule"
+        problems.append(Problem("params.stop_early", what, "Raise its patience, or remove it."))
+    if problems:
+        raise RecipeError(*problems)
+    return saved
+
+
+def extension_problems(params: TrainingParams, steps: int, saved: Saved) -> list[Problem]:
+    """Why a training of so many steps cannot go on from the last checkpoint of another one."""
+    state, problems = saved.state, []
+    if state["step"] >= steps:
+        what = f"makes {steps} steps, and what it extends has made {state['step']}"
+        problems.append(Problem("params.max_steps" if params.max_steps else "params.epochs", what, "Raise it."))
+    before = int(state.get("schedule_steps") or state["total_steps"])
+    if problem := schedule_problem(params, steps, before):
+        problems.append(problem)
+    return problems
+
+
+def schedule_problem(params: TrainingParams, steps: int, before: int) -> Problem | None:
+    """What is wrong with the learning rate of an extension, where that of what it extends fell over `before` steps."""
+    length = params.schedule_steps or steps
+    if params.schedule == "constant" or params.stretch_schedule or length == before:
+        return None
+    hint = (
+        f"Set schedule_steps to {before}, so that the rate goes on as it was and then stays where it fell to; or set"
+        " stretch_schedule to true, so that it jumps to where it would be had it fallen over all steps; or extend a training"
+        f" whose schedule_steps was {length} from the beginning."
+    )
+    what = f"is {params.schedule}: in what it extends the learning rate fell over {before} steps, and now it would over {length}"
+    return Problem("params.schedule", what, hint)
+
+
+def take_over_best(ctx: Context, saved: Saved, watching: Watching) -> None:
+    """Copies the best weights so far from what is extended, which may be removed before they are published.
+
+    Called once this run has a checkpoint of its own, which needs them: without them it does not count.
+    """
+    best = watching.best
+    if best is None or best == saved.state["step"]:
+        return
+    target = ctx.checkpoints.path(best)
+    source = saved.folder.with_name(target.name)
+
+    def copy() -> None:
+        if not source.is_dir():
+            what = f"is gone, and holds the best weights by {watching.metrics[0]} of what is extended"
+            raise ArtifactError(Problem(str(source), what, "Remove publish_best, or make what is extended anew."))
+        ctx.checkpoints.require_room(sum(path.stat().st_size for path in source.rglob("*") if path.is_file()))
+        shutil.copytree(source, target, dirs_exist_ok=True)
+
+    from_main(copy)
+
+
+def in_passes(num_rows: int, steps: int, batch: Batch) -> str:
+    """How often the training rows are seen, for the journal."""
+    passes = steps * batch.global_batch_size / num_rows
+    return f"{num_rows:,} rows, {steps:,} steps of {batch}: {passes:.2f} passes"
