@@ -77,6 +77,17 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Extended:
+    """The training that the input `extends` names, as far as it is known before the step runs."""
+
+    params: Mapping[str, Any]
+    steps_made: int | None = None
+    """Optimizer steps at its last checkpoint; None where that is not written yet."""
+    total_steps: int | None = None
+    """Those that it was to make."""
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What `Stage.estimate` and `Stage.check` receive: what is known of the step before it runs.
 
@@ -87,6 +98,8 @@ class Forecast:
     params: Any
     resources: Resources
     inputs: Mapping[str, Estimate]
+    extended: Extended | None = None
+    """What it makes longer, if that is what it does."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,9 @@ class Stage:
     estimate: Callable[[Forecast], Estimate] = nothing_known
     check: Callable[[Forecast], list[Problem]] = nothing_to_check
     """What is wrong with the params given the inputs, found before anything runs. `where` is relative to the stage."""
+
+    may_extend: frozenset[str] = frozenset()
+    """The params in which a step may differ from the training that its input `extends` names."""
 
     def output_kind(self, params: Any, inputs: Mapping[str, Kind]) -> Kind:
         return self.output if isinstance(self.output, Kind) else self.output(params, inputs)

@@ -19,6 +19,7 @@ from stages.lib.models.arithmetic import completed, field_of
 from stages.lib.models.families import scoring_problems
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 from stages.lib.text.template_date import on_template_date
+from stages.lib.training.extension import EXTENSION_PARAMS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,11 +121,16 @@ STAGE = Stage(
     version=5,
     summary="a reward model: which of two answers is better, as a score for each",
     params=RewardParams,
-    inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},
+    inputs={
+        "model": accepts(Kind.CAUSAL_LM),
+        "preferences": accepts(Kind.PREFERENCES),
+        "extends": accepts(Kind.REWARD_MODEL, optional=True),
+    },
     output=Kind.REWARD_MODEL,
     run=run,
     headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

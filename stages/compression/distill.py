@@ -22,6 +22,7 @@ from stages.lib.models.architectures import (
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.families import mixing_problems
 from stages.lib.text.template_forecast import unembedded_problems
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -168,6 +169,7 @@ STAGE = Stage(
         "teacher": accepts(Kind.CAUSAL_LM),
         "tokens": accepts(Kind.TOKENS),
         "student": accepts(Kind.CAUSAL_LM, optional=True),
+        "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=Kind.CAUSAL_LM,
     run=run,
@@ -179,6 +181,7 @@ STAGE = Stage(
         "parameters_fraction",
     ),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

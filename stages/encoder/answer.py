@@ -12,6 +12,7 @@ from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
 from stages.lib.models.families import reading_problems
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
@@ -113,7 +114,11 @@ STAGE = Stage(
     version=3,
     summary="a reader: an encoder under a head that points at the answer of a question in its context",
     params=AnswerParams,
-    inputs={"encoder": accepts(Kind.ENCODER), "questions": accepts(Kind.QUESTIONS)},
+    inputs={
+        "encoder": accepts(Kind.ENCODER),
+        "questions": accepts(Kind.QUESTIONS),
+        "extends": accepts(Kind.READER, optional=True),
+    },
     output=Kind.READER,
     run=run,
     headline=(
@@ -125,6 +130,7 @@ STAGE = Stage(
         "heldout_f1_first",
     ),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=lambda forecast: estimate_encoder_task(forecast, None),
     check=check,
 )

@@ -18,6 +18,7 @@ from stages.lib.models.architectures import (
 )
 from stages.lib.models.families import mixing_problems
 from stages.lib.text.template_forecast import unembedded_problems
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 from stages.lib.training.selection import TOKEN_METRICS
@@ -187,6 +188,7 @@ STAGE = Stage(
     inputs={
         "tokens": accepts(Kind.TOKENS),
         "model": accepts(Kind.CAUSAL_LM, Kind.ENCODER, optional=True),
+        "extends": accepts(Kind.CAUSAL_LM, Kind.ENCODER, optional=True),
     },
     output=output_kind,
     run=run,
@@ -196,6 +198,7 @@ STAGE = Stage(
         "heldout_perplexity_base",
     ),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

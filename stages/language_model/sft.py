@@ -17,6 +17,7 @@ from stages.lib.models.lengths import length_problems, require_length
 from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import embedded_rows, template_problems_ahead, tokens_ahead
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 from stages.lib.training.selection import TOKEN_METRICS
@@ -143,11 +144,16 @@ STAGE = Stage(
     version=4,
     summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
     params=SftParams,
-    inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},
+    inputs={
+        "model": accepts(Kind.CAUSAL_LM),
+        "chats": accepts(Kind.CHATS),
+        "extends": accepts(Kind.CAUSAL_LM, optional=True),
+    },
     output=Kind.CAUSAL_LM,
     run=run,
     headline=("heldout_loss", "heldout_loss_base", "heldout_token_accuracy"),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

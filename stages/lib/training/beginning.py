@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.stage import Context
 from stages.lib.processes.collectives import from_main
+from stages.lib.training.extension import extension_problems
 from stages.lib.training.params import Batch, TrainingParams
 from stages.lib.training.scheduling import fingerprint
 from stages.lib.training.state import Saved, check_state, find_saved, read_state, why_unreadable
@@ -45,39 +46,15 @@ def extended_training(ctx: Context, params: TrainingParams, identity: Mapping[st
     saved = Saved(folder, read_state(folder), extended=True)
     common = {name: value for name, value in identity.items() if name not in LENGTH}
     check_state(ctx, saved, common)
-    problems = extension_problems(params, int(identity["total_steps"]), saved)
+    state = saved.state
+    fell_over = int(state.get("schedule_steps") or state["total_steps"])
+    problems = extension_problems(params, int(identity["total_steps"]), state["step"], fell_over)
     if Watching.of(params, saved.state).ends:
         what = "would end the training at once: what it extends had stopped early by the same rule"
         problems.append(Problem("params.stop_early", what, "Raise its patience, or remove it."))
     if problems:
         raise RecipeError(*problems)
     return saved
-
-
-def extension_problems(params: TrainingParams, steps: int, saved: Saved) -> list[Problem]:
-    """Why a training of so many steps cannot go on from the last checkpoint of another one."""
-    state, problems = saved.state, []
-    if state["step"] >= steps:
-        what = f"makes {steps} steps, and what it extends has made {state['step']}"
-        problems.append(Problem("params.max_steps" if params.max_steps else "params.epochs", what, "Raise it."))
-    before = int(state.get("schedule_steps") or state["total_steps"])
-    if problem := schedule_problem(params, steps, before):
-        problems.append(problem)
-    return problems
-
-
-def schedule_problem(params: TrainingParams, steps: int, before: int) -> Problem | None:
-    """What is wrong with the learning rate of an extension, where that of what it extends fell over `before` steps."""
-    length = params.schedule_steps or steps
-    if params.schedule == "constant" or params.stretch_schedule or length == before:
-        return None
-    hint = (
-        f"Set schedule_steps to {before}, so that the rate goes on as it was and then stays where it fell to; or set"
-        " stretch_schedule to true, so that it jumps to where it would be had it fallen over all steps; or extend a training"
-        f" whose schedule_steps was {length} from the beginning."
-    )
-    what = f"is {params.schedule}: in what it extends the learning rate fell over {before} steps, and now it would over {length}"
-    return Problem("params.schedule", what, hint)
 
 
 def take_over_best(ctx: Context, saved: Saved, watching: Watching) -> None:

@@ -11,13 +11,14 @@ from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.noise import dropped_heads, noise_notes
+from stages.lib.training.extension import extension_problems_ahead
 from stages.lib.training.layouts import layout_problems, read_layout, readable_layout
 from stages.lib.training.params import TrainingParams, derive_batch, optimizer_steps
 
 
 def check_training(forecast: Forecast, global_batch_size: int | None = None) -> list[Problem]:
     """What is wrong with the batch and the memory layout of a training step, found before it runs."""
-    problems: list[Problem | str] = []
+    problems: list[Problem | str] = [*extension_problems_ahead(forecast)]
     batch = None
     try:
         batch = derive_batch(global_batch_size or forecast.params.global_batch_size, forecast.resources)

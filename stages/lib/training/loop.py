@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.errors import DataError, Preempted, Problem
+from pipeline.errors import Preempted
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
@@ -52,8 +52,9 @@ from stages.lib.training.params import (
 )
 from stages.lib.training.randomness import Randomness
 from stages.lib.training.scheduling import ScheduledData
-from stages.lib.training.soundness import require_number, require_sound, require_units
+from stages.lib.training.soundness import require_number, require_sound, require_training_rows, require_units
 from stages.lib.training.state import (
+    Saved,
     TrainingProgress,
     Window,
     find_measured,
@@ -130,6 +131,12 @@ class Training:
             return self.end(self.heldout())
         except StopRequested:
             raise Preempted(f"while measuring, at step {progress.step} of {self.steps}") from None
+
+    def take_over(self, saved: Saved | None) -> None:
+        """Brings the best weights so far over from what this run extends, if it does, and is to publish the best."""
+        if saved is not None and saved.extended and self.watching.best is not None:
+            self.save()
+            take_over_best(self.ctx, saved, self.watching)
 
     def is_over(self) -> bool:
         return self.progress.step >= self.steps or self.watching.ends
@@ -271,14 +278,10 @@ class Training:
         return metrics
 
     def save(self) -> None:
-        carried = {"window": asdict(self.progress.window), "before": self.progress.before}
-        content = {
-            **self.identity,
-            **carried,
-            **carried_by(self.objective),
-            **self.watching.carried(self.progress.step),
-        }
-        save_checkpoint(self.ctx, self.engine, self.progress.step, self.steps, self.parameters, content)
+        progress, content = self.progress, dict(self.identity)
+        content |= {"window": asdict(progress.window), "before": progress.before}
+        content |= carried_by(self.objective) | self.watching.carried(progress.step)
+        save_checkpoint(self.ctx, self.engine, progress.step, self.steps, self.parameters, content)
 
 
 def train(
@@ -303,8 +306,7 @@ def train(
     was asked to stop, `ArtifactError` if the model is random where it must not be.
     """
     device = join_processes(ctx)
-    if not len(data):
-        raise DataError(Problem("training rows", "there are none", "Look at the ledger of the stage that made them."))
+    require_training_rows(data)
     steps = optimizer_steps(params, len(data))
     require_sound(ctx, params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
@@ -336,9 +338,7 @@ def train(
         progress=TrainingProgress.of(saved),
         watching=Watching.of(params, saved.state if saved else None),
     )
-    if saved is not None and saved.extended and training.watching.best is not None:
-        training.save()
-        take_over_best(ctx, saved, training.watching)
+    training.take_over(saved)
     trained = training.run()
     state = engine.state_of(model)
     dtype = from_main(lambda: publish(model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))

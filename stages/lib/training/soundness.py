@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 
 import torch
 
 from pipeline.errors import DataError, Problem, RecipeError
 from pipeline.stage import Context
 from stages.lib.training.params import TrainingParams, learns_nothing, unreachable
+
+
+def require_training_rows(data: Sized) -> None:
+    """Raises `DataError` if there is nothing to train on."""
+    if not len(data):
+        raise DataError(Problem("training rows", "there are none", "Look at the ledger of the stage that made them."))
 
 
 def require_sound(ctx: Context, params: TrainingParams, steps: int, device: torch.device) -> None:
