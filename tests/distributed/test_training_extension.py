@@ -168,6 +168,15 @@ def test_the_best_may_lie_in_what_is_extended(
     assert measured(ctx) == {step: value for step, value in measured(whole).items() if step >= 10}
 
 
+def test_only_what_was_watched_can_be_the_best(tmp_path: Path) -> None:
+    """The first training watched nothing: its steps are no candidates, and that is said."""
+    ended = begin(tmp_path / "first", max_steps=10)
+    ctx = longer(tmp_path / "longer", ended)
+    trained = run(ctx, **BEST)
+    assert trained.steps == min(measured(ctx), key=lambda step: measured(ctx)[step]) >= 10
+    assert "what is extended did not watch heldout_loss: only steps after 10 are compared by it" in notes(ctx)
+
+
 def test_a_best_that_is_gone_from_what_is_extended_is_refused_at_the_start(tmp_path: Path) -> None:
     ended = begin(tmp_path / "first", **BEST, max_steps=10)
     best = min(measured(ended), key=lambda step: measured(ended)[step])

@@ -49,11 +49,17 @@ def extended_training(ctx: Context, params: TrainingParams, identity: Mapping[st
     state = saved.state
     fell_over = int(state.get("schedule_steps") or state["total_steps"])
     problems = extension_problems(params, int(identity["total_steps"]), state["step"], fell_over)
-    if Watching.of(params, saved.state).ends:
+    watching = Watching.of(params, saved.state)
+    if watching.ends:
         what = "would end the training at once: what it extends had stopped early by the same rule"
         problems.append(Problem("params.stop_early", what, "Raise its patience, or remove it."))
     if problems:
         raise RecipeError(*problems)
+    for metric, measured in watching.measured.items():
+        if not measured:
+            ctx.journal.note(
+                f"what is extended did not watch {metric}: only steps after {state['step']} are compared by it"
+            )
     return saved
 
 

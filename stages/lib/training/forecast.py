@@ -76,7 +76,8 @@ def estimate_training(
             gradient_checkpointing=resources.gradient_checkpointing,
             dropped_heads=0 if without_dropout else dropped_heads(config),
         )
-    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1)
+    best = getattr(params, "publish_best", None) is not None  # one more, where it is older than those that are kept
+    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1 + best)
     return Estimate(
         parameters=parameters,
         architecture=architecture,
