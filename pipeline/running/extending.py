@@ -11,7 +11,7 @@ from pipeline.recipe.recipe import Outside, RecipeStep, Upstream
 from pipeline.running.reasons import difference, show
 from pipeline.stage import EXTENDS, Extended
 from pipeline.store.artifact import Manifest, read_manifest
-from pipeline.store.resumable import Saved, mismatch, obstacle, read_saved, zero_stage_of
+from pipeline.store.resumable import Saved, mismatch, read_saved, way_out, zero_stage_of
 from pipeline.store.works import last_checkpoint_of
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def problems_of_maker(step: RecipeStep, maker: Step) -> list[Problem]:
 
 def extended_of(params: Mapping[str, Any], artifact: Path) -> Extended:
     """What is known of the training that made, or is to make, an artifact of a store."""
-    newest = last_checkpoint_of(artifact)
+    newest = last_checkpoint_of(artifact, hashes=False)
     saved = read_saved(newest.path) if newest.path else None
     return Extended(params, saved.step, saved.total_steps) if saved else Extended(params)
 
@@ -115,10 +115,14 @@ def refused_extension(step: RecipeStep, planned: Mapping[str, Step], place: str)
     source = step.inputs.get(EXTENDS)
     if source is None or (isinstance(source, Upstream) and planned[source.step].manifest is None):
         return None
-    newest = last_checkpoint_of(Path(place))
+    newest = last_checkpoint_of(Path(place), hashes=False)
     if newest.path is None:
         return no_checkpoint(Path(place), newest.passed_over)
-    return obstacle(newest.path, step.resources, step.name)
+    saved, stage = read_saved(newest.path), zero_stage_of(step.resources.deepspeed)
+    reason = mismatch(saved, stage, step.resources.world_size) if stage is not None else None
+    if reason is None:
+        return None
+    return f"the checkpoint of input '{EXTENDS}' {reason}: add {way_out(saved, step.resources, step.name)}; {FROM_THE_BEGINNING}"
 
 
 def no_checkpoint(artifact: Path, passed_over: list[str]) -> str:
@@ -131,7 +135,7 @@ def no_checkpoint(artifact: Path, passed_over: list[str]) -> str:
 
 def checkpoint_to_extend(artifact: Path) -> Path:
     """The checkpoint that a run begins with. Raises `ArtifactError` if there is none."""
-    newest = last_checkpoint_of(artifact)
+    newest = last_checkpoint_of(artifact, hashes=True)
     if newest.path is None:
         raise ArtifactError(Problem(INPUT, no_checkpoint(artifact, newest.passed_over)))
     return newest.path

@@ -205,9 +205,9 @@ def run_locked(
                 wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,
             )  # fmt: skip
             remember(store.artifact_folder(job.artifact_id), manifest.files)
-            if job.resources.keep_last_checkpoint:
+            if keeps := job.resources.keep_last_checkpoint and bool(checkpoints.steps()):
                 replace(checkpoints, keep=1).rotate()
-            files.finish(keep_checkpoints=job.resources.keep_last_checkpoint)
+            files.finish(keep_checkpoints=keeps)
 
 
 def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal, extended: str | None = None) -> None:

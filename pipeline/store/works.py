@@ -79,8 +79,13 @@ def works_on(folders: Sequence[Path], artifact_id: str) -> Iterator[Work]:
                 yield work
 
 
-def last_checkpoint_of(artifact: Path) -> Newest:
-    """The last checkpoint of the training that made an artifact, which lies in a store; with none, why there is none."""
+def last_checkpoint_of(artifact: Path, *, hashes: bool) -> Newest:
+    """The last checkpoint of the training that made an artifact, which lies in a store; with none, why there is none.
+
+    Without `hashes` only sizes are compared.
+    """
     works = work_folders(artifact.parent.parent / "work")
-    found = [work.checkpoints.newest() for work in works_on(works, artifact.name) if work.checkpoints.steps()]
+    found = [
+        work.checkpoints.newest(hashes=hashes) for work in works_on(works, artifact.name) if work.checkpoints.steps()
+    ]
     return max(found, key=lambda newest: newest.step, default=Newest(None, 0, []))

@@ -87,7 +87,8 @@ def test_a_fallen_schedule_is_stretched_only_where_that_is_asked_for(tmp_path: P
         run(ctx, **{**fell, "max_steps": 8})
     assert str(caught.value) == (
         "params.schedule: is linear: in what it extends the learning rate was to fall over 4 steps, and here it would over 8."
-        " Set stretch_schedule to true, so that it jumps to where it would be had it fallen over all steps from the beginning."
+        " Set stretch_schedule to true, so that it jumps to where it would be had it fallen over all steps from the beginning;"
+        " or make what is extended with schedule_steps 8."
     )
     assert list(ctx.journal.events("step")) == []
     ctx = replace(
@@ -166,6 +167,18 @@ def test_the_best_may_lie_in_what_is_extended(
     assert run(whole, **BEST) == trained
     assert weights(whole) == weights(ctx)
     assert measured(ctx) == {step: value for step, value in measured(whole).items() if step >= 10}
+
+
+def test_made_longer_twice(tmp_path: Path) -> None:
+    """The best of all lies in the first, which is gone before the third begins."""
+    ended = begin(tmp_path / "first", **BEST, max_steps=10)
+    second = longer(tmp_path / "second", ended)
+    run(second, **BEST, max_steps=12)
+    shutil.rmtree(ended.checkpoints.folder)
+    ctx = longer(tmp_path / "third", second)
+    trained = run(ctx, **BEST, max_steps=15)
+    assert trained.steps < 10
+    assert_same(ctx, trained, tmp_path / "whole", 12, **BEST, max_steps=15)
 
 
 def test_only_what_was_watched_can_be_the_best(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_training_is_made_longer_from_its_last_checkpoint(tmp_path: Path) -> N
     short, longer = artifact(tmp_path, "short"), artifact(tmp_path, "longer")
     store = Store(tmp_path / "runs")
     assert kept(store, short) == ["checkpoint-4"] and kept(store, longer) == []
-    assert f"began after step 4 of {last_checkpoint_of(short).path}" in said
+    assert f"began after step 4 of {last_checkpoint_of(short, hashes=True).path}" in said
     assert (longer / "text.txt").read_text() == "7"
     assert read_manifest(longer).input_ids["extends"] == short.name
     lines = collect(store, lambda path, overrides: set())
@@ -86,11 +86,40 @@ def test_what_left_no_checkpoint_is_refused_with_ways_out_that_work(tmp_path: Pa
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     run(tmp_path, until="short")
-    newest = last_checkpoint_of(artifact(tmp_path, "short"))
+    newest = last_checkpoint_of(artifact(tmp_path, "short"), hashes=True)
     assert newest.path is not None
     (newest.path / "slipway.json").write_text("{}")
     reason = str(planned(tmp_path)[0].step("longer").reason)
     assert "has left no checkpoint to go on from (checkpoint-4 is not resumed from: slipway.json has 2 bytes" in reason
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_memory_layout_is_refused_when_it_is_there(tmp_path: Path) -> None:
+    """With the option that helps: nobody is told to remove the checkpoint of what is extended."""
+    run(tmp_path, until="short")
+    step = planned(tmp_path, "stages.longer.resources.deepspeed=zero2")[0].step("longer")
+    assert step.action == "blocked"
+    assert str(step.reason) == (
+        "the checkpoint of input 'extends' was written without DeepSpeed, and this run is under ZeRO-2: add --set"
+        " stages.longer.resources.deepspeed=null; or leave out the input extends: then all steps are trained from the"
+        " beginning"
+    )
+    helped = ("stages.longer.resources.deepspeed=zero2", "stages.longer.resources.deepspeed=null")
+    assert planned(tmp_path, *helped)[0].step("longer").action == "run"
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_of_the_same_size_is_found_when_the_step_starts(tmp_path: Path) -> None:
+    run(tmp_path, until="short")
+    newest = last_checkpoint_of(artifact(tmp_path, "short"), hashes=True)
+    assert newest.path is not None
+    state = (newest.path / "slipway.json").read_text()
+    (newest.path / "slipway.json").write_text(state.replace('"count": 4', '"count": 5'))
+    assert planned(tmp_path)[0].step("longer").action == "run"
+    code, said = run(tmp_path)
+    assert code == 2
+    assert "slipway.json has other content than when it was written" in said
+    assert "set resources.keep_last_checkpoint of the step that made it to true" in said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pipeline.settings.strict import content_of, validate
 from stages import STAGES
+from stages.compression.distill import OF_STUDENT
 from stages.lib.training.params import TrainingParams
 from stages.lib.training.selection import BETTER, best_step, known_direction, measured_in_vain
 
@@ -155,3 +157,25 @@ def test_the_cadence_of_measuring_is_part_of_an_identity_only_where_it_decides()
     # Where nothing asks for an identity, the params are told as they are.
     params = STAGES["sft"].params.model_validate(values(**REQUIRED["sft"], evaluate_every_steps=5))
     assert params.model_dump(mode="json")["evaluate_every_steps"] == 5
+
+
+def covered(kind: str, names: set[str]) -> bool:
+    said = STAGES[kind].params(**values(**REQUIRED[kind])).measures()
+    return all(any(fnmatchcase(name, each) for each in said) for name in names)
+
+
+@pytest.mark.slow
+def test_what_stages_say_they_measure_is_what_they_measure() -> None:
+    """Where the functions that name the metrics can be called by themselves."""
+    from stages.lib.encoding.answering import APART
+    from stages.lib.encoding.classification import accuracy_and_macro_f1
+    from stages.lib.formulas.metrics import Tally, span_metrics
+    from stages.lib.formulas.token_losses import token_metrics
+
+    tokens = set(token_metrics({"nats": 2.0, "tokens": 1.0, "correct": 1.0}))
+    assert covered("pretrain", tokens) and covered("sft", tokens)
+    assert covered("distill", set(OF_STUDENT))
+    assert covered("extract", {*span_metrics({"person": Tally(1, 1, 1)}, "heldout_"), "heldout_f1_of_person"})
+    assert covered("answer", {"heldout_exact_match", "heldout_f1", *(f"heldout_{name}" for name in APART)})
+    assert covered("classify", {f"heldout_{name}" for name in accuracy_and_macro_f1({0: Tally(1, 1, 1)}, 1)})
+    assert not covered("classify", {"heldout_perplexity"})

@@ -35,7 +35,10 @@ def extension_problems(params: TrainingParams, steps: int, made: int, fell_over:
         f"is {params.schedule}: in what it extends the learning rate was to fall over {fell_over} steps, and here it would"
         f" over {length}"
     )
-    stretch = "stretch_schedule to true, so that it jumps to where it would be had it fallen over all steps from the beginning"
+    stretch = (
+        "stretch_schedule to true, so that it jumps to where it would be had it fallen over all steps from the beginning; or"
+        f" make what is extended with schedule_steps {length}"
+    )
     hint = f"Set {stretch}."
     if fell_over >= steps:
         hint = f"Set schedule_steps to {fell_over}, so that it goes on falling as it did; or set {stretch}."
