@@ -133,9 +133,12 @@ def no_checkpoint(artifact: Path, passed_over: list[str]) -> str:
     )
 
 
-def checkpoint_to_extend(artifact: Path) -> Path:
-    """The checkpoint that a run begins with. Raises `ArtifactError` if there is none."""
-    newest = last_checkpoint_of(artifact, hashes=True)
-    if newest.path is None:
+def checkpoint_to_extend(artifact: Path, *, needed: bool) -> Path | None:
+    """The checkpoint that a run begins with. Where it is `needed`, as there is none of its own yet, it is hashed.
+
+    Raises `ArtifactError` if it is needed and not there.
+    """
+    newest = last_checkpoint_of(artifact, hashes=needed)
+    if newest.path is None and needed:
         raise ArtifactError(Problem(INPUT, no_checkpoint(artifact, newest.passed_over)))
     return newest.path

@@ -213,7 +213,7 @@ def run_locked(
 def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal, extended: str | None = None) -> None:
     """Leaves an empty `out/` and only checkpoints that verify, and tells all ranks which one to resume from.
 
-    Where there is none, and the step makes a training longer, that is the last one of the training that made `extended`.
+    Where the step makes a training longer, they are told the last one of the training that made `extended`, too.
     """
     files.clear_output()
     newest = checkpoints.newest()
@@ -227,10 +227,8 @@ def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal
             journal.note(sentence)
     elif changed := changes(checkpoints.environment_of(newest.step), checkpoints.environment):
         journal.note(f"checkpoint {newest.step} was written under other versions: {', '.join(changed)}")
-    begins = newest.path is None and extended is not None
-    files.write_start(
-        newest.step if newest.path else None, checkpoint_to_extend(Path(str(extended))) if begins else None
-    )
+    extends = checkpoint_to_extend(Path(extended), needed=newest.path is None) if extended else None
+    files.write_start(newest.step if newest.path else None, extends)
 
 
 @contextlib.contextmanager

@@ -129,8 +129,14 @@ def test_asked_to_stop_it_goes_on_from_its_own_checkpoint(tmp_path: Path) -> Non
     with pytest.raises(Preempted):
         run(asked, max_steps=12)
     shutil.rmtree(ended.checkpoints.folder)
-    trained = run(replace(again(ctx), extends=None), max_steps=12)
+    inputs = {"extends": ended.out}
+    trained = run(replace(again(ctx), extends=None, inputs=inputs), max_steps=12)
     assert_same(ctx, trained, tmp_path / "whole", 8, max_steps=12)
+    shutil.rmtree(ctx.checkpoints.folder)
+    with pytest.raises(
+        ArtifactError, match=r"inputs\.extends: has left no checkpoint, and none of this step can be read"
+    ):
+        run(replace(again(ctx), extends=None, inputs=inputs), max_steps=12)
 
 
 @pytest.mark.parametrize("place", [None, "copy", "after"])

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import ArtifactError, Problem, RecipeError
-from pipeline.stage import Context
+from pipeline.stage import EXTENDS, Context
 from stages.lib.processes.collectives import from_main
 from stages.lib.training.extension import extension_problems
 from stages.lib.training.params import Batch, TrainingParams
 from stages.lib.training.scheduling import fingerprint
-from stages.lib.training.state import Saved, check_state, find_saved, read_state, why_unreadable
+from stages.lib.training.state import NOT_EXTENDED, Saved, check_state, find_saved, read_state, why_unreadable
 from stages.lib.training.watching import Watching
 
 LENGTH = ("total_steps", "schedule_steps")
@@ -32,9 +32,17 @@ def find_start(ctx: Context, params: TrainingParams, identity: Mapping[str, Any]
     Raises `ArtifactError` or `RecipeError` if it is the training that the run extends, and cannot be extended so.
     """
     saved = find_saved(ctx, identity)
-    if saved is not None or ctx.extends is None:
+    if saved is not None or not is_extension(ctx):
         return saved
+    if ctx.extends is None:
+        what = "has left no checkpoint, and none of this step can be read"
+        raise ArtifactError(Problem(f"inputs.{EXTENDS}", what, NOT_EXTENDED))
     return from_main(lambda: extended_training(ctx, params, identity))
+
+
+def is_extension(ctx: Context) -> bool:
+    """Whether the run makes another training longer."""
+    return ctx.extends is not None or EXTENDS in ctx.inputs
 
 
 def extended_training(ctx: Context, params: TrainingParams, identity: Mapping[str, Any]) -> Saved:

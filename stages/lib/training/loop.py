@@ -218,8 +218,10 @@ class Training:
     def log(self, stepped: Stepped, learning_rate: float) -> None:
         """Writes a line of the journal when one is due."""
         ctx, step = self.ctx, self.progress.step
-        decides = self.params.goes_by_measurements and self.evaluation_is_due()
-        due = step % ctx.resources.log_every_steps == 0 or decides
+        # Where a measurement may end the training or choose its step, the loss up to there is told; also at the last step,
+        # so that a training which extends this one tells the same as one that was so long from the beginning.
+        every = self.params.evaluate_every_steps if self.params.goes_by_measurements else None
+        due = step % ctx.resources.log_every_steps == 0 or (every is not None and step % every == 0)
         if not due and step != self.steps:
             return
         now = time.monotonic()

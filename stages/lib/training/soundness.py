@@ -8,7 +8,7 @@ from collections.abc import Sized
 import torch
 
 from pipeline.errors import DataError, Problem, RecipeError
-from pipeline.stage import Context
+from pipeline.stage import EXTENDS, Context
 from stages.lib.training.params import TrainingParams, learns_nothing, unreachable
 
 
@@ -29,7 +29,7 @@ def require_sound(ctx: Context, params: TrainingParams, steps: int, device: torc
     for problem in (unreachable(params, steps), learns_nothing(params, steps)):
         if problem:
             problems.append(Problem("params", problem))
-    if params.stretch_schedule and ctx.extends is None:
+    if params.stretch_schedule and ctx.extends is None and EXTENDS not in ctx.inputs:
         problems.append(Problem("params.stretch_schedule", "has no effect without an input extends", "Remove it."))
     if problems:
         raise RecipeError(*problems)
