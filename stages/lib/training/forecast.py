@@ -76,8 +76,7 @@ def estimate_training(
             gradient_checkpointing=resources.gradient_checkpointing,
             dropped_heads=0 if without_dropout else dropped_heads(config),
         )
-    best = getattr(params, "publish_best", None) is not None  # one more, where it is older than those that are kept
-    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1 + best)
+    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * most_checkpoints(forecast)
     return Estimate(
         parameters=parameters,
         architecture=architecture,
@@ -93,6 +92,12 @@ def estimate_training(
         disk_bytes=parameters * per_parameter if parameters else None,
         notes=(*(() if without_dropout else noise_notes(config)), *generation_notes(base_folder(forecast))) or None,
     )
+
+
+def most_checkpoints(forecast: Forecast) -> int:
+    """How many checkpoints lie on the disk at once: those that are kept, that of the best step, and the one being written."""
+    keeps_best = getattr(forecast.params, "publish_best", None) is not None
+    return forecast.resources.keep_checkpoints + keeps_best + 1
 
 
 def base_folder(forecast: Forecast) -> Path | None:
