@@ -19,6 +19,10 @@ BASE_ROLES = ("model", "encoder", "student")
 """The roles of the model that a step goes on from, and whose number format, licence and origin its own model has."""
 
 
+EXTENDS = "extends"
+"""The role of a finished training of the same stage that a step makes longer: it goes on from the last checkpoint of that one."""
+
+
 @dataclass(frozen=True)
 class Input:
     """One role of a stage's inputs: the kinds it accepts, whether it may be absent, whether it takes several.
@@ -73,6 +77,17 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Extended:
+    """The training that the input `extends` names, as far as it is known before the step runs."""
+
+    params: Mapping[str, Any]
+    steps_made: int | None = None
+    """Optimizer steps at its last checkpoint; None where that is not written yet."""
+    total_steps: int | None = None
+    """Those that it was to make."""
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What `Stage.estimate` and `Stage.check` receive: what is known of the step before it runs.
 
@@ -83,6 +98,8 @@ class Forecast:
     params: Any
     resources: Resources
     inputs: Mapping[str, Estimate]
+    extended: Extended | None = None
+    """What it makes longer, if that is what it does."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,8 @@ class Context:
     """True once this process was asked to save and stop. Ranks must agree before they act on it."""
     hub: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Role -> (repository, revision) of the inputs that were brought from the hub."""
+    extends: Path | None = None
+    """The last checkpoint of the training that the input `extends` names; None without that input."""
 
     @property
     def base(self) -> Path | None:
@@ -167,6 +186,9 @@ class Stage:
     estimate: Callable[[Forecast], Estimate] = nothing_known
     check: Callable[[Forecast], list[Problem]] = nothing_to_check
     """What is wrong with the params given the inputs, found before anything runs. `where` is relative to the stage."""
+
+    may_extend: frozenset[str] = frozenset()
+    """The params in which a step may differ from the training that its input `extends` names."""
 
     def output_kind(self, params: Any, inputs: Mapping[str, Kind]) -> Kind:
         return self.output if isinstance(self.output, Kind) else self.output(params, inputs)

@@ -96,8 +96,8 @@ MUTATIONS = (
     Mutation(
         "rotation keeps one checkpoint whatever is asked",
         "pipeline/store/checkpoints.py",
-        "step not in good[-self.keep :]",
-        "step != good[-1]",
+        "kept = set(good[-self.keep :])",
+        "kept = {good[-1]}",
         (
             "tests/unit/test_checkpoints.py::test_rotation_keeps_the_newest_and_deletes_nothing_while_the_newest_does_not_verify",
             "tests/unit/test_checkpoints.py::test_rotation_counts_only_good_checkpoints",

@@ -11,10 +11,11 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError
 from pipeline.recipe.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
 from pipeline.running.estimates import architecture_of, estimate_of, merge
+from pipeline.running.extending import extension_of, refused_extension
 from pipeline.running.reasons import Action, Reason, difference
 from pipeline.running.unfinished import Unfinished, find_unfinished
 from pipeline.settings.strict import content_of
-from pipeline.stage import Estimate, Forecast
+from pipeline.stage import EXTENDS, Estimate, Forecast
 from pipeline.store.artifact import Manifest, canonical_json, digest_bytes, intruders, read_manifest
 from pipeline.store.digests import Digests, cache_file
 from pipeline.store.job import Job
@@ -186,9 +187,10 @@ class StepPlanner:
         }
         artifact_id = digest_bytes(canonical_json(identity))
         manifest = self.find(artifact_id)
-        forecast = Forecast(self.step.params, self.step.resources, self.input_estimates())
+        extended, problems = extension_of(self.step, identity, self.planned, self.place_of(EXTENDS))
+        forecast = Forecast(self.step.params, self.step.resources, self.input_estimates(), extended)
         if manifest is None:
-            self.problems += self.step.stage.check(forecast)
+            self.problems += problems + self.step.stage.check(forecast)
         own = Estimate() if self.problems else self.step.stage.estimate(forecast)
         estimate = merge(own, estimate_of(manifest, self.store.artifact_folder(artifact_id))) if manifest else own
         work = self.store.work_folder(self.step.name, artifact_id)
@@ -240,6 +242,9 @@ class StepPlanner:
             return str(self.store.artifact_folder(self.planned[source.step].artifact_id))
         return str(source.path) if isinstance(source, Outside) else str(source)
 
+    def place_of(self, role: str) -> str:
+        return self.input_place(self.step.inputs[role]) if role in self.step.inputs else ""
+
     def input_estimates(self) -> dict[str, Estimate]:
         estimates = {}
         for role, source in self.step.inputs.items():
@@ -281,6 +286,8 @@ class StepPlanner:
             return Action.BLOCKED, replace(reason, refused=refused)
         if unfinished and unfinished.newest:
             return self.resume(unfinished, unfinished.newest, estimate)
+        if why := refused_extension(self.step, self.planned, self.place_of(EXTENDS)):
+            return Action.BLOCKED, replace(reason, refused=(why,))
         passed_over = unfinished.passed_over if unfinished else ()
         return Action.RUN, replace(reason, passed_over=passed_over)
 

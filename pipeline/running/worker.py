@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -39,11 +39,12 @@ from pipeline.errors import (
 from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
 from pipeline.running.environment import environment_for, start_again_with_fixed_hashes
+from pipeline.running.extending import checkpoint_to_extend
 from pipeline.running.lifeline import Lifeline, StopAtOnce
 from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
 from pipeline.settings.strict import Reading, validate
-from pipeline.stage import Context, Stage, World
+from pipeline.stage import EXTENDS, Context, Stage, World
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import refusal
 from pipeline.store.durable import make_folder
@@ -172,9 +173,9 @@ def run_locked(
     journal = Journal(files.journal, writes=world.is_main)
     if world.is_main:
         prove_inputs(job, journal, stop)
-        prepare_folder(files, checkpoints, journal)
+        prepare_folder(files, checkpoints, journal, job.inputs.get(EXTENDS))
     meet(work, world, "prepared", PREPARATION_TIMEOUT_SECONDS)
-    step = files.read_start()
+    step, extends = files.read_start()
     context = Context(
         inputs={role: fetch(place) for role, place in job.inputs.items()},
         out=files.out,
@@ -187,6 +188,7 @@ def run_locked(
         world=world,
         stop_requested=stop_requested,
         hub=hub_inputs(job.inputs),
+        extends=extends,
     )
     started = time.monotonic()
     with failed_output_removed(job, world):
@@ -203,11 +205,16 @@ def run_locked(
                 wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,
             )  # fmt: skip
             remember(store.artifact_folder(job.artifact_id), manifest.files)
-            files.finish()
+            if keeps := job.resources.keep_last_checkpoint and bool(checkpoints.steps()):
+                replace(checkpoints, keep=1).rotate()
+            files.finish(keep_checkpoints=keeps)
 
 
-def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal) -> None:
-    """Leaves an empty `out/` and only checkpoints that verify, and tells all ranks which one to resume from."""
+def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal, extended: str | None = None) -> None:
+    """Leaves an empty `out/` and only checkpoints that verify, and tells all ranks which one to resume from.
+
+    Where the step makes a training longer, they are told the last one of the training that made `extended`, too.
+    """
     files.clear_output()
     newest = checkpoints.newest()
     for sentence in newest.passed_over:
@@ -220,7 +227,8 @@ def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal
             journal.note(sentence)
     elif changed := changes(checkpoints.environment_of(newest.step), checkpoints.environment):
         journal.note(f"checkpoint {newest.step} was written under other versions: {', '.join(changed)}")
-    files.write_start(newest.step if newest.path else None)
+    extends = checkpoint_to_extend(Path(extended), needed=newest.path is None) if extended else None
+    files.write_start(newest.step if newest.path else None, extends)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ class Resources(Strict):
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many complete checkpoints stay on disk while the step runs."""
+    keep_last_checkpoint: bool = False
+    """Whether the last checkpoint stays when the artifact is made (with that of the best weights, where these are published), so that another step can extend the training. It takes about 16 bytes per parameter, until its folder or the artifact is removed."""
     log_every_steps: int = Field(default=10, ge=1)
     """Optimizer steps between lines of the journal."""
     keep_failed_output: bool = False

@@ -1,7 +1,8 @@
 """Checkpoints of a running step. The last file written, `complete.json`, lists the size and digest of all others.
 
-A folder whose list does not verify does not exist for us: it is never resumed from. Old checkpoints are deleted only
-after a newer one is whole on the disk: everything in it and every folder on the way is flushed before the list is written.
+A folder whose list does not verify does not exist for us: it is never resumed from. Nor is one that needs another
+checkpoint, as that of the best weights so far, which is gone. Old checkpoints are deleted only after a newer one is whole on
+the disk: everything in it and every folder on the way is flushed before the list is written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from pipeline.store.artifact import FileEntry, differences, digest_file, files_below, list_files
 from pipeline.store.durable import make_folder, read_json, require_room, sync, sync_below, write_json
+from pipeline.store.resumable import read_saved
 
 COMPLETE = "complete.json"
 
@@ -78,6 +80,20 @@ class Checkpoints:
 
     def problems(self, step: int, *, hashes: bool = True) -> list[str]:
         """Why the checkpoint of `step` cannot be resumed from; empty if it can. Without `hashes` a look at the sizes."""
+        found = self.own_problems(step, hashes=hashes)
+        if found:
+            return found
+        for other in self.needs(step):
+            if other != step and (missing := self.own_problems(other, hashes=hashes)):
+                found.append(f"it needs {PREFIX}{other}: {missing[0]}")
+        return found
+
+    def needs(self, step: int) -> tuple[int, ...]:
+        """The steps of the other checkpoints that the one of `step` needs."""
+        return read_saved(self.path(step)).needs
+
+    def own_problems(self, step: int, *, hashes: bool = True) -> list[str]:
+        """The same, of its own files alone."""
         folder = self.path(step)
         try:
             listed = read_json(folder / COMPLETE)
@@ -114,15 +130,17 @@ class Checkpoints:
         return Newest(None, 0, passed_over)
 
     def rotate(self) -> None:
-        """Deletes all but the newest `keep` good checkpoints, if the newest one is sure to be whole. Rank 0 only.
+        """Deletes all but the newest `keep` good checkpoints and those that they need, if the newest one is sure to be whole.
 
         It is if its files look as they did when this process hashed them; else they are hashed. Of the older ones only
-        the sizes are compared.
+        the sizes are compared. Rank 0 only.
         """
         good = [step for step in self.steps() if not self.problems(step, hashes=False)]
         if good and (self.look(good[-1]) == self.hashed.get(good[-1]) or not self.problems(good[-1])):
+            kept = set(good[-self.keep :])
+            kept |= {needed for step in kept for needed in self.needs(step)}
             for step in self.steps():
-                if step < good[-1] and step not in good[-self.keep :]:
+                if step < good[-1] and step not in kept:
                     shutil.rmtree(self.path(step))
 
     def discard_after(self, step: int) -> None:

@@ -78,6 +78,8 @@ def needs_of_works(store: Store, needs: Needs, *, only_current: bool) -> None:
     for folder in work_folders(store.work):
         work = read_work(folder)
         runs = store.running(folder) is not None
+        if not runs and work.keeps_checkpoint and work.artifact_id in needs.artifacts:
+            note_kept(store, work, needs)
         if not runs and (only_current or not can_resume(store, work)):
             continue
         needs.works.add(folder.name)
@@ -88,6 +90,16 @@ def needs_of_works(store: Store, needs: Needs, *, only_current: bool) -> None:
             )
         needs.artifacts |= {work.artifact_id} if work.artifact_id else set()
         needs.artifacts |= set(work.input_ids.values()) | store.artifacts_at(work.inputs.values())
+
+
+def note_kept(store: Store, work: Work, needs: Needs) -> None:
+    """Says what a checkpoint takes that stays although its artifact is made."""
+    if work.checkpoints.steps() and store.find(str(work.artifact_id)):
+        folder = work.checkpoints.folder
+        needs.notes.append(
+            f"the last checkpoint of {work.step} is kept, so that it can be extended ({size(size_of(folder))}):"
+            f" whoever does not wish that removes {folder}"
+        )
 
 
 def can_resume(store: Store, work: Work) -> bool:
@@ -166,7 +178,7 @@ def unneeded(store: Store, needs: Needs) -> Iterator[tuple[Path, str]]:
         work = read_work(folder)
         if work.artifact_id not in needs.artifacts:
             yield folder, f"work {folder.name}"
-        elif work.checkpoints.steps() and store.find(str(work.artifact_id)):
+        elif work.checkpoints.steps() and store.find(str(work.artifact_id)) and not work.keeps_checkpoint:
             yield work.checkpoints.folder, f"checkpoints of work {folder.name}, whose artifact is made"
     yield from leftovers(store)
 

@@ -12,7 +12,10 @@ from pipeline.settings.resources import LAYOUTS, Resources
 from pipeline.store.durable import read_json
 
 STATE = "slipway.json"
-"""What a training adds to its checkpoints: `step`, `total_steps`, `world_size`, `zero_stage` and more."""
+"""What a training adds to its checkpoints: `step`, `total_steps`, `world_size`, `zero_stage` and more.
+
+`needs` lists the steps of other checkpoints without which it is worth nothing: that of the best weights so far.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Saved:
     zero_stage: int | None = None
     total_steps: int | None = None
     unreadable: bool = False
+    step: int | None = None
+    needs: tuple[int, ...] = ()
 
 
 def read_saved(checkpoint: Path) -> Saved:
@@ -34,8 +39,18 @@ def read_saved(checkpoint: Path) -> Saved:
         return Saved(unreadable=True)
     if not isinstance(content, dict):
         return Saved(unreadable=True)
-    processes, stage, total = (whole_number(content.get(name)) for name in ("world_size", "zero_stage", "total_steps"))
-    return Saved(processes, stage, total, unreadable=processes is None or stage is None)
+    names = ("world_size", "zero_stage", "total_steps", "step")
+    processes, stage, total, step = (whole_number(content.get(name)) for name in names)
+    needs = content.get("needs", [])
+    steps = [whole_number(each) for each in needs] if isinstance(needs, list) else [None]
+    return Saved(
+        processes,
+        stage,
+        total,
+        unreadable=processes is None or stage is None or None in steps,
+        step=step,
+        needs=tuple(each for each in steps if each is not None),
+    )
 
 
 def whole_number(value: Any) -> int | None:

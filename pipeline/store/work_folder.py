@@ -176,13 +176,14 @@ class WorkFolder:
         remove(self.out)
         return taken
 
-    def write_start(self, resume: int | None) -> None:
-        """Tells all processes of this run which checkpoint to resume from, None for none."""
-        write_json(self.path / "start.json", {"resume": resume}, survives_power_loss=False)
+    def write_start(self, resume: int | None, extends: Path | None = None) -> None:
+        """Tells all processes of this run which checkpoint to resume from, None for none, and which one of another to extend."""
+        content = {"resume": resume, "extends": str(extends) if extends else None}
+        write_json(self.path / "start.json", content, survives_power_loss=False)
 
-    def read_start(self) -> int | None:
-        step: int | None = read_json(self.path / "start.json")["resume"]
-        return step
+    def read_start(self) -> tuple[int | None, Path | None]:
+        content = read_json(self.path / "start.json")
+        return content["resume"], Path(content["extends"]) if content["extends"] else None
 
     @property
     def outcome_file(self) -> Path:
@@ -226,9 +227,17 @@ class WorkFolder:
                 write_json(self.path / "spent.json", {"seconds": self.spent_seconds + time.monotonic() - started})
             raise
 
-    def finish(self) -> None:
-        """Removes the checkpoints and scratch files of a step whose artifact is committed; its log and journal stay."""
-        kept = {JOB, self.log.name, self.journal.name, self.outcome_file.name, self.running_file.name, self.marks.name}
+    def finish(self, *, keep_checkpoints: bool = False) -> None:
+        """Removes the checkpoints (unless asked) and scratch files of a step whose artifact is committed; log and journal stay."""
+        kept = {
+            JOB,
+            *([self.checkpoints.name] if keep_checkpoints else []),
+            self.log.name,
+            self.journal.name,
+            self.outcome_file.name,
+            self.running_file.name,
+            self.marks.name,
+        }
         for path in self.path.iterdir():
             if path.name not in kept and not path.name.startswith("lock"):
                 remove(path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.checkpoints import Checkpoints
+from pipeline.store.checkpoints import Checkpoints, Newest
 from pipeline.store.durable import read_json
 from pipeline.store.work_folder import WorkFolder
 
@@ -23,6 +23,8 @@ class Work:
     artifact_id: str | None = None
     input_ids: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    keeps_checkpoint: bool = False
+    """Whether its last checkpoint is to stay when the artifact is made."""
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -41,6 +43,7 @@ def read_work(folder: Path) -> Work:
         job = None
     if not isinstance(job, dict):
         return Work(folder)
+    resources = job.get("resources")
     return Work(
         folder,
         step=text(job.get("step")) or "",
@@ -48,6 +51,7 @@ def read_work(folder: Path) -> Work:
         artifact_id=text(job.get("artifact_id")),
         input_ids=texts(job.get("input_ids")),
         inputs=texts(job.get("inputs")),
+        keeps_checkpoint=isinstance(resources, dict) and resources.get("keep_last_checkpoint") is True,
     )
 
 
@@ -73,3 +77,15 @@ def works_on(folders: Sequence[Path], artifact_id: str) -> Iterator[Work]:
             work = read_work(folder)
             if work.artifact_id == artifact_id:
                 yield work
+
+
+def last_checkpoint_of(artifact: Path, *, hashes: bool) -> Newest:
+    """The last checkpoint of the training that made an artifact, which lies in a store; with none, why there is none.
+
+    Without `hashes` only sizes are compared.
+    """
+    works = work_folders(artifact.parent.parent / "work")
+    found = [
+        work.checkpoints.newest(hashes=hashes) for work in works_on(works, artifact.name) if work.checkpoints.steps()
+    ]
+    return max(found, key=lambda newest: newest.step, default=Newest(None, 0, []))

@@ -19,6 +19,7 @@ from stages.lib.models.noise import noise_problems
 from stages.lib.preferring.loss_params import PairLossParams, loss_problems
 from stages.lib.preferring.params import check_preference_training, estimate_preference_training
 from stages.lib.text.template_date import on_template_date
+from stages.lib.training.extension import EXTENSION_PARAMS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,11 +105,13 @@ STAGE = Stage(
         "model": accepts(Kind.CAUSAL_LM),
         "preferences": accepts(Kind.PREFERENCES),
         "reference": accepts(Kind.CAUSAL_LM, optional=True),
+        "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=Kind.CAUSAL_LM,
     run=run,
     headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_margin", "heldout_loss"),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

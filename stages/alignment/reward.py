@@ -19,6 +19,7 @@ from stages.lib.models.arithmetic import completed, field_of
 from stages.lib.models.families import scoring_problems
 from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
 from stages.lib.text.template_date import on_template_date
+from stages.lib.training.extension import EXTENSION_PARAMS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +43,10 @@ class RewardParams(PreferenceParams):
     """The share of pairs that are taken to be labelled the wrong way round: it keeps scores from drifting apart on pairs that are always told apart."""
     center_rewards_coefficient: Weight = 0.0
     """Weight of the squared sum of a pair's two scores in the loss, which holds scores around 0 (0.01 is usual). Without it only differences of scores mean something."""
+
+    def measures(self) -> tuple[str, ...]:
+        names = ("accuracy", "accuracy_of_*", "loss", "margin", "calibration_error", "score", "score_*")
+        return tuple(f"heldout_{name}" for name in names)
 
     @model_validator(mode="after")
     def margin_is_used(self) -> RewardParams:
@@ -116,11 +121,16 @@ STAGE = Stage(
     version=5,
     summary="a reward model: which of two answers is better, as a score for each",
     params=RewardParams,
-    inputs={"model": accepts(Kind.CAUSAL_LM), "preferences": accepts(Kind.PREFERENCES)},
+    inputs={
+        "model": accepts(Kind.CAUSAL_LM),
+        "preferences": accepts(Kind.PREFERENCES),
+        "extends": accepts(Kind.REWARD_MODEL, optional=True),
+    },
     output=Kind.REWARD_MODEL,
     run=run,
     headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

@@ -22,6 +22,7 @@ from stages.lib.models.architectures import (
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.families import mixing_problems
 from stages.lib.text.template_forecast import unembedded_problems
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
 
@@ -45,6 +46,9 @@ class DistillParams(TrainingParams):
     """Weight of the teacher's predictions in the loss; the rest is that of the tokens themselves. 0: plain training, without the teacher."""
     isolate_documents: bool = True
     """Whether each document in a block is a world of its own, for student and teacher: attention and positions begin anew at its start, and the last token of one is not asked to predict the first of the next."""
+
+    def measures(self) -> tuple[str, ...]:
+        return (*OF_STUDENT, "heldout_perplexity_ratio")
 
     @model_validator(mode="after")
     def temperature_is_used(self) -> DistillParams:
@@ -165,6 +169,7 @@ STAGE = Stage(
         "teacher": accepts(Kind.CAUSAL_LM),
         "tokens": accepts(Kind.TOKENS),
         "student": accepts(Kind.CAUSAL_LM, optional=True),
+        "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=Kind.CAUSAL_LM,
     run=run,
@@ -176,6 +181,7 @@ STAGE = Stage(
         "parameters_fraction",
     ),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

@@ -12,6 +12,7 @@ from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
 from stages.lib.models.families import reading_problems
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class AnswerParams(TrainingParams):
     """Tokens that an answer has at most. Answers of training may be longer."""
     null_threshold: float | None = None
     """How much better (in log-probability) "no answer" must score than the best answer for the question to stay unanswered. null: 0 if training has questions without answer, otherwise every question is answered."""
+
+    def measures(self) -> tuple[str, ...]:
+        names = ("exact_match", "f1", "exact_match_has_answer", "f1_has_answer", "exact_match_no_answer")
+        return tuple(f"heldout_{name}" for name in names)
 
     @model_validator(mode="after")
     def windows_move_on(self) -> AnswerParams:
@@ -109,7 +114,11 @@ STAGE = Stage(
     version=3,
     summary="a reader: an encoder under a head that points at the answer of a question in its context",
     params=AnswerParams,
-    inputs={"encoder": accepts(Kind.ENCODER), "questions": accepts(Kind.QUESTIONS)},
+    inputs={
+        "encoder": accepts(Kind.ENCODER),
+        "questions": accepts(Kind.QUESTIONS),
+        "extends": accepts(Kind.READER, optional=True),
+    },
     output=Kind.READER,
     run=run,
     headline=(
@@ -121,6 +130,7 @@ STAGE = Stage(
         "heldout_f1_first",
     ),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=lambda forecast: estimate_encoder_task(forecast, None),
     check=check,
 )

@@ -17,6 +17,7 @@ from pipeline.stage import Context, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.encoding.label_names import require_common_labels
 from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class ClassifyParams(TrainingParams):
 
     max_length_tokens: int = Field(default=256, ge=8)
     """Tokens per text or pair, special ones included. What is longer loses its end, of a pair the end of the longer text first, and is counted."""
+
+    def measures(self) -> tuple[str, ...]:
+        return ("heldout_accuracy", "heldout_macro_f1", "heldout_loss")
 
 
 def run(ctx: Context, params: ClassifyParams) -> Result:
@@ -94,7 +98,11 @@ STAGE = Stage(
     version=2,
     summary="a classifier of texts, or of pairs of texts: an encoder under a linear head",
     params=ClassifyParams,
-    inputs={"encoder": accepts(Kind.ENCODER), "labels": accepts(Kind.LABELS)},
+    inputs={
+        "encoder": accepts(Kind.ENCODER),
+        "labels": accepts(Kind.LABELS),
+        "extends": accepts(Kind.CLASSIFIER, optional=True),
+    },
     output=Kind.CLASSIFIER,
     run=run,
     headline=(
@@ -106,6 +114,7 @@ STAGE = Stage(
         "heldout_macro_f1_bag_of_words",
     ),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=lambda forecast: estimate_encoder_task(forecast, "labels"),
     check=check_encoder_task,
 )

@@ -13,6 +13,7 @@ from pipeline.stage import Context, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.encoding.label_names import require_common_labels
 from stages.lib.encoding.params import check_encoder_task, estimate_encoder_task
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.params import TrainingParams
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class ExtractParams(TrainingParams):
     """Tokens per window, special ones included. A longer text is read in several windows."""
     stride_tokens: int = Field(default=64, ge=0)
     """Tokens that neighbouring windows of a text share. The window that sees more around it decides."""
+
+    def measures(self) -> tuple[str, ...]:
+        return ("heldout_f1", "heldout_precision", "heldout_recall", "heldout_f1_of_*")
 
     @model_validator(mode="after")
     def windows_move_on(self) -> ExtractParams:
@@ -96,11 +100,16 @@ STAGE = Stage(
     version=2,
     summary="an extractor of spans: an encoder under a linear head that tags each token",
     params=ExtractParams,
-    inputs={"encoder": accepts(Kind.ENCODER), "spans": accepts(Kind.SPANS)},
+    inputs={
+        "encoder": accepts(Kind.ENCODER),
+        "spans": accepts(Kind.SPANS),
+        "extends": accepts(Kind.EXTRACTOR, optional=True),
+    },
     output=Kind.EXTRACTOR,
     run=run,
     headline=("heldout_f1", "heldout_f1_majority", "heldout_f1_random", "heldout_f1_dictionary"),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=lambda forecast: estimate_encoder_task(forecast, None),
     check=check_encoder_task,
 )

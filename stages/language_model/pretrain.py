@@ -18,8 +18,10 @@ from stages.lib.models.architectures import (
 )
 from stages.lib.models.families import mixing_problems
 from stages.lib.text.template_forecast import unembedded_problems
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
+from stages.lib.training.selection import TOKEN_METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +50,9 @@ class PretrainParams(TrainingParams):
     isolate_documents: bool = True
     """Whether each document in a block is a world of its own: attention and positions begin anew at its start, and the
     last token of one is not asked to predict the first of the next."""
+
+    def measures(self) -> tuple[str, ...]:
+        return TOKEN_METRICS
 
     @model_validator(mode="after")
     def one_batch_size(self) -> PretrainParams:
@@ -183,6 +188,7 @@ STAGE = Stage(
     inputs={
         "tokens": accepts(Kind.TOKENS),
         "model": accepts(Kind.CAUSAL_LM, Kind.ENCODER, optional=True),
+        "extends": accepts(Kind.CAUSAL_LM, Kind.ENCODER, optional=True),
     },
     output=output_kind,
     run=run,
@@ -192,6 +198,7 @@ STAGE = Stage(
         "heldout_perplexity_base",
     ),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

@@ -17,8 +17,10 @@ from stages.lib.models.lengths import length_problems, require_length
 from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import embedded_rows, template_problems_ahead, tokens_ahead
+from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams
+from stages.lib.training.selection import TOKEN_METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +44,9 @@ class SftParams(TemplateDateParams, TrainingParams):
     """What becomes of the reasoning before an answer: learned like all that the assistant says; read, but nothing is learned from it; or taken out of every turn. What stands before a `</think>` that nothing opens is reasoning too. A chat with a mark of a thought anywhere else is then dropped."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
+
+    def measures(self) -> tuple[str, ...]:
+        return TOKEN_METRICS
 
     @model_validator(mode="after")
     def what_is_added_is_sound(self) -> SftParams:
@@ -139,11 +144,16 @@ STAGE = Stage(
     version=4,
     summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
     params=SftParams,
-    inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},
+    inputs={
+        "model": accepts(Kind.CAUSAL_LM),
+        "chats": accepts(Kind.CHATS),
+        "extends": accepts(Kind.CAUSAL_LM, optional=True),
+    },
     output=Kind.CAUSAL_LM,
     run=run,
     headline=("heldout_loss", "heldout_loss_base", "heldout_token_accuracy"),
     distributed=True,
+    may_extend=EXTENSION_PARAMS,
     estimate=estimate,
     check=check,
 )

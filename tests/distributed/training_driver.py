@@ -87,7 +87,7 @@ def watch(job: dict[str, Any]) -> None:
 def run(job: dict[str, Any]) -> None:
     work = Path(job["work"])
     out = work / "out"
-    checkpoints = Checkpoints(work / "checkpoints")
+    checkpoints = Checkpoints(work / "checkpoints", keep=job["resources"].get("keep_checkpoints", 2))
     Steps.now, Steps.measured = 0, -1
     watch(job)
     if WORLD.is_main:
@@ -121,6 +121,7 @@ def run(job: dict[str, Any]) -> None:
         journal=Journal(work / "journal.jsonl", writes=WORLD.is_main),
         world=WORLD,
         stop_requested=stop_requested,
+        extends=Path(job["extends"]) if job["extends"] else None,
     )
     try:
         result = stage.run(context, stage.params(**job["params"]))

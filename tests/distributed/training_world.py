@@ -146,6 +146,8 @@ class Job:
     """Whether the next job is run also when this one ends with a mistake of the user's."""
     stop: Mapping[str, Any] | None = None
     """{"step": n} or {"heldout_at_step": n}: the last process is asked to stop there. On-policy: interruptions.py."""
+    extends: str | None = None
+    """The checkpoint of another job that it makes longer."""
     processes: int = 1
     """How many it has where it has processes of its own: `run_forked`."""
 

@@ -12,6 +12,7 @@ from pipeline.errors import DataError, Preempted, Problem
 from pipeline.settings.strict import Inlined, OutsidePath, Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from pipeline.store.resumable import STATE
 
 
 class Recipe(Strict):
@@ -39,6 +40,15 @@ class JoinParams(Strict):
     """How to fail: user, crash, preempt, or not at all."""
 
 
+class CountParams(Strict):
+    steps: int = Field(default=4, ge=1)
+    """How far to count."""
+    by: int = 1
+    """By how much."""
+    file: OutsidePath | None = None
+    """A file that is not read."""
+
+
 def write(ctx: Context, params: WriteParams) -> Result:
     text = params.file.read_text() if params.file else "-"
     (ctx.out / "text.txt").write_text(f"{text} {params.count} {params.rate} {params.block.words} {ctx.seed}")
@@ -62,6 +72,24 @@ def join(ctx: Context, params: JoinParams) -> Result:
     return Result(metrics={"heldout_loss": params.beta, "parts": len(parts)})
 
 
+def count(ctx: Context, params: CountParams) -> Result:
+    """A training that only counts its steps, and keeps the count in its checkpoints."""
+    start = ctx.resume or ctx.extends
+    total = json.loads((start / STATE).read_text())["count"] if start else 0
+    first = int(start.name.removeprefix("checkpoint-")) if start else 0
+    ctx.journal.note(f"began after step {first}" + (f" of {start}" if start else ""))
+    for step in range(first + 1, params.steps + 1):
+        total += params.by
+        folder = ctx.checkpoints.path(step)
+        folder.mkdir(parents=True)
+        state = {"step": step, "world_size": 1, "zero_stage": 0, "total_steps": params.steps, "count": total}
+        (folder / STATE).write_text(json.dumps(state))
+        ctx.checkpoints.complete(step)
+        ctx.checkpoints.rotate()
+    (ctx.out / "text.txt").write_text(str(total))
+    return Result(metrics={"count": total}, facts=Facts(optimizer_steps=params.steps))
+
+
 def estimate(forecast: Forecast) -> Estimate:
     return Estimate(train_rows=forecast.inputs["data"].train_rows, optimizer_steps=10)
 
@@ -73,6 +101,11 @@ def check(forecast: Forecast) -> list[Problem]:
 
 
 STAGES = {
+    "count": Stage(
+        "count", 1, "counts", CountParams,
+        {"data": accepts(Kind.TEXT, optional=True), "extends": accepts(Kind.REPORT, optional=True)},
+        Kind.REPORT, count, distributed=True, may_extend=frozenset({"steps"}),
+    ),
     "write": Stage("write", 1, "writes", WriteParams, {}, Kind.TEXT, write),
     "join": Stage(
         "join", 1, "joins", JoinParams,

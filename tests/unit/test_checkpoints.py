@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import StoreError
 from pipeline.store.checkpoints import COMPLETE, Checkpoints, Newest
+from pipeline.store.resumable import STATE
 
 
-def save(checkpoints: Checkpoints, step: int) -> Path:
+def save(checkpoints: Checkpoints, step: int, needs: int | None = None) -> Path:
     folder = checkpoints.path(step)
     (folder / "engine").mkdir(parents=True)
+    if needs is not None:
+        state = {"step": step, "world_size": 1, "zero_stage": 0, "needs": [needs]}
+        (folder / STATE).write_text(json.dumps(state))
     (folder / "model.bin").write_bytes(bytes(range(100)))
     (folder / "engine" / "optimizer.bin").write_bytes(b"o" * step)
     checkpoints.complete(step)
@@ -88,6 +93,30 @@ def test_rotation_counts_only_good_checkpoints(tmp_path: Path) -> None:
     truncate(checkpoints.path(2))
     checkpoints.rotate()
     assert checkpoints.steps() == [1, 3]
+
+
+def test_rotation_spares_what_a_kept_checkpoint_needs(tmp_path: Path) -> None:
+    """20 is the best until 50 is: 20 stays as long as 40, which needs it, could still be resumed from."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, needs in ((10, None), (20, None), (30, 20), (40, 20), (50, None)):
+        save(checkpoints, step, needs)
+        checkpoints.rotate()
+    assert checkpoints.steps() == [20, 40, 50]
+    save(checkpoints, 60, 50)
+    checkpoints.rotate()
+    assert checkpoints.steps() == [50, 60]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, forget_the_list])
+def test_a_checkpoint_is_worth_nothing_without_the_one_that_it_needs(tmp_path: Path, damage: object) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    damage(save(checkpoints, 20))  # type: ignore[operator]
+    save(checkpoints, 30)
+    save(checkpoints, 40, 20)
+    newest = checkpoints.newest()
+    assert newest.step == 30
+    assert newest.passed_over[0].startswith("checkpoint-40 is not resumed from: it needs checkpoint-20: ")
+    assert checkpoints.own_problems(40) == []
 
 
 def test_what_did_not_verify_is_discarded_before_training_goes_on(tmp_path: Path) -> None:

@@ -130,3 +130,15 @@ def test_what_is_not_known_is_not_guessed() -> None:
         micro_batch_size=8,
         accumulation=1,
     )
+
+
+def test_the_checkpoint_of_the_best_step_takes_room_too() -> None:
+    """4 bytes a parameter are published; a checkpoint takes 18: two that are kept, the one being written, and the best."""
+    best = params(publish_best={"metric": "heldout_loss"}, evaluate_every_steps=5)
+    found = [
+        estimate_training(
+            Forecast(given, Resources(), {}), architecture=None, num_rows=None, sequence_length=None, parameters=10
+        )
+        for given in (params(), best)
+    ]
+    assert [each.disk_bytes for each in found] == [10 * (4 + 18 * 3), 10 * (4 + 18 * 4)]

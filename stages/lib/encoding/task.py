@@ -24,8 +24,9 @@ from stages.lib.processes.collectives import from_main
 from stages.lib.rows.canonical import Row, read_rows
 from stages.lib.text.frames import Frame, open_tokenizer, require_frame
 from stages.lib.text.tokenizers import facts_of_tokenizer
+from stages.lib.training.carrying import Objective
 from stages.lib.training.evaluating import Evaluator, Metrics
-from stages.lib.training.loop import Objective, train
+from stages.lib.training.loop import train
 from stages.lib.training.params import TrainingParams
 
 

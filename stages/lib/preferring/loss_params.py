@@ -71,6 +71,14 @@ class PairLossParams(PreferenceParams):
     group_pairs: int | None = Field(default=None, ge=2, exclude_if=lambda pairs: pairs is None)
     """Pairs that aot and aot_unpaired sort together: so many successive ones. micro_batch_size must be a multiple of it, so that no group is split. null: all pairs of a step, which then must be one micro batch of one process."""
 
+    def measures(self) -> tuple[str, ...]:
+        names = ["accuracy", "accuracy_of_*", "accuracy_plain", "margin", "loss"]
+        if self.needs_reference:
+            names += ["chosen_logprob_change", "rejected_logprob_change"]
+        else:
+            names += ["accuracy_per_token", "chosen_logprob", "rejected_logprob"]
+        return tuple(f"heldout_{name}" for name in names)
+
     @property
     def loss_weights(self) -> dict[str, float]:
         """The weight of each loss, in the order of the table."""

@@ -1,4 +1,4 @@
-"""Objectives that carry something from one optimizer step to the next: it is in a checkpoint, so that a resume is exact."""
+"""What is learned, and what that carries from one optimizer step to the next: it is in a checkpoint, so that a resume is exact."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
+from stages.lib.formulas.token_losses import Tensors
+
 KEY = "objective"
 """Where it stands in a checkpoint."""
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        """How many units (label tokens, pairs, examples) the micro batch's loss is summed over. A scalar."""
+
+    def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
+        """The loss summed over those units, in float32. Must call `model(...)` exactly once: DDP counts on it."""
 
 
 @runtime_checkable

@@ -11,13 +11,14 @@ from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.noise import dropped_heads, noise_notes
+from stages.lib.training.extension import extension_problems_ahead
 from stages.lib.training.layouts import layout_problems, read_layout, readable_layout
 from stages.lib.training.params import TrainingParams, derive_batch, optimizer_steps
 
 
 def check_training(forecast: Forecast, global_batch_size: int | None = None) -> list[Problem]:
     """What is wrong with the batch and the memory layout of a training step, found before it runs."""
-    problems: list[Problem | str] = []
+    problems: list[Problem | str] = [*extension_problems_ahead(forecast)]
     batch = None
     try:
         batch = derive_batch(global_batch_size or forecast.params.global_batch_size, forecast.resources)
@@ -75,7 +76,7 @@ def estimate_training(
             gradient_checkpointing=resources.gradient_checkpointing,
             dropped_heads=0 if without_dropout else dropped_heads(config),
         )
-    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * (resources.keep_checkpoints + 1)
+    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * most_checkpoints(forecast)
     return Estimate(
         parameters=parameters,
         architecture=architecture,
@@ -91,6 +92,12 @@ def estimate_training(
         disk_bytes=parameters * per_parameter if parameters else None,
         notes=(*(() if without_dropout else noise_notes(config)), *generation_notes(base_folder(forecast))) or None,
     )
+
+
+def most_checkpoints(forecast: Forecast) -> int:
+    """How many checkpoints lie on the disk at once: those that are kept, that of the best step, and the one being written."""
+    keeps_best = getattr(forecast.params, "publish_best", None) is not None
+    return forecast.resources.keep_checkpoints + keeps_best + 1
 
 
 def base_folder(forecast: Forecast) -> Path | None:

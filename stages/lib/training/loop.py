@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.errors import DataError, Preempted, Problem, RecipeError
+from pipeline.errors import Preempted
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
@@ -37,24 +37,32 @@ from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
 from stages.lib.processes.joining import join_processes
 from stages.lib.text.batches import Collate, num_tokens, with_positions
-from stages.lib.training.carrying import carried_by, go_on, one_step
+from stages.lib.training.beginning import find_start, identity_of_run, in_passes, take_over_best
+from stages.lib.training.carrying import Objective, carried_by, go_on, one_step
 from stages.lib.training.engine import Engine, Stepped
 from stages.lib.training.evaluating import Evaluator, Metrics, StopRequested
 from stages.lib.training.making import make_engine
-from stages.lib.training.params import Batch, TrainingParams, derive_batch, learning_rate_factor, optimizer_steps
+from stages.lib.training.params import (
+    Batch,
+    TrainingParams,
+    derive_batch,
+    learning_rate_factor,
+    optimizer_steps,
+    schedule_length,
+)
 from stages.lib.training.randomness import Randomness
-from stages.lib.training.scheduling import ScheduledData, fingerprint
-from stages.lib.training.state import Saved, Window, find_measured, find_saved, save_checkpoint, write_receipt
-
-
-class Objective(Protocol):
-    """What is learned."""
-
-    def count(self, batch: Tensors) -> torch.Tensor:
-        """How many units (label tokens, pairs, examples) the micro batch's loss is summed over. A scalar."""
-
-    def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-        """The loss summed over those units, in float32. Must call `model(...)` exactly once: DDP counts on it."""
+from stages.lib.training.scheduling import ScheduledData
+from stages.lib.training.soundness import require_number, require_sound, require_training_rows, require_units
+from stages.lib.training.state import (
+    Saved,
+    TrainingProgress,
+    Window,
+    find_measured,
+    load_weights_of,
+    save_checkpoint,
+    write_receipt,
+)
+from stages.lib.training.watching import Watching
 
 
 @dataclass(frozen=True)
@@ -64,33 +72,19 @@ class Trained:
     before: Metrics
     """What `evaluate` measured before the first step."""
     after: Metrics
-    """What `evaluate` measured after the last step."""
+    """What `evaluate` measured of the weights that are published. Where these are the best ones, not always those of the last
+    step, also `published_step`, `last_step` and, of the last step, each metric with `_last` behind its name."""
     steps: int
+    """Optimizer steps of the weights that are published."""
     parameters: int
     train_loss: float
-    """Mean training loss per unit over the steps that the last line of the journal covers."""
+    """Mean training loss per unit over the steps that the last line of the journal covers, up to the published step."""
     dtype: str = "fp32"
     """The number format of the published weights, or of most of them."""
 
 
 LOOKED_AT = 32
 """Rows among which two are chosen to call the model with before training."""
-
-
-@dataclass
-class TrainingProgress:
-    """How far the run is, and what it carries from one step to the next. All of it is in a checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    window: Window = field(default_factory=Window)
-    before: Metrics | None = None
-
-    @classmethod
-    def of(cls, saved: Saved | None) -> TrainingProgress:
-        if saved is None:
-            return cls()
-        return cls(saved.state["step"], Window(**saved.state["window"]), saved.state["before"])
 
 
 @dataclass
@@ -114,6 +108,7 @@ class Training:
     identity: dict[str, Any]
     """What a checkpoint must have in common with the run that resumes from it."""
     progress: TrainingProgress
+    watching: Watching
     tokens_since: float = 0.0
     clock: float = field(default_factory=time.monotonic)
 
@@ -124,17 +119,45 @@ class Training:
         try:
             if progress.step == 0:
                 progress.before = self.heldout()
-            elif self.evaluation_is_due():
-                self.heldout()  # of a step whose measurement a stop cut short
+            assert progress.before is not None
+            self.watching.require_measured(progress.before)
+            if self.evaluation_is_due() and self.measure():  # of a step whose measurement a stop cut short
+                self.save()
             self.clock = time.monotonic()
-            while progress.step < self.steps:
+            while not self.is_over():
                 self.take_step()
                 self.finish_step()
-            after = self.heldout()
+            self.measure()
+            return self.end(self.heldout())
         except StopRequested:
             raise Preempted(f"while measuring, at step {progress.step} of {self.steps}") from None
-        assert progress.before is not None and progress.window.last_mean is not None
-        return Trained(progress.before, after, self.steps, self.parameters, progress.window.last_mean)
+
+    def take_over(self, saved: Saved | None) -> None:
+        """Brings the best weights so far over from what this run extends, if it does, and is to publish the best."""
+        if saved is not None and saved.extended and self.watching.best is not None:
+            self.save()
+            take_over_best(self.ctx, saved, self.watching)
+
+    def is_over(self) -> bool:
+        return self.progress.step >= self.steps or self.watching.ends
+
+    def end(self, last: Metrics) -> Trained:
+        """Leaves in the engine the weights that are to be published, and tells of them. `last`: of those it holds now."""
+        progress, step = self.progress, self.progress.step
+        assert progress.before is not None
+        if step < self.steps:
+            self.ctx.journal.note(f"stopped early, after step {step} of {self.steps}: {self.watching.why_it_ends()}")
+        best, after, window = self.watching.best, last, progress.window
+        if best is not None:
+            if best != step:
+                state = load_weights_of(self.ctx, self.engine, best)
+                go_on(self.objective, state)
+                window, after = Window(**state["window"]), self.evaluate(self.evaluator())
+            self.ctx.journal.note(self.watching.what_is_published(step, after, progress.before))
+            after = {**after, **{f"{name}_last": value for name, value in last.items()}}
+            after |= {"published_step": float(best), "last_step": float(step)}
+        assert window.last_mean is not None
+        return Trained(progress.before, after, best or step, self.parameters, window.last_mean)
 
     def look_at_model(self) -> None:
         """Finds out what the model draws at random, on the first rows that ask for something."""
@@ -151,25 +174,18 @@ class Training:
         batches = self.micro_batches(step)
         units = sum(float(self.objective.count(batch)) for batch in batches)
         units, tokens = all_reduce_sum([units, sum(num_tokens(batch) for batch in batches)])
-        if units <= 0:
-            raise DataError(
-                Problem(
-                    f"step {step + 1}",
-                    "no row of the batch has anything to learn from (all labels are masked)",
-                    "Take a larger global_batch_size or max_length_tokens, or look at the rows.",
-                )
-            )
+        require_units(units, step + 1)
         losses: list[torch.Tensor] = []
         with one_step(self.objective):
             for number, batch in enumerate(batches):
                 with self.randomness.of(batch, step):
                     engine.backward(partial(self.loss, batch, units, losses), last=number == len(batches) - 1)
         (loss,) = all_reduce_sum([float(torch.stack(losses).sum())])
-        self.require_finite_number("loss", loss / units)
-        factor = learning_rate_factor(self.params, step, self.steps)
+        require_number("loss", loss / units, step + 1)
+        factor = learning_rate_factor(self.params, step, schedule_length(self.params, self.steps))
         stepped = engine.step([rate * factor for rate in self.rates])
         if not stepped.taken and self.params.precision != "fp16":
-            self.require_finite_number("gradient norm", stepped.gradient_norm)
+            require_number("gradient norm", stepped.gradient_norm, step + 1)
         self.progress.step += 1
         self.tokens_since += tokens
         self.progress.window.add(loss / units, units)
@@ -199,20 +215,14 @@ class Training:
         losses.append(loss_sum.detach().double())
         return loss_sum / torch.tensor(units, dtype=loss_sum.dtype) * self.ctx.world.size
 
-    def require_finite_number(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise DataError(
-                Problem(
-                    f"step {self.progress.step + 1}",
-                    f"the {what} is {value}",
-                    "Lower the learning rate, lengthen the warmup, or look at the rows of this step.",
-                )
-            )
-
     def log(self, stepped: Stepped, learning_rate: float) -> None:
         """Writes a line of the journal when one is due."""
         ctx, step = self.ctx, self.progress.step
-        if step % ctx.resources.log_every_steps and step != self.steps:
+        # Where a measurement may end the training or choose its step, the loss up to there is told; also at the last step,
+        # so that a training which extends this one tells the same as one that was so long from the beginning.
+        every = self.params.evaluate_every_steps if self.params.goes_by_measurements else None
+        due = step % ctx.resources.log_every_steps == 0 or (every is not None and step % every == 0)
+        if not due and step != self.steps:
             return
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
@@ -221,7 +231,7 @@ class Training:
             "step",
             step=step,
             total_steps=self.steps,
-            loss=self.progress.window.close(),
+            loss=self.progress.window.close(goes_on=not due),
             learning_rate=learning_rate,
             gradient_norm=stepped.gradient_norm if math.isfinite(stepped.gradient_norm) else None,
             tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
@@ -232,13 +242,13 @@ class Training:
     def finish_step(self) -> None:
         """Measures and saves where due, and stops where asked to."""
         ctx, step = self.ctx, self.progress.step
-        stopping = any_process(ctx.stop_requested())
-        if not stopping and step < self.steps and self.evaluation_is_due():
+        stopping, needed = any_process(ctx.stop_requested()), False
+        if not stopping and self.evaluation_is_due():
             try:
-                self.heldout()
+                needed = self.measure()
             except StopRequested:
                 stopping = True  # measured after the restart
-        if stopping or step == self.steps or step % ctx.resources.save_every_steps == 0:
+        if stopping or needed or step == self.steps or step % ctx.resources.save_every_steps == 0:
             self.save()
         if stopping:
             raise Preempted(f"at step {step} of {self.steps}")
@@ -247,23 +257,33 @@ class Training:
         every, step = self.params.evaluate_every_steps, self.progress.step
         return every is not None and 0 < step < self.steps and step % every == 0
 
+    def measure(self) -> bool:
+        """Measures at this step in training; whether its weights must be kept. Raises `StopRequested`."""
+        step = self.progress.step
+        metrics = self.heldout()
+        self.watching.note(step, from_main(lambda: metrics))
+        return self.watching.needs_checkpoint(step)
+
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.engine.wrapped, self.ctx, self.engine.device, self.batch.micro_batch_size)
+
     def heldout(self) -> Metrics:
         """The stage's held-out metrics at this step, from the journal if they stand there. Raises `StopRequested`."""
         ctx, step = self.ctx, self.progress.step
         if measured := from_main(lambda: find_measured(ctx.journal, step)):
             return measured
         started = time.monotonic()
-        evaluator = Evaluator(self.engine.wrapped, ctx, self.engine.device, self.batch.micro_batch_size)
-        metrics = self.evaluate(evaluator)
+        metrics = self.evaluate(self.evaluator())
         require_finite(metrics, f"step {step}", "Lower the learning rate.")
         ctx.journal.write("heldout", step=step, total_steps=self.steps, **metrics)
         self.clock += time.monotonic() - started
         return metrics
 
     def save(self) -> None:
-        carried = {"window": asdict(self.progress.window), "before": self.progress.before}
-        content = {**self.identity, **carried, **carried_by(self.objective)}
-        save_checkpoint(self.ctx, self.engine, self.progress.step, self.steps, self.parameters, content)
+        progress, content = self.progress, dict(self.identity)
+        content |= {"window": asdict(progress.window), "before": progress.before}
+        content |= carried_by(self.objective) | self.watching.carried(progress.step)
+        save_checkpoint(self.ctx, self.engine, progress.step, self.steps, self.parameters, content)
 
 
 def train(
@@ -288,14 +308,12 @@ def train(
     was asked to stop, `ArtifactError` if the model is random where it must not be.
     """
     device = join_processes(ctx)
-    if not len(data):
-        raise DataError(Problem("training rows", "there are none", "Look at the ledger of the stage that made them."))
+    require_training_rows(data)
     steps = optimizer_steps(params, len(data))
-    require_sound(params, steps, device)
+    require_sound(ctx, params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
-    identity = {"total_steps": steps, "global_batch_size": params.global_batch_size}
-    identity |= {"seed": ctx.seed, "data": fingerprint(data)}
-    saved = find_saved(ctx, identity)
+    identity = identity_of_run(ctx, params, steps, data)
+    saved = find_start(ctx, params, identity)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
     note_generation(ctx)
     ctx.journal.note(in_passes(len(data), steps, batch))
@@ -320,27 +338,11 @@ def train(
         parameters=count_parameters(model),
         identity=identity,
         progress=TrainingProgress.of(saved),
+        watching=Watching.of(params, saved.state if saved else None),
     )
+    training.take_over(saved)
     trained = training.run()
     state = engine.state_of(model)
     dtype = from_main(lambda: publish(model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
     say_if_other(ctx, formats, dtype)
     return replace(trained, dtype=dtype)
-
-
-def in_passes(num_rows: int, steps: int, batch: Batch) -> str:
-    """How often the training rows are seen, for the journal."""
-    passes = steps * batch.global_batch_size / num_rows
-    return f"{num_rows:,} rows, {steps:,} steps of {batch}: {passes:.2f} passes"
-
-
-def require_sound(params: TrainingParams, steps: int, device: torch.device) -> None:
-    """Raises `RecipeError` with what is wrong with params now that the number of rows and the device are known."""
-    problems = []
-    if params.warmup_steps >= steps:
-        what = f"{params.warmup_steps} is not below the {steps} steps that there are"
-        problems.append(Problem("params.warmup_steps", what, "Lower it."))
-    if params.precision == "fp16" and device.type == "cpu":
-        problems.append(Problem("params.precision", "is fp16, which no CPU trains in", "Take bf16 or fp32."))
-    if problems:
-        raise RecipeError(*problems)

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FieldSerializationInfo, field_serializer, model_validator
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.settings.resources import Resources
 from stages.lib.formulas.bounds import LearningRate, Scale, Weight
 from stages.lib.models.published import PublishedDtype, PublishedParams
+from stages.lib.training.selection import PublishBest, StopEarly, watched_problem
 
 
 class OptimizerParams(PublishedParams):
@@ -51,7 +52,57 @@ class TrainingParams(OptimizerParams):
     epochs: float | None = Field(default=None, ge=1e-6, le=1e6)
     """Passes over the training rows. Give either this or `max_steps`. Passes flow into each other: no batch is cut short."""
     evaluate_every_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps between evaluations on held-out rows. None: only before the first and after the last step."""
+    """Optimizer steps between evaluations on held-out rows. None: only before the first and after the last step. It is no part of what the artifact is, and may be changed while a training is interrupted, unless publish_best or stop_early go by what is measured."""
+    publish_best: PublishBest | None = Field(default=None, exclude_if=lambda best: best is None)
+    """Publishes, of the steps that are measured (every evaluate_every_steps, and the last), the one with the best value of a held-out metric, as {metric: heldout_loss}; of equals the earliest. Its checkpoint is kept as long as it is the best. null: the last step."""
+    stop_early: StopEarly | None = Field(default=None, exclude_if=lambda stop: stop is None)
+    """Ends the training once so many measurements in a row were no improvement, as {metric: heldout_loss, patience: 3, least_improvement: 0.01}. The schedule of the learning rate stays that of all steps. null: never."""
+    schedule_steps: int | None = Field(default=None, ge=1, exclude_if=lambda steps: steps is None)
+    """Optimizer steps over which the cosine and linear schedules fall. More than there are: as the first part of a longer training, which can extend this one. Fewer: afterwards the rate stays at min_learning_rate_fraction. null: all steps."""
+
+    stretch_schedule: bool = Field(default=False, exclude_if=lambda stretched: not stretched)
+    """Only with the input `extends`: whether the learning rate of a cosine or linear schedule, from where that training ended, is as if it had fallen over all steps from the beginning: it jumps up, and falls again. The result is not that of one long training. false: where it would, the extension is refused."""
+
+    def measures(self) -> tuple[str, ...]:
+        """The held-out metrics that the stage measures; a `*` stands for names that data decides. None: not known here."""
+        return ()
+
+    @property
+    def goes_by_measurements(self) -> bool:
+        """Whether what is measured in training decides what is published."""
+        return self.publish_best is not None or self.stop_early is not None
+
+    @field_serializer("evaluate_every_steps")
+    def cadence(self, steps: int | None, info: FieldSerializationInfo) -> int | None:
+        """The steps; in an identity (where the context is a digest function) none, where they decide nothing."""
+        return steps if self.goes_by_measurements or not callable(info.context) else None
+
+    @model_validator(mode="after")
+    def what_is_watched_is_measured(self) -> TrainingParams:
+        for param, watched in (("publish_best", self.publish_best), ("stop_early", self.stop_early)):
+            if watched is None:
+                continue
+            if self.evaluate_every_steps is None:
+                raise ValueError(f"{param} goes by what is measured in training: set evaluate_every_steps, too")
+            if problem := watched_problem(param, watched, self.measures()):
+                raise ValueError(problem)
+        if self.max_steps is not None and (problem := unreachable(self, self.max_steps)):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def schedule_fits(self) -> TrainingParams:
+        length = self.schedule_steps
+        for name in ("schedule_steps", "stretch_schedule"):
+            if getattr(self, name) and self.schedule == "constant":
+                raise ValueError(f"{name} has no effect on the constant schedule: remove it")
+        if length is None:
+            return self
+        if self.warmup_steps >= length:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below schedule_steps {length}")
+        if self.max_steps is not None and (problem := learns_nothing(self, self.max_steps)):
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def exactly_one_length(self) -> TrainingParams:
@@ -112,6 +163,38 @@ def optimizer_steps(params: TrainingParams, num_rows: int) -> int:
         return params.max_steps
     assert params.epochs is not None
     return max(1, math.ceil(params.epochs * num_rows / params.global_batch_size))
+
+
+def unreachable(params: TrainingParams, steps: int) -> str | None:
+    """Why what is measured in a training of so many steps can decide nothing, where that is so."""
+    every, stop = params.evaluate_every_steps, params.stop_early
+    if every is None or not params.goes_by_measurements:
+        return None
+    if every >= steps:
+        return f"evaluate_every_steps {every} must be below the {steps} steps: else only the last one is measured"
+    if stop is not None and (stop.patience + 1) * every >= steps:
+        first = (stop.patience + 1) * every
+        return (
+            f"stop_early.patience: with evaluate_every_steps {every} a patience of {stop.patience} ends at step {first} at"
+            f" the earliest, and there are {steps}: lower either, or remove stop_early"
+        )
+    return None
+
+
+def learns_nothing(params: TrainingParams, steps: int) -> str | None:
+    """Why the last of so many steps would have a learning rate of 0, where that is so."""
+    length = params.schedule_steps
+    if length is None or length >= steps or params.min_learning_rate_fraction:
+        return None
+    return (
+        f"schedule_steps {length} is below the {steps} steps, and the learning rate would be 0 from then on: raise it, or set"
+        " min_learning_rate_fraction"
+    )
+
+
+def schedule_length(params: TrainingParams, total_steps: int) -> int:
+    """Optimizer steps over which the learning rate falls."""
+    return params.schedule_steps or total_steps
 
 
 def learning_rate_factor(params: OptimizerParams, step: int, total_steps: int) -> float:

@@ -6,7 +6,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from stages.lib.training.engine import PLAIN_STATE, TAG, Engine
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.forecast import CHECKPOINT_BYTES_PER_PARAMETER
 from stages.lib.training.layouts import zero_stage
-from stages.lib.training.params import Batch, TrainingParams, learning_rate_factor
+from stages.lib.training.params import Batch, TrainingParams, learning_rate_factor, schedule_length
 
 UNREADABLE = (
     OSError,
@@ -50,10 +50,11 @@ class Window:
         self.loss_sum += loss * units
         self.units += units
 
-    def close(self) -> float:
-        """The mean loss per unit; the next window starts empty."""
+    def close(self, *, goes_on: bool = False) -> float:
+        """The mean loss per unit; the next window starts empty, or `goes_on`: a training that extends this one ends it."""
         self.last_mean = self.loss_sum / self.units
-        self.loss_sum = self.units = 0.0
+        if not goes_on:
+            self.loss_sum = self.units = 0.0
         return self.last_mean
 
 
@@ -64,6 +65,24 @@ class Saved:
     folder: Path
     state: Mapping[str, Any]
     """Our part of it: where the run stood, what it has in common with one that resumes, and what it carries on."""
+    extended: bool = False
+    """Whether it is of another training, which this run extends."""
+
+
+@dataclass
+class TrainingProgress:
+    """How far the run is, and what it carries from one step to the next. All of it is in a checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    window: Window = field(default_factory=Window)
+    before: Metrics | None = None
+
+    @classmethod
+    def of(cls, saved: Saved | None) -> TrainingProgress:
+        if saved is None:
+            return cls()
+        return cls(saved.state["step"], Window(**saved.state["window"]), saved.state["before"])
 
 
 def find_saved(ctx: Context, identity: Mapping[str, Any]) -> Saved | None:
@@ -134,12 +153,16 @@ def check_state(ctx: Context, saved: Saved, identity: Mapping[str, Any]) -> None
     for name, value in identity.items():
         if state.get(name) != value:
             what = f"belongs to another run: its {name} is {state.get(name)}, the recipe's is {value}"
-            raise ArtifactError(Problem(str(folder), what, start_over(ctx)))
+            raise ArtifactError(Problem(str(folder), what, NOT_EXTENDED if saved.extended else start_over(ctx)))
     of_run = resumable.Saved(state["world_size"], state["zero_stage"])
     reason = resumable.mismatch(of_run, zero_stage(ctx.resources), ctx.world.size)
     if reason:
-        hint = f"Run as it was written: `slipway plan` says with which --set. {start_over(ctx)}"
+        over = NOT_EXTENDED if saved.extended else start_over(ctx)
+        hint = f"Run as it was written: `slipway plan` says with which --set. {over}"
         raise LaunchError(Problem("resources", f"the checkpoint {folder} {reason}", hint))
+
+
+NOT_EXTENDED = "To train from the beginning, leave out the input extends."
 
 
 def start_over(ctx: Context) -> str:
@@ -184,6 +207,24 @@ def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
     (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
 
 
+def load_weights_of(ctx: Context, engine: Engine, step: int) -> dict[str, Any]:
+    """Brings back the weights of an earlier step, whose checkpoint was kept; returns our part of it.
+
+    Raises `ArtifactError` where it is damaged. All processes call it together.
+    """
+    folder = ctx.checkpoints.path(step)
+
+    def read() -> dict[str, Any]:
+        if found := ctx.checkpoints.own_problems(step):
+            what = f"holds the best weights, and cannot be used: {'; '.join(found[:3])}"
+            raise ArtifactError(Problem(str(folder), what, start_over(ctx)))
+        return read_state(folder)
+
+    state: dict[str, Any] = from_main(read)
+    engine.load(folder)
+    return state
+
+
 def write_receipt(ctx: Context, params: TrainingParams, batch: Batch, num_rows: int, steps: int, saved: Saved) -> None:
     """Says what was restored."""
     step, processes = saved.state["step"], saved.state["world_size"]
@@ -197,10 +238,10 @@ def write_receipt(ctx: Context, params: TrainingParams, batch: Batch, num_rows: 
         restored=["weights", "optimizer", "schedule", "data position", "loss window"],
         processes=processes,
         data_position=position,
-        learning_rate=params.learning_rate * learning_rate_factor(params, step, steps),
+        learning_rate=params.learning_rate * learning_rate_factor(params, step, schedule_length(params, steps)),
     )
     ctx.journal.note(
-        f"resumed at step {step} of {steps}: weights, optimizer and schedule of {processes} processes;"
+        f"{'extends another training, from' if saved.extended else 'resumed at'} step {step} of {steps}: weights, optimizer and schedule of {processes} processes;"
         f" next is row {row:,} of {num_rows:,} in pass {epoch + 1}"
     )
 
