@@ -18,7 +18,7 @@ from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import embedded_rows, template_problems_ahead, tokens_ahead
 from stages.lib.training.forecast import check_training, estimate_training
-from stages.lib.training.params import TrainingParams
+from stages.lib.training.params import TrainingParams, causal_lm_or_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +42,19 @@ class SftParams(TemplateDateParams, TrainingParams):
     """What becomes of the reasoning before an answer: learned like all that the assistant says; read, but nothing is learned from it; or taken out of every turn. What stands before a `</think>` that nothing opens is reasoning too. A chat with a mark of a thought anywhere else is then dropped."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the chats than this cannot be used."""
+
+    @property
+    def trains_causal_lm(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def what_is_added_is_learned(self) -> SftParams:
+        if self.adapter is not None and self.add_tokens is not False:
+            raise ValueError(
+                "add_tokens needs embeddings that are trained, and under an adapter they are frozen: add the tokens in an sft "
+                "step of its own without adapter (one step on all weights will do), and name that as the model here"
+            )
+        return self
 
     @model_validator(mode="after")
     def what_is_added_is_sound(self) -> SftParams:
@@ -140,7 +153,7 @@ STAGE = Stage(
     summary="Teaches a causal model to answer in chats of several turns; loss on the assistant's turns only.",
     params=SftParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "chats": accepts(Kind.CHATS)},
-    output=Kind.CAUSAL_LM,
+    output=causal_lm_or_adapter,
     run=run,
     headline=("heldout_loss", "heldout_loss_base", "heldout_token_accuracy"),
     distributed=True,
