@@ -12,6 +12,7 @@ from stages.lib.models.adapters.methods import METHODS, count_ahead
 from stages.lib.models.adapters.params import LoraMethod, PrefixTuningMethod, VirtualTokens, publishes_adapter
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
+from stages.lib.training.layouts import readable_layout, zero_stage_of
 
 
 def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
@@ -31,6 +32,11 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
         problems.append(Problem("params.adapter", f"{adapter.method} {what}", "Take lora, or freeze with last_layers."))
     if isinstance(adapter, LoraMethod):
         problems += adapter_problems(architecture, adapter.target_modules, "params.adapter.target_modules")
+        if adapter.use_dora and zero_stage_of(readable_layout(forecast.resources)) == 3:
+            what = "is true, and reads whole weights in every pass, which ZeRO-3 has split"
+            problems.append(
+                Problem("params.adapter.use_dora", what, "Set it to false, or resources.deepspeed to zero2.")
+            )
     if isinstance(adapter, PrefixTuningMethod) and forecast.resources.gradient_checkpointing:
         what = "is true, and layers that are computed again would not see the prefix"
         hint = "Set it to false, or take prompt_tuning, p_tuning or lora."

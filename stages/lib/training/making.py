@@ -51,7 +51,8 @@ def make_engine(
         model = make_model()
     prepare(model, ctx, randomness)
     width, parameters = width_of(model), count_parameters(model)
-    adapted = put_adapter_on(model, ctx, params)
+    with split_while_loading(layout):  # else peft would take the split weights that it begins with for whole ones
+        adapted = put_adapter_on(model, ctx, params)
     groups, rates = parameter_groups([(adapted, params.learning_rate)], params.weight_decay, rate_factors(params))
     engine = Engine(ctx, adapted, groups, params, fit_to_width(layout, width), device)
     use_threads(ctx.resources)

@@ -50,7 +50,7 @@ def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
         with warnings.catch_warnings():
             # Conv1D keeps its weights the other way round, which peft sees by itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            adapted = get_peft_model(model, method.peft_config(adapter, task_of(model), new))
+            adapted = get_peft_model(model, method.peft_config(adapter, task_for_peft(model), new))
     except ValueError as error:
         what = f"{method_name(type(adapter))} does not fit this model: {str(error).splitlines()[0]:.300}"
         hint = f"Name layers that do in target_modules: some of {known_names(linear_names(model))}; or take lora."
@@ -61,19 +61,30 @@ def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
 
 
 def task_of(model: Any) -> str | None:
-    """What peft calls the model's task."""
+    """What peft calls the model's task; None where it knows none for the class."""
     name = type(model).__name__
     return next((task for ending, task in TASKS.items() if name.endswith(ending)), None)
 
 
+def task_for_peft(model: Any) -> str | None:
+    """The task that peft is told: not that of a head of several layers, which peft would train as one module and not merge."""
+    several = [
+        name for name, part in model.named_children() if name in ("classifier", "score") and list(part.children())
+    ]
+    return None if several and task_of(model) in NEW_HEADS else task_of(model)
+
+
 def new_modules(model: Any) -> list[str]:
-    """The names of the modules outside of the body of a model with a new head, and of a pooler in it, which is new as well."""
+    """The names of the layers outside of the body of a model with a new head, and in a pooler, which is new as well."""
     if task_of(model) not in NEW_HEADS:
         return []
     body = model.base_model_prefix
-    heads = [name for name, part in model.named_children() if name != body and any(True for _ in part.parameters())]
-    pooler = getattr(getattr(model, body, None), "pooler", None)
-    return heads + ([f"{body}.pooler"] if isinstance(pooler, nn.Module) else [])
+    return [
+        name
+        for name, part in model.named_modules()
+        if any(True for _ in part.parameters(recurse=False))
+        and (not name.startswith(f"{body}.") or name.startswith(f"{body}.pooler."))
+    ]
 
 
 def train_only(model: Any, adapter: AdapterBlock, method: Method, new: Sequence[str]) -> Any:
