@@ -9,8 +9,8 @@ from pipeline.errors import ArtifactError, Problem
 from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
-from stages.lib.models.adapters.methods import METHODS, UNMERGEABLE
-from stages.lib.models.adapters.params import ADAPTER_FOLDER, method_name
+from stages.lib.models.adapters.methods import UNMERGEABLE
+from stages.lib.models.adapters.params import ADAPTER_FOLDER
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.published import PublishedDtype, PublishedParams
 
@@ -42,8 +42,7 @@ def check(forecast: Forecast) -> list[Problem]:
     adapter = forecast.inputs.get("adapter", Estimate())
     if adapter.folder is not None:
         return adapter_problems(adapter.folder)
-    unmergeable = {name for params in METHODS if not METHODS[params].can_be_merged for name in (method_name(params),)}
-    return [nothing_to_merge(adapter.adapter)] if adapter.adapter in unmergeable else []
+    return [nothing_to_merge(adapter.adapter)] if adapter.adapter in UNMERGEABLE else []
 
 
 def run(ctx: Context, params: MergeParams) -> Result:
@@ -85,7 +84,7 @@ def run(ctx: Context, params: MergeParams) -> Result:
 
 STAGE = Stage(
     kind="merge",
-    version=2,
+    version=1,
     summary="a causal model with the weights of an adapter added",
     params=MergeParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM)},

@@ -33,6 +33,7 @@ from tests.integration.tiny_language_model import make_world, run_stage
 
 pytestmark = pytest.mark.slow
 
+# Where an adapter outweighs its base, float32 itself is further off than 1e-5: hence the small alpha of one.
 CAUSAL = {
     "lora": {"method": "lora", "rank": 4},
     "dora, by pattern": {
@@ -43,7 +44,7 @@ CAUSAL = {
         "target_modules": r".*\.[qv]_proj",
     },
     "lora, embeddings": {"method": "lora", "rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
-    "lora+": {"method": "lora", "rank": 4, "init": "gaussian", "learning_rate_ratio": 4.0},
+    "lora+": {"method": "lora", "rank": 4, "alpha": 4.0, "init": "gaussian", "learning_rate_ratio": 4.0},
     "orthogonal": {"method": "lora", "rank": 4, "init": "orthogonal"},
     "ia3": {"method": "ia3"},
     "bitfit": {"method": "bitfit"},
@@ -69,15 +70,18 @@ ENCODING = {name: CAUSAL[name] for name in ("lora", "bitfit", "freeze")} | {
 }
 COMMON = {"global_batch_size": 8, "max_steps": 20, "learning_rate": 5e-3, "warmup_steps": 2}
 BLOCKS = {"isolate_documents": False}
+ENCODER = {"global_batch_size": 32, "max_steps": 30, "warmup_steps": 2}
+LEARNING_RATES = dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning"), 3e-2)
+"""Of virtual tokens."""
 PARAMS: dict[str, dict[str, Any]] = {
     "pretrain": {**COMMON, **BLOCKS},
     "sft": {**COMMON, "max_length_tokens": 128},
     "dpo": {**COMMON, "max_length_tokens": 128},
     "reward": {**COMMON, "max_length_tokens": 128},
     "distill": {**COMMON, **BLOCKS},
-    "classify": {**COMMON, "max_length_tokens": 32},
-    "extract": {**COMMON, "max_length_tokens": 24, "stride_tokens": 8},
-    "answer": {**COMMON, "max_length_tokens": 48, "max_question_tokens": 12, "stride_tokens": 8},
+    "classify": {**COMMON, **ENCODER, "max_length_tokens": 32},
+    "extract": {**COMMON, **ENCODER, "max_length_tokens": 24, "stride_tokens": 8},
+    "answer": {**COMMON, **ENCODER, "max_length_tokens": 48, "max_question_tokens": 12, "stride_tokens": 8},
 }
 MATRIX = [
     *(("sft", name, block) for name, block in CAUSAL.items()),
@@ -176,8 +180,17 @@ def plain(name: str, *, virtual: bool) -> str:
     return name.removeprefix("base_model.").removeprefix("" if virtual else "model.") if "base_model." in name else name
 
 
-def losses(ctx: Context) -> list[float]:
-    return [line["loss"] for line in ctx.journal.events("step")]
+def loss_before_and_after(ctx: Context) -> tuple[float, float]:
+    """On held-out rows; of the tasks of an encoder, which measure no loss there, over the first and the last ten steps."""
+    heldout = [line.get("heldout_loss") for line in ctx.journal.events("heldout")]
+    steps = [line["loss"] for line in ctx.journal.events("step")]
+    return (steps[0], steps[-1]) if None in heldout else (heldout[0], heldout[-1])
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """To 1e-5 of the largest number."""
+    apart = float((found - expected).abs().max())
+    return apart <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("stage", "name", "block"), MATRIX, ids=[f"{stage}-{name}" for stage, name, _ in MATRIX])
@@ -185,9 +198,9 @@ def test_the_matrix(
     world: World, stage: str, name: str, block: dict[str, Any], tmp_path: Path, made: list[Made]
 ) -> None:
     """It learns; frozen weights are those on disk, bit for bit; merged and attached by peft it says what the trained one says."""
-    _, ctx = teach(world, stage, block, tmp_path)
-    seen = losses(ctx)
-    assert seen[-1] < seen[0], "the mean of steps 11 to 20, and of steps 1 to 10"
+    _, ctx = teach(world, stage, block, tmp_path, learning_rate=LEARNING_RATES.get(block["method"], 5e-3))
+    before, after = loss_before_and_after(ctx)
+    assert after < before
     base = world.base(stage)
     start = load_file(base / "model.safetensors")
     virtual = block.get("num_virtual_tokens", 0)
@@ -199,7 +212,7 @@ def test_the_matrix(
     alone = ctx.out if virtual else ctx.out / "adapter"
     auto_class = HEADS.get(stage, AutoModelForCausalLM)
     if not virtual:
-        assert torch.allclose(answer_of(auto_class.from_pretrained(ctx.out), base), said, rtol=0, atol=1e-5)
+        assert agree(answer_of(auto_class.from_pretrained(ctx.out), base), said)
         merged = load_file(ctx.out / "model.safetensors")
         assert all(torch.equal(merged[key], start[key]) for key in known if key in merged and name.startswith("freeze"))
     if block["method"] in ("bitfit", "freeze"):
@@ -208,7 +221,7 @@ def test_the_matrix(
         return
     with_head = {"config": auto_class.from_pretrained(ctx.out).config} if stage in HEADS else {}
     attached = PeftModel.from_pretrained(auto_class.from_pretrained(base, **with_head), alone)
-    assert torch.allclose(answer_of(attached, base, virtual), said, rtol=0, atol=1e-5)
+    assert agree(answer_of(attached, base, virtual), said)
 
 
 def test_an_encoder_goes_on_under_an_adapter(world: World, tmp_path: Path, made: list[Made]) -> None:
@@ -222,7 +235,7 @@ def test_an_encoder_goes_on_under_an_adapter(world: World, tmp_path: Path, made:
         AutoModelForMaskedLM.from_pretrained(ctx.out),
         PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(encoder), ctx.out / "adapter"),
     ):
-        assert torch.allclose(answer_of(model, encoder), said, rtol=0, atol=1e-5)
+        assert agree(answer_of(model, encoder), said)
 
 
 def packed_of(model: Path, folder: Path) -> Path:

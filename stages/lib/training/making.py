@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.errors import Problem, RecipeError
+from pipeline.errors import DataError, Problem, RecipeError
 from pipeline.stage import Context
 from stages.lib.models.adapters.attaching import attach, count_trained
 from stages.lib.models.adapters.methods import METHODS
@@ -63,6 +63,11 @@ def put_adapter_on(model: PreTrainedModel, ctx: Context, params: TrainingParams)
     """The model under a fresh adapter where the params ask for one, ready to be trained; the journal is told its share."""
     if params.adapter is None:
         return model
+    if ctx.base is None:
+        what = "is for a model that has learned something, and this one is new"
+        raise DataError(
+            Problem("params.adapter", what, "Name an input model, or train all weights: remove the adapter.")
+        )
     adapted = attach(model, params.adapter, ctx.seed).train()
     trained, whole = count_trained(adapted), count_parameters(adapted)
     ctx.journal.note(f"{params.adapter.method} trains {trained:,} of {whole:,} parameters ({trained / whole:.3%})")

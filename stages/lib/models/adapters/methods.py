@@ -28,6 +28,7 @@ from stages.lib.models.adapters.params import (
     PrefixTuningMethod,
     PromptTuningMethod,
     PTuningMethod,
+    method_name,
 )
 
 if TYPE_CHECKING:
@@ -160,8 +161,13 @@ METHODS: dict[type[AdapterBlock], Method] = {
 """Params of a method -> how it works. A new method is its params and a row here."""
 
 
-UNMERGEABLE = frozenset(str(method.peft_type) for method in METHODS.values() if not method.can_be_merged)
-"""What peft calls the methods that no weights can be merged of."""
+UNMERGEABLE = frozenset(
+    name
+    for params, method in METHODS.items()
+    if not method.can_be_merged
+    for name in (method_name(params), str(method.peft_type))
+)
+"""What recipes and what peft call the methods that have no weights to merge."""
 
 
 def count_ahead(adapter: AdapterBlock, architecture: Mapping[str, Any]) -> Counted | None:
