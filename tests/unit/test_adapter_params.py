@@ -9,7 +9,7 @@ import pytest
 
 from launch import LAUNCHERS
 from pipeline.command.reports import arithmetic
-from pipeline.errors import RecipeError
+from pipeline.errors import ArtifactError, RecipeError
 from pipeline.recipe.reader import load_recipe
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import content_of, validate
@@ -17,6 +17,7 @@ from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Kind
 from stages import STAGES
 from stages.lib.models.arithmetic import state_bytes_per_rank
+from stages.lib.models.config import read_config
 from tests.families import write_base_model
 
 COMMON = {"global_batch_size": 8, "max_steps": 5, "learning_rate": 1e-3}
@@ -251,6 +252,16 @@ def test_a_stage_that_needs_a_whole_model_says_how_to_make_one(tmp_path: Path) -
 @pytest.mark.parametrize(("adapter", "last"), [("{method: lora}", AGAIN), ("{method: lora, publish: adapter}", MERGED)])
 def test_both_ways_out_are_recipes(adapter: str, last: str, tmp_path: Path) -> None:
     assert [step.name for step in load(tmp_path, adapter, last).steps][-1] == "last"
+
+
+def test_who_opens_an_adapter_as_a_model_is_told_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/some-model"}')
+    with pytest.raises(
+        ArtifactError, match=r"holds an adapter of 'someone/some-model' alone, and no model\. Make one of"
+    ):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert read_config(tmp_path) == {"model_type": "llama"}
 
 
 def test_plan_refuses_to_merge_virtual_tokens() -> None:
