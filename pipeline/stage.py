@@ -58,6 +58,12 @@ class Estimate:
     """What `plan` can say of a step's artifact and of its run beforehand. None where it cannot be known yet."""
 
     parameters: int | None = None
+    trained_parameters: int | None = None
+    """Those that the step trains, where an adapter or a part of the model is trained; None where all of them are."""
+    added_parameters: int | None = None
+    """Those of the trained ones that are an adapter's, and not the model's."""
+    adapter: str | None = None
+    """Of an artifact that is an adapter alone: its method."""
     architecture: Mapping[str, Any] | None = None
     """The transformers config of the model, as a flat mapping."""
     vocabulary_size: int | None = None

@@ -50,6 +50,9 @@ def write_cards(job: Job, places: Mapping[str, Path], out: Path, result: Result,
 
     `places` are the folders of the inputs.
     """
+    if job.output_kind is Kind.ADAPTER:
+        write_text(out / CARD, adapter_card(lineage_of(job, places, out, result), out, params_of))
+        return
     if job.output_kind not in PIPELINE_TAGS:
         return
     lineage = lineage_of(job, places, out, result)
@@ -88,22 +91,45 @@ def adapter_card(lineage: Lineage, folder: Path, params_of: Models) -> str:
         name = base.name
         repository = base.repository
         code = f'"{repository[0]}", revision="{repository[1]}"' if repository else f'"path/to/the/base"  # {name}'
+    if labels := num_labels(own):
+        called, _, comment = code.partition("  # ")
+        code = f"{called}, num_labels={labels}" + (f"  # {comment}" if comment else "")
+    method, own_weights = method_of(folder)
     what = "The critic: an adapter and a linear head, which give each token a value" if critic else "An adapter"
     metadata = {
-        "library_name": "peft",
-        "pipeline_tag": None if critic else "text-generation",
+        "library_name": "transformers" if own_weights else "peft",
+        "pipeline_tag": None if critic else PIPELINE_TAGS.get(own.kind or Kind.ADAPTER, "text-generation"),
         **origin_of(lineage, "adapter"),
-        "tags": ["slipway", str(own.stage), "lora", *(["value-model"] if critic else [])],
+        "tags": ["slipway", str(own.stage), method, *(["value-model"] if critic else [])],
     }
-    beside = "" if critic else " The folder above this one holds the whole model, with the adapter merged into it."
+    beside = (
+        ""
+        if critic or own.kind is Kind.ADAPTER
+        else " The folder above this one holds the whole model, with the adapter merged into it."
+    )
     return join(
         front_matter(metadata),
         f"# {'Critic' if critic else 'Adapter'} of {title(own)}",
         f"{what}, made on {name} by the stage `{own.stage}` of Slipway.{beside}",
         "## How to use it",
-        f"```python\n{adapter_usage(on_own_line(code), critic=critic)}```",
+        f"```python\n{adapter_usage(on_own_line(code), own.kind, critic=critic, own_weights=own_weights)}```",
         *how_it_was_made(lineage, params_of),
     )
+
+
+def method_of(folder: Path) -> tuple[str, bool]:
+    """The method of the adapter in a folder, and whether it is weights of the model itself, which peft does not read."""
+    config = read_json(folder / "adapter_config.json")
+    own = config.get("slipway_method")
+    return str(own or config.get("peft_type", "lora")).lower(), own is not None
+
+
+def num_labels(own: Link) -> int | None:
+    """How many outputs the new head of a model has that is no reader; None without one."""
+    if own.kind not in (Kind.REWARD_MODEL, Kind.CLASSIFIER, Kind.EXTRACTOR) or own.folder is None:
+        return None
+    labels = read_json(own.folder / "config.json").get("id2label")
+    return len(labels) if isinstance(labels, dict) else None
 
 
 def on_own_line(code: str) -> str:

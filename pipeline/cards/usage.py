@@ -98,11 +98,30 @@ print(answer)
 
 ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-{folder}base = AutoModelForCausalLM.from_pretrained({base})
+{folder}base = {auto_class}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, folder)
 """
+
+
+OWN_WEIGHTS = """\
+from safetensors.torch import load_file
+from transformers import {auto_class}
+
+{folder}model = {auto_class}.from_pretrained({base})
+model.load_state_dict(load_file(f"{{folder}}/adapter_model.safetensors"), strict=False)  # in place of those of the base
+"""
+
+
+CLASSES = {
+    Kind.ENCODER: "AutoModelForMaskedLM",
+    Kind.REWARD_MODEL: "AutoModelForSequenceClassification",
+    Kind.CLASSIFIER: "AutoModelForSequenceClassification",
+    Kind.EXTRACTOR: "AutoModelForTokenClassification",
+    Kind.READER: "AutoModelForQuestionAnswering",
+}
+"""The class of transformers that an adapter's base is opened as, where it is not that of causal models."""
 
 
 CRITIC = """\
@@ -149,9 +168,15 @@ def usage(kind: Kind, *, chats: bool) -> str:
     raise AssertionError(f"{kind} is no model")
 
 
-def adapter_usage(base: str, *, critic: bool) -> str:
-    """The lines that put an adapter on its base; `base` is the Python that names the base, with a comment where it must."""
-    return (ADAPTED_CRITIC if critic else ADAPTER).format(folder=FOLDER, base=base)
+def adapter_usage(base: str, kind: Kind | None, *, critic: bool, own_weights: bool = False) -> str:
+    """The lines that put an adapter on its base; `base` is the Python that names the base, with a comment where it must.
+
+    `kind`: of the artifact. `own_weights`: whether the adapter is weights of the model itself, which peft does not read.
+    """
+    if critic:
+        return ADAPTED_CRITIC.format(folder=FOLDER, base=base)
+    auto_class = CLASSES.get(kind, "AutoModelForCausalLM") if kind else "AutoModelForCausalLM"
+    return (OWN_WEIGHTS if own_weights else ADAPTER).format(folder=FOLDER, base=base, auto_class=auto_class)
 
 
 def critic_usage() -> str:

@@ -32,7 +32,7 @@ def arithmetic(estimate: Estimate, world_size: int) -> str:
     """Parameters, tokens, steps, batch, memory and disk of a step, as far as they are known, in one line."""
     parts = []
     if estimate.parameters:
-        parts.append(f"{number(estimate.parameters)} parameters")
+        parts.append(f"{number(estimate.parameters)} parameters{share_trained(estimate)}")
     if estimate.train_tokens:
         parts.append(f"{number(estimate.train_tokens)} tokens")
     if estimate.optimizer_steps:
@@ -45,6 +45,14 @@ def arithmetic(estimate: Estimate, world_size: int) -> str:
     if estimate.disk_bytes:
         parts.append(f"{size(estimate.disk_bytes)} on disk")
     return ", ".join(parts)
+
+
+def share_trained(estimate: Estimate) -> str:
+    """How many of the parameters are trained, where not all of them are."""
+    trained = estimate.trained_parameters
+    if trained is None or not estimate.parameters:
+        return ""
+    return f" ({trained:,} trained, {trained / (estimate.parameters + (estimate.added_parameters or 0)):.3%})"
 
 
 WIDTH = 100

@@ -84,6 +84,18 @@ def way_out(path: Path, kind: Kind) -> str | None:
     return ways[kind](path) if kind in ways else None
 
 
+def whole_model(given: str, kind: Kind) -> str | None:
+    """How to make a whole model of an adapter that a step makes (`given` says: 'step' makes); None of other kinds."""
+    if kind is not Kind.ADAPTER:
+        return None
+    step = given.split("'")[1]
+    return (
+        f"Set `publish: merged` in the adapter block of {step}, or merge it in a stage of its own and name that here: "
+        f"`merged: {{kind: merge, inputs: {{model: THE MODEL OF {step}, adapter: {step}}}}}`. Of virtual tokens "
+        "(prompt_tuning, prefix_tuning, p_tuning) no model can be made."
+    )
+
+
 def quantization_problem(config: Path, block: Mapping[str, Any]) -> str | None:
     """Why weights that a config says are quantized cannot be read; None if they can."""
     said = block["quantization_config"]

@@ -19,7 +19,7 @@ from pipeline.errors import (
     shown_path,
 )
 from pipeline.recipe.graph import in_order, needed_for
-from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, way_out, weights_problem
+from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, way_out, weights_problem, whole_model
 from pipeline.recipe.overrides import apply_overrides
 from pipeline.recipe.recipe import (
     HUB,
@@ -325,7 +325,7 @@ class Reader:
                 self.problem(
                     f"stages.{name}.inputs.{role}",
                     f"needs {wanted}, and {given} {kind}",
-                    (way_out(source.path, kind) if isinstance(source, Outside) else None)
+                    (way_out(source.path, kind) if isinstance(source, Outside) else whole_model(given, kind))
                     or kind_hint(declared, kinds, name),
                 )
         for role, declared in stage.inputs.items():

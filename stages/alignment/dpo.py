@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pydantic import model_validator
+
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
@@ -20,6 +22,7 @@ from stages.lib.preferring.loss_params import PairLossParams, loss_problems
 from stages.lib.preferring.params import check_preference_training, estimate_preference_training
 from stages.lib.text.template_date import on_template_date
 from stages.lib.training.extension import EXTENSION_PARAMS
+from stages.lib.training.params import causal_lm_or_adapter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +34,18 @@ if TYPE_CHECKING:
 
 class DPOParams(PairLossParams):
     """How the policy is trained."""
+
+    @property
+    def trains_causal_lm(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def nothing_is_dropped(self) -> DPOParams:
+        if getattr(self.adapter, "dropout", 0.0):
+            raise ValueError(
+                "adapter: dropout must be 0: policy and reference are compared token by token, and would differ by chance"
+            )
+        return self
 
 
 def estimate(forecast: Forecast) -> Estimate:
@@ -107,7 +122,7 @@ STAGE = Stage(
         "reference": accepts(Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
-    output=Kind.CAUSAL_LM,
+    output=causal_lm_or_adapter,
     run=run,
     headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_margin", "heldout_loss"),
     distributed=True,

@@ -63,7 +63,8 @@ def estimate(forecast: Forecast) -> Estimate:
     if known.parameters is None or hidden is None or vocabulary is None:
         return known
     language_head = 0 if (completed(architecture) or architecture).get("tie_word_embeddings") else hidden * vocabulary
-    return replace(known, parameters=known.parameters - language_head + hidden)
+    trained = None if known.trained_parameters is None else known.trained_parameters + hidden
+    return replace(known, parameters=known.parameters - language_head + hidden, trained_parameters=trained)
 
 
 def check(forecast: Forecast) -> list[Problem]:

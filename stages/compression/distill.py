@@ -13,6 +13,7 @@ from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.formulas.bounds import Temperature
+from stages.lib.models.adapters.params import VirtualTokens
 from stages.lib.models.architectures import (
     planned_architecture,
     starting_model,
@@ -24,7 +25,7 @@ from stages.lib.models.families import mixing_problems
 from stages.lib.text.template_forecast import unembedded_problems
 from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
-from stages.lib.training.params import TrainingParams
+from stages.lib.training.params import TrainingParams, causal_lm_or_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,19 @@ class DistillParams(TrainingParams):
 
     def measures(self) -> tuple[str, ...]:
         return (*OF_STUDENT, "heldout_perplexity_ratio")
+
+    @property
+    def trains_causal_lm(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def blocks_are_whole(self) -> DistillParams:
+        if isinstance(self.adapter, VirtualTokens) and self.isolate_documents:
+            raise ValueError(
+                f"adapter: {self.adapter.method} puts its tokens before a whole block, not before each document in it: set "
+                "isolate_documents: false, or take a method without virtual tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def temperature_is_used(self) -> DistillParams:
@@ -171,7 +185,7 @@ STAGE = Stage(
         "student": accepts(Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
-    output=Kind.CAUSAL_LM,
+    output=causal_lm_or_adapter,
     run=run,
     headline=(
         "heldout_perplexity",

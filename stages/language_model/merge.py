@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ArtifactError, Problem, shown_path
+from pipeline.errors import ArtifactError, Problem
 from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.adapters.methods import UNMERGEABLE
+from stages.lib.models.adapters.params import ADAPTER_FOLDER
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.published import PublishedDtype, PublishedParams
 
@@ -36,14 +38,17 @@ def estimate(forecast: Forecast) -> Estimate:
 
 
 def check(forecast: Forecast) -> list[Problem]:
-    """What the adapter's folder lacks, where it is there already."""
-    folder = forecast.inputs.get("adapter", Estimate()).folder
-    return [] if folder is None else adapter_problems(folder)
+    """What the adapter's folder lacks, where it is there already; and whether its method has weights to merge."""
+    adapter = forecast.inputs.get("adapter", Estimate())
+    if adapter.folder is not None:
+        return adapter_problems(adapter.folder)
+    return [nothing_to_merge(adapter.adapter)] if adapter.adapter in UNMERGEABLE else []
 
 
 def run(ctx: Context, params: MergeParams) -> Result:
     from transformers import AutoModelForCausalLM
 
+    from stages.lib.models.adapters.saving import require_base
     from stages.lib.models.formats import formats_to_publish, say_if_other
     from stages.lib.models.generation import note_generation
     from stages.lib.models.loading import count_parameters, load_model
@@ -59,7 +64,8 @@ def run(ctx: Context, params: MergeParams) -> Result:
     tokenizer = adapter if (adapter / "tokenizer.json").exists() else source
     formats = formats_to_publish(ctx, "fp32", params.published_dtype)
     note_generation(ctx)
-    note_other_base(ctx, adapter)
+    if said := require_base(adapter, source, ctx.origin("model")[0]):
+        ctx.journal.note(said)
     before = load_model(AutoModelForCausalLM, source)
     merged = with_adapter_merged(load_model(AutoModelForCausalLM, source), adapter)
     changed, change = difference_of(before, merged)
@@ -79,7 +85,7 @@ def run(ctx: Context, params: MergeParams) -> Result:
 STAGE = Stage(
     kind="merge",
     version=1,
-    summary="a causal model with the weights of a low-rank adapter added",
+    summary="a causal model with the weights of an adapter added",
     params=MergeParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM)},
     output=Kind.CAUSAL_LM,
@@ -94,18 +100,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_folder(folder: Path) -> Path:
-    """Where the adapter lies: an artifact that was trained with one keeps it in a folder of its own."""
-    from stages.lib.models.adapters import ADAPTER_FOLDER
-
+    """Where the adapter lies: an artifact with a whole model keeps it in a folder of its own."""
     return folder if holds_file(folder, CONFIG) else folder / ADAPTER_FOLDER
 
 
 def adapter_problems(folder: Path) -> list[Problem]:
-    """What is wrong if no adapter can be read from the folder."""
+    """What is wrong if no adapter can be read from the folder, or none that has weights to merge."""
     home = adapter_folder(folder)
     if not holds_file(home, CONFIG):
         what = f"{folder} holds no adapter: there is no {CONFIG}"
-        return [Problem("inputs.adapter", what, "Name an adapter, or a model that was trained with lora.")]
+        return [
+            Problem("inputs.adapter", what, "Name an adapter, or a model that was trained with lora or an adapter.")
+        ]
     if not holds_file(home, WEIGHTS):
         what = f"{home} holds no {WEIGHTS}" + (
             ", and adapter_model.bin may run code when it is opened" if holds_file(home, "adapter_model.bin") else ""
@@ -114,20 +120,16 @@ def adapter_problems(folder: Path) -> list[Problem]:
             f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(home)!r}).save_pretrained(FOLDER)"
         )
         return [Problem("inputs.adapter", what, f"Write it anew: `{command}`.")]
-    return []
+    peft_type = read_json(home / CONFIG).get("peft_type")
+    return [nothing_to_merge(str(peft_type))] if peft_type in UNMERGEABLE else []
 
 
-def note_other_base(ctx: Context, adapter: Path) -> None:
-    """Tells the journal where an adapter says that it was trained on another model than the one that it is merged into.
-
-    Folders move, and copies are the same model: so that is no error.
-    """
-    said = read_json(adapter / CONFIG).get("base_model_name_or_path")
-    given = ctx.origin("model")[0]
-    if said and said != given and not (Path(given).exists() and Path(str(said)).resolve() == Path(given).resolve()):
-        ctx.journal.note(
-            f"the adapter says that it was trained on {shown_path(said)}, and is merged into {shown_path(given)}"
-        )
+def nothing_to_merge(method: str) -> Problem:
+    """That an adapter of virtual tokens cannot become a part of a model's weights."""
+    what = f"is of the method {method}, whose virtual tokens are no weights that could be added to a model's"
+    return Problem(
+        "inputs.adapter", what, "Use it through peft; or train one that has weights: lora, ia3, bitfit, freeze."
+    )
 
 
 def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -135,6 +137,10 @@ def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedMode
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    from stages.lib.models.adapters.saving import own_method, put_weights_in
+
+    if own_method(adapter) is not None:
+        return put_weights_in(model, adapter)
     try:
         adapted: Any = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -155,7 +161,7 @@ def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedMode
     if merge is None:
         kind = getattr(adapted.peft_config.get("default"), "peft_type", "this kind")
         what = f"is of the kind {kind}, which cannot be added to a model's weights"
-        raise ArtifactError(Problem("inputs.adapter", what, "Name a low-rank adapter."))
+        raise ArtifactError(Problem("inputs.adapter", what, "Name an adapter with weights: lora, ia3, bitfit, freeze."))
     merged: PreTrainedModel = merge(safe_merge=True)
     return merged
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.adapters.params import VirtualTokens
 from stages.lib.models.architectures import (
     planned_architecture,
     starting_model,
@@ -54,6 +55,19 @@ class PretrainParams(TrainingParams):
     def measures(self) -> tuple[str, ...]:
         return TOKEN_METRICS
 
+    @property
+    def trains_causal_lm(self) -> bool:
+        return self.objective == "causal"
+
+    @model_validator(mode="after")
+    def blocks_are_whole(self) -> PretrainParams:
+        if isinstance(self.adapter, VirtualTokens) and self.isolate_documents:
+            raise ValueError(
+                f"adapter: {self.adapter.method} puts its tokens before a whole block, not before each document in it: set "
+                "isolate_documents: false, or take a method without virtual tokens"
+            )
+        return self
+
     @model_validator(mode="after")
     def one_batch_size(self) -> PretrainParams:
         if (self.global_batch_size is None) == (self.global_batch_tokens is None):
@@ -73,7 +87,7 @@ def output_kind(params: PretrainParams, inputs: Mapping[str, Kind]) -> Kind:
                 "Change one.",
             )
         )
-    return made
+    return Kind.ADAPTER if params.publishes_adapter else made
 
 
 def estimate(forecast: Forecast) -> Estimate:

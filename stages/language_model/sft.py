@@ -19,7 +19,7 @@ from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import embedded_rows, template_problems_ahead, tokens_ahead
 from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
-from stages.lib.training.params import TrainingParams
+from stages.lib.training.params import TrainingParams, causal_lm_or_adapter
 from stages.lib.training.selection import TOKEN_METRICS
 
 if TYPE_CHECKING:
@@ -47,6 +47,19 @@ class SftParams(TemplateDateParams, TrainingParams):
 
     def measures(self) -> tuple[str, ...]:
         return TOKEN_METRICS
+
+    @property
+    def trains_causal_lm(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def what_is_added_is_learned(self) -> SftParams:
+        if self.adapter is not None and self.add_tokens is not False:
+            raise ValueError(
+                "add_tokens needs embeddings that are trained, and under an adapter they are frozen: add the tokens in an sft "
+                "step of its own without adapter (one step on all weights will do), and name that as the model here"
+            )
+        return self
 
     @model_validator(mode="after")
     def what_is_added_is_sound(self) -> SftParams:
@@ -149,7 +162,7 @@ STAGE = Stage(
         "chats": accepts(Kind.CHATS),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
-    output=Kind.CAUSAL_LM,
+    output=causal_lm_or_adapter,
     run=run,
     headline=("heldout_loss", "heldout_loss_base", "heldout_token_accuracy"),
     distributed=True,

@@ -20,7 +20,7 @@ from pipeline.errors import DataError
 from pipeline.running.worker import hub_inputs
 from pipeline.settings.resources import Resources
 from pipeline.store.job import Job
-from stages.lib.models.adapters import save_adapter
+from stages.lib.models.adapters.saving import save_adapter
 from tests.integration.on_policy_world import OnPolicyWorld, Seen, align, make_on_policy_world, write_policy
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,8 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.settings.resources import Resources
 from pipeline.stage import Estimate, Forecast
 from stages import STAGES
-from stages.lib.models.adapters import LoraParams, with_adapter
+from stages.lib.models.adapters.attaching import with_adapter
+from stages.lib.models.adapters.params import LoraParams
 from stages.lib.models.asking import innermost, require_attention, without_cache
 from stages.lib.preferring.reward_models import scores
 from stages.lib.training.making import prepare

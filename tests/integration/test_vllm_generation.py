@@ -42,7 +42,8 @@ def test_it_is_given_merged_weights_and_the_shared_ones_stay_as_they_are(tmp_pat
     """The base is that of the reference and the critic, which must not gather rounding, rollout by rollout."""
     from transformers import AutoModelForCausalLM
 
-    from stages.lib.models.adapters import LoraParams, with_adapter
+    from stages.lib.models.adapters.attaching import with_adapter
+    from stages.lib.models.adapters.params import LoraParams
     from tests.distributed.training_world import make_tokenizer, write_model
 
     base = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", make_tokenizer())).to(torch.bfloat16)

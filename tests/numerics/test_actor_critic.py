@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from stages.lib.formulas.token_losses import IGNORE
-from stages.lib.models.adapters import LoraParams, sharing_weights
+from stages.lib.models.adapters.attaching import sharing_weights
+from stages.lib.models.adapters.params import LoraParams
 from stages.lib.models.heads import fresh_value, load_value
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
 from stages.lib.on_policy.experience import Episode, collate_episodes

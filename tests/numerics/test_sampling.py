@@ -231,7 +231,8 @@ def test_the_models_own_generation_config_changes_nothing() -> None:
 
 def test_the_same_under_a_fresh_adapter() -> None:
     """It adds 0 to the weights. peft hands a generation config down to the model within: that one has its own again too."""
-    from stages.lib.models.adapters import LoraParams, with_adapter
+    from stages.lib.models.adapters.attaching import with_adapter
+    from stages.lib.models.adapters.params import LoraParams
 
     base = tiny_policy("llama")
     expected = completed(base)

@@ -307,12 +307,55 @@ def test_the_same_recipe_writes_the_same_bytes_anywhere_and_any_time(tmp_path: P
 
 @pytest.mark.parametrize("kind", Kind)
 def test_models_have_cards_and_nothing_else_has(shop: Shop, kind: Kind) -> None:
-    path = shop.card(output=kind, out=shop.folder.parent / "one" / "out")
-    assert path.exists() == (kind in PIPELINE_TAGS)
+    out = shop.folder.parent / "one" / "out"
+    if kind is Kind.ADAPTER:
+        out.mkdir(parents=True)
+        (out / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    path = shop.card(output=kind, out=out)
+    assert path.exists() == (kind in PIPELINE_TAGS or kind is Kind.ADAPTER)
     if path.exists():
         code = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
         compile(code[0], "card", "exec")
-        assert checked(path)["pipeline_tag"] == PIPELINE_TAGS[kind]
+        assert checked(path)["pipeline_tag"] == PIPELINE_TAGS.get(kind, "text-generation")
+
+
+def test_the_card_of_an_adapter_alone(shop: Shop) -> None:
+    """It speaks of no model above it. Weights that peft does not read are put in place without peft."""
+    out = shop.folder.parent / "one" / "out"
+    out.mkdir(parents=True)
+    for config, tag, library in (
+        ('{"peft_type": "PREFIX_TUNING"}', "prefix_tuning", "peft"),
+        ('{"slipway_method": "bitfit"}', "bitfit", "transformers"),
+    ):
+        (out / "adapter_config.json").write_text(config)
+        path = shop.card(output=Kind.ADAPTER, out=out)
+        said = checked(path)
+        assert said["tags"] == ["slipway", "sft", tag] and said["library_name"] == library
+        assert said["base_model_relation"] == "adapter"
+        assert "The folder above" not in path.read_text()
+        assert ("PeftModel" in path.read_text()) == (library == "peft")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (Kind.CLASSIFIER, "AutoModelForSequenceClassification.from_pretrained("),
+        (Kind.EXTRACTOR, "AutoModelForTokenClassification.from_pretrained("),
+        (Kind.READER, "AutoModelForQuestionAnswering.from_pretrained("),
+        (Kind.ENCODER, "AutoModelForMaskedLM.from_pretrained("),
+    ],
+)
+def test_the_base_of_an_adapter_is_opened_with_the_head_that_it_was_trained_under(
+    shop: Shop, kind: Kind, line: str
+) -> None:
+    out = shop.folder.parent / "one" / "out"
+    (out / "adapter").mkdir(parents=True)
+    (out / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (out / "config.json").write_text('{"id2label": {"0": "a", "1": "b", "2": "c"}}')
+    shop.card(output=kind, out=out)
+    text = (out / "adapter" / "README.md").read_text()
+    assert line in text
+    assert (", num_labels=3" in text) == (kind in (Kind.CLASSIFIER, Kind.EXTRACTOR))
 
 
 def test_adapter_and_critic_have_cards_of_their_own(shop: Shop) -> None:

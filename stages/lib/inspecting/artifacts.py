@@ -155,7 +155,9 @@ def inspect_model(folder: Path, manifest: Manifest | None) -> dict[str, Any]:
     if is_file(folder / ADAPTER):
         adapter = read_json(folder / ADAPTER)
         found["adapter"] = {
-            name: adapter[name] for name in ("base_model_name_or_path", "peft_type", "r") if name in adapter
+            name: adapter[name]
+            for name in ("base_model_name_or_path", "peft_type", "slipway_method", "r")
+            if name in adapter
         }
     if is_file(folder / "generation_config.json"):
         ends = read_json(folder / "generation_config.json").get("eos_token_id")

@@ -297,6 +297,7 @@ def memory_bytes_per_rank(
     vocabulary: int,
     gradient_checkpointing: bool,
     dropped_heads: int = 0,
+    trained: int | None = None,
 ) -> int:
     """What one process needs at most on its device while it trains, in bytes; the libraries' own share is not in it.
 
@@ -309,9 +310,14 @@ def memory_bytes_per_rank(
     matrix is never whole), with gradient checkpointing 1 and one whole layer. With dropout in attention its matrix is whole, of
     `dropped_heads` heads: in float32, as a mask of 1 byte, and in `precision`. Logits: in `precision`, in float32, and their
     gradient.
+
+    `trained`: how many of the parameters are trained, None for all. The others have weights only: neither gradients nor
+    what the optimizer keeps, and no float32 copy of DeepSpeed.
     """
     width = BYTES[precision]
-    states = state_bytes_per_rank(parameters=parameters, layout=layout, world_size=world_size, precision=precision)
+    states = state_bytes_per_rank(
+        parameters=parameters, layout=layout, world_size=world_size, precision=precision, trained=trained
+    )
     tokens = micro_batch * sequence_length
     kept_layers = 1 + layers / 17 if gradient_checkpointing else layers
     activations = tokens * hidden * 17 * width * kept_layers
@@ -320,15 +326,23 @@ def memory_bytes_per_rank(
     return int(states + activations + matrices + logits)
 
 
-def state_bytes_per_rank(*, parameters: int, layout: Mapping[str, Any] | None, world_size: int, precision: str) -> int:
+def state_bytes_per_rank(
+    *,
+    parameters: int,
+    layout: Mapping[str, Any] | None,
+    world_size: int,
+    precision: str,
+    trained: int | None = None,
+) -> int:
     """Of `memory_bytes_per_rank` the weights, gradients and optimizer."""
+    learned = parameters if trained is None else trained
     width = BYTES[precision]
     zero = (layout or {}).get("zero_optimization", {})
     stage = zero.get("stage", 0) if layout is not None else None
     if stage is None:
-        return parameters * (4 + 4 + 8) + (parameters * width if precision != "fp32" else 0)
+        return parameters * 4 + learned * (4 + 8) + (parameters * width if precision != "fp32" else 0)
     moved = {name for name in ("optimizer", "param") if zero.get(f"offload_{name}", {}).get("device", "none") != "none"}
     weights = 0 if "param" in moved else parameters * width / (world_size if stage == 3 else 1)
-    gradients = parameters * width / (world_size if stage >= 2 else 1)
-    optimizer = 0 if "optimizer" in moved else parameters * 12 / (world_size if stage >= 1 else 1)
+    gradients = learned * width / (world_size if stage >= 2 else 1)
+    optimizer = 0 if "optimizer" in moved else learned * 12 / (world_size if stage >= 1 else 1)
     return int(weights + gradients + optimizer)

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArtifactError, PathError
-from pipeline.settings.paths import read_json
+from pipeline.errors import ArtifactError, PathError, Problem, shown
+from pipeline.settings.paths import holds_file, read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The model's `config.json`."""
+    """The model's `config.json`. Raises `ArtifactError` where there is none, and says so of an adapter alone."""
+    if holds_file(folder, ADAPTER_CONFIG) and not holds_file(folder, "config.json"):
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        what = f"holds an adapter of {shown(base)} alone, and no model"
+        hint = "Make one of the two by a step `merge`, and name that; virtual tokens are read by peft alone."
+        raise ArtifactError(Problem(str(folder), what, hint))
     try:
         return read_json(folder / "config.json")
     except PathError as error:

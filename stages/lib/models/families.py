@@ -79,15 +79,17 @@ def scoring_problems(architecture: Mapping[str, Any], where: str = "inputs.model
     return [Problem(where, what, "Choose another architecture (llama, mistral and qwen3 work).")]
 
 
-def adapter_problems(architecture: Mapping[str, Any], target_modules: list[str] | None) -> list[Problem]:
+def adapter_problems(
+    architecture: Mapping[str, Any],
+    target_modules: list[str] | str | None,
+    where: str = "params.lora.target_modules",
+) -> list[Problem]:
     """Of an adapter on all linear layers, where peft refuses some of the family's."""
     kind = architecture.get("model_type")
     if target_modules is not None or kind not in ("mamba", "mamba2", "falcon_mamba"):
         return []
     what = f"is null, and peft adapts not all linear layers of {kind} models"
-    return [
-        Problem("params.lora.target_modules", what, "Name them: [in_proj, x_proj] for mamba, [in_proj] for mamba2.")
-    ]
+    return [Problem(where, what, "Name them: [in_proj, x_proj] for mamba, [in_proj] for mamba2.")]
 
 
 def reading_problems(architecture: Mapping[str, Any]) -> list[Problem]:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from stages.lib.formulas.policy_gradient import logprobs_and_entropy
 from stages.lib.formulas.token_losses import cross_entropy_sum
-from stages.lib.models.adapters import LoraParams, require_layers, sharing_weights, with_adapter
+from stages.lib.models.adapters.attaching import require_linear, sharing_weights, with_adapter
+from stages.lib.models.adapters.params import LoraParams
 from stages.lib.models.asking import innermost, without_cache
 
 
@@ -110,7 +111,7 @@ def adapted(base: PreTrainedModel, lora: LoraParams, seed: int, *, critic: bool,
 
     Raises `DataError` where `lora` names layers that the backbone does not have.
     """
-    require_layers(base.base_model, lora.target_modules or [])
+    require_linear(base.base_model, lora.target_modules, "params.lora.target_modules")
     reference = sharing_weights(base).requires_grad_(False)
     value = None
     if critic:

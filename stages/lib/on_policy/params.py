@@ -13,7 +13,7 @@ from pipeline.settings.strict import Strict
 from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
-from stages.lib.models.adapters import LoraParams
+from stages.lib.models.adapters.params import LoraParams
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems

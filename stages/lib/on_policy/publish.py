@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipeline.stage import Context
-from stages.lib.models.adapters import ADAPTER_FOLDER, save_adapter
+from stages.lib.models.adapters.params import ADAPTER_FOLDER
+from stages.lib.models.adapters.saving import save_adapter
 from stages.lib.models.formats import Formats
 from stages.lib.models.heads import load_policy
 from stages.lib.models.publishing import publish, zeros_of

@@ -18,7 +18,7 @@ from pipeline.store.artifact import MANIFEST, Facts, read_manifest
 from stages.lib.generating.generator import Generator
 from stages.lib.generating.transformers import TransformersGenerator
 from stages.lib.generating.vllm import VllmEngine, VllmGenerator, require_vllm
-from stages.lib.models.adapters import with_adapter
+from stages.lib.models.adapters.attaching import with_adapter
 from stages.lib.models.config import hidden_size, read_config, text_config
 from stages.lib.models.formats import formats_to_publish, say_if_other
 from stages.lib.models.generation import note_generation

@@ -210,18 +210,21 @@ class Engine:
 
     # Whole weights
 
-    def state_of(self, part: nn.Module) -> dict[str, Tensor]:
+    def state_of(self, part: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
         """Name -> whole weight of a part of the module, on the CPU, on the main process; {} on the others.
 
-        Under ZeRO-3 one weight after the other is gathered, so that no device ever holds all of them.
+        Under ZeRO-3 one weight after the other is gathered, so that no device ever holds all of them. `trained_only`: without
+        those that are frozen, and without buffers.
         """
         state = {}
         self.release()
         for name, parameter in part.named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
             with self.whole([parameter]):
                 if self.ctx.world.is_main:
                     state[name] = parameter.detach().to("cpu", copy=True)
-        if self.ctx.world.is_main:
+        if self.ctx.world.is_main and not trained_only:
             buffers = dict(part.named_buffers())
             state |= {name: b.detach().cpu() for name, b in part.state_dict().items() if name in buffers}
         return state

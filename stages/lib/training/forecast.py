@@ -11,6 +11,12 @@ from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.noise import dropped_heads, noise_notes
+from stages.lib.training.adapter_forecast import (
+    adapter_notes,
+    adapter_problems_ahead,
+    counted_ahead,
+    published_method,
+)
 from stages.lib.training.extension import extension_problems_ahead
 from stages.lib.training.layouts import layout_problems, read_layout, readable_layout
 from stages.lib.training.params import TrainingParams, derive_batch, optimizer_steps
@@ -29,7 +35,8 @@ def check_training(forecast: Forecast, global_batch_size: int | None = None) -> 
             problems += layout_problems(read_layout(forecast.resources.deepspeed), forecast.params, batch)
     except RecipeError as error:
         problems += error.problems
-    return [problem for problem in problems if isinstance(problem, Problem)]
+    found = [problem for problem in problems if isinstance(problem, Problem)]
+    return found + adapter_problems_ahead(forecast)
 
 
 def estimate_training(
@@ -59,26 +66,24 @@ def estimate_training(
     if parameters is None and architecture is not None and architecture.get("vocab_size"):
         parameters = parameter_count(architecture)
     config = architecture or {}
-    sizes = [field_of(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    counted = counted_ahead(params, architecture)
+    trained = counted.trained if counted else None
     memory = None
-    layout = readable_layout(resources)
-    if parameters and batch and sequence_length and all(sizes) and (layout is None) == (resources.deepspeed is None):
-        memory = memory_bytes_per_rank(
-            parameters=parameters,
-            layout=layout,
-            world_size=resources.world_size,
-            precision=params.precision,
+    if parameters and batch and sequence_length:
+        memory = memory_of_training(
+            forecast,
+            config,
+            parameters=parameters + (counted.added if counted else 0),
+            trained=trained,
             micro_batch=batch.micro_batch_size,
             sequence_length=sequence_length,
-            hidden=sizes[0],
-            layers=sizes[1],
-            vocabulary=sizes[2],
-            gradient_checkpointing=resources.gradient_checkpointing,
-            dropped_heads=0 if without_dropout else dropped_heads(config),
+            without_dropout=without_dropout,
         )
-    per_parameter = 4 + CHECKPOINT_BYTES_PER_PARAMETER * most_checkpoints(forecast)
     return Estimate(
         parameters=parameters,
+        trained_parameters=trained,
+        added_parameters=counted.added if counted else None,
+        adapter=published_method(params),
         architecture=architecture,
         vocabulary_size=vocabulary_size,
         train_rows=num_rows,
@@ -89,8 +94,8 @@ def estimate_training(
         micro_batch_size=batch.micro_batch_size if batch else None,
         accumulation=batch.accumulation if batch else None,
         memory_bytes_per_rank=memory,
-        disk_bytes=parameters * per_parameter if parameters else None,
-        notes=(*(() if without_dropout else noise_notes(config)), *generation_notes(base_folder(forecast))) or None,
+        disk_bytes=disk_bytes_of(params, parameters, trained, most_checkpoints(forecast)),
+        notes=notes_of(forecast, config, without_dropout=without_dropout) or None,
     )
 
 
@@ -98,6 +103,53 @@ def most_checkpoints(forecast: Forecast) -> int:
     """How many checkpoints lie on the disk at once: those that are kept, that of the best step, and the one being written."""
     keeps_best = getattr(forecast.params, "publish_best", None) is not None
     return forecast.resources.keep_checkpoints + keeps_best + 1
+
+
+def memory_of_training(
+    forecast: Forecast,
+    architecture: Mapping[str, Any],
+    *,
+    parameters: int,
+    trained: int | None,
+    micro_batch: int,
+    sequence_length: int,
+    without_dropout: bool,
+) -> int | None:
+    """`memory_bytes_per_rank` of the step; None where the model's sizes or the memory layout are not known."""
+    resources = forecast.resources
+    sizes = [field_of(architecture, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    layout = readable_layout(resources)
+    if not all(sizes) or (layout is None) != (resources.deepspeed is None):
+        return None
+    return memory_bytes_per_rank(
+        parameters=parameters,
+        trained=trained,
+        layout=layout,
+        world_size=resources.world_size,
+        precision=forecast.params.precision,
+        micro_batch=micro_batch,
+        sequence_length=sequence_length,
+        hidden=sizes[0],
+        layers=sizes[1],
+        vocabulary=sizes[2],
+        gradient_checkpointing=resources.gradient_checkpointing,
+        dropped_heads=0 if without_dropout else dropped_heads(architecture),
+    )
+
+
+def disk_bytes_of(params: Any, parameters: int | None, trained: int | None, checkpoints: int) -> int | None:
+    """What is published, and the checkpoints: these hold what is trained only."""
+    if not parameters:
+        return None
+    learned = parameters if trained is None else trained
+    published = learned if published_method(params) is not None else parameters
+    return 4 * published + CHECKPOINT_BYTES_PER_PARAMETER * checkpoints * learned
+
+
+def notes_of(forecast: Forecast, architecture: Mapping[str, Any], *, without_dropout: bool) -> tuple[str, ...]:
+    """What a user should read before the step starts."""
+    noise = () if without_dropout else noise_notes(architecture)
+    return (*noise, *generation_notes(base_folder(forecast)), *adapter_notes(forecast))
 
 
 def base_folder(forecast: Forecast) -> Path | None:

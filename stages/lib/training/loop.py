@@ -30,13 +30,12 @@ from pipeline.errors import Preempted
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
-from stages.lib.models.formats import formats_to_publish, say_if_other
+from stages.lib.models.formats import formats_to_publish
 from stages.lib.models.generation import note_generation
-from stages.lib.models.loading import count_parameters
-from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import all_reduce_sum, any_process, from_main
 from stages.lib.processes.joining import join_processes
 from stages.lib.text.batches import Collate, num_tokens, with_positions
+from stages.lib.training.adapted import publish_trained
 from stages.lib.training.beginning import find_start, identity_of_run, in_passes, take_over_best
 from stages.lib.training.carrying import Objective, carried_by, go_on, one_step
 from stages.lib.training.engine import Engine, Stepped
@@ -105,6 +104,7 @@ class Training:
     rates: Sequence[float]
     """Highest learning rate of each of the optimizer's groups."""
     parameters: int
+    trained_parameters: int
     identity: dict[str, Any]
     """What a checkpoint must have in common with the run that resumes from it."""
     progress: TrainingProgress
@@ -283,7 +283,7 @@ class Training:
         progress, content = self.progress, dict(self.identity)
         content |= {"window": asdict(progress.window), "before": progress.before}
         content |= carried_by(self.objective) | self.watching.carried(progress.step)
-        save_checkpoint(self.ctx, self.engine, progress.step, self.steps, self.parameters, content)
+        save_checkpoint(self.ctx, self.engine, progress.step, self.steps, self.trained_parameters, content)
 
 
 def train(
@@ -318,9 +318,9 @@ def train(
     note_generation(ctx)
     ctx.journal.note(in_passes(len(data), steps, batch))
     randomness = Randomness(ctx, device, without_dropout)
-    engine, model, rates = make_engine(ctx, params, batch, make_model, device, randomness)
+    made = make_engine(ctx, params, batch, make_model, device, randomness)
     if saved is not None:
-        engine.load(saved.folder)
+        made.engine.load(saved.folder)
         write_receipt(ctx, params, batch, len(data), steps, saved)
         go_on(objective, saved.state)
     training = Training(
@@ -332,17 +332,16 @@ def train(
         collate=with_positions(collate),
         objective=objective,
         evaluate=evaluate,
-        engine=engine,
+        engine=made.engine,
         randomness=randomness,
-        rates=rates,
-        parameters=count_parameters(model),
+        rates=made.rates,
+        parameters=made.parameters,
+        trained_parameters=made.trained,
         identity=identity,
         progress=TrainingProgress.of(saved),
         watching=Watching.of(params, saved.state if saved else None),
     )
     training.take_over(saved)
     trained = training.run()
-    state = engine.state_of(model)
-    dtype = from_main(lambda: publish(model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
-    say_if_other(ctx, formats, dtype)
+    dtype = publish_trained(ctx, params, made, make_model, tokenizer, formats, stop_ids)
     return replace(trained, dtype=dtype)

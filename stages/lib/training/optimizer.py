@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,28 @@ from stages.lib.training.params import OptimizerParams
 Groups = list[dict[str, Any]]
 
 
-def parameter_groups(modules: Sequence[tuple[nn.Module, float]], weight_decay: float) -> tuple[Groups, list[float]]:
+def same_rate(name: str) -> float:
+    return 1.0
+
+
+def parameter_groups(
+    modules: Sequence[tuple[nn.Module, float]], weight_decay: float, factor_of: Callable[[str], float] = same_rate
+) -> tuple[Groups, list[float]]:
     """Groups for the optimizer, and the highest learning rate of each: per module its matrices, then its norms and biases.
 
-    Weight decay is for matrices only.
+    Weight decay is for matrices only. `factor_of` a parameter's name: what its rate is a multiple of its module's.
     """
     groups, rates = [], []
     for module, rate in modules:
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for decay, wanted in ((weight_decay, True), (0.0, False)):
-            # Under ZeRO-3 a parameter's own shape is that of its part.
-            members = [p for p in trained if (len(getattr(p, "ds_shape", p.shape)) >= 2) is wanted]
-            if members:
-                groups.append({"params": members, "weight_decay": decay})
-                rates.append(rate)
+        trained = [(factor_of(name), p) for name, p in module.named_parameters() if p.requires_grad]
+        for factor in sorted({factor for factor, _ in trained}):
+            for decay, wanted in ((weight_decay, True), (0.0, False)):
+                # Under ZeRO-3 a parameter's own shape is that of its part.
+                of_group = (p for each, p in trained if each == factor)
+                members = [p for p in of_group if (len(getattr(p, "ds_shape", p.shape)) >= 2) is wanted]
+                if members:
+                    groups.append({"params": members, "weight_decay": decay})
+                    rates.append(rate * factor)
     return groups, rates
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,9 @@ from pydantic import Field, FieldSerializationInfo, field_serializer, model_vali
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.settings.resources import Resources
+from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import LearningRate, Scale, Weight
+from stages.lib.models.adapters.params import AdapterParams, VirtualTokens, publishes_adapter
 from stages.lib.models.published import PublishedDtype, PublishedParams
 from stages.lib.training.selection import PublishBest, StopEarly, watched_problem
 
@@ -104,6 +107,33 @@ class TrainingParams(OptimizerParams):
             raise ValueError(problem)
         return self
 
+    adapter: AdapterParams | None = Field(default=None, exclude_if=lambda adapter: adapter is None)
+    """An adapter, or a part of the weights, that is trained in place of all of them: `method` and the fields of that method, as {method: lora, rank: 16}. The table in stages/README.md says what each is, and when it fits. null: all weights are trained."""
+
+    @property
+    def trains_causal_lm(self) -> bool:
+        """Whether what is trained predicts the next token: then it may read virtual tokens, and be published as an adapter."""
+        return False
+
+    @property
+    def publishes_adapter(self) -> bool:
+        """Whether the artifact is the adapter alone."""
+        return publishes_adapter(self.adapter)
+
+    @model_validator(mode="after")
+    def adapter_fits_the_model(self) -> TrainingParams:
+        if self.adapter is None or self.trains_causal_lm:
+            return self
+        others = "lora, ia3, bitfit or freeze"
+        if isinstance(self.adapter, VirtualTokens):
+            raise ValueError(f"adapter: {self.adapter.method} is for causal models alone: take {others}")
+        if self.publishes_adapter:
+            raise ValueError(
+                "adapter: publish: adapter is for causal models alone, which `merge` takes: set publish: merged; the adapter "
+                "is then in the folder adapter/ of the artifact as well"
+            )
+        return self
+
     @model_validator(mode="after")
     def exactly_one_length(self) -> TrainingParams:
         if (self.max_steps is None) == (self.epochs is None):
@@ -115,6 +145,11 @@ class TrainingParams(OptimizerParams):
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below max_steps {self.max_steps}")
         return self
+
+
+def causal_lm_or_adapter(params: TrainingParams, inputs: Mapping[str, Kind]) -> Kind:
+    """What a stage makes that trains a causal model."""
+    return Kind.ADAPTER if params.publishes_adapter else Kind.CAUSAL_LM
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,194 @@
+"""Adapters put on models: which parameters are trained then, which are frozen, and what of a model is new and always trained."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import DataError, Problem, did_you_mean
+from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
+from stages.lib.models.adapters.methods import METHODS, Method, known_names
+from stages.lib.models.adapters.params import AdapterBlock, FreezeMethod, LoraParams, VirtualTokens, method_name
+
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""How a class of transformers ends -> what peft calls its task. Of others peft knows no task."""
+
+
+NEW_HEADS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+"""The tasks whose head is new: a model that only filled gaps or wrote on has none."""
+
+
+def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
+    """The model frozen under a fresh adapter, which is the same in every process and every memory layout.
+
+    What a method of peft makes is peft's model around `model`; of the others it is `model` itself. New heads are trained in
+    any case. Raises `DataError` where the method does not fit the model's layers.
+    """
+    torch.manual_seed(bounded_seed(seed, TORCH_BITS))
+    method = METHODS[type(adapter)]
+    new = new_modules(model)
+    if method.choose is not None:
+        return train_only(model, adapter, method, new)
+    assert method.peft_config is not None
+    for field in ("target_modules", "feedforward_modules"):
+        require_linear(model, getattr(adapter, field, None), f"params.adapter.{field}")
+    require_modules(model, getattr(adapter, "modules_to_save", None), "params.adapter.modules_to_save")
+    try:
+        with warnings.catch_warnings():
+            # Conv1D keeps its weights the other way round, which peft sees by itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            adapted = get_peft_model(model, method.peft_config(adapter, task_for_peft(model), new))
+    except ValueError as error:
+        what = f"{method_name(type(adapter))} does not fit this model: {str(error).splitlines()[0]:.300}"
+        hint = f"Name layers that do in target_modules: some of {known_names(linear_names(model))}; or take lora."
+        raise DataError(Problem("params.adapter", what, hint)) from error
+    if isinstance(adapter, VirtualTokens):
+        hide_virtual_tokens(adapted, adapter.num_virtual_tokens)
+    return adapted
+
+
+def task_of(model: Any) -> str | None:
+    """What peft calls the model's task; None where it knows none for the class."""
+    name = type(model).__name__
+    return next((task for ending, task in TASKS.items() if name.endswith(ending)), None)
+
+
+def task_for_peft(model: Any) -> str | None:
+    """The task that peft is told: not that of a head of several layers, which peft would train as one module and not merge."""
+    several = [
+        name for name, part in model.named_children() if name in ("classifier", "score") and list(part.children())
+    ]
+    return None if several and task_of(model) in NEW_HEADS else task_of(model)
+
+
+def new_modules(model: Any) -> list[str]:
+    """The names of the layers outside of the body of a model with a new head, and in a pooler, which is new as well."""
+    if task_of(model) not in NEW_HEADS:
+        return []
+    body = model.base_model_prefix
+    return [
+        name
+        for name, part in model.named_modules()
+        if any(True for _ in part.parameters(recurse=False))
+        and (not name.startswith(f"{body}.") or name.startswith(f"{body}.pooler."))
+    ]
+
+
+def train_only(model: Any, adapter: AdapterBlock, method: Method, new: Sequence[str]) -> Any:
+    """The model with all frozen but its new modules and what the method chooses. Raises `DataError` where that is nothing."""
+    assert method.choose is not None
+    chosen = set(method.choose(adapter, model))
+    if isinstance(adapter, FreezeMethod):
+        require_modules(model, adapter.modules, "params.adapter.modules")
+    if not chosen:
+        name = method_name(type(adapter))
+        what = f"finds nothing to train: {type(model).__name__} has no such parameters (method {name})"
+        raise DataError(Problem("params.adapter", what, "Take lora, which fits every model with linear layers."))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen or name.startswith(tuple(f"{each}." for each in new)))
+    return model
+
+
+def hide_virtual_tokens(adapted: Any, count: int) -> None:
+    """Has the model say nothing of the places of its virtual tokens: as many logits come out as tokens went in."""
+
+    def cut(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> Any:
+        read = named["input_ids"] if "input_ids" in named else args[0]
+        if output.logits.shape[1] == read.shape[1] + count:
+            output.logits = output.logits[:, count:]
+        return output
+
+    adapted.register_forward_hook(cut, with_kwargs=True)
+
+
+def trained_state(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that is trained."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_trained(model: nn.Module) -> int:
+    """The number of parameters that are trained, whole also where ZeRO-3 has split them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in trained_state(model).values())
+
+
+# Names of layers
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last part of the paths of the model's linear layers, sorted."""
+    return sorted({name.rpartition(".")[2] for name, each in model.named_modules() if is_linear(each)})
+
+
+def require_linear(model: nn.Module, names: Sequence[str] | str | None, where: str) -> None:
+    """Raises `DataError` if one of the names is that of no linear layer; peft would pass over it while others are found."""
+    if isinstance(names, str) or not names:
+        return  # of a pattern peft says that it matches nothing
+    layers = [name for name, module in model.named_modules() if is_linear(module)]
+    known = linear_names(model)
+    problems = [
+        Problem(where, f"the model has no linear layer '{name}'", did_you_mean(name, known))
+        for name in names
+        if not any(f".{layer}".endswith(f".{name}") for layer in layers)
+    ]
+    if problems:
+        raise DataError(*problems)
+
+
+def require_modules(model: nn.Module, names: Sequence[str] | None, where: str) -> None:
+    """Raises `DataError` if one of the names is that of no module with parameters of its own."""
+    modules = {name for name, _ in model.named_parameters()}
+    known = sorted({part for name in modules for part in name.split(".")[:-1] if not part.isdecimal()})
+    problems = [
+        Problem(where, f"the model has no module '{name}' with weights of its own", did_you_mean(name, known))
+        for name in names or ()
+        if not any(f".{name}." in f".{each}" for each in modules)
+    ]
+    if problems:
+        raise DataError(*problems)
+
+
+# The on-policy stages, where policy, critic and reference share one backbone
+
+
+def sharing_weights(model: nn.Module) -> Any:
+    """Another model of the same layers with the very same weights: what is trained in it must be added to it."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
+    """The model frozen under a fresh low-rank adapter, which is the same in every process and every memory layout.
+
+    Raises `DataError` where it does not fit the model's layers.
+    """
+    torch.manual_seed(bounded_seed(seed, TORCH_BITS))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules or "all-linear",
+        task_type=task,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        what = f"does not fit this model: {str(error).splitlines()[0]:.300}"
+        hint = f"Name layers that do: some of {', '.join(linear_names(model))}."
+        raise DataError(Problem("params.lora.target_modules", what, hint)) from error

@@ -1,0 +1,152 @@
+"""How many parameters an adapter trains, from the config of its model alone. Imports no torch, for `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from stages.lib.models.adapters.params import (
+    BitFitMethod,
+    FreezeMethod,
+    Ia3Method,
+    LoraMethod,
+    PrefixTuningMethod,
+    PromptTuningMethod,
+    PTuningMethod,
+)
+from stages.lib.models.arithmetic import completed, field_of, parameter_count
+from stages.lib.models.linears import Linear, layer_biases, layer_linears, other_biases
+
+Architecture = Mapping[str, Any]
+
+
+class Counted(NamedTuple):
+    """Numbers of parameters. A new head on the model, which is always trained, is in neither."""
+
+    trained: int
+    added: int
+    """Those of the trained ones that the model did not have."""
+
+
+def hidden_of(architecture: Architecture) -> int | None:
+    return field_of(architecture, "hidden_size")
+
+
+def layers_in(architecture: Architecture) -> int | None:
+    return field_of(architecture, "num_hidden_layers")
+
+
+def keys_in(architecture: Architecture) -> int | None:
+    """The width of a layer's keys: fewer heads than of queries where these share them."""
+    config = completed(architecture) or architecture
+    hidden, heads = hidden_of(architecture), field_of(architecture, "num_attention_heads")
+    if hidden is None or not heads:
+        return None
+    return (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or hidden // heads)
+
+
+def ending_with(linears: list[Linear], names: list[str]) -> list[Linear]:
+    """Those of the layers whose path ends with one of the names."""
+    return [each for each in linears if any(f".{each.path}".endswith(f".{name}") for name in names)]
+
+
+def count_lora(params: LoraMethod, architecture: Architecture) -> Counted | None:
+    """Layers x sum of r (inputs + outputs) over the linear layers that get one; DoRA: one number more for each output."""
+    linears, layers = layer_linears(architecture), layers_in(architecture)
+    if linears is None or not layers or isinstance(params.target_modules, str) or params.modules_to_save:
+        return None
+    if params.target_modules is not None:
+        chosen = ending_with(linears, params.target_modules)
+        if any(not ending_with(linears, [name]) for name in params.target_modules):
+            return None  # of layers that stand elsewhere
+        linears = chosen
+    sizes = (params.rank * (each.inputs + each.outputs) + each.outputs * params.use_dora for each in linears)
+    return added_only(layers * sum(sizes))
+
+
+def count_ia3(params: Ia3Method, architecture: Architecture) -> Counted | None:
+    """Layers x (outputs of the layers that are scaled + inputs of those whose inputs are)."""
+    linears, layers = layer_linears(architecture), layers_in(architecture)
+    if linears is None or not layers:
+        return None
+    targets, inner = params.target_modules, params.feedforward_modules
+    if targets is None or inner is None:
+        usual = IA3_LAYERS.get(str(architecture.get("model_type")))
+        if usual is None:
+            return None
+        targets, inner = list(usual), [usual[-1]]
+    scaled_inputs = ending_with(linears, inner)
+    scaled = [each for each in ending_with(linears, targets) if each not in scaled_inputs]
+    return added_only(layers * (sum(each.outputs for each in scaled) + sum(each.inputs for each in scaled_inputs)))
+
+
+IA3_LAYERS = {
+    "llama": ("k_proj", "v_proj", "down_proj"),
+    "mistral": ("k_proj", "v_proj", "down_proj"),
+    "qwen2": ("q_proj", "v_proj", "down_proj"),
+    "qwen3": ("q_proj", "v_proj", "down_proj"),
+    "gpt2": ("c_attn", "mlp.c_proj"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+}
+"""The layers that peft scales by itself; of the last the inputs."""
+
+
+def count_prompt_tuning(params: PromptTuningMethod, architecture: Architecture) -> Counted | None:
+    """Virtual tokens x hidden."""
+    hidden = hidden_of(architecture)
+    return added_only(params.num_virtual_tokens * hidden) if hidden else None
+
+
+def count_prefix_tuning(params: PrefixTuningMethod, architecture: Architecture) -> Counted | None:
+    """Virtual tokens p, layers L, keys of a layer k, MLP m: p 2 L k; with projection p k + (k m + m) + (m 2 L k + 2 L k)."""
+    keys, layers = keys_in(architecture), layers_in(architecture)
+    if not keys or not layers:
+        return None
+    tokens, width = params.num_virtual_tokens, 2 * layers * keys
+    if not params.projection:
+        return added_only(tokens * width)
+    inner = params.projection_size or keys
+    return added_only(tokens * keys + (keys * inner + inner) + (inner * width + width))
+
+
+def count_p_tuning(params: PTuningMethod, architecture: Architecture) -> Counted | None:
+    """Virtual tokens p, hidden h, encoder m.
+
+    MLP: p h + (h m + m) + (m m + m) + (m h + h). LSTM of n layers, both ways: p h + 2 (4 m (h + m) + 8 m) of the first
+    layer, 2 (4 m (2 m + m) + 8 m) of each other, and the two above it, (4 m m + 2 m) + (2 m h + h).
+    """
+    hidden = hidden_of(architecture)
+    if not hidden:
+        return None
+    inner, tokens = params.encoder_size or hidden, params.num_virtual_tokens * hidden
+    if params.encoder == "mlp":
+        mlp = (hidden * inner + inner) + (inner * inner + inner) + (inner * hidden + hidden)
+        return added_only(tokens + mlp)
+    first = 2 * (4 * inner * (hidden + inner) + 8 * inner)
+    others = (params.encoder_layers - 1) * 2 * (4 * inner * 3 * inner + 8 * inner)
+    above = (4 * inner * inner + 2 * inner) + (2 * inner * hidden + hidden)
+    return added_only(tokens + first + others + above)
+
+
+def count_bitfit(params: BitFitMethod, architecture: Architecture) -> Counted | None:
+    """Layers x (outputs of its linear layers with a bias + hidden for each norm with one) + those outside of layers."""
+    of_layer, elsewhere, layers = layer_biases(architecture), other_biases(architecture), layers_in(architecture)
+    if of_layer is None or elsewhere is None or not layers:
+        return None
+    return Counted(layers * of_layer + elsewhere, 0)
+
+
+def count_freeze(params: FreezeMethod, architecture: Architecture) -> Counted | None:
+    """Last layers x the parameters of a layer; of named modules in them, the weights and biases of the linear layers there."""
+    config, layers = completed(architecture), layers_in(architecture)
+    if config is None or not layers or params.last_layers is None or params.modules is not None:
+        return None
+    name = next(each for each in ("num_hidden_layers", "n_layer", "n_layers") if each in config)
+    whole, less = parameter_count(config), parameter_count({**config, name: layers - 1}) if layers > 1 else None
+    if whole is None or less is None:
+        return None
+    return Counted(min(params.last_layers, layers) * (whole - less), 0)
+
+
+def added_only(parameters: int) -> Counted:
+    return Counted(parameters, parameters)

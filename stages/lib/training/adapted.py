@@ -1,0 +1,83 @@
+"""What becomes of a trained model: a whole one, or under an adapter that alone, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from pipeline.stage import Context
+from stages.lib.models.adapters.attaching import attach, trained_state
+from stages.lib.models.adapters.params import ADAPTER_FOLDER
+from stages.lib.models.adapters.saving import write_adapter
+from stages.lib.models.formats import Formats, say_if_other
+from stages.lib.models.publishing import publish
+from stages.lib.processes.collectives import from_main
+from stages.lib.text.tokenizers import copy_left_out, copy_tokenizer
+from stages.lib.training.making import Made
+from stages.lib.training.params import TrainingParams
+
+
+def publish_trained(
+    ctx: Context,
+    params: TrainingParams,
+    made: Made,
+    make_model: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | Path,
+    formats: Formats,
+    stop_ids: list[int] | None,
+) -> str:
+    """Writes to `ctx.out` what was trained, and returns the number format of the weights. All processes call it.
+
+    Under an adapter the weights of the base are those on disk, whatever the training's precision made of them: the main
+    process calls `make_model` once more, and puts the adapter on that. A whole model has the adapter beside it in `adapter/`.
+    """
+    if params.adapter is None:
+        state = made.engine.state_of(made.model)
+        dtype = from_main(lambda: publish(made.model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
+        say_if_other(ctx, formats, dtype)
+        return dtype
+    trained = made.engine.state_of(made.model, trained_only=True)
+
+    def write() -> str:
+        # A ZeRO-3 run in this process would have the model split while it is built, which needs all processes.
+        unset_hf_deepspeed_config()
+        base = make_model()
+        zeros = {name for name, weight in base.named_parameters() if not bool(weight.any())}
+        adapted = with_trained(attach(base, params.adapter, ctx.seed), trained)  # type: ignore[arg-type]
+        folder = ctx.out if params.publishes_adapter else ctx.out / ADAPTER_FOLDER
+        write_adapter(adapted, params.adapter, ctx, trained, folder)  # type: ignore[arg-type]
+        if params.publishes_adapter:
+            write_tokenizer(tokenizer, ctx.out)
+            return "fp32"
+        merged = adapted.merge_and_unload(safe_merge=True) if hasattr(adapted, "peft_config") else adapted
+        options: dict[str, Any] = {"formats": formats, "stop_ids": stop_ids, "may_be_zero": zeros.__contains__}
+        return publish(merged, merged.state_dict(), tokenizer, ctx.out, **options)
+
+    dtype = from_main(write)
+    if not params.publishes_adapter:
+        say_if_other(ctx, formats, dtype)
+    return dtype
+
+
+def with_trained(adapted: Any, trained: dict[str, torch.Tensor]) -> Any:
+    """The model with the weights that were trained elsewhere, which must be all that would be trained in it."""
+    own = trained_state(adapted)
+    assert own.keys() == trained.keys(), sorted(own.keys() ^ trained.keys())[:3]
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(trained[name])
+    return adapted.eval()
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase | Path, out: Path) -> None:
+    """The tokenizer beside an adapter: its chat template may be what was taught."""
+    if isinstance(tokenizer, Path):
+        copy_tokenizer(tokenizer, out)
+    else:
+        tokenizer.save_pretrained(out)
+        copy_left_out(tokenizer, out)

@@ -1,0 +1,84 @@
+"""What is wrong with an adapter, and what is to be said of it, before the step runs. Imports no torch, for `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import Problem
+from pipeline.stage import BASE_ROLES, Estimate, Forecast
+from stages.lib.models.adapters.counting import Counted
+from stages.lib.models.adapters.methods import METHODS, count_ahead
+from stages.lib.models.adapters.params import LoraMethod, PrefixTuningMethod, VirtualTokens, publishes_adapter
+from stages.lib.models.families import adapter_problems
+from stages.lib.models.lengths import length_problems
+from stages.lib.training.layouts import readable_layout, zero_stage_of
+
+
+def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
+    """What can be told of an adapter without its model: that there is none, or that the two do not go together."""
+    adapter = getattr(forecast.params, "adapter", None)
+    if adapter is None:
+        return []
+    roles = [role for role in BASE_ROLES if role in forecast.inputs]
+    if not roles:
+        what = "is for a model that has learned something, and the step makes a new one"
+        return [Problem("params.adapter", what, "Name an input model, or train all weights: remove the adapter.")]
+    problems = []
+    architecture = forecast.inputs[roles[0]].architecture or {}
+    counted = count_ahead(adapter, architecture) if architecture else None
+    if counted is not None and counted.trained == 0:
+        what = f"finds nothing to train: models of the type {architecture.get('model_type')} have no such parameters"
+        problems.append(Problem("params.adapter", f"{adapter.method} {what}", "Take lora, or freeze with last_layers."))
+    if isinstance(adapter, LoraMethod):
+        problems += adapter_problems(architecture, adapter.target_modules, "params.adapter.target_modules")
+        if adapter.use_dora and zero_stage_of(readable_layout(forecast.resources)) == 3:
+            what = "is true, and reads whole weights in every pass, which ZeRO-3 has split"
+            problems.append(
+                Problem("params.adapter.use_dora", what, "Set it to false, or resources.deepspeed to zero2.")
+            )
+    if isinstance(adapter, PrefixTuningMethod) and forecast.resources.gradient_checkpointing:
+        what = "is true, and layers that are computed again would not see the prefix"
+        hint = "Set it to false, or take prompt_tuning, p_tuning or lora."
+        problems.append(Problem("resources.gradient_checkpointing", what, hint))
+    if isinstance(adapter, VirtualTokens):
+        problems += room_for_virtual_tokens(forecast, adapter)
+    return problems
+
+
+def room_for_virtual_tokens(forecast: Forecast, adapter: VirtualTokens) -> list[Problem]:
+    """What is wrong if the model does not take the texts with as many tokens before them."""
+    role = next(role for role in BASE_ROLES if role in forecast.inputs)
+    asked = getattr(forecast.params, "max_length_tokens", None)
+    length = asked or forecast.inputs.get("tokens", Estimate()).sequence_length
+    where = "params.max_length_tokens" if asked else "params.adapter.num_virtual_tokens"
+    return length_problems(
+        forecast.inputs[role].architecture or {},
+        length + adapter.num_virtual_tokens if length else None,
+        where=where,
+        what=f"is {asked or adapter.num_virtual_tokens}, which with the virtual tokens is {{tokens}} in all",
+        hint="Take {above} fewer of either.",
+    )
+
+
+def counted_ahead(params: Any, architecture: Mapping[str, Any] | None) -> Counted | None:
+    """What the adapter that the params ask for trains of a causal model; None where all is trained, or that is not known."""
+    adapter = getattr(params, "adapter", None)
+    return count_ahead(adapter, architecture) if adapter is not None and architecture else None
+
+
+def published_method(params: Any) -> str | None:
+    """The method of the adapter that is published alone; None where a whole model is."""
+    adapter = getattr(params, "adapter", None)
+    return str(adapter.method) if publishes_adapter(adapter) else None
+
+
+def adapter_notes(forecast: Forecast) -> tuple[str, ...]:
+    """What later steps can do with an artifact that is an adapter alone."""
+    method = published_method(forecast.params)
+    if method is None:
+        return ()
+    if METHODS[type(forecast.params.adapter)].can_be_merged:
+        return ("an adapter alone is published: a step `merge` makes it a model that every later step takes",)
+    how = f"an adapter of the method {method} alone is published, which has no weights to merge"
+    return (f"{how}: peft puts it on its base, and no later step of this pipeline reads it",)

@@ -1,0 +1,273 @@
+"""What a recipe may say of an adapter, and what `plan` says of it: refusals with a way out, shares, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import LAUNCHERS
+from pipeline.command.reports import arithmetic
+from pipeline.errors import ArtifactError, RecipeError
+from pipeline.recipe.reader import load_recipe
+from pipeline.settings.resources import Resources
+from pipeline.settings.strict import content_of, validate
+from pipeline.stage import Estimate, Forecast
+from pipeline.store.artifact import Kind
+from stages import STAGES
+from stages.lib.models.arithmetic import state_bytes_per_rank
+from stages.lib.models.config import read_config
+from tests.families import write_base_model
+
+COMMON = {"global_batch_size": 8, "max_steps": 5, "learning_rate": 1e-3}
+PARAMS: dict[str, dict[str, Any]] = {
+    "pretrain": {**COMMON, "isolate_documents": False},
+    "sft": {**COMMON, "max_length_tokens": 64},
+    "reward": {**COMMON, "max_length_tokens": 64},
+    "dpo": {**COMMON, "max_length_tokens": 64},
+    "distill": {**COMMON, "isolate_documents": False},
+    "classify": COMMON,
+    "extract": COMMON,
+    "answer": COMMON,
+}
+CAUSAL = ("pretrain", "sft", "dpo", "distill")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 80,
+    "vocab_size": 100,
+}
+
+
+def params_of(stage: str, block: dict[str, Any] | None, **more: Any) -> Any:
+    fields = {**PARAMS[stage], **more, **({"adapter": block} if block else {})}
+    params, problems = validate(STAGES[stage].params, fields, "params")
+    assert not problems, problems
+    return params
+
+
+def refused(stage: str, block: dict[str, Any], **more: Any) -> str:
+    _, problems = validate(STAGES[stage].params, {**PARAMS[stage], **more, "adapter": block}, "params")
+    return "\n".join(map(str, problems))
+
+
+def forecast(
+    block: dict[str, Any], stage: str = "sft", more: dict[str, Any] | None = None, **resources: Any
+) -> Forecast:
+    inputs = {"model": Estimate(parameters=40_000, architecture=LLAMA, vocabulary_size=100)}
+    return Forecast(params_of(stage, block, **(more or {})), Resources(device="cpu", **resources), inputs)
+
+
+@pytest.mark.parametrize("stage", PARAMS)
+def test_recipes_without_an_adapter_keep_their_identity(stage: str) -> None:
+    assert "adapter" not in content_of(params_of(stage, None), str)
+    assert content_of(params_of(stage, {"method": "lora"}), str)["adapter"]["method"] == "lora"
+
+
+@pytest.mark.parametrize("stage", PARAMS)
+def test_what_is_made(stage: str) -> None:
+    """A whole model where nothing else is said; an adapter where that is asked for, or where nothing could be merged."""
+    kinds: dict[str, Kind] = {}
+
+    def made(block: dict[str, Any] | None) -> Kind:
+        return STAGES[stage].output_kind(params_of(stage, block), kinds)
+
+    whole = made(None)
+    assert whole is not Kind.ADAPTER
+    assert made({"method": "lora"}) is made({"method": "freeze", "last_layers": 1, "publish": "merged"}) is whole
+    if stage in CAUSAL:
+        assert made({"method": "lora", "publish": "adapter"}) is made({"method": "prompt_tuning"}) is Kind.ADAPTER
+    else:
+        assert "publish: adapter is for causal models alone" in refused(stage, {"method": "lora", "publish": "adapter"})
+        assert "prompt_tuning is for causal models alone: take lora, ia3" in refused(stage, {"method": "prompt_tuning"})
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({}, "method: is required"),
+        ({"method": "lore"}, "there is no method 'lore' (Did you mean 'lora'?"),
+        ({"method": "lora", "ranks": 4}, "unknown field"),
+        ({"method": "lora", "rank": 3, "init": "orthogonal"}, "init: orthogonal needs an even rank, not 3"),
+        (
+            {"method": "ia3", "target_modules": ["k_proj"]},
+            "give both target_modules and feedforward_modules, or neither",
+        ),
+        (
+            {"method": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]},
+            "feedforward_modules names down_proj, which target_modules does not",
+        ),
+        ({"method": "prefix_tuning", "projection_size": 8}, "projection_size has no effect without projection"),
+        ({"method": "p_tuning", "encoder_layers": 3}, "encoder_layers has no effect with encoder: mlp"),
+        ({"method": "freeze"}, "says nothing of what is trained: give last_layers, modules or both"),
+        (
+            {"method": "prompt_tuning", "publish": "merged"},
+            "publish: merged is not possible: virtual tokens are no weights",
+        ),
+    ],
+)
+def test_blocks_that_say_what_cannot_be(block: dict[str, Any], said: str) -> None:
+    assert said in refused("sft", block)
+
+
+def test_what_does_not_go_with_a_stage() -> None:
+    assert "add_tokens needs embeddings that are trained" in refused("sft", {"method": "lora"}, add_tokens=True)
+    assert "adapter: dropout must be 0" in refused("dpo", {"method": "lora", "dropout": 0.1})
+    for stage in ("pretrain", "distill"):
+        said = refused(stage, {"method": "prefix_tuning"}, isolate_documents=True)
+        assert "puts its tokens before a whole block, not before each document" in said
+
+
+@pytest.mark.parametrize(
+    ("block", "resources", "said"),
+    [
+        (
+            {"method": "prefix_tuning"},
+            {"gradient_checkpointing": True},
+            "resources.gradient_checkpointing: is true, and layers that are computed again would not see the prefix",
+        ),
+        ({"method": "bitfit"}, {}, "bitfit finds nothing to train: models of the type llama have no such parameters"),
+        (
+            {"method": "lora", "use_dora": True},
+            {"deepspeed": "zero3"},
+            "params.adapter.use_dora: is true, and reads whole",
+        ),
+        (
+            {"method": "prompt_tuning"},
+            {},
+            "which with the virtual tokens is 84 in all, and the model takes 80 tokens. Take 4 fewer of either.",
+        ),
+    ],
+)
+def test_what_plan_refuses(block: dict[str, Any], resources: dict[str, Any], said: str) -> None:
+    assert said in "\n".join(map(str, STAGES["sft"].check(forecast(block, **resources))))
+
+
+def test_the_ways_out_work() -> None:
+    for block, resources in (
+        ({"method": "prefix_tuning", "num_virtual_tokens": 16}, {}),
+        ({"method": "freeze", "last_layers": 2}, {}),
+        ({"method": "lora", "use_dora": True}, {"deepspeed": "zero2"}),
+        ({"method": "lora"}, {"deepspeed": "zero3"}),
+    ):
+        found = [problem for problem in STAGES["sft"].check(forecast(block, **resources)) if "chat" not in str(problem)]
+        assert found == [], block
+
+
+def test_an_adapter_needs_a_model() -> None:
+    params = params_of("pretrain", {"method": "lora"}, architecture={"model_type": "llama"})
+    found = STAGES["pretrain"].check(Forecast(params, Resources(device="cpu"), {"tokens": Estimate()}))
+    assert any("params.adapter: is for a model that has learned something" in str(problem) for problem in found)
+
+
+def test_plan_prints_the_share() -> None:
+    """Prefix of 8 tokens: 8 x 2 x 3 x 16 = 768 of 40,000 + 768, 1.884%; of the last layer 11,264 parameters, all the model's
+    own: 28.160% of 40,000.
+    """
+    prefix = STAGES["sft"].estimate(forecast({"method": "prefix_tuning", "num_virtual_tokens": 8}))
+    assert (prefix.parameters, prefix.trained_parameters, prefix.added_parameters) == (40_000, 768, 768)
+    assert "(768 trained, 1.884%)" in arithmetic(prefix, 1)
+    assert prefix.adapter == "prefix_tuning"
+    assert any("no later step of this pipeline reads it" in note for note in prefix.notes or ())
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80 + 2 * 32
+    last = STAGES["sft"].estimate(forecast({"method": "freeze", "last_layers": 1}))
+    assert f"({layer:,} trained, {layer / 40_000:.3%})" in arithmetic(last, 1)
+    assert last.adapter is None
+    whole = STAGES["sft"].estimate(
+        Forecast(params_of("sft", None), Resources(device="cpu"), forecast({"method": "ia3"}).inputs)
+    )
+    assert "trained" not in arithmetic(whole, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "precision", "expected"),
+    [
+        # 4 bytes a weight; gradients and moments, 4 + 8, of what is trained.
+        (None, 1, "fp32", 1000 * 4 + 10 * 12),
+        (None, 1, "bf16", 1000 * 4 + 10 * 12 + 1000 * 2),
+        # 2 bytes a weight and a gradient; a copy and moments, 12, of what is trained.
+        ({"zero_optimization": {"stage": 0}}, 2, "bf16", 1000 * 2 + 10 * 2 + 10 * 12),
+        ({"zero_optimization": {"stage": 2}}, 2, "bf16", 1000 * 2 + 10 * 2 // 2 + 10 * 12 // 2),
+        ({"zero_optimization": {"stage": 3}}, 2, "bf16", (1000 * 2 + 10 * 2 + 10 * 12) // 2),
+    ],
+)
+def test_memory_leaves_out_what_frozen_weights_do_not_need(
+    layout: Any, world: int, precision: str, expected: int
+) -> None:
+    """Of 1,000 parameters of which 10 are trained."""
+    found = state_bytes_per_rank(parameters=1000, trained=10, layout=layout, world_size=world, precision=precision)
+    assert found == expected
+
+
+def test_checkpoints_of_an_adapter_take_what_is_trained() -> None:
+    """18 bytes of each of 768 trained for three checkpoints and one being written; the artifact 4 of each."""
+    estimate = STAGES["sft"].estimate(
+        forecast({"method": "prefix_tuning", "num_virtual_tokens": 8}, keep_checkpoints=3)
+    )
+    assert estimate.disk_bytes == 768 * (4 + 18 * 4)
+
+
+RECIPE = """\
+name: recipe
+seed: 1
+outputs: [last]
+stages:
+  rows: {{kind: clean, params: {{format: chats, source: {{kind: files, layout: messages, paths: [rows.jsonl]}}}}}}
+  chats: {{kind: mix, inputs: {{sources: {{rows: rows}}}}}}
+  tuned:
+    kind: sft
+    inputs: {{model: ./base, chats: chats}}
+    params: {{global_batch_size: 1, max_steps: 1, learning_rate: 1e-3, max_length_tokens: 64, adapter: {adapter}}}
+{last}
+"""
+AGAIN = """\
+  last:
+    kind: sft
+    inputs: {model: tuned, chats: chats}
+    params: {global_batch_size: 1, max_steps: 1, learning_rate: 1e-3, max_length_tokens: 64}"""
+MERGED = "  last: {kind: merge, inputs: {model: ./base, adapter: tuned}}"
+
+
+def load(tmp_path: Path, adapter: str, last: str) -> Any:
+    write_base_model(tmp_path / "base", "llama-3")
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(adapter=adapter, last=last))
+    return load_recipe(path, STAGES, LAUNCHERS)
+
+
+def test_a_stage_that_needs_a_whole_model_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "{method: lora, publish: adapter}", AGAIN)
+    said = str(caught.value)
+    assert "stages.last.inputs.model: needs causal_lm, and 'tuned' makes adapter. Set `publish: merged`" in said
+    assert "{kind: merge, inputs: {model: THE MODEL OF tuned, adapter: tuned}}" in said
+
+
+@pytest.mark.parametrize(("adapter", "last"), [("{method: lora}", AGAIN), ("{method: lora, publish: adapter}", MERGED)])
+def test_both_ways_out_are_recipes(adapter: str, last: str, tmp_path: Path) -> None:
+    assert [step.name for step in load(tmp_path, adapter, last).steps][-1] == "last"
+
+
+def test_who_opens_an_adapter_as_a_model_is_told_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/some-model"}')
+    with pytest.raises(
+        ArtifactError, match=r"holds an adapter of 'someone/some-model' alone, and no model\. Make one of"
+    ):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert read_config(tmp_path) == {"model_type": "llama"}
+
+
+def test_plan_refuses_to_merge_virtual_tokens() -> None:
+    inputs = {"model": Estimate(), "adapter": Estimate(adapter="p_tuning")}
+    merge = STAGES["merge"]
+    (problem,) = merge.check(Forecast(merge.params(), Resources(device="cpu"), inputs))
+    assert "is of the method p_tuning, whose virtual tokens are no weights" in str(problem)
+    inputs["adapter"] = Estimate(adapter="lora")
+    assert merge.check(Forecast(merge.params(), Resources(device="cpu"), inputs)) == []
