@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from pipeline.stage import Stage
-from stages.alignment import dpo, grpo, ppo, reinforce_plus_plus, reward, rloo
-from stages.compression import distill, quantize
-from stages.data import clean, mix, pack, tokenizer
-from stages.encoder import annotate, answer, classify, extract
-from stages.evaluation import evaluate
-from stages.language_model import merge, pretrain, sft
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 
-STAGES: dict[str, Stage] = {
-    "clean": clean.STAGE,
-    "mix": mix.STAGE,
-    "tokenizer": tokenizer.STAGE,
-    "pack": pack.STAGE,
-    "pretrain": pretrain.STAGE,
-    "sft": sft.STAGE,
-    "merge": merge.STAGE,
-    "reward": reward.STAGE,
-    "dpo": dpo.STAGE,
-    "ppo": ppo.STAGE,
-    "grpo": grpo.STAGE,
-    "rloo": rloo.STAGE,
-    "reinforce_plus_plus": reinforce_plus_plus.STAGE,
-    "distill": distill.STAGE,
-    "quantize": quantize.STAGE,
-    "evaluate": evaluate.STAGE,
-    "classify": classify.STAGE,
-    "extract": extract.STAGE,
-    "answer": answer.STAGE,
-    "annotate": annotate.STAGE,
+from pipeline.stage import Stage
+
+GROUPS = {
+    "clean": "data",
+    "mix": "data",
+    "tokenizer": "data",
+    "pack": "data",
+    "pretrain": "language_model",
+    "sft": "language_model",
+    "merge": "language_model",
+    "reward": "alignment",
+    "dpo": "alignment",
+    "ppo": "alignment",
+    "grpo": "alignment",
+    "rloo": "alignment",
+    "reinforce_plus_plus": "alignment",
+    "distill": "compression",
+    "quantize": "compression",
+    "evaluate": "evaluation",
+    "classify": "encoder",
+    "extract": "encoder",
+    "answer": "encoder",
+    "annotate": "encoder",
 }
+
+
+class Stages(Mapping[str, Stage]):
+    """Kind -> stage. A stage's file is loaded when it is asked for: a rank needs one of them, a recipe some."""
+
+    def __getitem__(self, kind: str) -> Stage:
+        stage: Stage = import_module(f"stages.{GROUPS[kind]}.{kind}").STAGE
+        return stage
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in GROUPS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(GROUPS)
+
+    def __len__(self) -> int:
+        return len(GROUPS)
+
+
+STAGES = Stages()

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from pipeline.cards.lineage import Lineage, Link, lineage_of
 from pipeline.cards.metadata import CARD, PIPELINE_TAGS, front_matter, metadata_of, origin_of
 from pipeline.cards.params import shown_params
@@ -19,7 +17,7 @@ from pipeline.cards.usage import adapter_usage, critic_usage, usage
 from pipeline.errors import PathError
 from pipeline.figures import number
 from pipeline.settings.paths import holds_file, read_json
-from pipeline.stage import Result
+from pipeline.stage import Result, Stage
 from pipeline.store.artifact import Kind
 from pipeline.store.durable import write_text
 from pipeline.store.job import Job
@@ -41,30 +39,27 @@ LEARNED_FROM_CHATS = frozenset({Kind.CHATS, Kind.PREFERENCES, Kind.PROMPTS})
 
 MOST_LABELS = 50
 
-Models = Mapping[str, type[BaseModel]]
-"""Stage -> the model of its params, whose defaults a card need not repeat."""
 
-
-def write_cards(job: Job, places: Mapping[str, Path], out: Path, result: Result, params_of: Models) -> None:
+def write_cards(job: Job, places: Mapping[str, Path], out: Path, result: Result, stages: Mapping[str, Stage]) -> None:
     """Writes README.md into `out`, where it holds a model, and into the folders in it that hold an adapter or a critic.
 
-    `places` are the folders of the inputs.
+    `places` are the folders of the inputs, `stages` are all there are: what a param is by default need not be said.
     """
     if job.output_kind is Kind.ADAPTER:
-        write_text(out / CARD, adapter_card(lineage_of(job, places, out, result), out, params_of))
+        write_text(out / CARD, adapter_card(lineage_of(job, places, out, result), out, stages))
         return
     if job.output_kind not in PIPELINE_TAGS:
         return
     lineage = lineage_of(job, places, out, result)
-    write_text(out / CARD, model_card(lineage, params_of))
+    write_text(out / CARD, model_card(lineage, stages))
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
         if holds_file(folder, "adapter_config.json"):
-            write_text(folder / CARD, adapter_card(lineage, folder, params_of))
+            write_text(folder / CARD, adapter_card(lineage, folder, stages))
         elif holds_file(folder, "config.json"):
-            write_text(folder / CARD, critic_card(lineage, params_of))
+            write_text(folder / CARD, critic_card(lineage, stages))
 
 
-def model_card(lineage: Lineage, params_of: Models) -> str:
+def model_card(lineage: Lineage, stages: Mapping[str, Stage]) -> str:
     own = lineage.own
     assert own.kind is not None and own.folder is not None
     base = lineage.base()
@@ -77,11 +72,11 @@ def model_card(lineage: Lineage, params_of: Models) -> str:
         "## How to use it",
         f"```python\n{usage(own.kind, chats=chats(lineage))}```",
         chat_lines(own.folder) if own.kind in (Kind.CAUSAL_LM, Kind.QUANTIZED_LM, Kind.REWARD_MODEL) else "",
-        *how_it_was_made(lineage, params_of),
+        *how_it_was_made(lineage, stages),
     )
 
 
-def adapter_card(lineage: Lineage, folder: Path, params_of: Models) -> str:
+def adapter_card(lineage: Lineage, folder: Path, stages: Mapping[str, Stage]) -> str:
     """Of an adapter alone, of the policy or (in an artifact's `value/`) of its critic."""
     own = lineage.own
     critic = holds_file(folder, "value_head.safetensors")
@@ -113,7 +108,7 @@ def adapter_card(lineage: Lineage, folder: Path, params_of: Models) -> str:
         f"{what}, made on {name} by the stage `{own.stage}` of Slipway.{beside}",
         "## How to use it",
         f"```python\n{adapter_usage(on_own_line(code), own.kind, critic=critic, own_weights=own_weights)}```",
-        *how_it_was_made(lineage, params_of),
+        *how_it_was_made(lineage, stages),
     )
 
 
@@ -137,7 +132,7 @@ def on_own_line(code: str) -> str:
     return f"\n    {code}\n" if "#" in code else code
 
 
-def critic_card(lineage: Lineage, params_of: Models) -> str:
+def critic_card(lineage: Lineage, stages: Mapping[str, Stage]) -> str:
     own = lineage.own
     origin = origin_of(lineage, "finetune")
     # What it began with may be a reward model or another critic: only the licence is the policy's own.
@@ -155,7 +150,7 @@ def critic_card(lineage: Lineage, params_of: Models) -> str:
         "## How to use it",
         f"```python\n{critic_usage()}```",
         data_lines(lineage),
-        step_lines(lineage, params_of),
+        step_lines(lineage, stages),
     )
 
 
@@ -226,9 +221,9 @@ def chat_lines(folder: Path) -> str:
     return join("## Chat template and stop ids", " ".join(filter(None, sentences))) if any(sentences) else ""
 
 
-def how_it_was_made(lineage: Lineage, params_of: Models) -> list[str]:
+def how_it_was_made(lineage: Lineage, stages: Mapping[str, Stage]) -> list[str]:
     """The sections that cards of all kinds end with: metrics, data, steps."""
-    return [metric_lines(lineage.own), data_lines(lineage), step_lines(lineage, params_of)]
+    return [metric_lines(lineage.own), data_lines(lineage), step_lines(lineage, stages)]
 
 
 def metric_lines(own: Link) -> str:
@@ -262,14 +257,15 @@ def data_lines(lineage: Lineage) -> str:
     return join("## Data", "| artifact | holds | size |\n|---|---|---|\n" + "\n".join(rows))
 
 
-def step_lines(lineage: Lineage, params_of: Models) -> str:
+def step_lines(lineage: Lineage, stages: Mapping[str, Stage]) -> str:
     """Every step on the way, in order: what it read, and its params that are not the stage's own."""
     lines = []
     for link in lineage.links.values():
         sources = [f"{role}: {lineage.links[each].name}" for role, each in sorted(link.inputs.items())]
         made_of = f" from {'; '.join(sources)}" if sources else ""
         lines.append(f"- **{link.name}**{made_of}")
-        model = params_of.get(link.stage or "")
-        lines += [f"    - `{each}`" for each in shown_params(link.params, model, link.source_digests)]
+        stage = stages.get(link.stage or "")
+        shown = shown_params(link.params, stage.params if stage else None, link.source_digests)
+        lines += [f"    - `{each}`" for each in shown]
     said = "Every artifact on the way, with the params that the recipe sets otherwise than the stage does."
     return join("## Steps", said, "\n".join(lines))

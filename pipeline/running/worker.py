@@ -199,7 +199,7 @@ def run_locked(
             stop.at_once = False
         if world.is_main:
             lifeline.commit()
-            write_cards(job, context.inputs, files.out, result, {kind: each.params for kind, each in stages.items()})
+            write_cards(job, context.inputs, files.out, result, stages)
             manifest = store.commit(
                 job, result.metrics, result.facts, environment=environment,
                 wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,

@@ -277,7 +277,22 @@ def test_the_rules_above_can_be_broken() -> None:
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:
     """In a process of its own: what params models of stages import counts as well."""
-    code = f"import sys, {module}; print(*sorted({{n.partition('.')[0] for n in sys.modules}}))"
+    loaded = modules_after(f"import stages, {module}; list(stages.STAGES.values())")
+    assert "stages.alignment.dpo" in loaded
+    assert HEAVY & {name.partition(".")[0] for name in loaded} == set()
+
+
+def test_a_worker_loads_the_stage_that_it_runs() -> None:
+    """Each rank of each step starts a process: params models of twenty stages are a quarter of a second."""
+    loaded = modules_after("import pipeline.running.worker; from stages import STAGES; STAGES['pretrain']")
+    groups = ("alignment", "compression", "data", "encoder", "evaluation", "language_model")
+    stage_files = {name for name in loaded for group in groups if name.startswith(f"stages.{group}.")}
+    assert stage_files == {"stages.language_model.pretrain"}
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a process of its own has loaded after running the code."""
+    code = f"import sys; {code}; print(*sys.modules)"
     process = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    assert HEAVY & set(process.stdout.split()) == set()
+    return set(process.stdout.split())

@@ -91,7 +91,7 @@ class Shop:
         found = {role: self.folder / each for role, each in inputs.items()} | dict(places or {})
         facts = Facts(parameters=1234567, dtype="bf16", vocabulary_size=300, labels=["yes", "a`b"])
         metrics = {"heldout_loss": 1.23456789, "heldout_loss_base": 2.0, "train_loss": 3.0}
-        write_cards(job, found, out, Result(metrics, facts), {name: stage.params for name, stage in STAGES.items()})
+        write_cards(job, found, out, Result(metrics, facts), STAGES)
         return out / "README.md"
 
 
