@@ -45,6 +45,8 @@ class Supervision:
     """Seconds since the group was asked to stop."""
     lost_for: float = 0.0
     """Seconds since a rank is known to be lost to the others."""
+    held_for: float = 0.0
+    """Seconds since a rank's process is stopped."""
 
     @property
     def size(self) -> int:
@@ -64,7 +66,13 @@ class Supervision:
                 self.asked_for, self.silent, self.said = 0.0, 0.0, 0.0
             else:
                 self.asked_for += tick
+        self.held_for = self.held_for + tick if self.is_held else 0.0
         return self.lost(tick) or self.stopping() or self.hanging()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the process of a rank is stopped."""
+        return any(mark.is_stopped() for mark in self.marks.values())
 
     def listen(self, news: object, tick: float) -> None:
         """Counts the silence."""
@@ -95,28 +103,30 @@ class Supervision:
             return None
         if self.stateless:
             return self.overdue("the step was asked to stop", STATELESS_GRACE_SECONDS, self.asked_for)
-        stopped = any(mark.is_stopped() for mark in self.marks.values())
         limit: float | None = self.job.resources.stop_timeout_seconds
-        if stopped:
+        if self.is_held:
             limit = STOPPED_GRACE_SECONDS if limit is None else min(limit, STOPPED_GRACE_SECONDS)
         elif self.silent >= max(SAY_AFTER_STOP_SECONDS, 2 * self.said):
-            self.report(f"waiting for {self.who()} to stop: no news for {self.silent:.0f} s", limit)
+            self.report(f"waiting for {self.who()} to stop: no news", self.silent, limit)
         return self.overdue("the step was asked to stop", limit, self.silent)
 
     def hanging(self) -> str | None:
         """A group, or a process that is stopped, from which there is no news."""
-        stopped = any(mark.is_stopped() for mark in self.marks.values())
-        if self.asked_for is not None or (self.size == 1 and not stopped):
+        if self.asked_for is not None or (self.size == 1 and not self.is_held):
             return None
-        limit = self.job.resources.hang_timeout_seconds
+        limit, seconds = self.job.resources.hang_timeout_seconds, self.silent
+        if self.is_held:
+            limits = [each for each in (limit, self.job.resources.stopped_timeout_seconds) if each is not None]
+            limit, seconds = min(limits, default=None), self.held_for
         worth_saying = max(2 * self.said, 2 * self.longest, SAY_AFTER_SECONDS)
-        if self.silent >= (min(worth_saying, limit / 3) if limit and not self.said else worth_saying):
-            self.report(f"no news from {self.who()} for {self.silent:.0f} s", limit)
-        return self.overdue("", limit, self.silent)
+        if seconds >= (min(worth_saying, limit / 3) if limit and not self.said else worth_saying):
+            self.report(f"no news from {self.who()}", seconds, limit)
+        return self.overdue("", limit, seconds)
 
-    def report(self, sentence: str, limit: float | None) -> None:
-        self.said = self.silent
-        self.say(f"{sentence}{'' if limit is None else f'; the step is ended after {limit:.0f} s'}")
+    def report(self, sentence: str, seconds: float, limit: float | None) -> None:
+        self.said = seconds
+        end = "" if limit is None else f"; the step is ended after {limit:.0f} s"
+        self.say(f"{sentence} for {seconds:.0f} s{end}")
 
     def overdue(self, before: str, limit: float | None, seconds: float) -> str | None:
         if limit is None or seconds < limit:

@@ -49,6 +49,8 @@ class Resources(Strict):
     """Whether what a step had written stays in its work folder when its gate fails or its result is not fit to publish: a whole model, for you to look at."""
     hang_timeout_seconds: int | None = Field(default=1800, ge=1)
     """Seconds without any news from a group of processes, such as a step or a batch, after which it is ended; also how long a process waits for the others in a collective. null: never."""
+    stopped_timeout_seconds: int | None = Field(default=300, ge=1)
+    """Seconds for which the process of a rank may be held by SIGSTOP, while `slipway run` is not, before the step is ended. null: only `hang_timeout_seconds` counts."""
     stop_timeout_seconds: int | None = Field(default=600, ge=1)
     """Seconds without any news after which a group of processes that was asked to save and stop is ended. null: never."""
 

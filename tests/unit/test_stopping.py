@@ -152,7 +152,7 @@ def test_a_mistake_that_one_rank_finds_is_told_with_exit_code_2(start: Start) ->
 
 def test_a_stopped_rank_is_said_and_ended_after_the_stated_time(start: Start) -> None:
     """Silence is said after a third of it."""
-    run = start("deaf", 2, "hang_timeout_seconds: 12")
+    run = start("deaf", 2, "stopped_timeout_seconds: 12")
     os.kill(run.rank(1), signal.SIGSTOP)
     code, output = run.ended()
     assert code == 1

@@ -115,6 +115,37 @@ def test_a_stopped_process_is_named_whatever_the_marks_say(world: World) -> None
     )
 
 
+def test_a_stopped_process_is_waited_for_less_long_than_a_silent_one(world: World) -> None:
+    """What counts is how long it is stopped, whatever it was silent before; one that goes on in time is not ended."""
+    world.mark(0, boundaries=7)
+    world.mark(1, boundaries=8)
+    supervision = world.supervision(hang_timeout_seconds=1800, stopped_timeout_seconds=20)
+    assert world.wait(supervision, 50) is None
+    pid = world.ranks[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    assert world.wait(supervision, 15) is None
+    assert world.said[-1].endswith("for 7 s; the step is ended after 20 s")
+    os.kill(pid, signal.SIGCONT)
+    os.waitpid(pid, os.WCONTINUED)
+    assert world.wait(supervision, 15) is None
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    started = world.now
+    assert (world.wait(supervision, 60) or "").endswith("for 20 s: the step is ended")
+    assert world.now - started == pytest.approx(20)
+
+
+def test_without_a_limit_a_stopped_process_is_only_said(world: World) -> None:
+    world.mark(0)
+    world.mark(1)
+    os.kill(world.ranks[0].pid, signal.SIGSTOP)
+    os.waitpid(world.ranks[0].pid, os.WUNTRACED)
+    never = world.supervision(hang_timeout_seconds=None, stopped_timeout_seconds=None)
+    assert world.wait(never, 500) is None
+    assert "is stopped" in world.said[0]
+
+
 def test_a_rank_that_never_came_is_named(world: World) -> None:
     world.mark(0)
     assert (
@@ -131,7 +162,9 @@ def test_a_single_process_may_be_silent_for_as_long_as_it_works(world: World) ->
     assert world.said == []
     os.kill(world.ranks[0].pid, signal.SIGSTOP)
     os.waitpid(world.ranks[0].pid, os.WUNTRACED)
-    assert "is stopped" in (world.wait(supervision, 1) or "")
+    stopped_at = world.now
+    assert "is stopped" in (world.wait(supervision, 60) or "")
+    assert world.now - stopped_at == pytest.approx(30), "not for what it was silent before"
 
 
 def test_the_others_are_ended_soon_after_a_rank_was_killed(world: World) -> None:
