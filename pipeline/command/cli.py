@@ -156,10 +156,10 @@ def job(
     own = the_job.resources.launcher_name
     if own != "local" or not step.recipe_step.stage.distributed:
         print(f"  {shlex.join(LAUNCHERS[own].command(the_job))}")
-    for name in ("torchrun", "deepspeed") if step.recipe_step.stage.distributed else ():
+    others = set(LAUNCHERS) - {"local", own} if step.recipe_step.stage.distributed else set()
+    for name in (name for name in LAUNCHERS if name in others):
         with contextlib.suppress(LaunchError):  # the recipe tells its own launcher what it needs, and no other
-            if name != own:
-                print(f"  {shlex.join(LAUNCHERS[name].command(the_job))}")
+            print(f"  {shlex.join(LAUNCHERS[name].command(the_job))}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.models.adapters.methods import UNMERGEABLE
-from stages.lib.models.adapters.params import ADAPTER_FOLDER
+from stages.lib.models.adapters.params import ADAPTER_FOLDER, mergeable_methods
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.published import PublishedDtype, PublishedParams
 
@@ -128,7 +128,7 @@ def nothing_to_merge(method: str) -> Problem:
     """That an adapter of virtual tokens cannot become a part of a model's weights."""
     what = f"is of the method {method}, whose virtual tokens are no weights that could be added to a model's"
     return Problem(
-        "inputs.adapter", what, "Use it through peft; or train one that has weights: lora, ia3, bitfit, freeze."
+        "inputs.adapter", what, f"Use it through peft; or train one that has weights: {mergeable_methods()}."
     )
 
 
@@ -161,7 +161,8 @@ def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedMode
     if merge is None:
         kind = getattr(adapted.peft_config.get("default"), "peft_type", "this kind")
         what = f"is of the kind {kind}, which cannot be added to a model's weights"
-        raise ArtifactError(Problem("inputs.adapter", what, "Name an adapter with weights: lora, ia3, bitfit, freeze."))
+        hint = f"Name an adapter with weights: {mergeable_methods()}."
+        raise ArtifactError(Problem("inputs.adapter", what, hint))
     merged: PreTrainedModel = merge(safe_merge=True)
     return merged
 

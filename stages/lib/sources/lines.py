@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from stages.lib.sources.conversion import REASONS
+
 BLOCK_BYTES = 1 << 20
 
 
@@ -51,6 +53,9 @@ class Broken:
     reason: str
     detail: str
     snippet: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.reason in REASONS, self.reason
 
 
 @dataclass(frozen=True)

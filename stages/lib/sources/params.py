@@ -67,7 +67,7 @@ def default_root() -> Path:
 
 
 class PythonDocsSource(Strict):
-    """Texts, chats, preferences, labels, spans or questions made from Python sources and their docstrings."""
+    """Texts, chats, prompts, preferences, labels, spans or questions made from Python sources and their docstrings."""
 
     kind: Literal["python_docs"]
     """The sources of a Python tree, read with `ast`: nothing is imported or executed."""

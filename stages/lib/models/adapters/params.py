@@ -99,7 +99,7 @@ class VirtualTokens(AdapterBlock):
         if self.publish == "merged":
             raise ValueError(
                 "publish: merged is not possible: virtual tokens are no weights of the model. Set publish: adapter, or "
-                "take a method whose weights can be merged (lora, ia3, bitfit, freeze)"
+                f"take a method whose weights can be merged ({mergeable_methods()})"
             )
         return self
 
@@ -181,6 +181,12 @@ AnyMethod = (
 def method_name(params: type[AdapterBlock]) -> str:
     """What a recipe writes as the `method`."""
     return str(get_args(params.model_fields["method"].annotation)[0])
+
+
+def mergeable_methods() -> str:
+    """The names of the methods whose weights can become a part of the model's, as a sentence has them."""
+    names = [method_name(params) for params in get_args(AnyMethod) if not issubclass(params, VirtualTokens)]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def has_known_method(block: Any) -> Any:
