@@ -107,7 +107,7 @@ def test_a_fallen_schedule_is_stretched_only_where_that_is_asked_for(tmp_path: P
     [
         ("require_units", 2),  # in step 8, where there is no checkpoint of its own
         ("require_units", 5),  # in step 11, after that of step 9
-        ("publish", 1),
+        ("publish_trained", 1),
     ],
 )
 def test_killed_it_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None:

@@ -159,7 +159,7 @@ def again(ctx: Context) -> Context:
         ("save_checkpoint", 1),  # the first best is measured, and not yet saved
         ("save_checkpoint", 3),
         ("load_weights_of", 1),  # all is done but what is published
-        ("publish", 1),
+        ("publish_trained", 1),
     ],
 )
 def test_killed_anywhere_it_ends_alike(

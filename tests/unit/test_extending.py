@@ -133,7 +133,7 @@ def test_an_artifact_of_the_store_may_be_named_by_its_folder(tmp_path: Path) -> 
     assert code == 0, said
     copy = shutil.copytree(short, tmp_path / "copy")
     assert "comes without the checkpoints of its training. Name a step" in refused(
-        tmp_path, by_path.replace(f"extends: {short}", f"extends: {copy}").replace("7", "8")
+        tmp_path, by_path.replace(f"extends: {short}", f"extends: {copy}").replace("steps: 7", "steps: 8")
     )
     assert "params.by: is 2, and 1 in what is extended" in refused(tmp_path, by_path, "longer.by=2")
 

@@ -46,14 +46,16 @@ def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
     for field in ("target_modules", "feedforward_modules"):
         require_linear(model, getattr(adapter, field, None), f"params.adapter.{field}")
     require_modules(model, getattr(adapter, "modules_to_save", None), "params.adapter.modules_to_save")
+    names = linear_names(model)  # of which some bear another layer's name once peft has begun
     try:
         with warnings.catch_warnings():
             # Conv1D keeps its weights the other way round, which peft sees by itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             adapted = get_peft_model(model, method.peft_config(adapter, task_for_peft(model), new))
     except ValueError as error:
-        what = f"{method_name(type(adapter))} does not fit this model: {str(error).splitlines()[0]:.300}"
-        hint = f"Name layers that do in target_modules: some of {known_names(linear_names(model))}; or take lora."
+        said = str(error).splitlines()[0]
+        what = f"{method_name(type(adapter))} does not fit this model: {said:.300}"
+        hint = f"Name layers that do in target_modules: some of {known_names(unnamed(names, said))}; or take lora."
         raise DataError(Problem("params.adapter", what, hint)) from error
     if isinstance(adapter, VirtualTokens):
         hide_virtual_tokens(adapted, adapter.num_virtual_tokens)
@@ -136,6 +138,11 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, each in model.named_modules() if is_linear(each)})
 
 
+def unnamed(names: Sequence[str], message: str) -> list[str]:
+    """The names that a message of peft's does not find fault with."""
+    return [name for name in names if f"'{name}'" not in message]
+
+
 def require_linear(model: nn.Module, names: Sequence[str] | str | None, where: str) -> None:
     """Raises `DataError` if one of the names is that of no linear layer; peft would pass over it while others are found."""
     if isinstance(names, str) or not names:
@@ -179,6 +186,7 @@ def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
     Raises `DataError` where it does not fit the model's layers.
     """
     torch.manual_seed(bounded_seed(seed, TORCH_BITS))
+    names = linear_names(model)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -189,6 +197,7 @@ def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        what = f"does not fit this model: {str(error).splitlines()[0]:.300}"
-        hint = f"Name layers that do: some of {', '.join(linear_names(model))}."
+        said = str(error).splitlines()[0]
+        what = f"does not fit this model: {said:.300}"
+        hint = f"Name layers that do: some of {known_names(unnamed(names, said))}."
         raise DataError(Problem("params.lora.target_modules", what, hint)) from error
