@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.stage import Stage
-from stages.alignment import dpo, grpo, ppo, reinforce_plus_plus, reward, rloo
+from stages.alignment import dpo, grpo, kto, ppo, reinforce_plus_plus, reward, rloo
 from stages.compression import distill, quantize
 from stages.data import clean, mix, pack, tokenizer
 from stages.encoder import annotate, answer, classify, extract
@@ -20,6 +20,7 @@ STAGES: dict[str, Stage] = {
     "merge": merge.STAGE,
     "reward": reward.STAGE,
     "dpo": dpo.STAGE,
+    "kto": kto.STAGE,
     "ppo": ppo.STAGE,
     "grpo": grpo.STAGE,
     "rloo": rloo.STAGE,

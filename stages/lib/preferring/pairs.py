@@ -63,7 +63,7 @@ class Pairs(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         row: dict[str, Any] = {"categories": self.category_N2[index]}
-        for side, (ids, answer) in zip(SIDES, self.tokenized.sequences(index), strict=True):
+        for side, (ids, answer) in zip(SIDES, self.sequences(index), strict=True):
             row[f"{side}_ids"] = ids
             row[f"{side}_answer"] = answer
         if self.margin_N is not None:
@@ -71,6 +71,10 @@ class Pairs(Sequence[dict[str, Any]]):
         if self.reference_N2 is not None:
             row["reference"] = self.reference_N2[index]
         return row
+
+    def sequences(self, index: int) -> list[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
+        """The ids and the answer mask of both sequences of a pair."""
+        return self.tokenized.sequences(index)
 
     def with_reference(self, logprobs_N2: NDArray[np.float64]) -> Pairs:
         """The same pairs, each with its two log-probabilities under a reference."""
