@@ -22,16 +22,14 @@ from pipeline.store.durable import replacing, require_room
 from stages.lib.formulas.token_losses import Tensors
 from stages.lib.models.drawing import require_quiet
 from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
-from stages.lib.preferring.answers import answer_logprobs
+from stages.lib.preferring.answers import AnsweredSequence, answer_logprobs, batch_of_answers
 from stages.lib.processes.collectives import any_process, from_all, from_main
 from stages.lib.processes.joining import join_processes
-from stages.lib.text.batches import attention_mask, padded, padding_of
+from stages.lib.text.batches import padding_of
 from stages.lib.text.tokenizers import require_same_tokenizer
 
 PUBLISHED_LOGPROBS_BYTES = 64_000_000
 """The reference's log-probabilities are published with the model if they are no larger."""
-
-Sequences = Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]]
 
 
 class AnsweredRows(Protocol):
@@ -39,8 +37,8 @@ class AnsweredRows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def sequences(self, index: int) -> Sequences:
-        """The ids of each sequence of a row, and its mask: 1 for each token of the answer."""
+    def sequences(self, index: int) -> Sequence[AnsweredSequence]:
+        """Those of a row."""
 
     @property
     def sequence_lengths(self) -> NDArray[np.int64]:
@@ -81,10 +79,7 @@ class ReferencePass:
     def collate(self, indices: Sequence[int], padding_id: int) -> Tensors:
         """The batch of these rows: S x their number of sequences, the first ones of all rows first."""
         rows = [self.data[number].sequences(place) for number, place in (self.rows[index] for index in indices)]
-        sequences = [row[side] for side in range(self.width) for row in rows]
-        ids, answers = [each for each, _ in sequences], [mask for _, mask in sequences]
-        masks = {"attention_mask": attention_mask(ids), "answer_mask": padded(answers)}
-        return {"input_ids": padded(ids, padding_id), **masks}
+        return batch_of_answers([row[side] for side in range(self.width) for row in rows], padding_id)
 
     def run(self, tokenizer: PreTrainedTokenizerBase) -> list[NDArray[np.float64]]:
         """N x S log-probabilities, of pairs chosen and rejected, for each of the `data`.

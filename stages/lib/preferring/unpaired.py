@@ -15,17 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.stage import Context
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.preferring.answers import AnsweredSequence, batch_of_answers
 from stages.lib.preferring.opening import Preferences, tokenizer_of_policy
 from stages.lib.preferring.pairs import EQUAL, category_name
 from stages.lib.preferring.unpaired_params import ROLES, UnpairedParams
 from stages.lib.rows.canonical import Row, digest_text
-from stages.lib.text.batches import Collate, attention_mask, padded
+from stages.lib.text.batches import Collate
 from stages.lib.text.chat_fitting import fit_answers
 from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 from stages.lib.training.scheduling import ScheduledData
-
-Sequence1 = tuple[NDArray[np.int32], NDArray[np.uint8]]
-"""The ids of a prompt and its answer, and 1 for each token of the answer, including the one that ends its turn."""
 
 MISMATCHED = "mismatched_"
 """How the tensors begin of answers after prompts that are not theirs."""
@@ -34,7 +32,7 @@ MISMATCHED = "mismatched_"
 class Unpaired(Sequence[dict[str, Any]]):
     """Tokenized answers in the order of their file, which stay on disk until a row is asked for.
 
-    A row has `ids` and `answer` (see `Sequence1`), `desirable` and, once it is known, the log-probability under a reference as
+    A row has `ids` and `answer` (an `AnsweredSequence`), `desirable` and, once it is known, the log-probability under a reference as
     `reference`.
     """
 
@@ -55,7 +53,7 @@ class Unpaired(Sequence[dict[str, Any]]):
         row: dict[str, Any] = {"ids": ids, "answer": answer, "desirable": bool(self.desirable_N[index])}
         return row if self.reference_N is None else {**row, "reference": self.reference_N[index]}
 
-    def sequences(self, index: int) -> list[Sequence1]:
+    def sequences(self, index: int) -> list[AnsweredSequence]:
         """The one sequence of a row."""
         return self.tokenized.sequences(index)
 
@@ -74,7 +72,7 @@ class Unpaired(Sequence[dict[str, Any]]):
         return Unpaired(self.tokenized, logprobs_N)
 
 
-class Mismatched(Sequence[Sequence1]):
+class Mismatched(Sequence[AnsweredSequence]):
     """Answers after prompts that are not theirs, by which KTO estimates how far the policy is from the reference.
 
     Number m is the prompt of row `prompt_M[m]` with the answer of row `answer_M[m]`; one that would be longer than
@@ -97,7 +95,7 @@ class Mismatched(Sequence[Sequence1]):
     def __len__(self) -> int:
         return len(self.prompt_M)
 
-    def __getitem__(self, index: Any) -> Sequence1:
+    def __getitem__(self, index: Any) -> AnsweredSequence:
         prompt, answer = int(self.prompt_M[index]), int(self.answer_M[index])
         (((asked, _),), ((said, mask),)) = self.rows.sequences(prompt), self.rows.sequences(answer)
         asked_tokens, begins = int(self.rows.prompt_tokens_N[prompt]), int(self.rows.prompt_tokens_N[answer])
@@ -105,7 +103,7 @@ class Mismatched(Sequence[Sequence1]):
         masks = np.concatenate([np.zeros(asked_tokens, dtype=mask.dtype), mask[begins:]])[: self.max_length_tokens]
         return ids, masks
 
-    def sequences(self, index: int) -> list[Sequence1]:
+    def sequences(self, index: int) -> list[AnsweredSequence]:
         """The one sequence of a row."""
         return [self[index]]
 
@@ -224,19 +222,14 @@ def collate_unpaired(padding_id: int, mismatched: Mismatched | None) -> Collate:
     needs them, the same of the mismatched ones at the rows' positions, but for what is desirable: see `MISMATCHED`.
     """
 
-    def batch_of(sequences: Sequence[Sequence1]) -> Tensors:
-        ids, answers = [each for each, _ in sequences], [mask for _, mask in sequences]
-        masks = {"attention_mask": attention_mask(ids), "answer_mask": padded(answers)}
-        return {"input_ids": padded(ids, padding_id), **masks}
-
     def collate(rows: list[dict[str, Any]]) -> Tensors:
-        batch = batch_of([(row["ids"], row["answer"]) for row in rows])
+        batch = batch_of_answers([(row["ids"], row["answer"]) for row in rows], padding_id)
         batch["desirable_N"] = torch.tensor([row["desirable"] for row in rows])
         batch["reference_N"] = torch.tensor([row["reference"] for row in rows], dtype=torch.float64)
         if mismatched is not None:
             assert mismatched.reference_M is not None
             places = [row["position"] for row in rows]
-            others = batch_of([mismatched[place] for place in places])
+            others = batch_of_answers([mismatched[place] for place in places], padding_id)
             others["reference_N"] = torch.from_numpy(mismatched.reference_M[places])
             batch |= {f"{MISMATCHED}{name}": tensor for name, tensor in others.items()}
         return batch
