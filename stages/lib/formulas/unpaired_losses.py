@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def kto_loss(ratio_N: Tensor, desirable_N: Tensor, *, beta: float, kl: float) -> Tensor:
     """1 - sigmoid(beta (x - z)) of desirable answers, 1 - sigmoid(beta (z - x)) of others, with x the log-ratio.
 
-    KTO (Ethayarajh et al., 2024), equations 7 and 8, without their weights. z is `kl`, the reference point, which is no
+    KTO (Ethayarajh et al., 2024), equation 7, without its weights. z is `kl`, the reference point, which is no
     function of pi: max(0, the mean log-ratio of answers given prompts that are not theirs), an estimate of KL(pi || pi_ref).
     """
     from torch import where

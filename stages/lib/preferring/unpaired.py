@@ -155,7 +155,7 @@ def mismatched_among(rows: Unpaired, max_length_tokens: int) -> Mismatched:
 def other_answers(rows: Unpaired, order_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each of the rows the next one, cyclically, which answers another prompt; simply the next one where none does.
 
-    KTO (Ethayarajh et al., 2024), section 4.1, shifts the answers of a batch by one. Where answers to the same prompt follow
+    KTO (Ethayarajh et al., 2024) shifts the answers of a batch by one. Where answers to the same prompt follow
     each other, as those of a pair that was taken apart may, the next one would be no mismatch.
     """
     prompts = rows.prompt_N[order_N].tolist()

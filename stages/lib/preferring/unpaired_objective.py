@@ -22,7 +22,7 @@ from stages.lib.text.batches import Collate
 from stages.lib.training.evaluating import Evaluator, Metrics
 
 LEAST_BALANCE, MOST_BALANCE = 1.0, 4 / 3
-"""What the desirable answers are to weigh together, of what the undesirable ones do: Ethayarajh et al. (2024), section 4.2."""
+"""What the desirable answers are to weigh together, of what the undesirable ones do: Ethayarajh et al. (2024), equation 8."""
 
 
 class UnpairedObjective:
