@@ -17,6 +17,7 @@ GROUPS = {
     "merge": "language_model",
     "reward": "alignment",
     "dpo": "alignment",
+    "kto": "alignment",
     "ppo": "alignment",
     "grpo": "alignment",
     "rloo": "alignment",

@@ -237,11 +237,35 @@ MUTATIONS = (
     Mutation(
         "reference pass swapped",
         "stages/lib/preferring/reference.py",
-        "reshape(2, -1).T",
-        "reshape(2, -1)[::-1].T",
+        "reshape(self.width, -1).T",
+        "reshape(self.width, -1)[::-1].T",
         (
             "tests/integration/test_dpo.py::test_reference_logprobs_are_those_of_the_input_model",
             "tests/integration/test_dpo.py::test_the_loss_starts_at_log_2",
+        ),
+    ),
+    Mutation(
+        "the reference point of each process's own answers",
+        "stages/lib/preferring/unpaired_objective.py",
+        "self.kl = reference_point(total / count)",
+        "self.kl = reference_point(sums[0] / sums[1])",
+        ("tests/integration/test_kto.py::test_two_processes_train_what_one_trains[None]",),
+    ),
+    Mutation(
+        "answers of the same prompt taken for mismatched ones",
+        "stages/lib/preferring/unpaired.py",
+        "if prompts[(place + k) % count] != prompt",
+        "if k",
+        ("tests/unit/test_unpaired.py::test_a_mismatched_answer_is_that_of_the_next_other_prompt",),
+    ),
+    Mutation(
+        "undesirable answers weighed as desirable ones",
+        "stages/lib/preferring/unpaired_objective.py",
+        "torch.where(desirable_N, self.params.desirable_weight, self.params.undesirable_weight)",
+        "torch.where(desirable_N, self.params.desirable_weight, self.params.desirable_weight)",
+        (
+            "tests/integration/test_kto.py::test_weights_weigh_the_loss",
+            "tests/numerics/test_unpaired_against_trl.py::test_value_and_gradient",
         ),
     ),
     Mutation(

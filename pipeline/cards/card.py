@@ -33,7 +33,7 @@ WHAT = {
 }
 
 
-LEARNED_FROM_CHATS = frozenset({Kind.CHATS, Kind.PREFERENCES, Kind.PROMPTS})
+LEARNED_FROM_CHATS = frozenset({Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.PROMPTS})
 """Data of which a causal model learns to answer."""
 
 

@@ -7,19 +7,18 @@ kept in a file. Losses without a reference compute none.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
-
-from pydantic import model_validator
 
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
-from stages.lib.models.architectures import vocabulary_problems
-from stages.lib.models.arithmetic import BYTES
-from stages.lib.models.noise import noise_problems
 from stages.lib.preferring.loss_params import PairLossParams, loss_problems
-from stages.lib.preferring.params import check_preference_training, estimate_preference_training
+from stages.lib.preferring.params import (
+    PolicyParams,
+    beside_reference_pass,
+    check_policy_training,
+    estimate_preference_training,
+)
 from stages.lib.text.template_date import on_template_date
 from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.params import causal_lm_or_adapter
@@ -32,43 +31,19 @@ if TYPE_CHECKING:
     from stages.lib.preferring.pairs import Pairs
 
 
-class DPOParams(PairLossParams):
+class DPOParams(PairLossParams, PolicyParams):
     """How the policy is trained."""
-
-    @property
-    def trains_causal_lm(self) -> bool:
-        return True
-
-    @model_validator(mode="after")
-    def nothing_is_dropped(self) -> DPOParams:
-        if getattr(self.adapter, "dropout", 0.0):
-            raise ValueError(
-                "adapter: dropout must be 0: policy and reference are compared token by token, and would differ by chance"
-            )
-        return self
 
 
 def estimate(forecast: Forecast) -> Estimate:
     """The training's; its memory is that of the reference's pass where this takes more, as it may under ZeRO-3."""
     known = estimate_preference_training(forecast, without_dropout=True)
-    if not forecast.params.needs_reference:
-        return known
-    reference = forecast.inputs.get("reference", forecast.inputs.get("model", Estimate())).parameters
-    if known.memory_bytes_per_rank is None or reference is None:
-        return known
-    width = BYTES[forecast.params.precision] if forecast.resources.deepspeed else BYTES["fp32"]
-    return replace(known, memory_bytes_per_rank=max(known.memory_bytes_per_rank, reference * width))
+    return beside_reference_pass(forecast, known) if forecast.params.needs_reference else known
 
 
 def check(forecast: Forecast) -> list[Problem]:
     """What is wrong before the step runs: also a reference that cannot be of the same tokenizer."""
-    hint = "Policy and reference must be of the same tokenizer."
-    return [
-        *check_preference_training(forecast),
-        *loss_problems(forecast),
-        *vocabulary_problems(forecast, "reference", "model", hint),
-        *noise_problems(forecast.inputs.get("model", Estimate()).architecture or {}),
-    ]
+    return [*check_policy_training(forecast), *loss_problems(forecast)]
 
 
 @on_template_date
@@ -77,14 +52,14 @@ def run(ctx: Context, params: DPOParams) -> Result:
 
     from stages.lib.models.loading import load_model, without_dropout
     from stages.lib.preferring.objective import PreferenceObjective, compared_with_the_start, require_whole_groups
-    from stages.lib.preferring.opening import Preferences
+    from stages.lib.preferring.opening import open_preferences
     from stages.lib.preferring.pairs import collate_pairs
     from stages.lib.text.batches import padding_of
     from stages.lib.training.loop import train
 
     start = ctx.inputs["model"]
     require_whole_groups(ctx, params)
-    preferences = Preferences.open(ctx, params)
+    preferences = open_preferences(ctx, params)
     train_pairs, heldout_pairs, baselines = preferences.train, preferences.heldout, None
     if params.needs_reference:
         train_pairs, heldout_pairs, baselines = beside_reference(ctx, params, preferences)
@@ -133,40 +108,21 @@ STAGE = Stage(
 
 
 def beside_reference(
-    ctx: Context, params: DPOParams, preferences: Preferences
+    ctx: Context, params: DPOParams, preferences: Preferences[Pairs]
 ) -> tuple[Pairs, Pairs, dict[str, float]]:
     """Training and held-out pairs with their log-probabilities under the reference, and how good that is by itself.
 
     It runs before the training engine exists: from then on ZeRO-3 would split the reference too.
     """
-    from stages.lib.preferring.reference import ReferencePass
-    from stages.lib.text.tokenizers import require_same_tokenizer
+    from stages.lib.preferring.reference import ReferencePass, open_reference, publish_logprobs
 
-    start = ctx.inputs["model"]
-    reference = ctx.inputs.get("reference", start)
-    if reference != start:
-        require_same_tokenizer(start, reference, "inputs.reference")
     data = [preferences.train, preferences.heldout]
-    reference_pass = ReferencePass(ctx, reference, data, params.precision, params.tail_weight)
+    reference_pass = ReferencePass(ctx, open_reference(ctx), data, params.precision, params.tail_weight)
     train_logprobs_N2, heldout_logprobs_N2 = reference_pass.run(preferences.tokenizer)
-    publish_logprobs(ctx, train_logprobs_N2, heldout_logprobs_N2)
+    publish_logprobs(ctx, train=train_logprobs_N2, heldout=heldout_logprobs_N2)
     heldout_pairs = preferences.heldout.with_reference(heldout_logprobs_N2)
     found = baselines(heldout_logprobs_N2, heldout_pairs.answer_lengths())
     return preferences.train.with_reference(train_logprobs_N2), heldout_pairs, found
-
-
-PUBLISHED_LOGPROBS_BYTES = 64_000_000
-"""The reference's log-probabilities are published with the model if they are no larger."""
-
-
-def publish_logprobs(ctx: Context, train_N2: NDArray[np.float64], heldout_N2: NDArray[np.float64]) -> None:
-    """Puts the reference's log-probabilities beside the model: `train` and `heldout`, N x (chosen, rejected)."""
-    import numpy as np
-
-    from stages.lib.processes.collectives import from_main
-
-    if train_N2.nbytes + heldout_N2.nbytes <= PUBLISHED_LOGPROBS_BYTES:
-        from_main(lambda: np.savez(ctx.out / "reference_logprobs.npz", train=train_N2, heldout=heldout_N2))
 
 
 def baselines(reference_N2: NDArray[np.float64], answer_tokens_N2: NDArray[np.int64]) -> dict[str, float]:

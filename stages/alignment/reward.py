@@ -79,13 +79,13 @@ def run(ctx: Context, params: RewardParams) -> Result:
     from stages.lib.models.heads import add_reward_head, choose_padding
     from stages.lib.models.loading import initial_weights, load_model
     from stages.lib.preferring.answers import accuracy_of_length
-    from stages.lib.preferring.opening import Preferences
+    from stages.lib.preferring.opening import open_preferences
     from stages.lib.preferring.pairs import collate_pairs
     from stages.lib.preferring.reward_models import HEAD_TYPE, require_fixed_prompts
     from stages.lib.training.loop import train
 
     causal = ctx.inputs["model"]
-    preferences = Preferences.open(ctx, params, with_margins=params.margin_from == "column")
+    preferences = open_preferences(ctx, params, with_margins=params.margin_from == "column")
     require_fixed_prompts(preferences.tokenizer)
     tokenizer, heldout_pairs = preferences.tokenizer, preferences.heldout
     own_padding_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Killed and started again, each training stage in stages/alignment (reward and dpo) ends with the same weights."""
+"""Killed and started again, each training stage in stages/alignment (reward, dpo and kto) ends with the same weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.driving import assert_two_kills_change_nothing
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("step", ["reward", "aligned"])
+@pytest.mark.parametrize("step", ["reward", "aligned", "kto"])
 def test_killed_in_a_step_and_in_a_checkpoint_write_it_ends_with_the_same_weights(
     reference_store: Path, tmp_path: Path, step: str
 ) -> None:

@@ -206,6 +206,7 @@ CELLS: dict[str, tuple[str, Inputs, Mapping[str, Any]]] = {
     "sft": ("sft", {"model": "model", "chats": "chats"}, TUNING),
     "reward": ("reward", {"model": "model", "preferences": "preferences"}, TUNING),
     "dpo": ("dpo", {"model": "model", "preferences": "preferences"}, TUNING),
+    "kto": ("kto", {"model": "model", "preferences": "preferences"}, TUNING),
     "ppo": (
         "ppo",
         {"model": "model", "prompts": "chats", "reward": "reward"},

@@ -11,6 +11,7 @@ from pipeline.settings.resources import Resources
 from pipeline.stage import Context, Result, Stage, World
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import Journal
+from stages.lib.rows.canonical import read_rows, write_rows
 from tests import rows
 from tests.distributed.training_world import Job, run_forked
 from tests.integration.tiny_language_model import as_pair, make_tokenizer, said, write_split
@@ -34,6 +35,19 @@ def make_preference_world(folder: Path, *, num_pairs: int = 120, heldout: int = 
     too_long = {**pairs[-2], "chosen": [said(pairs[-2]["chosen"][0]["content"] * 40)]}
     preferences = write_split(folder / "preferences", [*pairs, same, too_long], heldout=heldout)
     return PreferenceWorld(make_model(folder / "model", tokenizer), preferences, tokenizer)
+
+
+def unpaired_of(preferences: Path, folder: Path, label: Callable[[int], bool] = lambda number: number % 3 > 0) -> Path:
+    """Single answers made of pairs: of row k the chosen one if `label(k)`, else the rejected one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "heldout"):
+        rows = []
+        for number, row in enumerate(read_rows(preferences / f"{split}.jsonl")):
+            kept = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+            desirable = label(number)
+            rows.append({**kept, "completion": row["chosen" if desirable else "rejected"], "label": desirable})
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder
 
 
 def make_model(folder: Path, tokenizer: Any, *, hidden: int = 48, seed: int = 0, **config: Any) -> Path:
@@ -101,6 +115,7 @@ def run(
 MODULES = {
     "distill": "stages.compression.distill",
     "dpo": "stages.alignment.dpo",
+    "kto": "stages.alignment.kto",
     "reward": "stages.alignment.reward",
 }
 
@@ -112,9 +127,10 @@ def run_in_processes(
     folder: Path,
     processes: int,
     deepspeed: str | None,
+    resources: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs the stage in as many processes, as `run` does in this one; returns its metrics, facts and losses of steps."""
-    resources = {"deepspeed": deepspeed, "log_every_steps": 1}
+    resources = {"deepspeed": deepspeed, "log_every_steps": 1, **(resources or {})}
     job = Job(folder, MODULES[kind], params, inputs, resources, seed=0, processes=processes)
     run_forked(folder, [job])
     return {**job.result(), "losses": job.losses()}

@@ -77,6 +77,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "pretrain": {**COMMON, **BLOCKS},
     "sft": {**COMMON, "max_length_tokens": 128},
     "dpo": {**COMMON, "max_length_tokens": 128},
+    "kto": {**COMMON, "max_length_tokens": 128},
     "reward": {**COMMON, "max_length_tokens": 128},
     "distill": {**COMMON, **BLOCKS},
     "classify": {**COMMON, **ENCODER, "max_length_tokens": 32},
@@ -85,7 +86,7 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 MATRIX = [
     *(("sft", name, block) for name, block in CAUSAL.items()),
-    *((stage, name, CAUSAL[name]) for stage in ("dpo", "pretrain", "distill") for name in KINDS),
+    *((stage, name, CAUSAL[name]) for stage in ("dpo", "kto", "pretrain", "distill") for name in KINDS),
     *(("reward", name, CAUSAL[name]) for name in KINDS if name in WITH_WEIGHTS),
     *((stage, name, block) for stage in ("classify", "extract", "answer") for name, block in ENCODING.items()),
 ]
@@ -122,6 +123,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "pretrain": {"model": model, "tokens": tiny.tokens},
             "sft": {"model": model, "chats": tiny.chats},
             "dpo": {"model": model, "preferences": tiny.preferences},
+            "kto": {"model": model, "preferences": tiny.preferences},
             "reward": {"model": model, "preferences": tiny.preferences},
             "distill": {"student": model, "teacher": tiny.model, "tokens": tiny.tokens},
             "classify": {"encoder": encoder, "labels": labels},

@@ -278,6 +278,15 @@ CONTRADICTING: dict[str, tuple[str, str, list[dict[str, Any]], dict[str, int]]] 
         [pair("a", "b"), pair("b", "a"), pair("a", "c")],
         {},
     ),
+    "answers that are desirable and are not": (
+        "unpaired_preferences",
+        "unpaired_preference",
+        [
+            {"prompt": "q", "completion": said, "label": label}
+            for said, label in (("a", True), ("a", False), ("b", True))
+        ],
+        {},
+    ),
     "margins": (
         "preferences",
         "preference_chat",

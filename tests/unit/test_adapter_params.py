@@ -26,12 +26,13 @@ PARAMS: dict[str, dict[str, Any]] = {
     "sft": {**COMMON, "max_length_tokens": 64},
     "reward": {**COMMON, "max_length_tokens": 64},
     "dpo": {**COMMON, "max_length_tokens": 64},
+    "kto": {**COMMON, "max_length_tokens": 64},
     "distill": {**COMMON, "isolate_documents": False},
     "classify": COMMON,
     "extract": COMMON,
     "answer": COMMON,
 }
-CAUSAL = ("pretrain", "sft", "dpo", "distill")
+CAUSAL = ("pretrain", "sft", "dpo", "kto", "distill")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -117,7 +118,8 @@ def test_blocks_that_say_what_cannot_be(block: dict[str, Any], said: str) -> Non
 
 def test_what_does_not_go_with_a_stage() -> None:
     assert "add_tokens needs embeddings that are trained" in refused("sft", {"method": "lora"}, add_tokens=True)
-    assert "adapter: dropout must be 0" in refused("dpo", {"method": "lora", "dropout": 0.1})
+    for kind in ("dpo", "kto"):
+        assert "adapter: dropout must be 0" in refused(kind, {"method": "lora", "dropout": 0.1})
     for stage in ("pretrain", "distill"):
         said = refused(stage, {"method": "prefix_tuning"}, isolate_documents=True)
         assert "puts its tokens before a whole block, not before each document" in said

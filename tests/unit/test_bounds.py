@@ -21,12 +21,14 @@ TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "global_batch_size": 8, "max_
 DIVISORS = {
     "ppo": (ON_POLICY, ["temperature", "reward_clip", "clip_ratio_high", "max_policy_kl", "max_logprob_mismatch", "mismatch_cap", "value_coefficient", "value_clip", "value_learning_rate", "kl_target", "kl_horizon"]),
     "dpo": (PREFERENCES, ["beta"]),
+    "kto": (PREFERENCES, ["beta"]),
     "distill": (TRAINING, ["temperature"]),
 }  # fmt: skip
 PARTS = {
     "ppo": (ON_POLICY, ["kl_coefficient", "missing_end_penalty", "entropy_coefficient"]),
     "reward": (PREFERENCES, ["margin", "label_smoothing", "center_rewards_coefficient"]),
     "dpo": (PREFERENCES, ["label_smoothing"]),
+    "kto": (PREFERENCES, ["desirable_weight", "undesirable_weight"]),
     "quantize": ({}, ["max_perplexity_increase"]),
 }
 """What may be 0, which leaves it out."""

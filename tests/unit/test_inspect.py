@@ -26,6 +26,7 @@ from stages.lib.inspecting.inspection import inspect_places
 from stages.lib.inspecting.row_views import marked_pieces, parts_of_row, spread
 from stages.lib.inspecting.token_views import ModelView
 from stages.lib.text.chat_presets import PRESETS
+from stages.lib.text.prompts import prompt_of
 from tests.unit.running_stages import params_of, run_stage
 from tests.unit.test_chat_template import build
 
@@ -144,6 +145,15 @@ def test_turns_without_loss_and_last_questions_carry_none(model: Path) -> None:
     assert [each.name for each in sides] == ["chosen", "rejected"]
     learned = [[piece for piece, marked in view.part_of(each)["pieces"] if marked] for each in sides]
     assert learned == [["d<|end|>"], ["x<|end|>"]]  # and not the answer that stands in the prompt
+    single = {"prompt": turns[:3], "completion": [turns[3]], "label": False}
+    (seen,) = view.views_of(single, "unpaired_preferences")
+    assert [piece for piece, marked in view.part_of(seen)["pieces"] if marked] == ["d<|end|>"]
+    told = parts_of_row(single, "unpaired_preferences")
+    assert [(part["name"], part["pieces"][0][0]) for part in told[-2:]] == [
+        ("completion", "d"),
+        ("label", "undesirable"),
+    ]
+    assert prompt_of(single, "chat") == turns[:3]
 
 
 def test_rows_that_the_template_refuses_are_counted(chats: Path, tmp_path: Path) -> None:

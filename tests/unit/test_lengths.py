@@ -67,6 +67,7 @@ ASKED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("model", "max_length_tokens", TRAINING),
     "reward": ("model", "max_length_tokens", TRAINING),
     "dpo": ("model", "max_length_tokens", TRAINING),
+    "kto": ("model", "max_length_tokens", TRAINING),
     "classify": ("encoder", "max_length_tokens", TRAINING),
     "extract": ("encoder", "max_length_tokens", {**TRAINING, "stride_tokens": 4}),
     "answer": ("encoder", "max_length_tokens", {**TRAINING, "stride_tokens": 4}),

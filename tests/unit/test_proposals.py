@@ -77,15 +77,19 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "kto with texts": (
         lambda n: {"prompt": saying(n), "completion": f"It is {n}.", "label": n % 3 > 0},
-        {"layout": "rated_chat", "columns": {"messages": "prompt", "answer": "completion"}},
+        {"layout": "unpaired_preference"},
     ),
     "kto with turns": (
         lambda n: {"prompt": turns(n, answered=False), "completion": [assistant(saying(n))], "label": n % 3 > 0},
-        {"layout": "rated_chat", "columns": {"messages": "prompt", "answer": "completion"}},
+        {"layout": "unpaired_preference"},
     ),
     "kto as a table has it": (
         lambda n: {"prompt": saying(n), "completion": f"It is {n}.", "label": ("False", "True")[n % 3 > 0]},
-        {"layout": "rated_chat", "columns": {"messages": "prompt", "answer": "completion"}},
+        {"layout": "unpaired_preference"},
+    ),
+    "kto with instructions": (
+        lambda n: {"instruction": saying(n), "input": f"house {n}", "output": f"It is {n}.", "kto_tag": n % 3 > 0},
+        {"layout": "unpaired_preference", "columns": {"completion": "output", "label": "kto_tag"}},
     ),
     "chats that are called good or bad": (
         lambda n: {"messages": turns(n), "rating": ("bad", "good")[n % 3 > 0]},

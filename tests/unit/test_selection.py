@@ -20,6 +20,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "sft": {"max_length_tokens": 64},
     "reward": {"max_length_tokens": 64},
     "dpo": {"max_length_tokens": 64},
+    "kto": {"max_length_tokens": 64},
     "distill": {},
     "classify": {},
     "extract": {},

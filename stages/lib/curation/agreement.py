@@ -14,6 +14,7 @@ LEARNED: dict[str, tuple[str, ...]] = {
     "spans": ("spans",),
     "questions": ("answers",),
     "preferences": ("chosen", "margin"),
+    "unpaired_preferences": ("label",),
     "prompts": ("columns",),
 }
 """Format -> what is to be learned from a row, or what its completions are compared with. Of other formats different rows may

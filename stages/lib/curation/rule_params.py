@@ -22,7 +22,7 @@ class NamedRule(Strict):
     name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """What the ledger counts it by, after `rule_`: lower-case letters, digits and underscores. null: its kind; a second one of a kind without a name gets a number."""
     where: list[Part] | None = Field(default=None, min_length=1)
-    """The parts of a row that it looks at: text; user, assistant and system for turns (of pairs and prompts, those of the prompt); chosen and rejected for the answers of pairs; context and question. One that is as the rule says is enough. null: those that the kind is made for."""
+    """The parts of a row that it looks at: text; user, assistant and system for turns (of pairs and prompts, those of the prompt); chosen and rejected for the answers of pairs, completion for those without a pair; context and question. One that is as the rule says is enough. null: those that the kind is made for."""
 
     def rewrites(self) -> bool:
         """Whether it changes texts; else it drops rows."""
@@ -307,11 +307,11 @@ def misplaced_rules(rules: Sequence[Rule], format: str) -> Iterator[Problem]:
             what = f"rewrites, and {format} are never rewritten, because their offsets would move"
             yield Problem(f"{index}", what, "Drop such rows with a rule of kind pattern, or mend them before.")
         elif rule.kind == "answer_equals_prompt" and format not in ANSWERED:
-            others = " and ".join(ANSWERED)
+            *others, last = ANSWERED
             yield Problem(
                 f"{index}",
                 f"compares an answer with its prompt, and {format} have none",
-                f"It is for {others}: remove it.",
+                f"It is for {', '.join(others)} and {last}: remove it.",
             )
         elif not rule.parts(format):
             hint = f"Name what it is to look at, such as where: [{PARTS[format][-1]}], or remove it."

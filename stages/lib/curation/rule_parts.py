@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Part = Literal["text", "system", "user", "assistant", "chosen", "rejected", "context", "question"]
+Part = Literal["text", "system", "user", "assistant", "chosen", "rejected", "completion", "context", "question"]
 """Where a text stands in a row: whose turn of a chat or prompt it is, which answer of a pair, or which field."""
 
 PARTS: dict[str, tuple[Part, ...]] = {
@@ -12,17 +12,29 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "chats": ("system", "user", "assistant"),
     "prompts": ("system", "user", "assistant"),
     "preferences": ("system", "user", "assistant", "chosen", "rejected"),
+    "unpaired_preferences": ("system", "user", "assistant", "completion"),
     "labels": ("text",),
     "spans": ("text",),
     "questions": ("context", "question"),
 }
-"""Format -> the parts that its rows have. Of prompts and pairs, `assistant` is what was answered earlier in the prompt."""
+"""Format -> the parts that its rows have. Of prompts and preferences, `assistant` is what was answered earlier in the prompt."""
 
 ALL = PARTS
 SAID = {format: tuple(part for part in parts if part != "system") for format, parts in PARTS.items()}
-ASKED: dict[str, tuple[Part, ...]] = {"chats": ("user",), "prompts": ("user",), "preferences": ("user",)}
+ASKED: dict[str, tuple[Part, ...]] = {
+    **dict.fromkeys(("chats", "prompts", "preferences", "unpaired_preferences"), ("user",))
+}
 TEXTS: dict[str, tuple[Part, ...]] = {"text": ("text",), "labels": ("text",), "spans": ("text",)}
-SINGLE: dict[str, tuple[Part, ...]] = {**SAID, "preferences": ("user", "chosen")}
+SINGLE: dict[str, tuple[Part, ...]] = {
+    **SAID,
+    "preferences": ("user", "chosen"),
+    "unpaired_preferences": ("user", "completion"),
+}
 CHOSEN: dict[str, tuple[Part, ...]] = {"chats": ("assistant",), "preferences": ("chosen",)}
-ANSWERED: dict[str, tuple[Part, ...]] = {"chats": ("assistant",), "preferences": ("assistant", "chosen", "rejected")}
-"""Of formats that have them: what is said in turns, what is asked, single texts, what is learned to say, all answers."""
+ANSWERED: dict[str, tuple[Part, ...]] = {
+    "chats": ("assistant",),
+    "preferences": ("assistant", "chosen", "rejected"),
+    "unpaired_preferences": ("assistant", "completion"),
+}
+"""Of formats that have them: what is said in turns, what is asked, single texts, what is learned to say, all answers.
+Of unpaired preferences it is not known beforehand whether an answer is learned."""

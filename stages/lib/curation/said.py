@@ -8,7 +8,8 @@ from typing import Any
 
 from stages.lib.rows.canonical import Row
 
-MESSAGE_FIELDS = ("messages", "prompt", "chosen", "rejected")
+MESSAGE_FIELDS = ("messages", "prompt", "chosen", "rejected", "completion")
+ANSWER_FIELDS = ("chosen", "rejected", "completion")
 TEXT_FIELDS = ("text", "context", "question")
 SPEAKERS = frozenset({"system", "user", "assistant"})
 """Whose turns are cleaned: what a tool returns is what it returned."""
@@ -19,7 +20,7 @@ class Said:
     """One text of a row."""
 
     part: str
-    """Whose turn it is in a chat or prompt; which answer of a pair; else its field."""
+    """Whose turn it is in a chat or prompt; which answer; else its field."""
     text: str
     asked: str | None = None
     """The message that it answers, if it is an answer."""
@@ -67,7 +68,7 @@ def change_message(message: dict[str, Any], change: Callable[[str], str]) -> dic
 
 def part_of(field: str, role: str) -> str:
     """The part in which a turn of the role stands that is in the field."""
-    return field if field in ("chosen", "rejected") else role
+    return field if field in ANSWER_FIELDS else role
 
 
 def shown_change(before: Row, after: Row) -> str:

@@ -13,6 +13,18 @@ def wins(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor:
     return ((chosen_N > rejected_N).double() + (chosen_N >= rejected_N).double()) / 2
 
 
+def area_under_roc(score_N: torch.Tensor, positive_N: torch.Tensor) -> float:
+    """How often a positive has a higher score than a negative one, ties counted one half: the area under the ROC curve.
+
+    By ranks, of which equal scores have their mean (Mann and Whitney, 1947). Both kinds must be there.
+    """
+    _, places_N, counts = torch.unique(score_N, return_inverse=True, return_counts=True)
+    rank_N = (counts.cumsum(0) - (counts - 1) / 2)[places_N].double()
+    positives = int(positive_N.sum())
+    above = float(rank_N[positive_N].sum()) - positives * (positives + 1) / 2
+    return above / (positives * (len(score_N) - positives))
+
+
 NUM_BINS = 15
 """As many as Guo et al. (2017) take."""
 

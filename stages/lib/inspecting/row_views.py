@@ -32,6 +32,9 @@ def parts_of_row(row: Row, format: str) -> list[Part]:
         case "preferences":
             answers = [part(name, (row[name][0]["content"], True)) for name in ("chosen", "rejected")]
             return [*said_parts(row["prompt"]), *answers, *extra_part(row, "margin")]
+        case "unpaired_preferences":
+            judged = part("label", ("desirable" if row["label"] else "undesirable", False))
+            return [*said_parts(row["prompt"]), part("completion", (row["completion"][0]["content"], True)), judged]
         case "spans":
             return [part("text", *marked_pieces(row["text"], row["spans"], "label"))]
         case "questions":

@@ -52,9 +52,10 @@ class ModelView:
                 return self.chat_views("chat", row["messages"])
             case "prompts":
                 return [self.prompt_view(row["prompt"])]
-            case "preferences":
+            case "preferences" | "unpaired_preferences":
                 asked = len(row["prompt"])
-                sides = [(side, [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]
+                answers = [side for side in ("chosen", "rejected", "completion") if side in row]
+                sides = [(side, [*row["prompt"], *row[side]]) for side in answers]
                 return [view for side, messages in sides for view in self.chat_views(side, messages, mask_from=asked)]
             case _:
                 return [self.text_view("text", "\n".join(FORMATS[format].texts(row)), learned=format == "text")]

@@ -17,7 +17,21 @@ from torch.nn.functional import cross_entropy
 from stages.lib.formulas.calibration import wins
 from stages.lib.formulas.token_losses import IGNORE, Tensors, next_tokens
 from stages.lib.models.asking import without_cache
+from stages.lib.text.batches import attention_mask, padded
 from stages.lib.training.evaluating import Metrics
+
+AnsweredSequence = tuple[NDArray[np.int32], NDArray[np.uint8]]
+"""The ids of a prompt and an answer to it, and 1 for each token of the answer, including the one that ends its turn."""
+
+
+def batch_of_answers(sequences: Sequence[AnsweredSequence], padding_id: int) -> Tensors:
+    """`input_ids`, `attention_mask` and `answer_mask`, B x T, padded on the right.
+
+    What is padding is told by position, in the masks: an id never decides it.
+    """
+    ids, answers = [each for each, _ in sequences], [answer for _, answer in sequences]
+    masks = {"attention_mask": attention_mask(ids), "answer_mask": padded(answers)}
+    return {"input_ids": padded(ids, padding_id), **masks}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What the stages that train on pairs begin and end with: the model's tokenizer and the pairs, and what is told of both."""
+"""What the stages that train on preferences begin and end with: the model's tokenizer and the rows, and what is told of both."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,27 +19,17 @@ from stages.lib.text.chat_check import check_chat_template
 from stages.lib.text.tokenizers import facts_of_tokenizer, load_tokenizer
 from stages.lib.training.loop import Trained
 
+Rows = TypeVar("Rows", bound=Sized)
+
 
 @dataclass(frozen=True)
-class Preferences:
-    """The input `preferences` in the tokens of the input `model`."""
+class Preferences(Generic[Rows]):
+    """The input with the preferences in the tokens of the input `model`."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Pairs
-    heldout: Pairs
+    train: Rows
+    heldout: Rows
     ledger: Ledger
-
-    @classmethod
-    def open(cls, ctx: Context, params: PreferenceParams, *, with_margins: bool = False) -> Preferences:
-        """Raises `DataError` if pairs may be longer than the model takes, or its chat template is not fit for training."""
-        model = ctx.inputs["model"]
-        require_length(read_config(model), params.max_length_tokens)
-        tokenizer = load_tokenizer(model)
-        check_chat_template(tokenizer, str(model))
-        pairs = open_pairs(
-            ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction, with_margins=with_margins
-        )
-        return cls(tokenizer, *pairs)
 
     def facts(self, params: PreferenceParams, trained: Trained, **known: Any) -> Facts:
         """What the consumers of the trained model check."""
@@ -53,3 +44,19 @@ class Preferences:
             optimizer_steps=trained.steps,
             **known,
         )
+
+
+def open_preferences(ctx: Context, params: PreferenceParams, *, with_margins: bool = False) -> Preferences[Pairs]:
+    """Raises `DataError` if pairs may be longer than the model takes, or its chat template is not fit for training."""
+    tokenizer = tokenizer_of_policy(ctx, params)
+    pairs = open_pairs(ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction, with_margins=with_margins)
+    return Preferences(tokenizer, *pairs)
+
+
+def tokenizer_of_policy(ctx: Context, params: PreferenceParams) -> PreTrainedTokenizerBase:
+    """That of the input `model`. Raises `DataError` where this cannot take such rows, or its template is not fit for training."""
+    model = ctx.inputs["model"]
+    require_length(read_config(model), params.max_length_tokens)
+    tokenizer = load_tokenizer(model)
+    check_chat_template(tokenizer, str(model))
+    return tokenizer

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.preferring.answers import AnsweredSequence, batch_of_answers
 from stages.lib.processes.collectives import from_main
 from stages.lib.processes.joining import join_processes
 from stages.lib.rows.canonical import Row, is_margin, read_rows
 from stages.lib.rows.ledger import Ledger
-from stages.lib.text.batches import Collate, attention_mask, padded
+from stages.lib.text.batches import Collate
 from stages.lib.text.chat_fitting import fit_preference
 from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 
@@ -63,7 +64,7 @@ class Pairs(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         row: dict[str, Any] = {"categories": self.category_N2[index]}
-        for side, (ids, answer) in zip(SIDES, self.tokenized.sequences(index), strict=True):
+        for side, (ids, answer) in zip(SIDES, self.sequences(index), strict=True):
             row[f"{side}_ids"] = ids
             row[f"{side}_answer"] = answer
         if self.margin_N is not None:
@@ -71,6 +72,10 @@ class Pairs(Sequence[dict[str, Any]]):
         if self.reference_N2 is not None:
             row["reference"] = self.reference_N2[index]
         return row
+
+    def sequences(self, index: int) -> list[AnsweredSequence]:
+        """The ids and the answer mask of both sequences of a pair."""
+        return self.tokenized.sequences(index)
 
     def with_reference(self, logprobs_N2: NDArray[np.float64]) -> Pairs:
         """The same pairs, each with its two log-probabilities under a reference."""
@@ -164,18 +169,14 @@ def collate_pairs(padding_id: int) -> Collate:
     """Rows -> `input_ids`, `attention_mask` and `answer_mask` of 2N x T, `category_N2`, and `margin_N` and `reference_N2`
     where the rows have them.
 
-    Sequences are padded on the right. What is padding is told by position, in the masks: an id never decides it.
+    Sequences are padded on the right.
     """
 
     def collate(rows: list[dict[str, Any]]) -> Tensors:
-        ids = [row[f"{side}_ids"] for side in SIDES for row in rows]
-        answers = [row[f"{side}_answer"] for side in SIDES for row in rows]
-        batch = {
-            "input_ids": padded(ids, padding_id),
-            "attention_mask": attention_mask(ids),
-            "answer_mask": padded(answers),
-            "category_N2": torch.from_numpy(np.stack([row["categories"] for row in rows])),
-        }
+        batch = batch_of_answers(
+            [(row[f"{side}_ids"], row[f"{side}_answer"]) for side in SIDES for row in rows], padding_id
+        )
+        batch["category_N2"] = torch.from_numpy(np.stack([row["categories"] for row in rows]))
         if "margin" in rows[0]:
             batch["margin_N"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
         if "reference" in rows[0]:

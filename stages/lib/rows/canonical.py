@@ -4,6 +4,8 @@
     chats        {"messages": [{"role", "content"}, ...]}
     prompts      {"prompt": [messages]}, the last of them the user's
     preferences  {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
+    unpaired_preferences
+                 {"prompt": [messages], "completion": [messages], "label"}; `label` is true if the completion is desirable
     labels       {"text", "label"}, of a pair of texts {"text", "text_pair", "label"}; `label` is null where it is not known yet
     spans        {"text", "spans": [{"start", "end", "label"}]}, half-open character offsets
     questions    {"id", "context", "question", "answers": [{"start", "text"}]}; no answers: cannot be answered; null: not known yet
@@ -153,6 +155,16 @@ FORMATS: dict[str, Format] = {
         shared={"prompt": first_user_message("prompt")},
         parts=lambda row: [text_of_message(row["prompt"][-1]), *texts_of_messages("chosen", "rejected")(row)],
         rewritten=("prompt", "chosen", "rejected"),
+    ),
+    "unpaired_preferences": Format(
+        rows_kind=Kind.UNPAIRED_PREFERENCE_ROWS,
+        mixed_kind=Kind.UNPAIRED_PREFERENCES,
+        fields=("prompt", "completion", "label"),
+        texts=texts_of_messages("prompt", "completion"),
+        default_split="prompt",
+        shared={"prompt": first_user_message("prompt")},
+        parts=lambda row: [text_of_message(row["prompt"][-1]), *texts_of_messages("completion")(row)],
+        rewritten=("prompt", "completion"),
     ),
     "labels": Format(
         rows_kind=Kind.LABEL_ROWS,

@@ -19,6 +19,7 @@ from stages.lib.sources.layouts_preferences import preference_alpaca, preference
 from stages.lib.sources.layouts_prompts import prompts
 from stages.lib.sources.layouts_questions import squad, squad_rows
 from stages.lib.sources.layouts_spans import bio, pieces, spans
+from stages.lib.sources.layouts_unpaired import unpaired_preference
 
 
 def one_row(row: Row) -> Iterable[Row]:
@@ -202,6 +203,14 @@ LAYOUTS: dict[str, Layout] = {
         "a prompt, and chosen and rejected as turns; or two whole conversations or Human:/Assistant: transcripts",
         options=("turns_in_text",),
         also=(*CHAT_COLUMNS, "prompt"),
+    ),
+    "unpaired_preference": Layout(
+        "unpaired_preferences",
+        unpaired_preference,
+        ("prompt", "completion", *SHAREGPT_COLUMNS, "instruction", "input", "history", "label"),
+        "a prompt and a completion, or a chat, and whether the last answer is desirable: both kinds are kept",
+        options=("turns_in_text",),
+        also=CHAT_COLUMNS,
     ),
     "label": Layout(
         "labels",

@@ -67,7 +67,7 @@ def default_root() -> Path:
 
 
 class PythonDocsSource(Strict):
-    """Texts, chats, prompts, preferences, labels, spans or questions made from Python sources and their docstrings."""
+    """Texts, chats, prompts, preferences in pairs or not, labels, spans or questions made from Python sources and their docstrings."""
 
     kind: Literal["python_docs"]
     """The sources of a Python tree, read with `ast`: nothing is imported or executed."""
@@ -86,7 +86,7 @@ class LaidOutSource(Strict):
     """What sources of raw rows have in common."""
 
     layout: str
-    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, prompts, preference_alpaca, preference_between, preference_chat, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
+    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, prompts, preference_alpaca, preference_between, preference_chat, unpaired_preference, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
     columns: dict[str, str] = {}
     """Renames columns: the layout's name -> the name in the data. `id` and `group` may be named too: rows with the same group stay on one side of the held-out split."""
     carry: list[str] = []
@@ -96,7 +96,7 @@ class LaidOutSource(Strict):
     strip_segment_digit: bool = False
     """Whether each token ends with a digit that is no part of it, as in the Weibo NER files (layout bio)."""
     turns_in_text: Literal["json", "transcript"] | None = None
-    """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
+    """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat, unpaired_preference): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
     unlabelled: bool = False
     """Whether the rows are yet to be labelled, by the stage `annotate` (layouts label and squad): their label, or their answers, are not read, and may be missing. Texts without a second one need no such word: read them with the layout text."""
     first_answer: Literal[0, 1] | None = None

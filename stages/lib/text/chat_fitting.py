@@ -51,13 +51,22 @@ class FittedChat(NamedTuple):
 
 
 class FittedPreference(NamedTuple):
-    """Two answers to the same prompt, each with it of at most so many tokens, or None and the `reason`.
+    """Two answers to the same prompt, each with it of at most so many tokens, or None and the `reason`."""
+
+    chosen: EncodedChat | None
+    rejected: EncodedChat | None
+    dropped_messages: int
+    reason: str
+
+
+class FittedAnswers(NamedTuple):
+    """Answers to the same prompt, each with it of at most so many tokens, in their order; none, and the `reason`, where that
+    cannot be done.
 
     The masks cover the answers only, not what the assistant says within the prompt.
     """
 
-    chosen: EncodedChat | None
-    rejected: EncodedChat | None
+    answers: list[EncodedChat]
     dropped_messages: int
     reason: str
 
@@ -140,27 +149,36 @@ def fit_preference(
     rejected: Messages,
     max_length_tokens: int,
 ) -> FittedPreference:
-    """Prompt with chosen and prompt with rejected answer, each in at most `max_length_tokens`.
+    """Prompt with chosen and prompt with rejected answer, as `fit_answers` makes them fit."""
+    fitted = fit_answers(tokenizer, prompt, [chosen, rejected], max_length_tokens)
+    better, worse = fitted.answers or (None, None)
+    return FittedPreference(better, worse, fitted.dropped_messages, fitted.reason)
 
-    The same oldest turns of the prompt are dropped for both; its system message and last exchange stay.
+
+def fit_answers(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, answers: Sequence[Messages], max_length_tokens: int
+) -> FittedAnswers:
+    """The prompt with each of the answers, in at most `max_length_tokens`.
+
+    The same oldest turns of the prompt are dropped for all of them; its system message and last exchange stay.
     """
     system, exchanges = split_exchanges(prompt)
 
     def attempt(dropped: int) -> list[TrainingSequence]:
         kept = [*system, *joined(exchanges[dropped:])]
-        both = [sequences_of(tokenizer, [*kept, *answer], mask_from=len(kept)) for answer in (chosen, rejected)]
-        if any(len(each) > 1 for each in both):
+        all_of_them = [sequences_of(tokenizer, [*kept, *answer], mask_from=len(kept)) for answer in answers]
+        if any(len(each) > 1 for each in all_of_them):
             problem = Problem(about(kept), "the chat template rewrites what an answer of several turns says first")
             raise Unlearnable(REWRITTEN, problem)
-        return [each for (each,) in both]
+        return [each for (each,) in all_of_them]
 
     try:
         found, dropped = fewest_dropped(attempt, max(len(exchanges) - 1, 0), max_length_tokens, start=0)
     except (Unlearnable, RefusedChat) as error:
-        return FittedPreference(None, None, 0, reason_of(error))
+        return FittedAnswers([], 0, reason_of(error))
     if found is None:
-        return FittedPreference(None, None, 0, TOO_LONG)
-    return FittedPreference(found[0].encoded, found[1].encoded, len(joined(exchanges[:dropped])), "")
+        return FittedAnswers([], 0, TOO_LONG)
+    return FittedAnswers([each.encoded for each in found], len(joined(exchanges[:dropped])), "")
 
 
 def fewest_dropped(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -41,9 +41,21 @@ class Carrying(Protocol):
         """Goes on from what `carried` returned."""
 
 
+@runtime_checkable
+class LookingAhead(Protocol):
+    """What an objective has besides that asks something of a whole step before it learns from it."""
+
+    def look_ahead(self, model: torch.nn.Module, batches: Iterable[Tensors]) -> None:
+        """Called before the first micro batch of a step, in all processes together, with those of this process: as many in
+        each of them. What it finds must be the same in every process, and a function of the rows and the weights alone.
+        """
+
+
 @contextlib.contextmanager
-def one_step(objective: object) -> Iterator[None]:
+def one_step(objective: object, model: torch.nn.Module, batches: Iterable[Tensors]) -> Iterator[None]:
     """Around the micro batches of a step."""
+    if isinstance(objective, LookingAhead):
+        objective.look_ahead(model, batches)
     if isinstance(objective, Carrying):
         objective.begin_step()
     yield

@@ -176,7 +176,7 @@ class Training:
         units, tokens = all_reduce_sum([units, sum(num_tokens(batch) for batch in batches)])
         require_units(units, step + 1)
         losses: list[torch.Tensor] = []
-        with one_step(self.objective):
+        with one_step(self.objective, self.engine.wrapped, map(self.inputs, batches)):
             for number, batch in enumerate(batches):
                 with self.randomness.of(batch, step):
                     engine.backward(partial(self.loss, batch, units, losses), last=number == len(batches) - 1)
@@ -203,8 +203,10 @@ class Training:
 
     def loss_sum(self, batch: Tensors) -> torch.Tensor:
         """The summed loss of a micro batch."""
-        inputs = {name: tensor.to(self.engine.device) for name, tensor in batch.items() if name != "positions"}
-        return self.objective.loss_sum(self.engine.wrapped, inputs)
+        return self.objective.loss_sum(self.engine.wrapped, self.inputs(batch))
+
+    def inputs(self, batch: Tensors) -> Tensors:
+        return {name: tensor.to(self.engine.device) for name, tensor in batch.items() if name != "positions"}
 
     def loss(self, batch: Tensors, units: float, losses: list[torch.Tensor]) -> torch.Tensor:
         """This micro batch's share of the step's loss, times the number of processes, which average gradients.

@@ -30,6 +30,7 @@ BETTER: dict[str, Better] = {
     "heldout_accuracy_per_token": "higher",
     "heldout_accuracy_of_*": "higher",
     "heldout_margin": "higher",
+    "heldout_auc": "higher",
     "heldout_macro_f1": "higher",
     "heldout_f1": "higher",
     "heldout_f1_of_*": "higher",

@@ -82,6 +82,7 @@ RATING = Slot(
         "feedback",
         "completion_label",
         "accepted",
+        "kto_tag",
     ),
 )
 LABEL = Slot("label", LABELS, LABEL_NAMES, few_values=True, by_position=True)
@@ -157,6 +158,31 @@ FORMS: tuple[Form, ...] = (
             SYSTEM,
             *TOOLS,
         ),
+    ),
+    Form(
+        "unpaired_preference",
+        (
+            Slot("prompt", TEXTS | TURNS, ("messages", "context", *QUESTION_NAMES, *CHAT_NAMES)),
+            Slot("completion", TEXTS | TURNS, ("generation", "response", "output", "reply", "answer")),
+            RATING,
+            SYSTEM,
+            *TOOLS,
+        ),
+    ),
+    Form(
+        "unpaired_preference",
+        (
+            INSTRUCTION,
+            Slot("input", TEXTS),
+            HISTORY,
+            Slot("completion", TEXTS, ("output", *ANSWER_NAMES)),
+            RATING,
+            SYSTEM,
+        ),
+    ),
+    Form(
+        "unpaired_preference",
+        (Slot("messages", frozenset({"chat"}), ("conversations", *CHAT_NAMES)), RATING, SYSTEM, *TOOLS),
     ),
     Form(
         "label", (Slot("text", TEXTS | {"pieces"}, (*TEXT_NAMES, "question", "query", "data"), by_position=True), LABEL)

@@ -11,7 +11,7 @@ from stages.lib.rows.canonical import Row
 from stages.lib.sources.python_docs.chats import chat_rows
 from stages.lib.sources.python_docs.labels import label_rows
 from stages.lib.sources.python_docs.modules import Module, module_files, read_modules
-from stages.lib.sources.python_docs.preferences import preference_rows
+from stages.lib.sources.python_docs.preferences import judged_rows, preference_rows
 from stages.lib.sources.python_docs.questions import question_rows
 from stages.lib.sources.python_docs.spans import span_rows
 from stages.lib.sources.python_docs.text import text_rows
@@ -46,6 +46,7 @@ FORMATS = {
     "chats": RowMaker(per_module(chat_rows), lambda row: row["messages"][1]["content"]),
     "prompts": RowMaker(per_module(unanswered_rows), lambda row: row["prompt"][0]["content"]),
     "preferences": RowMaker(per_module(preference_rows), lambda row: row["chosen"][0]["content"]),
+    "unpaired_preferences": RowMaker(per_module(judged_rows), lambda row: row["completion"][0]["content"]),
     "labels": RowMaker(label_rows, lambda row: row["text"]),
     "spans": RowMaker(per_module(span_rows), lambda row: row["text"]),
     "questions": RowMaker(per_module(question_rows), lambda row: (row["context"], row["question"])),

@@ -1,4 +1,4 @@
-"""Preference pairs: a function's own description against another's, a truncated one, or a shuffled one."""
+"""Preferences, in pairs or not: a function's own description against another's, a truncated one, or a shuffled one."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ def preference_rows(module: Module) -> Iterator[Row]:
                     "corruption": corruption,
                 }
                 break
+
+
+def judged_rows(module: Module) -> Iterator[Row]:
+    """Unpaired preference rows: of each pair one answer, whichever the function's name decides, and whether it is its own."""
+    for row in preference_rows(module):
+        side = ("chosen", "rejected")[choice(f"{row['id']} judged", 2)]
+        yield {"id": row["id"], "prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
 
 
 def corrupted(function: Function, corruption: str, described: list[Function]) -> str:
