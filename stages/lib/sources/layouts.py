@@ -236,3 +236,8 @@ LAYOUTS: dict[str, Layout] = {
         also=("is_impossible",),
     ),
 }
+
+
+def layouts_giving(format: str) -> list[str]:
+    """The layouts whose rows are of the format, in the order of the table."""
+    return [name for name, layout in LAYOUTS.items() if layout.format == format]
