@@ -117,7 +117,7 @@ def run(ctx: Context, params: CleanParams) -> Result:
 
 STAGE = Stage(
     kind="clean",
-    version=5,
+    version=6,
     summary="Reads one source and keeps the rows that are whole, good enough and not said before.",
     params=CleanParams,
     inputs={},
