@@ -24,6 +24,7 @@ from stages.lib.curation.rules import Ruled, Ruling, build_rules, count_ruled
 from stages.lib.curation.wholeness import alike, emptied
 from stages.lib.rows.canonical import FORMATS, FormatName, Row, content_digest, encode_row, judged_text
 from stages.lib.rows.ledger import Ledger
+from stages.lib.sources.layouts import layouts_giving
 from stages.lib.sources.params import FilesSource, Source
 
 
@@ -53,7 +54,10 @@ class CleanParams(Strict):
     def check_format(self) -> CleanParams:
         given = self.source.given_format
         if given not in (None, self.format):
-            raise ValueError(f"source: the layout {self.source.layout} gives {given}, and format is {self.format}.")
+            raise ValueError(
+                f"source: the layout {self.source.layout} gives {given}, and format is {self.format}. Set format: {given}, "
+                f"or a layout that gives {self.format}: {', '.join(layouts_giving(self.format))}."
+            )
         if not FORMATS[self.format].rewritten and self.normalization not in (None, Normalization()):
             raise ValueError(f"normalization: {self.format} are never rewritten, because their offsets would move.")
         return self
@@ -113,7 +117,7 @@ def run(ctx: Context, params: CleanParams) -> Result:
 
 STAGE = Stage(
     kind="clean",
-    version=5,
+    version=6,
     summary="Reads one source and keeps the rows that are whole, good enough and not said before.",
     params=CleanParams,
     inputs={},

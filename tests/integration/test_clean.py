@@ -554,7 +554,15 @@ def test_a_layout_of_another_format_is_told_before_anything_runs(tmp_path: Path)
     (tmp_path / "a.jsonl").write_text("{}", encoding="utf-8")
     source = {"kind": "files", "paths": ["a.jsonl"], "layout": "alpaca"}
     told = problems_of(CleanParams, {"format": "text", "source": source}, tmp_path)
-    assert "source: the layout alpaca gives chats, and format is text" in told
+    assert (
+        "source: the layout alpaca gives chats, and format is text. Set format: chats, or a layout that gives text: text."
+        in told
+    )
+    source["layout"] = "messages"
+    told = problems_of(CleanParams, {"format": "prompts", "source": source}, tmp_path)
+    assert told.endswith("Set format: chats, or a layout that gives prompts: prompts.")
+    told = problems_of(CleanParams, {"format": "labels", "source": source}, tmp_path)
+    assert told.endswith("or a layout that gives labels: label, relation.")
     assert "expected tags: 'python_docs', 'files', 'dataset', 'hub'" in problems_of(
         CleanParams, {"format": "text", "source": {"kind": "file"}}, tmp_path
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
 from stages.lib.text.chat_answers import LEFT_OUT, Unlearnable
@@ -30,7 +33,7 @@ CHATML_OF_OTHERS = re.sub(r"\s*\{%- (end)?generation -%\}", "", CHATML)
 
 
 def build(
-    template: str | None, merges: list[tuple[str, str]] | None = None, *, flagged: bool = True
+    template: str | dict[str, str] | None, merges: list[tuple[str, str]] | None = None, *, flagged: bool = True
 ) -> PreTrainedTokenizerBase:
     """One token per ASCII character, and one per merged pair; `flagged` is whether the marks of turns are called special."""
     merges = merges or []
@@ -434,6 +437,28 @@ def test_the_check_names_what_is_unfit(template: str | None, problem: str) -> No
     assert template != SLIPWAY
     with pytest.raises(DataError, match=problem):
         check_chat_template(build(template), "params.chat_template")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_of_several_templates_one_must_be_the_default(tmp_path: Path, listed: bool) -> None:
+    """Folders hold them as files, those of older transformers as a list; the ways out that the message names are taken."""
+    build({"chat": CHATML_OF_OTHERS, "rag": SLIPWAY}).save_pretrained(tmp_path)
+    config, files = tmp_path / "tokenizer_config.json", tmp_path / "additional_chat_templates"
+    assert sorted(file.name for file in files.iterdir()) == ["chat.jinja", "rag.jinja"]
+    if listed:
+        shutil.rmtree(files)
+        named = [{"name": "chat", "template": CHATML_OF_OTHERS}, {"name": "rag", "template": SLIPWAY}]
+        config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": named}))
+    with pytest.raises(
+        DataError,
+        match=r"m: the tokenizer has several chat templates, and none is called default: chat, rag\. Train it by sft, .*additional_chat_templates to chat_template\.jinja",
+    ):
+        check_chat_template(AutoTokenizer.from_pretrained(tmp_path), "m")
+    if listed:
+        config.write_text(config.read_text().replace('"name": "chat"', '"name": "default"'))
+    else:
+        (files / "chat.jinja").rename(tmp_path / "chat_template.jinja")
+    check_chat_template(AutoTokenizer.from_pretrained(tmp_path), "m")
 
 
 @pytest.mark.parametrize(

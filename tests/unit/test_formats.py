@@ -391,6 +391,9 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
                     ("loss", False),
                     ("trainable", False),
                     ("loss_weight", 0.0),
+                    ("training", False),
+                    ("loss_mask", 0),
+                    ("step_loss_mask", 0),
                 )
                 for turn in (user(key), {**assistant("no"), key: no})
             ]
@@ -400,7 +403,16 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {
             "messages": [
                 turn
-                for key in ("weight", "train", "loss", "trainable", "loss_weight")
+                for key in (
+                    "weight",
+                    "train",
+                    "loss",
+                    "trainable",
+                    "loss_weight",
+                    "training",
+                    "loss_mask",
+                    "step_loss_mask",
+                )
                 for turn in (user(key), {**assistant("no"), "train": False})
             ]
             + [user("a"), assistant("yes")]
@@ -624,6 +636,8 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}, assistant("b")]}, "not_text", "a part is of type 'image'"),
     ("messages", {"messages": [user("a"), {**assistant("b"), "loss_weight": 0.0}]}, "not_trained_on", ""),
     ("messages", {"messages": [user("a"), {**assistant("b"), "weight": 0.5}]}, "partial_weight", "weight is 0.5"),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "train_detail": [{"begin_offset": 0, "end_offset": 0, "train": False}]}]}, "partial_weight", "only stretches of its content are to be trained on"),
+    ("messages", {"messages": [user("a"), {**assistant("b"), "loss_mask": [0, 1]}]}, "wrong_type", "loss_mask is a list, not a number or truth value"),
     ("messages", {"messages": [user("a"), {**assistant("b"), "train": "no"}]}, "wrong_type", "train is a text, not a number or truth value"),
     ("messages", {"messages": [user("a"), {**assistant("b"), "weight": 1, "train": False}]}, "contradictory", "weight is 1, train is False"),
     ("messages", {"messages": [user("a"), {**assistant("b"), "text": "c"}]}, "contradictory", "content and text"),
@@ -1306,6 +1320,8 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
         ("messages", {"messages": [user("a"), parts({"text": "b", "cache_control": {"type": "x"}})]}, "parts of turns of the assistant have 'cache_control', which is not read"),
         ("messages", {"messages": [user("a"), calls({"function": {"name": "f"}, "mood": "m"}), answered("1"), assistant("c")]}, "calls of tools have 'mood', which is not read"),
         ("prompts", {"prompt": "a", "input": "b"}, "rows have 'input' beside 'prompt', which is not read"),
+        ("label", {"text": "a", "label": "1.0"}, "labels are texts such as 1.0 and stay so: 1, as other rows or files may have it, is another label"),
+        ("spans", {"text": "ab", "spans": [{"id": 1, "start": 0, "end": 1, "label": "X", "word": "b", "score": None}]}, "spans have 'word', which is not read"),
     ],
 )  # fmt: skip
 def test_what_is_not_read_is_noticed(layout: str, row: Row, noticed: str) -> None:
@@ -1398,6 +1414,48 @@ def test_that_a_question_has_no_answer_is_read_however_it_is_written(said: Any) 
     assert convert("squad", {**row, "answers": given}) == (empty, Counter({"plausible_answers_left_out": 1}))
     assert convert("squad", row) == (empty, Counter())
     assert convert("squad", {**row, "answers": {"text": [""], "answer_start": [-1]}}) == (empty, Counter())
+
+
+def test_that_a_question_has_no_answer_is_read_under_each_name() -> None:
+    row = {"id": "q", "context": "ab", "question": "q"}
+    answers = {"text": ["ab"], "answer_start": [0]}
+    taken = {"id": "q", "context": "ab", "question": "q", "answers": [{"start": 0, "text": "ab"}]}
+    for name in ("is_impossible", "impossible", "answerable", "is_answerable", "has_answer"):
+        yes, no = (True, False) if "impossible" in name else (False, True)
+        assert convert("squad", {**row, "answers": answers, name: yes})[0] == {**taken, "answers": []}
+        assert convert("squad", {**row, "answers": answers, name: no})[0] == taken
+        said = f"{name} is {str(no).lower()}, and there is no answer"
+        assert convert("squad", {**row, "answers": [], name: no})[0] == ("contradictory", said)
+    both = {**row, "answers": answers, "is_impossible": True, "has_answer": True}
+    assert convert("squad", both)[0] == ("contradictory", "is_impossible and has_answer")
+
+
+@pytest.mark.parametrize("turn", [{"content": None}, {"content": ""}, {}, {"content": "\u2800\u200b"}])
+def test_a_system_turn_that_says_nothing_is_left_out(turn: Row) -> None:
+    turns = [{"role": "system", **turn}, user("a"), assistant("b")]
+    left_out = Counter({"empty_system_turn": 1})
+    assert convert("messages", {"messages": turns}) == ({"messages": turns[1:]}, left_out)
+    pair = {"prompt": turns[:2], "chosen": "b", "rejected": "c"}
+    assert convert("preference_chat", pair)[0]["prompt"] == [user("a")]
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+@pytest.mark.parametrize("said", ["s", None])
+def test_tools_of_a_system_turn_are_those_of_the_chat(name: str, said: str | None) -> None:
+    function = {"name": "w", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    tools = [{"type": "function", "function": function}]
+    turns = [user("a"), assistant("b")]
+    wanted = [{"role": "system", "content": said or "", "tools": tools}, *turns]
+    for listed in ([function], json.dumps([function]), tools):
+        row = {"messages": [{"role": "system", "content": said, name: listed}, *turns]}
+        assert convert("messages", row) == ({"messages": wanted}, Counter())
+        # and they stay where the row has a system text of its own, or says the same
+        assert convert("messages", {**row, "system": "r"})[0]["messages"][0]["tools"] == tools
+        assert convert("messages", {**row, "tools": tools})[0] == {"messages": wanted}
+        assert convert("messages", {**row, "tools": [{"name": "v"}]})[0] == (
+            "contradictory",
+            "the tools of the row and of its system turn",
+        )
 
 
 @pytest.mark.parametrize("said", [False, 0, 0.0, "False", "false", "0", None, ""])

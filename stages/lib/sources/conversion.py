@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,9 @@ REASONS: dict[str, Reason] = {
     "not_text": Reason("has parts that are no text, such as images", broken=False),
     "rated_bad": Reason("was rated bad, so it is nothing to learn from", broken=False),
     "contradictory": Reason("says one thing in two places, and they differ"),
-    "partial_weight": Reason("has an assistant turn of a weight other than 0 and 1, which chats cannot express"),
+    "partial_weight": Reason(
+        "has an assistant turn that is to be trained on in part, or by a weight other than 0 and 1; chats cannot express it"
+    ),
     "not_trained_on": Reason("has no assistant turn that is to be trained on", broken=False),
     "tie": Reason("prefers neither of two answers", broken=False),
     "nothing_in_it": Reason("is a list of articles, paragraphs, questions or instances that is empty", broken=False),
@@ -228,7 +231,15 @@ def class_of(row: Row, name: str, conversion: Conversion) -> str:
     label = label_of(row, name)
     if label in conversion.no_label:
         raise Dropped("no_label", f"{name} is {label}, which no_label names")
+    if isinstance(row.get(name), str) and POINT_AND_ZERO.fullmatch(label):
+        conversion.notice(
+            "labels are texts such as 1.0 and stay so: 1, as other rows or files may have it, is another label"
+        )
     return label
+
+
+POINT_AND_ZERO = re.compile(r"[+-]?\d+\.0+")
+"""How pandas writes whole numbers into CSV files where one is missing."""
 
 
 def label_of(row: Row, name: str) -> str:

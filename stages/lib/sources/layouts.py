@@ -17,7 +17,7 @@ from stages.lib.sources.layouts_chats import ALPACA_COLUMNS, alpaca, alpaca_rows
 from stages.lib.sources.layouts_labels import label, relation, text
 from stages.lib.sources.layouts_preferences import preference_alpaca, preference_between, preference_turns
 from stages.lib.sources.layouts_prompts import prompts
-from stages.lib.sources.layouts_questions import squad, squad_rows
+from stages.lib.sources.layouts_questions import ANSWERABLE, IMPOSSIBLE, squad, squad_rows
 from stages.lib.sources.layouts_spans import bio, pieces, spans
 from stages.lib.sources.layouts_unpaired import unpaired_preference
 
@@ -242,6 +242,11 @@ LAYOUTS: dict[str, Layout] = {
         "SQuAD's and CMRC's nested documents, or one question a row",
         options=("unlabelled",),
         expand=squad_rows,
-        also=("is_impossible",),
+        also=(*IMPOSSIBLE, *ANSWERABLE),
     ),
 }
+
+
+def layouts_giving(format: str) -> list[str]:
+    """The layouts whose rows are of the format, in the order of the table."""
+    return [name for name, layout in LAYOUTS.items() if layout.format == format]

@@ -48,16 +48,17 @@ def mapping(value: Any, name: str) -> Row:
 def squad(row: Row, conversion: Conversion) -> Row:
     """A question on a context; answers with their offsets, as nested documents have them or as the hub's columns do."""
     context, question = text_of(row, "context"), text_of(row, "question")
-    impossible = None if conversion.unlabelled else truth_of(row, "is_impossible")
+    impossible = None if conversion.unlabelled else says_impossible(row)
     given = [] if conversion.unlabelled else list(read_answers(row, impossible))
     if conversion.unlabelled:
-        if row.get("answers") or row.get("is_impossible") is not None:
+        if any(row.get(name) not in (None, [], {}) for name in ("answers", *IMPOSSIBLE, *ANSWERABLE)):
             conversion.notice("the answers are left out, as unlabelled says")
     elif impossible:
         conversion.repair("plausible_answers_left_out", len(given))
         given = []
     elif impossible is False and not given:
-        raise Dropped("contradictory", "is_impossible is false, and there is no answer")
+        said = next(name for name in (*IMPOSSIBLE, *ANSWERABLE) if truth_of(row, name) is not None)
+        raise Dropped("contradictory", f"{said} is {str(said in ANSWERABLE).lower()}, and there is no answer")
     found = [find_answer(context, start, answer, conversion) for start, answer in given]
     answers = [answer for answer in found if isinstance(answer, dict)]
     if given and not answers:
@@ -69,6 +70,20 @@ def squad(row: Row, conversion: Conversion) -> Row:
         identity = hashlib.sha256(f"{context}\0{question}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
     known = None if conversion.unlabelled else answers
     return {"id": str(identity), "context": context, "question": question, "answers": known}
+
+
+IMPOSSIBLE = ("is_impossible", "impossible")
+ANSWERABLE = ("answerable", "is_answerable", "has_answer")
+"""How data sets say that a question has no answer in its context, and that it has one."""
+
+
+def says_impossible(row: Row) -> bool | None:
+    """Whether the row says that its question has no answer; None where it says nothing. Raises `Dropped` if it says both."""
+    said = {name: truth_of(row, name) for name in (*IMPOSSIBLE, *ANSWERABLE)}
+    found = {name: value is (name in IMPOSSIBLE) for name, value in said.items() if value is not None}
+    if len(set(found.values())) > 1:
+        raise Dropped("contradictory", " and ".join(found))
+    return next(iter(found.values()), None)
 
 
 def read_answers(row: Row, impossible: bool | None) -> Iterator[tuple[int, str]]:

@@ -65,6 +65,9 @@ def read_span(span: Any, content: str, conversion: Conversion) -> Row:
     if not (is_whole(start) and is_whole(end)):
         raise Dropped("wrong_type", "a span's start and end must be whole numbers")
     said = text_of(span, "text", optional=True)
+    for key in sorted(span.keys() - {"id", "start", "end", "label", "text"}):
+        if span[key] not in (None, "", [], {}):
+            conversion.notice(f"spans have '{key}', which is not read")
     read = span_read_as(content, start, end, conversion.span_offsets)
     if said and (read is None or content[slice(*read)] != said):
         read = find_span(content, said, start if read is None else read[0], conversion)

@@ -246,7 +246,7 @@ TOOL_COLUMNS = ("tools", "functions")
 
 
 def system_turn(row: Row, conversion: Conversion) -> Message:
-    """The row's own system text, and the tools that the assistant may call beside it."""
+    """The system text of a row, or of a system turn, and the tools that the assistant may call beside it."""
     listed = one_of({name: named_tools(row.get(name)) for name in TOOL_COLUMNS}, TOOL_COLUMNS)
     said, tools = text_of(row, "system", optional=True), None if listed is None else as_tools(listed)
     content = "" if is_blank(said) else said

@@ -8,7 +8,16 @@ from typing import Any
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.conversion import TRUTHS, Conversion, Dropped, is_blank, one_of, text_of, type_name
 from stages.lib.sources.strict_json import parse_json
-from stages.lib.sources.tool_turns import CALL_KEYS, Message, calls_in, compact_json, tool_calls, with_calls
+from stages.lib.sources.tool_turns import (
+    CALL_KEYS,
+    TOOL_COLUMNS,
+    Message,
+    calls_in,
+    compact_json,
+    system_turn,
+    tool_calls,
+    with_calls,
+)
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
@@ -81,8 +90,12 @@ def turns_of(value: Any, name: str, conversion: Conversion) -> list[Message]:
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text", "response")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-TRAIN_KEYS = ("weight", "loss_weight", "train", "loss", "trainable")
-"""Of OpenAI and Mistral, of others, of Axolotl, of ms-swift, of verl: whether an assistant turn is to be trained on."""
+TRAIN_KEYS = ("weight", "loss_weight", "train", "training", "loss", "trainable", "loss_mask", "step_loss_mask")
+"""Of OpenAI and Mistral, of others, of Axolotl (two), of ms-swift, of verl, and of slime (two): whether an assistant turn is to
+be trained on.
+"""
+PARTLY_TRAINED_KEYS = ("train_detail", "training_detail")
+"""Of Axolotl: which stretches of an assistant turn are to be trained on."""
 
 ANSWERED_KEYS = ("tool_call_id", "call_id")
 """Which call a tool's turn answers: OpenAI's name, and that of its newer interface."""
@@ -99,21 +112,26 @@ def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
         raise Dropped("unknown_role", repr(role))
     says = role in ("assistant", "tool_call")
     content, calls = one_of(turn, CONTENT_KEYS), tool_calls(turn) if says else []
-    if content is None and not calls and not (role == "tool" and any(key in turn for key in CONTENT_KEYS)):
+    may_say_nothing = role == "system" or (role == "tool" and any(key in turn for key in CONTENT_KEYS))
+    if content is None and not calls and not may_say_nothing:
         raise Dropped("missing_field", "content")
+    if says and any(turn.get(key) for key in PARTLY_TRAINED_KEYS):
+        raise Dropped("partial_weight", "only stretches of its content are to be trained on")
     notice_unread(turn, role, conversion)
     message: Message = {"role": role, "content": content_text(content, role, conversion)}
     if role == "tool_call":
         message = {"role": role, "content": "", **calls_in(message["content"], conversion)}
     elif calls:
         message = with_calls(message, calls, conversion)
+    if role == "system":
+        message = system_turn({**turn, "system": message["content"]}, conversion)
     if role == "tool":
         named = {"name": turn.get("name"), "tool_call_id": one_of(turn, ANSWERED_KEYS)}
         message |= {key: str(value) for key, value in named.items() if value not in (None, "")}
     if role == "assistant":
         message |= reasoning_in(turn, message["content"])
     # A tool may return nothing: that is what it returned.
-    if is_blank(message["content"]) and "tool_calls" not in message and role != "tool":
+    if is_blank(message["content"]) and not message.keys() & {"tool_calls", "tools"} and role != "tool":
         if role == "system":
             conversion.repair("empty_system_turn")
             return []
@@ -130,6 +148,7 @@ def role_of(given: Any) -> Any:
 
 def notice_unread(turn: Row, role: str, conversion: Conversion) -> None:
     of_role = {
+        "system": TOOL_COLUMNS,
         "tool": ("name", *ANSWERED_KEYS),
         "assistant": (*CALL_KEYS, *REASONING_KEYS),
         "tool_call": (*CALL_KEYS, *REASONING_KEYS),
@@ -236,7 +255,9 @@ def with_system(chat: list[Message], system: Message, conversion: Conversion) ->
         said = [part for part in dict.fromkeys((system["content"], chat[0]["content"])) if part]
         if len(said) > 1:
             conversion.notice("a row's own system text was put before that of its chat")
-        return [{**system, "content": "\n\n".join(said)}, *chat[1:]]
+        if "tools" in system and chat[0].get("tools", system["tools"]) != system["tools"]:
+            raise Dropped("contradictory", "the tools of the row and of its system turn")
+        return [{**chat[0], **system, "content": "\n\n".join(said)}, *chat[1:]]
     return [system, *chat]
 
 

@@ -70,13 +70,21 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] | None
 
     As `apply_chat_template` chooses. Raises `DataError` if there is none.
     """
-    hint = "Use a tokenizer that was made or trained for chats."
-    if not tokenizer.chat_template:
+    templates = tokenizer.chat_template
+    if not templates:
+        hint = "Use a tokenizer that was made or trained for chats."
         raise DataError(Problem("chat_template", "the tokenizer has none", hint))
-    try:
-        return tokenizer.get_chat_template(tools=list(tools) if tools else None)
-    except ValueError as error:
-        raise DataError(Problem("chat_template", str(error).splitlines()[0], hint)) from None
+    if isinstance(templates, dict) and "default" not in templates and not (tools and "tool_use" in templates):
+        what = f"the tokenizer has several chat templates, and none is called default: {', '.join(sorted(templates))}"
+        raise DataError(Problem("chat_template", what, CHOOSE_ONE))
+    return tokenizer.get_chat_template(tools=list(tools) if tools else None)
+
+
+CHOOSE_ONE = (
+    "Train it by sft, whose chat_template chooses one, and take that model; or, in a copy of the folder, move the one you want "
+    "from additional_chat_templates to chat_template.jinja (where tokenizer_config.json lists them, give it the name default)."
+)
+"""What to do about templates none of which is the default one: only sft can be told which."""
 
 
 def what_happened(error: Exception) -> str:
