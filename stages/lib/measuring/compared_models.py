@@ -29,7 +29,7 @@ from stages.lib.models.adapters.folders import adapter_folder, method_in, tokeni
 from stages.lib.models.adapters.opening import open_adapted
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import longest_text, require_length
-from stages.lib.models.loading import load_language_model, require_vocabulary
+from stages.lib.models.loading import load_language_model
 from stages.lib.rows.canonical import read_rows, text_of_message
 from stages.lib.text.packed import PackedTokens
 from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
@@ -75,9 +75,7 @@ class Subject:
         if self.adapter is None:
             return load_language_model(self.folder, device)
         adapters = {self.name: self.adapter}
-        adapted = open_adapted(self.folder, adapters, lambda folder: load_language_model(folder, device))
-        require_vocabulary(adapted.base, self.tokenizer)
-        return adapted.use(self.name)
+        return open_adapted(self.folder, adapters, lambda folder: load_language_model(folder, device)).use(self.name)
 
     def describe(self) -> dict[str, Any]:
         """What the model is, and what was measured."""

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
 from stages.lib.models.adapters.attaching import hide_virtual_tokens
-from stages.lib.models.adapters.folders import WEIGHTS, adapter_folder, unreadable_adapter
+from stages.lib.models.adapters.folders import WEIGHTS, adapter_folder, tokenizer_beside, unreadable_adapter
 from stages.lib.models.adapters.saving import own_method, put_weights_in, require_base
+from stages.lib.models.loading import require_vocabulary
+from stages.lib.text.tokenizers import load_tokenizer, stop_token_ids
 
 KNOWN_TO_LEAVE = (None, True, False, "gaussian", "orthogonal", "eva")
 """Ways for a LoRA to begin that leave the weights under it as they are. The others of peft split them between the two."""
@@ -24,12 +26,18 @@ KNOWN_TO_LEAVE = (None, True, False, "gaussian", "orthogonal", "eva")
 class Adapted:
     """A causal model in memory once, and adapters of it by name, of which one at a time is on it, or none.
 
-    `model` is what to call: the model itself, or peft's around it. It says nothing of places of virtual tokens.
+    `model` is what to call: the model itself, or peft's around it. It says nothing of places of virtual tokens. `tokenizers`
+    have the adapter's own where one lies beside it, and of None the model's. While an adapter is on, generation stops at what
+    its chat template ends a turn with, too, as that of the merged model does.
     """
 
-    def __init__(self, base: PreTrainedModel, adapters: Mapping[str, Path]) -> None:
+    def __init__(
+        self, base: PreTrainedModel, adapters: Mapping[str, Path], tokenizers: Mapping[str | None, Any] | None = None
+    ) -> None:
         self.base = base
         self.adapters = dict(adapters)
+        self.tokenizers = dict(tokenizers or {})
+        self.stops = base.generation_config.eos_token_id if base.generation_config is not None else None
         self.model: Any = base
         self.active: str | None = None
         self.layers = dict(base.named_modules(remove_duplicate=False))
@@ -60,6 +68,10 @@ class Adapted:
             self.take_off()
             raise
         self.base.eval()
+        if name in self.tokenizers and self.base.generation_config is not None:
+            known = self.stops if isinstance(self.stops, list) else [] if self.stops is None else [self.stops]
+            stops = dict.fromkeys([*stop_token_ids(self.tokenizers[name]), *known])
+            self.base.generation_config.eos_token_id = list(stops) or None
 
     def take_off(self) -> None:
         # Not by peft's `unload`, which leaves modules in the model that were trained whole.
@@ -73,6 +85,8 @@ class Adapted:
         with torch.no_grad():
             for key, weight in self.replaced.items():
                 own[key].copy_(weight)
+        if self.base.generation_config is not None:
+            self.base.generation_config.eos_token_id = self.stops
         self.model, self.active, self.replaced = self.base, None, {}
 
 
@@ -99,8 +113,10 @@ def open_adapted(
     for name, home in homes.items():
         if said := require_base(home, base, shown or str(base), f"adapter {name}"):
             say(said)
-    adapted = Adapted(load(base), homes)
+    tokenizers = {name: load_tokenizer(tokenizer_beside(folder, base)) for name, folder in adapters.items()}
+    adapted = Adapted(load(base), homes, {None: load_tokenizer(base), **tokenizers})
     for name in homes:
+        require_vocabulary(adapted.base, tokenizers[name])
         adapted.use(name)
     adapted.use(None)
     return adapted
