@@ -17,8 +17,9 @@ from launch import LAUNCHERS
 from pipeline.command import reports
 from pipeline.command.ending import drop_output, refuse
 from pipeline.command.inspection import report_lines, source_fields
-from pipeline.command.naming import model_folder, open_store, place_of
+from pipeline.command.naming import folders_to_talk_to, open_store, place_of
 from pipeline.command.options import (
+    AdapterOption,
     FormatOption,
     InspectedModelOption,
     InspectedRowsOption,
@@ -33,6 +34,7 @@ from pipeline.command.options import (
     SourceSetOption,
     StoreOption,
 )
+from pipeline.command.talking import read_line, show_text
 from pipeline.errors import (
     EXIT_CRASH,
     EXIT_USER_ERROR,
@@ -258,27 +260,19 @@ def forget(
 @app.command()
 def chat(
     model: NameArgument,
+    adapter: AdapterOption = None,
     store: StoreOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk to a causal model with its own chat template and stop ids. /reset starts anew, /exit ends."""
-    path = model_folder(model, store)
+    """Talk to a causal model with its own chat template and stop ids. /reset starts anew, /adapter NAME changes adapters, /exit ends."""
+    path, adapters = folders_to_talk_to(model, adapter or [], store)
     os.environ.update(OFFLINE)
     from stages.lib.generating.chat import chat as talk
 
-    def read_line() -> str | None:
-        try:
-            return input("you> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return None
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    talk(path, read_line, write, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    talk(path, read_line, show_text, adapters=adapters, **options)
 
 
 @app.command()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ArtifactError, Problem, StoreError, shown, shown_path
-from pipeline.recipe.outside import kind_of_folder
-from pipeline.settings.paths import expanded, holds_file, status
+from pipeline.recipe.outside import ADAPTER, kind_of_folder, weights_in
+from pipeline.settings.paths import expanded, holds_file, read_json, status
 from pipeline.store.artifact import MANIFEST
 from pipeline.store.digests import outside_files
 from pipeline.store.disk import MOVE
@@ -36,6 +37,54 @@ def model_folder(name: str, store: Path | None) -> Path:
         kind_of_folder(path)
     outside_files(path)
     return path
+
+
+NO_ADAPTER = "none"
+"""What stands for a model without an adapter, so that none is called so."""
+
+
+def folders_to_talk_to(model: str, adapters: Sequence[str], store: Path | None) -> tuple[Path, dict[str, Path]]:
+    """The folder of a model, and name -> folder of adapters of it, given as PLACE, whose last part is the name, or NAME=PLACE.
+
+    Raises a `SlipwayError` where one is no adapter, two have one name, or the model itself is an adapter.
+    """
+    place = Path(model)
+    folder = (
+        place if holds_file(place, ADAPTER) and not holds_file(place, "config.json") else model_folder(model, store)
+    )
+    if holds_file(folder, ADAPTER) and not weights_in(folder):
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "MODEL"
+        hint = f"Name the model that it was trained on: `slipway chat {base} --adapter {model}`."
+        raise ArtifactError(Problem(shown(model, quoted=False), "is an adapter, and no model", hint))
+    found: dict[str, Path] = {}
+    for each in adapters:
+        name, wanted = name_and_place(each)
+        place = Path(wanted)
+        here = holds_adapter(place) or holds_file(place, "config.json")
+        home = place if here else open_store(store).resolve(wanted)[1]
+        if not holds_adapter(home):
+            what = f"{shown_path(home)} holds no adapter: there is no {ADAPTER}"
+            raise ArtifactError(Problem(f"--adapter {shown(each, quoted=False)}", what, "Name another one."))
+        if name in (*found, NO_ADAPTER, ""):
+            reasons = {NO_ADAPTER: "'none' stands for no adapter", "": "the last part of its path is no name"}
+            what = reasons.get(name, f"two adapters are called {shown(name)}")
+            hint = f"Give it a name of its own: `--adapter NAME={wanted}`."
+            raise ArtifactError(Problem(f"--adapter {shown(each, quoted=False)}", what, hint))
+        found[name] = home
+    return folder, found
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether an adapter lies in the folder, alone or beside a whole model."""
+    return holds_file(folder, ADAPTER) or holds_file(folder / "adapter", ADAPTER)
+
+
+def name_and_place(given: str) -> tuple[str, str]:
+    """An adapter's name in a chat, and where it is: of NAME=PLACE, unless the whole of it is a place."""
+    name, sign, place = given.partition("=")
+    if sign and "/" not in name and status(expanded(given)) is None:
+        return name, place
+    return Path(given).name, given
 
 
 def place_of(name: str, store: Store) -> str:

@@ -32,6 +32,14 @@ NameArgument = Annotated[
 ]
 
 
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An adapter of the model: an artifact's id, a step's name or a folder; NAME=PLACE gives it a name of its own in the chat. The first one is on. Repeatable."
+    ),
+]
+
+
 PlacesArgument = Annotated[
     list[str],
     typer.Argument(

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError, shown
 from pipeline.settings.paths import holds_file, is_file, read_json
+from pipeline.stage import Stage
 from pipeline.store.artifact import Kind
 
 SIZES = frozenset(
@@ -94,6 +95,21 @@ def whole_model(given: str, kind: Kind) -> str | None:
         f"`merged: {{kind: merge, inputs: {{model: THE MODEL OF {step}, adapter: {step}}}}}`. Of virtual tokens "
         "(prompt_tuning, prefix_tuning, p_tuning) no model can be made."
     )
+
+
+def how_to_give(kind: Kind, stage: Stage, role: str, path: Path | None, given: str) -> str | None:
+    """How the stage takes what one of its inputs does not take, where that can be said. `path`: of a folder; None of a step."""
+    return place_for_adapters(stage, role, kind) or (way_out(path, kind) if path else whole_model(given, kind))
+
+
+def place_for_adapters(stage: Stage, given: str, kind: Kind) -> str | None:
+    """Which input of the stage takes an adapter, if it is given as another one; None of other kinds, or where none does."""
+    role, _, name = given.partition(".")
+    roles = [role for role, declared in stage.inputs.items() if kind in declared.kinds]
+    if kind is not Kind.ADAPTER or not roles or role == roles[0]:
+        return None
+    here = f"{roles[0]}.{name}" if name and stage.inputs[roles[0]].many else roles[0]
+    return f"An adapter stands in inputs.{here}, and the model that it was trained on beside it."
 
 
 def quantization_problem(config: Path, block: Mapping[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from pipeline.errors import (
     shown_path,
 )
 from pipeline.recipe.graph import in_order, needed_for
-from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, way_out, weights_problem, whole_model
+from pipeline.recipe.outside import how_to_give, kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.recipe.overrides import apply_overrides
 from pipeline.recipe.recipe import (
     HUB,
@@ -322,11 +322,11 @@ class Reader:
             if kind not in declared.kinds:
                 wanted = " or ".join(sorted(declared.kinds))
                 given = f"'{source.step}' makes" if isinstance(source, Upstream) else "the folder holds"
+                path = source.path if isinstance(source, Outside) else None
                 self.problem(
                     f"stages.{name}.inputs.{role}",
                     f"needs {wanted}, and {given} {kind}",
-                    (way_out(source.path, kind) if isinstance(source, Outside) else whole_model(given, kind))
-                    or kind_hint(declared, kinds, name),
+                    how_to_give(kind, stage, role, path, given) or kind_hint(declared, kinds, name),
                 )
         for role, declared in stage.inputs.items():
             if not declared.optional and role not in spec.inputs:

@@ -16,6 +16,7 @@ from pipeline.store.artifact import Kind
 from pipeline.store.durable import write_text
 from pipeline.store.numbers import json_text, require_finite
 from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy
+from stages.lib.measuring.adapter_inputs import adapter_input_problems
 from stages.lib.text.chat_fitting import split_last_answer
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import unembedded_problems, untemplated_problems
@@ -53,7 +54,7 @@ class ScoredRepliesParams(Strict):
     top_p: Nucleus = 1.0
     """Tokens are drawn from the smallest set that holds this much of the probability."""
     win_rate_against: str | None = None
-    """The model against whose replies those of the others win or lose, by its name in inputs.models. null: against the replies that were held out."""
+    """The model against whose replies those of the others win or lose, by its name in inputs.models or inputs.adapters. null: against the replies that were held out."""
 
 
 class EvaluateParams(TemplateDateParams):
@@ -94,6 +95,7 @@ def check(forecast: Forecast) -> list[Problem]:
     reading = [role for role in forecast.inputs if role.startswith("reward_models.")]
     if roles & {"chats", "preferences"} or generation is not None:
         reading += [role for role in forecast.inputs if role.startswith("models.")]
+    problems += adapter_input_problems(forecast)
     return [*problems, *unembedded_problems(forecast), *untemplated_problems(forecast, reading)]
 
 
@@ -101,10 +103,11 @@ def check(forecast: Forecast) -> list[Problem]:
 def run(ctx: Context, params: EvaluateParams) -> Result:
     from stages.lib.measuring.compared_models import Rows, Subject, add_chats, add_pairs, add_text
     from stages.lib.measuring.scored_replies import ScoredReplies, metrics_of
+    from stages.lib.measuring.subjects import open_subjects
     from stages.lib.processes.joining import use_threads
 
     use_threads(ctx.resources)
-    subjects = [Subject.open(name, folder) for name, folder in ctx.group("models").items()]
+    subjects = open_subjects(ctx)
     judges = [Subject.open(name, folder) for name, folder in ctx.group("reward_models").items()]
     rows = Rows()
     if "tokens" in ctx.inputs:
@@ -143,7 +146,9 @@ STAGE = Stage(
     summary="models side by side: perplexity, loss on chats, preference accuracy, sample replies, rewards of replies",
     params=EvaluateParams,
     inputs={
-        "models": accepts(Kind.CAUSAL_LM, Kind.QUANTIZED_LM, many=True),
+        "models": accepts(Kind.CAUSAL_LM, Kind.QUANTIZED_LM, optional=True, many=True),
+        "adapters": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True, many=True),
+        "base": accepts(Kind.CAUSAL_LM, optional=True),
         "reward_models": accepts(Kind.REWARD_MODEL, optional=True, many=True),
         "tokens": accepts(Kind.TOKENS, optional=True),
         "chats": accepts(Kind.CHATS, optional=True),
@@ -164,10 +169,10 @@ def check_scored_replies(params: ScoredRepliesParams, forecast: Forecast, roles:
         for role, what in (("chats", "answer prompts of"), ("reward_models", "are scored by"))
         if role not in roles
     ]
-    models = [role.removeprefix("models.") for role in forecast.inputs if role.startswith("models.")]
+    models = [role.partition(".")[2] for role in forecast.inputs if role.startswith(("models.", "adapters."))]
     named = params.win_rate_against
     if named is not None and named not in models:
-        what = f"'{named}' is no model of inputs.models"
+        what = f"'{named}' is none of inputs.models and inputs.adapters"
         problems.append(Problem(f"{where}.win_rate_against", what, did_you_mean(named, models)))
     return problems
 
@@ -200,11 +205,10 @@ def measure(
 ) -> dict[str, Any]:
     """The measures of one language model, and its replies."""
     from stages.lib.measuring.measures import language_model_measures, num_weights
-    from stages.lib.models.loading import load_language_model
     from stages.lib.processes.joining import device_type
 
     batch_size = ctx.resources.micro_batch_size or 8
-    model = load_language_model(subject.folder, device_type(ctx.resources))
+    model = subject.load(device_type(ctx.resources))
     measures = language_model_measures(model, subject, rows, batch_size)
     replies = [reply_to(ctx, params, model, subject.tokenizer, index, each) for index, each in enumerate(prompts)]
     if replies:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactError, Problem
-from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
+from stages.lib.models.adapters.folders import adapter_folder, nothing_to_merge, tokenizer_beside, unmergeable_adapter
 from stages.lib.models.adapters.methods import UNMERGEABLE
-from stages.lib.models.adapters.params import ADAPTER_FOLDER, mergeable_methods
+from stages.lib.models.adapters.params import mergeable_methods
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.published import PublishedDtype, PublishedParams
 
@@ -41,7 +41,7 @@ def check(forecast: Forecast) -> list[Problem]:
     """What the adapter's folder lacks, where it is there already; and whether its method has weights to merge."""
     adapter = forecast.inputs.get("adapter", Estimate())
     if adapter.folder is not None:
-        return adapter_problems(adapter.folder)
+        return unmergeable_adapter(adapter.folder)
     return [nothing_to_merge(adapter.adapter)] if adapter.adapter in UNMERGEABLE else []
 
 
@@ -58,10 +58,10 @@ def run(ctx: Context, params: MergeParams) -> Result:
 
     use_threads(ctx.resources)
     source = ctx.inputs["model"]
-    if problems := adapter_problems(ctx.inputs["adapter"]):
+    if problems := unmergeable_adapter(ctx.inputs["adapter"]):
         raise ArtifactError(*problems)
     adapter = adapter_folder(ctx.inputs["adapter"])
-    tokenizer = adapter if (adapter / "tokenizer.json").exists() else source
+    tokenizer = tokenizer_beside(ctx.inputs["adapter"], source)
     formats = formats_to_publish(ctx, "fp32", params.published_dtype)
     note_generation(ctx)
     if said := require_base(adapter, source, ctx.origin("model")[0]):
@@ -72,7 +72,7 @@ def run(ctx: Context, params: MergeParams) -> Result:
     if not changed:
         what = "changes no weight of the model: what it adds is zero"
         raise ArtifactError(Problem("inputs.adapter", what, "Name an adapter that was trained."))
-    of = f"; tokenizer and chat template are the adapter's, from {adapter}" if tokenizer == adapter else ""
+    of = f"; tokenizer and chat template are the adapter's, from {tokenizer}" if tokenizer != source else ""
     ctx.journal.note(f"the adapter changes {changed} weights, by {change:.2%} of their norm{of}")
     published = publish(merged, merged.state_dict(), tokenizer, ctx.out, formats=formats, may_be_zero=zeros_of(source))
     say_if_other(ctx, formats, published)
@@ -84,7 +84,7 @@ def run(ctx: Context, params: MergeParams) -> Result:
 
 STAGE = Stage(
     kind="merge",
-    version=1,
+    version=2,
     summary="a causal model with the weights of an adapter added",
     params=MergeParams,
     inputs={"model": accepts(Kind.CAUSAL_LM), "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM)},
@@ -96,67 +96,14 @@ STAGE = Stage(
 )
 
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def adapter_folder(folder: Path) -> Path:
-    """Where the adapter lies: an artifact with a whole model keeps it in a folder of its own."""
-    return folder if holds_file(folder, CONFIG) else folder / ADAPTER_FOLDER
-
-
-def adapter_problems(folder: Path) -> list[Problem]:
-    """What is wrong if no adapter can be read from the folder, or none that has weights to merge."""
-    home = adapter_folder(folder)
-    if not holds_file(home, CONFIG):
-        what = f"{folder} holds no adapter: there is no {CONFIG}"
-        return [
-            Problem("inputs.adapter", what, "Name an adapter, or a model that was trained with lora or an adapter.")
-        ]
-    if not holds_file(home, WEIGHTS):
-        what = f"{home} holds no {WEIGHTS}" + (
-            ", and adapter_model.bin may run code when it is opened" if holds_file(home, "adapter_model.bin") else ""
-        )
-        command = (
-            f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(home)!r}).save_pretrained(FOLDER)"
-        )
-        return [Problem("inputs.adapter", what, f"Write it anew: `{command}`.")]
-    peft_type = read_json(home / CONFIG).get("peft_type")
-    return [nothing_to_merge(str(peft_type))] if peft_type in UNMERGEABLE else []
-
-
-def nothing_to_merge(method: str) -> Problem:
-    """That an adapter of virtual tokens cannot become a part of a model's weights."""
-    what = f"is of the method {method}, whose virtual tokens are no weights that could be added to a model's"
-    return Problem(
-        "inputs.adapter", what, f"Use it through peft; or train one that has weights: {mergeable_methods()}."
-    )
-
-
 def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model with the adapter's weights added. Raises `ArtifactError` unless each of them is, and none is lacking."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from stages.lib.models.adapters.opening import attached
+    from stages.lib.models.adapters.saving import own_method
 
-    from stages.lib.models.adapters.saving import own_method, put_weights_in
-
+    adapted: Any = attached(model, adapter)
     if own_method(adapter) is not None:
-        return put_weights_in(model, adapter)
-    try:
-        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        what = f"does not fit the model: {' '.join(str(error).split()):.300}"
-        hint = "Name the model that it was trained on, as its adapter_config.json says."
-        raise ArtifactError(Problem("inputs.adapter", what, hint)) from error
-    with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        kept = set(file.keys())
-    # peft saves whole embeddings beside an adapter, or does not, by what it adapts.
-    ways = [set(get_peft_model_state_dict(adapted, save_embedding_layers=whole)) for whole in (False, True)]
-    if kept not in ways:
-        names = sorted(min((kept ^ expected for expected in ways), key=len))
-        what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
-        raise ArtifactError(
-            Problem("inputs.adapter", what, "Name the model that it was trained on, as its adapter_config.json says.")
-        )
+        return adapted
     merge = getattr(adapted, "merge_and_unload", None)
     if merge is None:
         kind = getattr(adapted.peft_config.get("default"), "peft_type", "this kind")

@@ -482,16 +482,16 @@ def test_a_restart_measures_no_model_twice(
     shutil.rmtree(out)
     (tmp_path / "measured-model-even.json").unlink()
     loaded = []
-    from stages.lib.models import loading
+    from stages.lib.measuring import compared_models
     from stages.lib.preferring import reward_models
 
-    original = loading.load_language_model
+    original = compared_models.load_language_model
 
     def load_and_tell(folder: Path, device: str) -> Any:
         loaded.append(folder)
         return original(folder, device)
 
-    monkeypatch.setattr(loading, "load_language_model", load_and_tell)
+    monkeypatch.setattr(compared_models, "load_language_model", load_and_tell)
     monkeypatch.setattr(reward_models, "load_reward_model", lambda *args: pytest.fail("its scores are there"))
     second, out = evaluate(models, tmp_path, params, **inputs)
     assert loaded == [even]
@@ -516,5 +516,5 @@ def test_plan_refuses_options_that_nothing_would_use() -> None:
     scored = problems(["tokens"], scored_replies={"win_rate_against": "bse"})
     assert "params.scored_replies: answer prompts of the input chats" in scored[0]
     assert "params.scored_replies: are scored by the input reward_models" in scored[1]
-    assert "win_rate_against: 'bse' is no model of inputs.models. Did you mean 'base'?" in scored[2]
+    assert "win_rate_against: 'bse' is none of inputs.models and inputs.adapters. Did you mean 'base'?" in scored[2]
     assert problems(["chats", "reward_models.a"], scored_replies={"win_rate_against": "base"}) == []

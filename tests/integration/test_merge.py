@@ -105,6 +105,16 @@ def test_tokenizer_and_template_are_the_adapters_where_it_has_some(tmp_path: Pat
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+def test_so_they_are_where_the_adapter_lies_beside_a_whole_model(tmp_path: Path, base: Path) -> None:
+    """What sft taught a template keeps it in the artifact, and the adapter alone in a folder within."""
+    adapted(base, tmp_path / "artifact" / "adapter")
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "artifact")
+    _, out = merged(base, tmp_path / "artifact", tmp_path / "merge")
+    assert load_tokenizer(out).chat_template == "{{ messages }}"
+
+
 def test_a_recipe_takes_an_adapter_with_its_base(tmp_path: Path, base: Path) -> None:
     """Named as a model it is refused with the stage to write, and that stage is planned; both folders make its id."""
     adapted(base, tmp_path / "adapter")
@@ -161,7 +171,7 @@ def test_another_base_than_the_adapter_says_is_told(tmp_path: Path, base: Path) 
     for model in (base, other):
         merged(model, tmp_path / "adapter", tmp_path / model.name / "merge")
         notes = (tmp_path / model.name / "merge" / "journal.jsonl").read_text(encoding="utf-8")
-        told = f"the adapter says that it was trained on {base}, and is merged into {other}"
+        told = f"the adapter says that it was trained on {base}, and is put on {other}"
         assert (told in notes) == (model == other)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,12 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import ArtifactError, DataError, Problem
 from stages.lib.formulas.bounds import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
 from stages.lib.generating.replies import write_reply
+from stages.lib.models.adapters.opening import Adapted, open_adapted
 from stages.lib.models.loading import load_language_model
 from stages.lib.text.tokenizers import load_tokenizer
+
+NO_ADAPTER = "none"
+"""What a user writes for the model without an adapter."""
 
 
 def load_chat_model(
@@ -30,26 +34,58 @@ def load_chat_model(
     return load_language_model(folder, device), tokenizer
 
 
+def load_adapted_chat_model(
+    folder: Path, adapters: Mapping[str, Path], device: str | torch.device, write: Callable[[str], Any]
+) -> Adapted:
+    """The model in `folder` and adapters of it, none of them on. `write` is told what is to be said of their base.
+
+    Raises `ArtifactError` where an adapter is not of this model, or its tokenizer has no chat template. The model's own may
+    have none: a conversation without an adapter is then in the template of the first one.
+    """
+    adapted = open_adapted(
+        folder, adapters, lambda base: load_language_model(base, device), say=lambda note: write(f"{note}\n")
+    )
+    for name, place in adapters.items():
+        if not adapted.tokenizers[name].chat_template:
+            hint = "Save the tokenizer that it was trained with beside it."
+            raise ArtifactError(Problem(str(place), f"the tokenizer of adapter {name} has no chat template", hint))
+    if not adapted.tokenizers[None].chat_template:
+        first = next(iter(adapters))
+        adapted.tokenizers[None] = adapted.tokenizers[first]
+        write(f"The model has no chat template of its own: without an adapter it reads that of {first}.\n")
+    return adapted
+
+
 def chat(
     folder: Path,
     read_line: Callable[[], str | None],
     write: Callable[[str], Any],
     *,
+    adapters: Mapping[str, Path] | None = None,
     temperature: float = 0.7,
     device: str | None = None,
     **options: Any,
 ) -> None:
     """Holds a conversation of several turns with the model in `folder`, until `/exit` or the end of the input.
 
-    `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. `options` are those of a
-    `Conversation`.
+    `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. Of `adapters` the first is on
+    the model; `/adapter NAME` has another one answer, `/adapter none` the model alone, and the conversation goes on. `options`
+    are those of a `Conversation`.
     """
     if temperature and not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
         raise DataError(
             Problem("temperature", f"is {temperature!r}", f"0, or from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}.")
         )
     transformers_logging.set_verbosity_error()
-    model, tokenizer = load_chat_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    adapted = None
+    if adapters:
+        adapted = load_adapted_chat_model(folder, adapters, device, write)
+        first = next(iter(adapters))
+        model, tokenizer = adapted.use(first), adapted.tokenizers[first]
+        write(f"{who_talks(adapted)}; /adapter NAME changes that, /adapter none takes it off.\n")
+    else:
+        model, tokenizer = load_chat_model(folder, device)
     conversation = Conversation(model, tokenizer, write, temperature=temperature, **options)
     write("/reset starts anew, /exit ends.\n")
     while (line := read_line()) is not None:
@@ -59,8 +95,35 @@ def chat(
         if line == "/reset":
             conversation.messages.clear()
             write("The conversation is forgotten.\n")
+        elif line.split(" ")[0] == "/adapter":
+            write(f"{change_adapter(conversation, adapted, line.removeprefix('/adapter').strip())}.\n")
         elif line:
             conversation.answer(line)
+
+
+def change_adapter(conversation: Conversation, adapted: Adapted | None, name: str) -> str:
+    """Has the adapter of this name answer from now on, with its tokenizer; "none": the model alone; "": who does it already.
+
+    Returns what is to be said of it. A name that there is not changes nothing.
+    """
+    if adapted is None:
+        return "There are no adapters: begin with `slipway chat MODEL --adapter PLACE`"
+    if name:
+        wanted = None if name == NO_ADAPTER else name
+        try:
+            conversation.model = adapted.use(wanted)
+        except (DataError, ArtifactError) as error:
+            conversation.model = adapted.model
+            conversation.tokenizer = adapted.tokenizers[adapted.active]
+            return f"{error} {who_talks(adapted)}"
+        conversation.tokenizer = adapted.tokenizers[wanted]
+    return who_talks(adapted)
+
+
+def who_talks(adapted: Adapted) -> str:
+    """The adapters there are, and which of them is on the model."""
+    names = [f"{name} (on)" if name == adapted.active else name for name in adapted.adapters]
+    return f"Adapters: {', '.join(names)}" + ("" if adapted.active else "; none is on")
 
 
 @dataclass

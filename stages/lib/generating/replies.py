@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import DataError, Problem
 from stages.lib.generating.sampling import Sampled, sample, uniforms_for
+from stages.lib.models.adapters.opening import virtual_tokens_of
 from stages.lib.models.lengths import longest_text
 from stages.lib.text.chat_spans import encode_prompt
 from stages.lib.text.chat_template import Messages
@@ -40,6 +41,12 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     return frozenset([stops] if isinstance(stops, int) else stops)
 
 
+def context_of(model: Any) -> int | None:
+    """How many tokens the model reads, besides the virtual ones of an adapter on it; None where its config sets no limit."""
+    limit = longest_text(model.config.to_dict())
+    return None if limit is None else limit - virtual_tokens_of(model)
+
+
 def write_reply(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,7 +65,7 @@ def write_reply(
     `max_new_tokens` in the model's context: then it ends there. Raises `DataError` if none is left.
     """
     prompt = encode_prompt(tokenizer, messages)
-    limit = longest_text(model.config.to_dict())
+    limit = context_of(model)
     if limit is not None and len(prompt) >= limit:
         raise DataError(
             Problem(
@@ -101,7 +108,7 @@ def write_replies(
     `max_new_tokens` in the model's context.
     """
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
-    limit = longest_text(model.config.to_dict())
+    limit = context_of(model)
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise DataError(

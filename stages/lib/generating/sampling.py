@@ -29,6 +29,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from stages.lib.training.scheduling import seed_of
 
+EMBEDDINGS_BEFORE_A_TEXT = ("PROMPT_TUNING", "P_TUNING")
+"""The methods of adapters, as peft calls them, whose virtual tokens are read like those of a text."""
+
 PADDING_ID = 0
 """Before shorter prompts and behind what has ended. Any id would do: masks and places tell what is padding."""
 
@@ -123,17 +126,35 @@ def sample(
         pad_token_id=PADDING_ID,
         use_cache=True,
     )
+    writer, read, length = what_is_read(model, ids_BT.to(model.device), mask_BT.to(model.device))
     drawing = DrawByUniforms(uniforms_BK, length, temperature, top_p)
     with only_this_generation_config(model, config):
-        output_BT = model.generate(
-            input_ids=ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
+        output_BT = writer.generate(
+            **read,
             logits_processor=LogitsProcessorList([drawing]),
             streamer=TokenStream(on_token) if on_token else None,
         )
     new_BK = output_BT[:, length:].cpu().numpy()
     logp_BK = torch.stack(drawing.logprobs, dim=1).float().cpu().numpy()
     return [cut(ids_K, logp_K, stops) for ids_K, logp_K in zip(new_BK, logp_BK, strict=True)]
+
+
+def what_is_read(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Any, dict[str, Tensor], int]:
+    """Which model writes, what `generate` is given of the prompts, and how many of these tokens stand in what it returns.
+
+    Embeddings that an adapter puts before a text are put between its padding and the text. peft puts them before the padding,
+    where they would stand the further off the longer another prompt of the batch is.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "peft_type", None) not in EMBEDDINGS_BEFORE_A_TEXT:
+        return model, {"input_ids": ids_BT, "attention_mask": mask_BT}, ids_BT.shape[1]
+    base, virtual_BPD = model.get_base_model(), model.get_prompt(batch_size=len(ids_BT))
+    text_BTD = base.get_input_embeddings()(ids_BT)
+    padding_B = (mask_BT == 0).sum(1).tolist()
+    rows = zip(text_BTD, virtual_BPD.to(text_BTD.dtype), padding_B, strict=True)
+    embeddings = torch.stack([torch.cat([text[:pad], virtual, text[pad:]]) for text, virtual, pad in rows])
+    mask = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1]).expand(-1, virtual_BPD.shape[1])], dim=1)
+    return base, {"inputs_embeds": embeddings, "attention_mask": mask}, 0
 
 
 def cut(ids_K: NDArray[np.int64], logp_K: NDArray[np.float32], stop_ids: Sequence[int]) -> Sampled:
@@ -146,10 +167,11 @@ def cut(ids_K: NDArray[np.int64], logp_K: NDArray[np.float32], stop_ids: Sequenc
 @contextlib.contextmanager
 def only_this_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Keeps what the model's own generation config says (a repetition penalty, say) out of the distribution drawn from."""
-    # A model under adapters hands its config down to the model within when it generates, and would leave it there.
+    # peft hands the config down to the model within when it generates, and would leave it there; under virtual tokens not.
     within = [model.get_base_model()] if hasattr(model, "get_base_model") else []
     own = [(each, each.generation_config) for each in (model, *within)]
-    model.generation_config = config
+    for each, _ in own:
+        each.generation_config = config
     try:
         yield
     finally:

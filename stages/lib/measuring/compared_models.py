@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError, Problem
-from pipeline.store.artifact import MANIFEST, read_manifest
+from pipeline.store.artifact import MANIFEST, Manifest, read_manifest
 from stages.lib.formulas.calibration import wins
 from stages.lib.measuring.perplexity import (
     ScoredRow,
@@ -25,8 +25,11 @@ from stages.lib.measuring.perplexity import (
     pair_rows,
     scored_chat,
 )
+from stages.lib.models.adapters.folders import adapter_folder, method_in, tokenizer_beside, virtual_tokens_in
+from stages.lib.models.adapters.opening import open_adapted
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import longest_text, require_length
+from stages.lib.models.loading import load_language_model
 from stages.lib.rows.canonical import read_rows, text_of_message
 from stages.lib.text.packed import PackedTokens
 from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
@@ -40,11 +43,14 @@ class Subject:
 
     name: str
     folder: Path
+    """Of the model; of an adapter, that of the model which it was trained on."""
     tokenizer: PreTrainedTokenizerBase
     tokenizer_digest: str
     template_digest: str | None
     context_tokens: int | None
     """How many tokens it reads at once; None if its config sets no limit."""
+    adapter: Path | None = None
+    """The folder with the adapter on the model; None where there is none."""
     text: list[ScoredRow] = field(default_factory=list)
     text_tokens: int = 0
     """All tokens of the held-out text in its tokenizer, of which it predicts those that have one before them."""
@@ -55,27 +61,43 @@ class Subject:
     `scored_replies`, one per prompt; of a reward model the `scores` of the latter."""
 
     @classmethod
-    def open(cls, name: str, folder: Path) -> Subject:
-        tokenizer = load_tokenizer(folder)
+    def open(cls, name: str, folder: Path, adapter: Path | None = None) -> Subject:
+        tokenizer = load_tokenizer(tokenizer_beside(adapter, folder) if adapter else folder)
         digests = tokenizer_digest(tokenizer), chat_template_digest(tokenizer)
-        return cls(name, folder, tokenizer, *digests, longest_text(read_config(folder)))
+        context, virtual = longest_text(read_config(folder)), virtual_tokens_in(adapter) if adapter else 0
+        return cls(name, folder, tokenizer, *digests, None if context is None else context - virtual, adapter)
 
     def length(self, otherwise: int = 2**31) -> int:
         return min(self.context_tokens or otherwise, otherwise)
 
+    def load(self, device: str | torch.device) -> Any:
+        """The language model in memory, under its adapter if it has one."""
+        if self.adapter is None:
+            return load_language_model(self.folder, device)
+        adapters = {self.name: self.adapter}
+        return open_adapted(self.folder, adapters, lambda folder: load_language_model(folder, device)).use(self.name)
+
     def describe(self) -> dict[str, Any]:
         """What the model is, and what was measured."""
-        manifest = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else None
+        places = [self.folder] if self.adapter is None else [self.adapter, self.folder]
+        manifests = [read_manifest(place) if (place / MANIFEST).exists() else None for place in places]
+        weights = places if self.adapter is None else [adapter_folder(self.adapter), self.folder]
+        on = {} if self.adapter is None else {"adapter": method_in(self.adapter), "base_id": id_of(manifests[-1])}
         return {
-            "artifact_id": manifest.artifact_id if manifest else None,
-            "stage": manifest.stage if manifest else None,
-            "dtype": manifest.facts.dtype if manifest else None,
-            "bytes": sum(path.stat().st_size for path in self.folder.glob("*.safetensors")),
+            "artifact_id": id_of(manifests[0]),
+            "stage": manifests[0].stage if manifests[0] else None,
+            "dtype": manifests[-1].facts.dtype if manifests[-1] else None,
+            "bytes": sum(path.stat().st_size for place in weights for path in place.glob("*.safetensors")),
+            **on,
             "tokenizer_digest": self.tokenizer_digest,
             "chat_template_digest": self.template_digest,
             **self.results["facts"],
             "measures": self.results["measures"],
         }
+
+
+def id_of(manifest: Manifest | None) -> str | None:
+    return manifest.artifact_id if manifest else None
 
 
 @dataclass
@@ -121,9 +143,10 @@ def add_text(rows: Rows, tokens: Path, num_blocks: int | None, subjects: Sequenc
         else:
             require_length(
                 read_config(subject.folder),
-                packed.sequence_length,
-                where=f"inputs.models.{subject.name}",
-                what="the blocks of inputs.tokens have {tokens} tokens",
+                packed.sequence_length + (virtual_tokens_in(subject.adapter) if subject.adapter else 0),
+                where=f"inputs.{'adapters' if subject.adapter else 'models'}.{subject.name}",
+                what="the blocks of inputs.tokens have {tokens} tokens"
+                + ", virtual ones included" * bool(subject.adapter),
                 hint="Pack blocks that all models read.",
             )
             subject.text, subject.text_tokens = own, text.num_tokens

@@ -121,6 +121,8 @@ def scored_replies_part(report: Mapping[str, Any], replies: Sequence[Mapping[str
 def models_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     """One column per model: what it is, then its measures, as far as any model has them."""
     rows = {key: {name: model[key] for name, model in models.items()} for key in DESCRIPTION}
+    if any("adapter" in model for model in models.values()):
+        rows["adapter"] = {name: model.get("adapter") for name, model in models.items()}
     rows["tokenizer"] = {name: model["tokenizer_digest"][:8] for name, model in models.items()}
     for measure, label in LABELS.items():
         values = {name: model["measures"].get(measure) for name, model in models.items()}

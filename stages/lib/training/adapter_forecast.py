@@ -81,4 +81,4 @@ def adapter_notes(forecast: Forecast) -> tuple[str, ...]:
     if METHODS[type(forecast.params.adapter)].can_be_merged:
         return ("an adapter alone is published: a step `merge` makes it a model that every later step takes",)
     how = f"an adapter of the method {method} alone is published, which has no weights to merge"
-    return (f"{how}: peft puts it on its base, and no later step of this pipeline reads it",)
+    return (f"{how}: steps that read adapters (evaluate), `slipway chat` and peft put it on its base",)

@@ -20,11 +20,8 @@ from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Context
 from pipeline.store.artifact import MANIFEST, canonical_json, digest_bytes, digest_file, read_manifest
 from pipeline.store.durable import write_json
+from stages.lib.models.adapters.folders import BASE, CONFIG, OWN, WEIGHTS
 from stages.lib.models.adapters.params import AdapterBlock, method_name
-
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
-OWN = "slipway_method"
-"""What names the method in adapter_config.json where peft does not have it."""
 
 
 def save_adapter(
@@ -96,10 +93,10 @@ def check_adapter(folder: Path) -> None:
         raise ArtifactError(Problem(str(folder), what, "Nothing was published."))
 
 
-def require_base(adapter: Path, model: Path, shown: str) -> str:
+def require_base(adapter: Path, model: Path, shown: str, where: str = "inputs.adapter") -> str:
     """What is to be said of the base of an adapter that does not say which weights it belongs to; "" if nothing is.
 
-    Raises `ArtifactError` where it says so, and `model`, called `shown`, has others.
+    Raises `ArtifactError`, whose place is `where`, if it says so and `model`, called `shown`, has others.
     """
     if not holds_file(adapter, BASE):
         return said_of_base(adapter, model, shown)
@@ -110,7 +107,7 @@ def require_base(adapter: Path, model: Path, shown: str) -> str:
     made = f" (artifact {base['artifact_id'][:8]})" if base.get("artifact_id") else ""
     what = f"was trained on the weights of {shown_path(name)}{made}, and {shown_path(shown)} has others"
     hint = "Name the model that it was trained on: on other weights it means nothing."
-    raise ArtifactError(Problem("inputs.adapter", what, hint))
+    raise ArtifactError(Problem(where, what, hint))
 
 
 def said_of_base(adapter: Path, model: Path, shown: str) -> str:
@@ -120,7 +117,7 @@ def said_of_base(adapter: Path, model: Path, shown: str) -> str:
     """
     said = read_json(adapter / CONFIG).get("base_model_name_or_path")
     if said and said != shown and not (model.exists() and Path(str(said)).resolve() == model.resolve()):
-        return f"the adapter says that it was trained on {shown_path(said)}, and is merged into {shown_path(shown)}"
+        return f"the adapter says that it was trained on {shown_path(said)}, and is put on {shown_path(shown)}"
     return ""
 
 
@@ -129,14 +126,14 @@ def own_method(adapter: Path) -> str | None:
     return read_json(adapter / CONFIG).get(OWN)
 
 
-def put_weights_in(model: Any, adapter: Path) -> Any:
+def put_weights_in(model: Any, adapter: Path, where: str = "inputs.adapter") -> Any:
     """The model with the weights of an adapter that peft does not have. Raises `ArtifactError` where it has no such ones."""
     own = dict(model.named_parameters())
     found = load_file(adapter / WEIGHTS)
     wrong = sorted(name for name, tensor in found.items() if name not in own or own[name].shape != tensor.shape)
     if wrong:
         what = f"and the model do not have the same weights: {', '.join(wrong[:3])} do not fit"
-        raise ArtifactError(Problem("inputs.adapter", what, "Name the model that it was trained on."))
+        raise ArtifactError(Problem(where, what, "Name the model that it was trained on."))
     with torch.no_grad():
         for name, tensor in found.items():
             own[name].copy_(tensor)

@@ -1,0 +1,76 @@
+"""Where an adapter lies, and what is wrong with a folder that should hold one. Imports no torch: `plan` asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Problem
+from pipeline.settings.paths import holds_file, read_json
+from stages.lib.models.adapters.methods import METHODS, UNMERGEABLE
+from stages.lib.models.adapters.params import ADAPTER_FOLDER, mergeable_methods, method_name
+
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
+OWN = "slipway_method"
+"""What names the method in adapter_config.json where peft does not have it."""
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where the adapter lies: an artifact with a whole model keeps it in a folder of its own."""
+    return folder if holds_file(folder, CONFIG) else folder / ADAPTER_FOLDER
+
+
+def tokenizer_beside(folder: Path, base: Path) -> Path:
+    """The folder whose tokenizer belongs to an adapter: its own, whose chat template may be what was taught, else its base's."""
+    return next((home for home in (adapter_folder(folder), folder) if (home / "tokenizer.json").exists()), base)
+
+
+def unreadable_adapter(folder: Path, where: str = "inputs.adapter") -> list[Problem]:
+    """What is wrong if no adapter can be read from the folder."""
+    home = adapter_folder(folder)
+    if not holds_file(home, CONFIG):
+        what = f"{folder} holds no adapter: there is no {CONFIG}"
+        return [Problem(where, what, "Name an adapter, or a model that was trained with lora or an adapter.")]
+    if holds_file(home, WEIGHTS):
+        return []
+    what = f"{home} holds no {WEIGHTS}" + (
+        ", and adapter_model.bin may run code when it is opened" if holds_file(home, "adapter_model.bin") else ""
+    )
+    command = (
+        f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(home)!r}).save_pretrained(FOLDER)"
+    )
+    return [Problem(where, what, f"Write it anew: `{command}`.")]
+
+
+def adapter_config(folder: Path) -> Mapping[str, Any]:
+    """What the file beside the weights says of them."""
+    return read_json(adapter_folder(folder) / CONFIG)
+
+
+def method_in(folder: Path) -> str:
+    """The method of an adapter as recipes call it; as peft does where recipes do not know it."""
+    config = adapter_config(folder)
+    own = {str(method.peft_type): method_name(params) for params, method in METHODS.items() if method.peft_type}
+    return str(config.get(OWN) or own.get(str(config.get("peft_type")), config.get("peft_type")))
+
+
+def virtual_tokens_in(folder: Path) -> int:
+    """How many tokens an adapter puts before each text."""
+    return int(adapter_config(folder).get("num_virtual_tokens") or 0)
+
+
+def nothing_to_merge(method: str) -> Problem:
+    """That an adapter of virtual tokens cannot become a part of a model's weights."""
+    what = f"is of the method {method}, whose virtual tokens are no weights that could be added to a model's"
+    readers = "Read it where adapters are read as they are (evaluate, chat, peft)"
+    hint = f"{readers}; or train one with weights: {mergeable_methods()}."
+    return Problem("inputs.adapter", what, hint)
+
+
+def unmergeable_adapter(folder: Path) -> list[Problem]:
+    """What is wrong if no adapter can be read from the folder, or none that has weights to merge."""
+    if problems := unreadable_adapter(folder):
+        return problems
+    peft_type = adapter_config(folder).get("peft_type")
+    return [nothing_to_merge(str(peft_type))] if peft_type in UNMERGEABLE else []
