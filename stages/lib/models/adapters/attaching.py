@@ -55,7 +55,7 @@ def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
     except ValueError as error:
         said = str(error).splitlines()[0]
         what = f"{method_name(type(adapter))} does not fit this model: {said:.300}"
-        hint = f"Name layers that do in target_modules: some of {known_names(unnamed(names, said))}; or take lora."
+        hint = f"Name layers that do in target_modules: some of {known_names(not_refused(names, said))}; or take lora."
         raise DataError(Problem("params.adapter", what, hint)) from error
     if isinstance(adapter, VirtualTokens):
         hide_virtual_tokens(adapted, adapter.num_virtual_tokens)
@@ -138,7 +138,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, each in model.named_modules() if is_linear(each)})
 
 
-def unnamed(names: Sequence[str], message: str) -> list[str]:
+def not_refused(names: Sequence[str], message: str) -> list[str]:
     """The names that a message of peft's does not find fault with."""
     return [name for name in names if f"'{name}'" not in message]
 
@@ -199,5 +199,5 @@ def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
     except ValueError as error:
         said = str(error).splitlines()[0]
         what = f"does not fit this model: {said:.300}"
-        hint = f"Name layers that do: some of {known_names(unnamed(names, said))}."
+        hint = f"Name layers that do: some of {known_names(not_refused(names, said))}."
         raise DataError(Problem("params.lora.target_modules", what, hint)) from error
