@@ -89,7 +89,7 @@ def test_rows_are_read_back_as_they_were_made(tmp_path: Path, tokenizer: Any) ->
     assert dict(ledger.repaired) == {"oldest_turns_dropped": 1}
     assert json.loads((ctx.out / "ledger.json").read_text()) == ledger.as_json()
     (note,) = [event["text"] for event in ctx.journal.events("note")]
-    assert note == "2 training and 1 held-out rows; dropped of 4: 1 no_number"
+    assert note == "2 training and 1 held-out rows; dropped of 4: 1 no_number; of those kept: 1 oldest_turns_dropped"
 
 
 def test_a_larger_dropped_share_is_refused_and_an_empty_side_too(tmp_path: Path, tokenizer: Any) -> None:

@@ -230,7 +230,8 @@ def tokenize_input(
     ledger = add_ledgers(train.ledger, heldout.ledger)
     said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items())) or "none"
     sides = f"{len(train):,} training and {len(heldout):,} held-out {how.what}"
-    ctx.journal.note(f"{sides}; dropped of {ledger.read:,}: {said}")
+    kept = ", ".join(f"{count:,} {what}" for what, count in sorted(ledger.repaired.items()))
+    ctx.journal.note(f"{sides}; dropped of {ledger.read:,}: {said}{f'; of those kept: {kept}' if kept else ''}")
     remedy = f"Raise {how.limit}, clean the {how.what}, or allow it with max_dropped_fraction."
     require_enough(ledger, max_dropped_fraction, f"inputs.{role}", how.what, remedy)
     from_main(lambda: ledger.write(ctx.out))
