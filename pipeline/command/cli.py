@@ -264,7 +264,8 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a causal model with its own chat template and stop ids. /reset starts anew, /exit ends."""
-    path = model_folder(model, store)
+    path, notes = model_folder(model, store)
+    print_notes(notes)
     os.environ.update(OFFLINE)
     from stages.lib.generating.chat import chat as talk
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from pipeline.errors import ArtifactError, Problem, StoreError, shown, shown_path
 from pipeline.recipe.outside import kind_of_folder
 from pipeline.settings.paths import expanded, holds_file, status
-from pipeline.store.artifact import MANIFEST
+from pipeline.store.artifact import MANIFEST, intruders, read_manifest
 from pipeline.store.digests import outside_files
 from pipeline.store.disk import MOVE
+from pipeline.store.proofs import prove
 from pipeline.store.store import Store
 
 LONGEST_STORE_BYTES = 3500
@@ -27,15 +28,48 @@ def open_store(path: Path | None) -> Store:
     return store
 
 
-def model_folder(name: str, store: Path | None) -> Path:
-    """The folder of a model, or of the artifact or step of this name. Raises a `SlipwayError` where it can be none."""
+def model_folder(name: str, store: Path | None) -> tuple[Path, list[str]]:
+    """The folder of a model, or of the artifact or step of this name, and what is to be said of it.
+
+    Raises a `SlipwayError` where it can be none, or is an artifact of a store that is not what was written.
+    """
     path = Path(name)
     if not holds_file(path, "config.json"):
-        return open_store(store).resolve(name)[1]
+        folder = open_store(store).resolve(name)[1]
+        return folder, differences(folder)
     if not holds_file(path, MANIFEST):
         kind_of_folder(path)
     outside_files(path)
-    return path
+    return path, differences(path)
+
+
+def differences(folder: Path) -> list[str]:
+    """A sentence if the folder is a copy of an artifact and was edited: it is then a model of its own, as in a recipe.
+
+    Files are hashed, unless that is remembered. Raises `ArtifactError` if it is the artifact itself, in its store.
+    """
+    is_original = folder.absolute().parent.name == "artifacts"
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError:
+        if is_original:
+            raise
+        return []
+    damaged, added = [*prove(folder, manifest)], intruders(folder, manifest.files)
+    if not is_original:
+        edited = ", ".join([*damaged, *added])
+        return [f"{shown_path(folder)} differs from its manifest: {edited}"] if edited else []
+    problems = []
+    if damaged:
+        hint = "Run the recipe again: it makes the artifact anew, as `slipway plan` now says."
+        what = f"is damaged: {', '.join(damaged)} not as written"
+        problems.append(Problem(shown_path(folder), what, hint))
+    problems += [
+        Problem(shown_path(folder / name), "was added and would be read", "Move it elsewhere.") for name in added
+    ]
+    if problems:
+        raise ArtifactError(*problems)
+    return []
 
 
 def place_of(name: str, store: Store) -> str:
