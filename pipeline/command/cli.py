@@ -17,7 +17,7 @@ from launch import LAUNCHERS
 from pipeline.command import reports
 from pipeline.command.ending import drop_output, refuse
 from pipeline.command.inspection import report_lines, source_fields
-from pipeline.command.naming import folders_to_talk_to, open_store, place_of
+from pipeline.command.naming import adapters_to_talk_to, model_to_talk_to, open_store, place_of
 from pipeline.command.options import (
     AdapterOption,
     FormatOption,
@@ -267,7 +267,9 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a causal model with its own chat template and stop ids. /reset starts anew, /adapter NAME changes adapters, /exit ends."""
-    path, adapters = folders_to_talk_to(model, adapter or [], store)
+    path, notes = model_to_talk_to(model, store)
+    adapters, more = adapters_to_talk_to(adapter or [], store)
+    print_notes([*notes, *more])
     os.environ.update(OFFLINE)
     from stages.lib.generating.chat import chat as talk
 

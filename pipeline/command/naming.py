@@ -10,9 +10,10 @@ from pathlib import Path
 from pipeline.errors import ArtifactError, Problem, StoreError, shown, shown_path
 from pipeline.recipe.outside import ADAPTER, kind_of_folder, weights_in
 from pipeline.settings.paths import expanded, holds_file, read_json, status
-from pipeline.store.artifact import MANIFEST
+from pipeline.store.artifact import MANIFEST, intruders, read_manifest
 from pipeline.store.digests import outside_files
 from pipeline.store.disk import MOVE
+from pipeline.store.proofs import prove
 from pipeline.store.store import Store
 
 LONGEST_STORE_BYTES = 3500
@@ -28,35 +29,73 @@ def open_store(path: Path | None) -> Store:
     return store
 
 
-def model_folder(name: str, store: Path | None) -> Path:
-    """The folder of a model, or of the artifact or step of this name. Raises a `SlipwayError` where it can be none."""
+def model_folder(name: str, store: Path | None) -> tuple[Path, list[str]]:
+    """The folder of a model, or of the artifact or step of this name, and what is to be said of it.
+
+    Raises a `SlipwayError` where it can be none, or is an artifact of a store that is not what was written.
+    """
     path = Path(name)
     if not holds_file(path, "config.json"):
-        return open_store(store).resolve(name)[1]
+        folder = open_store(store).resolve(name)[1]
+        return folder, differences(folder)
     if not holds_file(path, MANIFEST):
         kind_of_folder(path)
     outside_files(path)
-    return path
+    return path, differences(path)
+
+
+def differences(folder: Path) -> list[str]:
+    """A sentence if the folder is a copy of an artifact and was edited: it is then a model of its own, as in a recipe.
+
+    Files are hashed, unless that is remembered. Raises `ArtifactError` if it is the artifact itself, in its store.
+    """
+    is_original = folder.absolute().parent.name == "artifacts"
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError:
+        if is_original:
+            raise
+        return []
+    damaged, added = [*prove(folder, manifest)], intruders(folder, manifest.files)
+    if not is_original:
+        edited = ", ".join([*damaged, *added])
+        return [f"{shown_path(folder)} differs from its manifest: {edited}"] if edited else []
+    problems = []
+    if damaged:
+        hint = "Run the recipe again: it makes the artifact anew, as `slipway plan` now says."
+        what = f"is damaged: {', '.join(damaged)} not as written"
+        problems.append(Problem(shown_path(folder), what, hint))
+    problems += [
+        Problem(shown_path(folder / name), "was added and would be read", "Move it elsewhere.") for name in added
+    ]
+    if problems:
+        raise ArtifactError(*problems)
+    return []
 
 
 NO_ADAPTER = "none"
 """What stands for a model without an adapter, so that none is called so."""
 
 
-def folders_to_talk_to(model: str, adapters: Sequence[str], store: Path | None) -> tuple[Path, dict[str, Path]]:
-    """The folder of a model, and name -> folder of adapters of it, given as PLACE, whose last part is the name, or NAME=PLACE.
-
-    Raises a `SlipwayError` where one is no adapter, two have one name, or the model itself is an adapter.
-    """
-    place = Path(model)
-    folder = (
-        place if holds_file(place, ADAPTER) and not holds_file(place, "config.json") else model_folder(model, store)
-    )
-    if holds_file(folder, ADAPTER) and not weights_in(folder):
-        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "MODEL"
+def model_to_talk_to(model: str, store: Path | None) -> tuple[Path, list[str]]:
+    """The folder of a model, as `model_folder` gives it. Raises `ArtifactError` where it is an adapter."""
+    place, notes = Path(model), list[str]()
+    if not holds_file(place, ADAPTER) or holds_file(place, "config.json"):
+        place, notes = model_folder(model, store)
+    if holds_file(place, ADAPTER) and not weights_in(place):
+        base = read_json(place / ADAPTER).get("base_model_name_or_path") or "MODEL"
         hint = f"Name the model that it was trained on: `slipway chat {base} --adapter {model}`."
         raise ArtifactError(Problem(shown(model, quoted=False), "is an adapter, and no model", hint))
+    return place, notes
+
+
+def adapters_to_talk_to(adapters: Sequence[str], store: Path | None) -> tuple[dict[str, Path], list[str]]:
+    """Name -> folder of adapters, given as PLACE, whose last part is the name, or NAME=PLACE; and what is to be said of them.
+
+    Raises a `SlipwayError` where one is no adapter, is damaged, or two have one name.
+    """
     found: dict[str, Path] = {}
+    notes = []
     for each in adapters:
         name, wanted = name_and_place(each)
         place = Path(wanted)
@@ -70,8 +109,9 @@ def folders_to_talk_to(model: str, adapters: Sequence[str], store: Path | None) 
             what = reasons.get(name, f"two adapters are called {shown(name)}")
             hint = f"Give it a name of its own: `--adapter NAME={wanted}`."
             raise ArtifactError(Problem(f"--adapter {shown(each, quoted=False)}", what, hint))
+        notes += differences(home)
         found[name] = home
-    return folder, found
+    return found, notes
 
 
 def holds_adapter(folder: Path) -> bool:

@@ -18,9 +18,21 @@ SetOption = Annotated[
 ]
 
 
+def folder_of_a_store(given: str | Path) -> Path:
+    """The path. An empty one, as a variable that is not set leaves it, would be the working folder."""
+    if not str(given):
+        raise typer.BadParameter("it is empty; name a folder, or . for the working folder")
+    return Path(given)
+
+
 StoreOption = Annotated[
     Path | None,
-    typer.Option("--store", help="Where artifacts live. Default: $SLIPWAY_STORE, or runs/ in the working folder."),
+    typer.Option(
+        "--store",
+        parser=folder_of_a_store,
+        metavar="PATH",
+        help="Where artifacts live. Default: $SLIPWAY_STORE, or runs/ in the working folder.",
+    ),
 ]
 
 

@@ -69,7 +69,8 @@ def chain(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
 
 def problem_of(error: BaseException, where: Path, *, ours: bool, certain: bool) -> Problem | None:
     if isinstance(error, OSError) and error.errno is not None:
-        place = str(error.filename or where)
+        # Of two names, as copying gives, the first was read; where the disk is full, the second is what it refused.
+        place = str((error.filename2 if error.errno in NO_ROOM else None) or error.filename or where)
         said = (error.strerror or os.strerror(error.errno)).rstrip(".")
         if error.errno in NO_ROOM:
             return Problem(place, f"cannot be written: {said} ({free_words(where)})", MAKE_ROOM)

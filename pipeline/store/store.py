@@ -259,7 +259,7 @@ def usable(folder: Path) -> Path:
         status(nearest)
     except PathError as error:
         said = "; ".join(str(problem.what if isinstance(problem, Problem) else problem) for problem in error.problems)
-        raise StoreError(Problem(shown_path(str(folder)), f"cannot be a store: it {said}", MOVE)) from None
+        raise StoreError(Problem(shown_path(str(folder)), f"cannot be a store: {said}", MOVE)) from None
     if not nearest.is_dir():
         raise StoreError(Problem(str(folder), f"cannot be a store: {nearest} is no folder", MOVE))
     return folder

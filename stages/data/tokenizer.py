@@ -203,7 +203,11 @@ def train_sentencepiece(corpus: Corpus, params: Params) -> bytes:
     """
     from sentencepiece import SentencePieceProcessor
 
-    model = train_once(corpus, params)
+    try:
+        model = train_once(corpus, params)
+    except DataError:
+        # One piece too many for the text as it is may be just enough with the space, and the most is then said with it.
+        return train_once(corpus, params, required_chars=SPACE_SIGN)
     processor = SentencePieceProcessor(model_proto=model)
     if processor.piece_to_id(SPACE_SIGN) != processor.unk_id():
         return model

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.command.naming import folders_to_talk_to
+from pipeline.command.naming import adapters_to_talk_to, model_to_talk_to
 from pipeline.errors import ArtifactError
 from pipeline.settings.strict import CHECKOUT
 from stages.lib.generating.chat import chat
@@ -164,6 +164,6 @@ def test_what_cannot_be_talked_to(
 ) -> None:
     monkeypatch.chdir(home)
     with pytest.raises(ArtifactError) as refused:
-        folders_to_talk_to(model, adapters, None)
+        model_to_talk_to(model, None), adapters_to_talk_to(adapters, None)
     assert what in str(refused.value)
-    assert list(folders_to_talk_to("model", ["one", "b=one"], None)[1]) == ["one", "b"]
+    assert list(adapters_to_talk_to(["one", "b=one"], None)[0]) == ["one", "b"]

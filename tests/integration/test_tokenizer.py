@@ -525,3 +525,16 @@ def test_where_the_space_has_a_token_nothing_else_is_asked_for(own: Path, tmp_pa
     for text, size, same in ((own, 480, True), (spaceless, 424, False)):
         params, corpus = Params(vocabulary_size=size), Corpus(text / "train.jsonl", None, 7)
         assert (train_sentencepiece(corpus, params) == train_once(corpus, params)) == same
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_the_largest_vocabulary_that_is_named_works_for_text_without_spaces(algorithm: str, tmp_path: Path) -> None:
+    """Digits alone: with each a piece of its own nothing merges, so the vocabulary for it has one size only."""
+    rng = random.Random(5)
+    text = write_text(tmp_path / "text", ["".join(rng.choices("0123456789", k=100)) for _ in range(80)])
+    with pytest.raises(DataError, match=r"Lower it to [0-9]+ at most") as refused:
+        make(text, tmp_path / "refused", vocabulary_size=400, algorithm=algorithm)
+    most = int(re.search("Lower it to ([0-9]+) at most", str(refused.value))[1])  # type: ignore[index]
+    make(text, tmp_path / "made", vocabulary_size=most, algorithm=algorithm)
+    tokenizer = load_tokenizer(tmp_path / "made")
+    assert tokenizer.convert_tokens_to_ids("\u2581") != tokenizer.unk_token_id

@@ -125,7 +125,7 @@ def test_a_chat_with_a_folder_that_holds_no_model_loads_nothing(
         ("loop", "is a symbolic link that leads back to itself"),
         (LONG, "is longer than a path can be"),
         ("x/" * 1800, "is too long for a store"),
-        ("~nobody-of-this-name", "nobody's home folder is known as ~nobody-of-this-name"),
+        ("~nobody-of-this-name", "cannot be a store: nobody's home folder is known as ~nobody-of-this-name"),
         ("caf\udce9", "is not text in UTF-8"),
     ],
     ids=lambda value: ascii(value)[:20],
@@ -144,6 +144,18 @@ def test_a_place_where_no_store_can_be(
             monkeypatch.setenv("SLIPWAY_STORE", store)
         code, said = slipway(capsys, monkeypatch, *given)
         assert (code, what in said) == (2, True), said
+
+
+@pytest.mark.parametrize("arguments", [("plan", "recipe.yaml"), ("run", "recipe.yaml"), ("gc",), ("chat", "model")])
+def test_an_empty_name_of_a_store_is_not_the_working_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    before = sorted(folder.iterdir())
+    code, said = slipway(capsys, monkeypatch, *arguments, "--store", "")
+    assert (code, "it is empty; name a folder, or . for the working folder" in said) == (2, True), said
+    assert sorted(folder.iterdir()) == before
+    monkeypatch.setenv("SLIPWAY_STORE", "")
+    assert slipway(capsys, monkeypatch, "plan", "recipe.yaml", "--store", ".") == (0, "")
 
 
 def test_an_error_of_the_system_that_names_a_file_is_a_sentence(

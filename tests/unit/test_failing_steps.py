@@ -159,6 +159,10 @@ def raised(make: str) -> BaseException:
     ("code", "words"),
     [
         ("raise OSError(errno.ENOSPC, 'No space left on device', '/store/a')", "/store/a: cannot be written: No space"),
+        (
+            "raise OSError(errno.ENOSPC, 'No space left on device', '/read', None, '/copy')",
+            "/copy: cannot be written: No",
+        ),
         ("raise OSError(errno.EDQUOT, 'Disk quota exceeded')", "/work: cannot be written: Disk quota exceeded"),
         (
             "raise OSError(errno.EROFS, 'Read-only file system', 'a')",

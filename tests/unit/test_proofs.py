@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.command import reports
+from pipeline.command.naming import model_folder
 from pipeline.errors import ArtifactError
 from pipeline.running.proving import prove_inputs
 from pipeline.running.worker import Stopped, StopSignals
@@ -305,6 +306,28 @@ def test_a_manifest_of_before_there_were_seals_and_one_laid_out_anew_are_sound(w
     for text in (json.dumps(dict(reversed(block.items()))), json.dumps({**block, "seal": None})):
         (copy / MANIFEST).write_text(text)
         assert planned(world, text=by_path(copy))[0].step("o").input_ids["data"] == block["artifact_id"]
+
+
+def test_a_chat_is_not_held_with_what_is_damaged_and_says_of_a_copy_that_it_was_edited(world: Path) -> None:
+    source, store = made(world, "first"), world / "runs"
+    copy = world / "copy" / "first"
+    shutil.copytree(source, copy)
+    for name in ("first", str(source), str(copy)):
+        assert model_folder(name, store)[1] == [], name
+    flip(copy / "text.txt")
+    (copy / "config.json").write_text("{}")
+    assert model_folder(str(copy), store) == (copy, [f"{copy} differs from its manifest: text.txt, config.json"])
+    (source / "chat_template.jinja").touch()
+    with pytest.raises(ArtifactError, match=r"chat_template\.jinja: was added and would be read. Move it elsewhere"):
+        model_folder("first", store)
+    (source / "chat_template.jinja").unlink()
+    flip(source / "text.txt")
+    for name in ("first", str(source)):
+        with pytest.raises(ArtifactError, match=r"is damaged: text\.txt not as written\. Run the recipe again"):
+            model_folder(name, store)
+    assert actions(planned(world)[0])["first"].startswith("run")
+    assert run(world)[0] == 0
+    assert model_folder("first", store)[1] == []
 
 
 def test_an_artifact_of_a_store_that_is_named_by_its_path_is_no_copy(world: Path) -> None:
