@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, weights_problem
+from pipeline.recipe.outside import is_an_adapter, kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.store.artifact import Kind
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.loading import load_model, read_weights
@@ -106,6 +106,19 @@ def with_the_rules_of_llama_3(folder: Path) -> Tokenizer:
     tokenizer.train_from_iterator(["the cat sat", NUMBERS], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer
+
+
+def test_the_base_of_an_adapter_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters often say `models/base`, which a recipe in another folder would not find."""
+    base, adapter = tmp_path / "models" / "base", tmp_path / "adapter"
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    write(base, "config.json", model_type="llama")
+    write(adapter, "adapter_config.json", base_model_name_or_path="models/base")
+    monkeypatch.chdir(tmp_path)
+    assert f"inputs: {{model: {base.resolve()}, adapter: {adapter}}}" in is_an_adapter(adapter)
+    monkeypatch.chdir(base)
+    assert "inputs: {model: FOLDER," in is_an_adapter(adapter)
 
 
 @pytest.mark.parametrize(
