@@ -29,6 +29,7 @@ class DeepSpeed(LocalProcess):
         resources = job.resources
         hostfile = options_of(job, self.name, DeepSpeedOptions).hostfile
         if hostfile:
+            require_nothing_hidden(job)
             where = [f"--hostfile={hostfile}", f"--num_nodes={resources.nodes}", f"--num_gpus={resources.processes}"]
         elif resources.nodes == 1:
             where = on_this_node(job)
@@ -38,6 +39,17 @@ class DeepSpeed(LocalProcess):
             raise LaunchError(Problem(place, f"is required for {resources.nodes} nodes with deepspeed", hint))
         port = FIRST_PORT + int(job.artifact_id[:8], 16) % PORTS
         return [script("deepspeed"), *where, f"--master_port={port}", "--module", WORKER, job.work]
+
+
+def require_nothing_hidden(job: Job) -> None:
+    """Raises `LaunchError` where one node has a hostfile and CUDA_VISIBLE_DEVICES names its GPUs: with a hostfile the launcher
+    passes over the variable. On several nodes it is that of the first one at best, and says nothing of the others.
+    """
+    allowed, resources = os.environ.get(VISIBLE, "").strip(), job.resources
+    if allowed and resources.nodes == 1 and not resources.uses_cpu:
+        what = f"would have deepspeed pass over {VISIBLE}, which is {allowed}"
+        hint = "Leave it out: one node needs none, and the variable then counts."
+        raise LaunchError(Problem(f"{launcher_field(job)}.hostfile", what, hint))
 
 
 def on_this_node(job: Job) -> list[str]:

@@ -36,7 +36,8 @@ def weights_in(path: Path) -> list[Path]:
 def is_an_adapter(path: Path) -> str:
     """That a folder holds a peft adapter alone, and how to make a model of it."""
     base = read_json(path / ADAPTER).get("base_model_name_or_path")
-    model = base if isinstance(base, str) and holds_file(Path(base), "config.json") else "FOLDER"
+    # A recipe looks a path up from its own folder, peft from the one that it was run in: so the whole path is said.
+    model = Path(base).resolve() if isinstance(base, str) and holds_file(Path(base), "config.json") else "FOLDER"
     return (
         f"It is an adapter for {shown(base)}, and no model. Merge the two in a stage of its own, and name that stage "
         f"here: `merged: {{kind: merge, inputs: {{model: {model}, adapter: {path}}}}}`."

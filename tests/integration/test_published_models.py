@@ -27,7 +27,8 @@ from pipeline.store.job import Job
 from stages import STAGES
 from stages.lib.rows.canonical import write_rows
 from stages.lib.text.frames import open_tokenizer
-from stages.lib.text.tokenizers import ADDS, copy_left_out, load_tokenizer, read_tokenizer_config, tokenizer_digest
+from stages.lib.text.opening import read_tokenizer_config
+from stages.lib.text.tokenizers import ADDS, copy_left_out, load_tokenizer, tokenizer_digest
 from tests import rows
 from tests.integration.tiny_language_model import make_tokenizer, run_stage
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from pipeline.errors import DataError
 from stages.lib.text.chat_answers import LEFT_OUT, Unlearnable
 from stages.lib.text.chat_check import check_chat_template, end_of_turn_ids
-from stages.lib.text.chat_fitting import TOO_LONG, fit_chat, fit_preference
+from stages.lib.text.chat_fitting import REFUSED, TOO_LONG, fit_chat, fit_preference
 from stages.lib.text.chat_presets import CHATML, PRESETS, SLIPWAY
 from stages.lib.text.chat_rendering import special_ids
 from stages.lib.text.chat_spans import THOUGHT_LEFT, Thinking, encode_chat, encode_prompt, training_sequences
@@ -410,6 +410,18 @@ def test_preferences_lose_the_same_turns_on_both_sides(slipway: PreTrainedTokeni
     assert slipway.decode(shorter.rejected.input_ids) == "<s><|user|>2<|end|><|assistant|>no<|end|>"
     assert len(shorter.chosen.input_ids) == 9
     assert fit_preference(slipway, prompt, yes, no, 8) == (None, None, 0, TOO_LONG)
+
+
+def test_what_a_template_refuses_drops_that_row_by_name() -> None:
+    """Gemma-2 and Mistral take no system message: one such row must not end a stage that reads thousands."""
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = build(template=refusing + CHATML)
+    plain, with_system = chat("1", "a"), chat("1", "a", system="Be brief.")
+    assert fit_chat(tokenizer, plain, 100).reason == ""
+    assert fit_chat(tokenizer, with_system, 100).reason == REFUSED
+    yes, no = chat("", "yes")[1:], chat("", "no")[1:]
+    assert fit_preference(tokenizer, plain[:1], yes, no, 100).reason == ""
+    assert fit_preference(tokenizer, with_system[:2], yes, no, 100).reason == REFUSED
 
 
 # What is wrong with templates and messages.

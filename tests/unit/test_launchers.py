@@ -138,6 +138,26 @@ def test_deepspeed_on_two_nodes_reads_the_hostfile(tmp_path: Path) -> None:
     ]
 
 
+def test_a_hostfile_of_one_node_does_not_hide_which_gpus_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a hostfile the launcher passes over CUDA_VISIBLE_DEVICES, whatever else it is told."""
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("localhost slots=8\n")
+    launcher = {"kind": "deepspeed", "hostfile": str(hostfile)}
+
+    def command(**resources: Any) -> list[str]:
+        return LAUNCHERS["deepspeed"].command(job(**{"launcher": launcher, "processes": 2, **resources}))
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(LaunchError, match=r"launcher\.hostfile: would have .*, which is 4,5\. Leave it out"):
+        command(device="cuda")
+    assert command(device="cuda", launcher="deepspeed")[1] == "--include=localhost:4,5"
+    assert command(device="cpu")[1] == command(device="cuda", nodes=2)[1] == f"--hostfile={hostfile}"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert command(device="cuda")[1] == f"--hostfile={hostfile}"
+
+
 @pytest.mark.parametrize(("launcher", "field"), [("torchrun", "rendezvous"), ("deepspeed", "hostfile")])
 def test_two_nodes_without_a_meeting_place_are_refused(launcher: str, field: str) -> None:
     with pytest.raises(LaunchError, match=rf"stages\.sft\.resources\.launcher\.{field}: is required for 2 nodes"):

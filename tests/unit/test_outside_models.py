@@ -11,11 +11,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,12 +25,12 @@ from transformers import (
 )
 
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.recipe.outside import kind_of_folder, tokenizer_problem, weights_problem
+from pipeline.recipe.outside import is_an_adapter, kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.store.artifact import Kind
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.loading import load_model, read_weights
 from stages.lib.models.publishing import agree_on_stops, complete_generation_config, publish
-from stages.lib.text.tokenizers import load_tokenizer
+from stages.lib.text.tokenizers import copy_tokenizer, load_tokenizer
 from tests.families import write_tokenizer
 
 TEXT = " A  cat,\n\tx == 10"
@@ -86,6 +87,90 @@ def test_a_class_that_opens_what_the_file_says_is_taken(folder: Path, declared: 
     write(folder, "tokenizer_config.json", tokenizer_class=declared)
     assert tokenizer_problem(folder) is None
     assert load_tokenizer(folder).decode(load_tokenizer(folder)(TEXT)["input_ids"]) == TEXT
+
+
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+NUMBERS = " ".join(map(str, range(1000, 20000, 123)))
+
+
+def with_the_rules_of_llama_3(folder: Path) -> Tokenizer:
+    """Numbers are split into threes from the left, and nothing is normalized: `12345` begins with `123`."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the cat sat", NUMBERS], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def test_the_base_of_an_adapter_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters often say `models/base`, which a recipe in another folder would not find."""
+    base, adapter = tmp_path / "models" / "base", tmp_path / "adapter"
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    write(base, "config.json", model_type="llama")
+    write(adapter, "adapter_config.json", base_model_name_or_path="models/base")
+    monkeypatch.chdir(tmp_path)
+    assert f"inputs: {{model: {base.resolve()}, adapter: {adapter}}}" in is_an_adapter(adapter)
+    monkeypatch.chdir(base)
+    assert "inputs: {model: FOLDER," in is_an_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("declared", "text"),
+    [
+        ("GPT2Tokenizer", NUMBERS),
+        ("GPT2TokenizerFast", NUMBERS),
+        ("BartTokenizer", NUMBERS),
+        ("GPTNeoXTokenizerFast", "cafe\u0301"),
+    ],
+)
+def test_a_class_that_splits_or_writes_a_little_otherwise_does_not_count(
+    tmp_path: Path, declared: str, text: str
+) -> None:
+    """Such a class agrees on most texts, and not on numbers of four digits, or on accents that stand apart; so must a copy."""
+    expected = with_the_rules_of_llama_3(tmp_path).encode(text, add_special_tokens=False).ids
+    write(tmp_path, "config.json", model_type="llama", vocab_size=500)
+    write(tmp_path, "tokenizer_config.json", tokenizer_class=declared)
+    by_name = AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"]
+    assert by_name != expected, "else the case is none"
+    assert load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == expected
+    copy_tokenizer(tmp_path, tmp_path / "copy")
+    for opened in (load_tokenizer(tmp_path / "copy"), AutoTokenizer.from_pretrained(tmp_path / "copy")):
+        assert opened(text, add_special_tokens=False)["input_ids"] == expected
+
+
+def test_a_class_that_cannot_open_the_file_is_named_and_the_way_out_works(folder: Path) -> None:
+    write(folder, "config.json", model_type="llama", vocab_size=260)
+    write(folder, "tokenizer_config.json", tokenizer_class="T5TokenizerFast")
+    with pytest.raises(ArtifactError, match=r"can be opened.*names T5TokenizerFast") as caught:
+        load_tokenizer(folder)
+    assert '"tokenizer_class": "PreTrainedTokenizerFast"' in str(caught.value)
+    write(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert load_tokenizer(folder).decode(load_tokenizer(folder)(TEXT)["input_ids"]) == TEXT
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    write(folder, "tokenizer_config.json", tokenizer_class="T5TokenizerFast")
+    with pytest.raises(ArtifactError, match=r"can be opened") as caught:
+        load_tokenizer(folder)
+    assert "PreTrainedTokenizerFast" not in str(caught.value), "that would not help"
+
+
+def test_a_type_of_model_that_never_goes_by_the_file_is_what_is_named(tmp_path: Path) -> None:
+    """Beside a qwen2 model transformers opens its own class, which takes digits one by one, whatever is named."""
+    expected = with_the_rules_of_llama_3(tmp_path).encode(NUMBERS, add_special_tokens=False).ids
+    write(tmp_path, "config.json", model_type="qwen2", vocab_size=500)
+    write(tmp_path, "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    with pytest.raises(ArtifactError, match=r"as Qwen2Tokenizer because of the model_type") as caught:
+        load_tokenizer(tmp_path)
+    assert "Choose another architecture for this tokenizer (llama, mistral and qwen3 work)." in str(caught.value)
+    write(tmp_path, "config.json", model_type="qwen3", vocab_size=500)
+    write(tmp_path, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert load_tokenizer(tmp_path)(NUMBERS, add_special_tokens=False)["input_ids"] == expected
 
 
 @pytest.mark.parametrize("config", [{"vocab_size": 259}, {"text_config": {"vocab_size": 259}}])

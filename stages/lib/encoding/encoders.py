@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from stages.lib.text.batches import attention_mask, padded, padding_of
-from stages.lib.text.tokenizers import GENERIC_CLASSES
+from stages.lib.text.opening import GENERIC_CLASSES
 
 TYPE_IDS = "token_type_ids"
 

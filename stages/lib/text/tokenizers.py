@@ -12,6 +12,7 @@ from pipeline.errors import ArtifactError, Problem
 from pipeline.store.artifact import canonical_json, digest_bytes
 from pipeline.store.numbers import json_text
 from stages.lib.text.chat_check import end_of_turn_ids
+from stages.lib.text.opening import PROBE, as_written, open_by_name, plain_probe, read_tokenizer_config
 from stages.lib.text.sentencepiece_models import from_sentencepiece, sentencepiece_model
 
 if TYPE_CHECKING:
@@ -44,14 +45,6 @@ SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.model", "sentencepiece.
 
 SET_BY_CALLERS = ("truncation", "padding", "post_processor")
 """Parts of a tokenizer.json that do not change which ids a text has: limits, padding, and special tokens put around."""
-
-
-GENERIC_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
-"""Tokenizer classes that do what tokenizer.json says and nothing else."""
-
-
-PROBE = " A  caf\u00e9,\n\tif x == 10:\r\n    \u4f60\u597d \U0001f600<|end|>"
-"""A text that tokenizers rarely agree on by chance."""
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -94,61 +87,6 @@ def has_vocabulary(home: Path) -> bool:
     return any((home / name).exists() for name in ("vocab.json", "vocab.txt"))
 
 
-def open_by_name(home: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer as whoever uses transformers opens it. Raises `ArtifactError` if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise ArtifactError(
-            Problem(str(home), f"holds no tokenizer that can be opened: {str(error).splitlines()[0]:.200}")
-        ) from error
-
-
-def plain_probe(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids
-
-
-def as_written(home: Path, opened: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer of tokenizer.json: `opened` itself, or what takes its place where its class reads a text's beginning
-    otherwise, as that of Llama does with the files that Llama-2 and Mistral come with.
-
-    Raises `ArtifactError` if that class gives other ids for texts as a whole.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    if type(opened).__name__ in GENERIC_CLASSES:
-        return opened
-    written = Tokenizer.from_file(str(home / "tokenizer.json"))
-    written.encode_special_tokens = True
-
-    def differs(text: str) -> bool:
-        ids: list[int] = written.encode(text, add_special_tokens=False).ids
-        return ids != plain_probe(opened, text)
-
-    if differs(PROBE.lstrip()):
-        raise opens_as_another(home, type(opened).__name__)
-    if not differs(PROBE):
-        return opened
-    named = {name: value for name, value in opened.special_tokens_map.items() if isinstance(value, str)}
-    return PreTrainedTokenizerFast.from_pretrained(home, local_files_only=True, **named)
-
-
-def opens_as_another(home: Path, opened: str) -> ArtifactError:
-    """Of a tokenizer in whose place transformers puts one that gives other ids: without spaces, say, or line breaks."""
-    declared = declared_class(home)
-    if declared in GENERIC_CLASSES:
-        what = f"transformers opens it as {opened} because of the model_type in config.json"
-        hint = "Choose another architecture for this tokenizer (llama, mistral and qwen3 work)."
-    else:
-        what = f"transformers opens it as {opened} because tokenizer_config.json names {declared}"
-        hint = 'Write "tokenizer_class": "PreTrainedTokenizerFast" there: then the file is opened as it is.'
-    return ArtifactError(Problem(str(home), f"{what}, which gives other ids than its tokenizer.json", hint))
-
-
 def require_embedded(folder: Path, num_tokens: int) -> None:
     """Raises `ArtifactError` if a model lies beside the tokenizer and has no embedding for each of its tokens."""
     path = folder / "config.json"
@@ -161,18 +99,6 @@ def require_embedded(folder: Path, num_tokens: int) -> None:
             "or give it to sft with `add_tokens: true`."
         )
         raise ArtifactError(Problem(str(folder), what, hint))
-
-
-def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """What stands in tokenizer_config.json; {} if there is none."""
-    path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return config
-
-
-def declared_class(folder: Path) -> str | None:
-    """The class that tokenizer_config.json names."""
-    return read_tokenizer_config(folder).get("tokenizer_class")
 
 
 def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
@@ -203,7 +129,8 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
 
 def opens_alike(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     """Whether transformers by itself opens the files in `folder` as this tokenizer."""
-    return same_rules(open_by_name(folder), tokenizer)
+    opened = open_by_name(folder)
+    return same_rules(opened, tokenizer) and opened.special_tokens_map == tokenizer.special_tokens_map
 
 
 def same_rules(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -1,0 +1,130 @@
+"""Tokenizers as transformers opens them, held against the tokenizer.json that they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ArtifactError, Problem
+from pipeline.store.numbers import json_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+GENERIC_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
+"""Tokenizer classes that do what tokenizer.json says and nothing else."""
+
+
+PROBE = " A  caf\u00e9,\n\tif x == 10:\r\n    \u4f60\u597d \U0001f600<|end|>"
+"""A text that tokenizers rarely agree on by chance."""
+
+
+CLOSE_PROBE = (
+    "7 42 123 1234 12345 1234567 3.14 DON'T they'LL we've cafe\u0301 A\u030a \ufb01ne \u2460 \uff21\uff11\uff12 "
+    "a\u00a0b\u3000c x\n\n\n  \t\t y \r\n\r\n  z == 10  "
+)
+"""What tokenizers split or rewrite otherwise that are alike in all else: long numbers, capitals behind an apostrophe, accents
+and letters that Unicode writes in two ways, white space of every kind.
+"""
+
+
+AS_IT_IS = 'Write "tokenizer_class": "PreTrainedTokenizerFast" there: then the file is opened as it is.'
+
+
+def open_by_name(home: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as whoever uses transformers opens it. Raises `ArtifactError` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        what = f"holds no tokenizer that can be opened: {(str(error) or type(error).__name__).splitlines()[0]:.200}"
+        named = named_in_vain(home)
+        hint = f"Its tokenizer_config.json names {named}, its tokenizer.json is of another kind. {AS_IT_IS}"
+        raise ArtifactError(Problem(str(home), what, hint) if named else Problem(str(home), what)) from error
+
+
+def named_in_vain(home: Path) -> str | None:
+    """The class that tokenizer_config.json names, if it is all that keeps tokenizer.json from being opened."""
+    try:
+        named = declared_class(home)
+    except ValueError:  # no JSON: then that is what is wrong
+        return None
+    return named if named and named not in GENERIC_CLASSES and may_be_opened_as_it_is(home) else None
+
+
+def may_be_opened_as_it_is(home: Path) -> bool:
+    """Whether transformers would go by tokenizer.json if tokenizer_config.json said so: of some types of model it never does."""
+    if not (home / "tokenizer.json").exists():
+        return False
+    with TemporaryDirectory() as name:
+        trial = Path(name)
+        for each in ("tokenizer.json", "config.json"):
+            if (home / each).exists():
+                shutil.copyfile(home / each, trial / each)
+        said = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (trial / "tokenizer_config.json").write_text(json_text(said, "tokenizer_config.json"), encoding="utf-8")
+        try:
+            return type(open_by_name(trial)).__name__ in GENERIC_CLASSES
+        except ArtifactError:
+            return False
+
+
+def plain_probe(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def as_written(home: Path, opened: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer of tokenizer.json: `opened` itself, or what takes its place where its class reads a text's beginning
+    otherwise, as that of Llama does with the files that Llama-2 and Mistral come with, or splits numbers or writes accents
+    otherwise, as that of GPT-2 does with a file that has Llama-3's rules.
+
+    Raises `ArtifactError` if that class gives other ids for texts as a whole.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if type(opened).__name__ in GENERIC_CLASSES:
+        return opened
+    written = Tokenizer.from_file(str(home / "tokenizer.json"))
+    written.encode_special_tokens = True
+
+    def differs(text: str) -> bool:
+        ids: list[int] = written.encode(text, add_special_tokens=False).ids
+        return ids != plain_probe(opened, text)
+
+    if differs(PROBE.lstrip()):
+        raise opens_as_another(home, type(opened).__name__)
+    if not differs(PROBE) and not (differs(CLOSE_PROBE) and may_be_opened_as_it_is(home)):
+        return opened
+    named = {name: value for name, value in opened.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast.from_pretrained(home, local_files_only=True, **named)
+
+
+def opens_as_another(home: Path, opened: str) -> ArtifactError:
+    """Of a tokenizer in whose place transformers puts one that gives other ids: without spaces, say, or line breaks."""
+    declared = declared_class(home)
+    if declared in GENERIC_CLASSES or not may_be_opened_as_it_is(home):
+        what = f"transformers opens it as {opened} because of the model_type in config.json"
+        hint = "Choose another architecture for this tokenizer (llama, mistral and qwen3 work)."
+    else:
+        what = f"transformers opens it as {opened} because tokenizer_config.json names {declared}"
+        hint = AS_IT_IS
+    return ArtifactError(Problem(str(home), f"{what}, which gives other ids than its tokenizer.json", hint))
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What stands in tokenizer_config.json; {} if there is none."""
+    path = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    return config
+
+
+def declared_class(folder: Path) -> str | None:
+    """The class that tokenizer_config.json names."""
+    return read_tokenizer_config(folder).get("tokenizer_class")
