@@ -3,6 +3,9 @@
 What is learned is how much likelier than under the reference the chosen answer becomes, and the rejected one less likely
 (Rafailov et al., 2023). The reference's log-probabilities come from its artifact, are computed once, before training, and are
 kept in a file. Losses without a reference compute none.
+
+The reference is what training begins with: the input `model`, and where an adapter of it is continued, the model with that
+adapter as it was. The input `reference` names another one; where it is the input `model`, that is the adapter switched off.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
         ctx,
         params,
         make_model=lambda: without_dropout(load_model(AutoModelForCausalLM, start)),
-        tokenizer=start,
+        tokenizer=preferences.home,
         data=train_pairs,
         collate=collate,
         objective=objective,
@@ -120,6 +123,7 @@ STAGE = Stage(
         "model": accepts(Kind.CAUSAL_LM),
         "preferences": accepts(Kind.PREFERENCES),
         "reference": accepts(Kind.CAUSAL_LM, optional=True),
+        "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=causal_lm_or_adapter,
@@ -145,9 +149,14 @@ def beside_reference(
     start = ctx.inputs["model"]
     reference = ctx.inputs.get("reference", start)
     if reference != start:
-        require_same_tokenizer(start, reference, "inputs.reference")
+        require_same_tokenizer(preferences.home, reference, "inputs.reference")
+    adapter = None
+    if "adapter" in ctx.inputs:
+        adapter = ctx.inputs["adapter"] if "reference" not in ctx.inputs else None
+        as_it_was = "the model with the adapter as it was" if adapter else "the input reference, without the adapter"
+        ctx.journal.note(f"the reference is {as_it_was}")
     data = [preferences.train, preferences.heldout]
-    reference_pass = ReferencePass(ctx, reference, data, params.precision, params.tail_weight)
+    reference_pass = ReferencePass(ctx, reference, data, params.precision, params.tail_weight, adapter)
     train_logprobs_N2, heldout_logprobs_N2 = reference_pass.run(preferences.tokenizer)
     publish_logprobs(ctx, train_logprobs_N2, heldout_logprobs_N2)
     heldout_pairs = preferences.heldout.with_reference(heldout_logprobs_N2)

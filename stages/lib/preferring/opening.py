@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.stage import Context
 from pipeline.store.artifact import Facts
+from stages.lib.models.adapters.folders import tokenizer_to_train_with
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import require_length
 from stages.lib.preferring.pairs import Pairs, open_pairs
@@ -27,18 +29,21 @@ class Preferences:
     train: Pairs
     heldout: Pairs
     ledger: Ledger
+    home: Path
+    """The folder of the tokenizer."""
 
     @classmethod
     def open(cls, ctx: Context, params: PreferenceParams, *, with_margins: bool = False) -> Preferences:
         """Raises `DataError` if pairs may be longer than the model takes, or its chat template is not fit for training."""
         model = ctx.inputs["model"]
         require_length(read_config(model), params.max_length_tokens)
-        tokenizer = load_tokenizer(model)
-        check_chat_template(tokenizer, str(model))
+        home = tokenizer_to_train_with(ctx.inputs)
+        tokenizer = load_tokenizer(home)
+        check_chat_template(tokenizer, str(home))
         pairs = open_pairs(
             ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction, with_margins=with_margins
         )
-        return cls(tokenizer, *pairs)
+        return cls(tokenizer, *pairs, home)
 
     def facts(self, params: PreferenceParams, trained: Trained, **known: Any) -> Facts:
         """What the consumers of the trained model check."""

@@ -19,6 +19,8 @@ from pipeline.errors import ArtifactError, Preempted, Problem
 from pipeline.stage import Context
 from pipeline.store.artifact import MANIFEST, digest_file, files_below, read_manifest
 from pipeline.store.durable import replacing, require_room
+from stages.lib.models.adapters.folders import adapter_folder
+from stages.lib.models.adapters.opening import attached
 from stages.lib.models.drawing import require_quiet
 from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
 from stages.lib.preferring.answers import answer_logprobs
@@ -43,6 +45,8 @@ class ReferencePass:
     precision: str
     tail_weight: float | None = None
     """What tokens beyond the shorter answer's length count: see `answers.tail_weights`."""
+    adapter: Path | None = None
+    """The folder of an adapter that is on it; None where there is none."""
     rows: list[tuple[int, int]] = field(init=False)
     """(number of the data set, index in it) of every pair."""
     file: Path = field(init=False)
@@ -50,8 +54,12 @@ class ReferencePass:
     def __post_init__(self) -> None:
         self.rows = [(number, index) for number, pairs in enumerate(self.pairs) for index in range(len(pairs))]
         how = self.precision if self.tail_weight is None else f"{self.precision} {self.tail_weight!r}"
-        digest = from_main(lambda: digest_pairs(model_identity(self.folder), how, self.pairs))
+        digest = from_main(lambda: digest_pairs(self.identity(), how, self.pairs))
         self.file = self.ctx.work / f"reference_logprobs-{digest[:16]}.npy"
+
+    def identity(self) -> str:
+        """Changes with the model, and with the adapter on it."""
+        return model_identity(self.folder) + (f" {model_identity(self.adapter)}" if self.adapter else "")
 
     def row(self, index: int) -> dict[str, Any]:
         number, place = self.rows[index]
@@ -105,8 +113,10 @@ class ReferencePass:
         """Computes the waiting batches, each process its share, in place; saves at every twentieth part of the way."""
         world = self.ctx.world
         device = join_processes(self.ctx)
-        model = load_model(AutoModelForCausalLM, self.folder)
+        model: Any = load_model(AutoModelForCausalLM, self.folder)
         require_vocabulary(model, tokenizer)
+        if self.adapter is not None:
+            model = attached(model, adapter_folder(self.adapter))
         # As the training engine will hold the policy: DeepSpeed rounds the weights, else only the arithmetic is rounded.
         rounded = self.ctx.resources.deepspeed is not None
         model.to(device, DTYPES[self.precision] if rounded else torch.float32).eval()

@@ -13,7 +13,7 @@ from pipeline.errors import Problem, RecipeError
 from pipeline.settings.resources import Resources
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import LearningRate, Scale, Weight
-from stages.lib.models.adapters.params import AdapterParams, VirtualTokens, publishes_adapter
+from stages.lib.models.adapters.params import AdapterParams, ContinuedMethod, VirtualTokens, publishes_adapter
 from stages.lib.models.published import PublishedDtype, PublishedParams
 from stages.lib.training.selection import PublishBest, StopEarly, watched_problem
 
@@ -125,6 +125,8 @@ class TrainingParams(OptimizerParams):
         if self.adapter is None or self.trains_causal_lm:
             return self
         others = "lora, ia3, bitfit or freeze"
+        if isinstance(self.adapter, ContinuedMethod):
+            raise ValueError(f"adapter: continued is for causal models alone: take {others}")
         if isinstance(self.adapter, VirtualTokens):
             raise ValueError(f"adapter: {self.adapter.method} is for causal models alone: take {others}")
         if self.publishes_adapter:
