@@ -78,6 +78,18 @@ def test_it_begins_where_the_adapter_ended(
         assert under.peft_config["default"].peft_type == ("IA3" if name == "ia3" else "LORA")
 
 
+@pytest.mark.parametrize(("stage", "role"), [("pretrain", "model"), ("distill", "student")])
+def test_so_it_does_on_packed_tokens(world: TinyWorld, stage: str, role: str, tmp_path: Path) -> None:
+    inputs = {role: world.model, "tokens": world.tokens, **({"teacher": world.model} if stage == "distill" else {})}
+    params = {"global_batch_size": 8, "max_steps": 4, "learning_rate": 1e-3, "isolate_documents": False}
+    ended, ctx = run_stage(STAGES[stage], inputs, {**params, "adapter": BLOCKS["lora"]}, tmp_path / "first")
+    further = {**inputs, "adapter": ctx.out}
+    run_stage(STAGES[stage], further, {**params, "adapter": CONTINUED}, tmp_path / "further")
+    lines = [json.loads(line) for line in (tmp_path / "further" / "journal.jsonl").read_text().splitlines()]
+    begun = next(line for line in lines if line["event"] == "heldout")
+    assert begun["heldout_loss"] == pytest.approx(ended.metrics["heldout_loss"], rel=1e-5)
+
+
 def test_it_can_be_published_in_a_whole_model(
     world: TinyWorld, taught: dict[str, tuple[Result, Path]], tmp_path: Path
 ) -> None:
