@@ -100,7 +100,8 @@ def whole_model(given: str, kind: Kind) -> str | None:
 
 def how_to_give(kind: Kind, stage: Stage, role: str, path: Path | None, given: str) -> str | None:
     """How the stage takes what one of its inputs does not take, where that can be said. `path`: of a folder; None of a step."""
-    return place_for_adapters(stage, role, kind) or (way_out(path, kind) if path else whole_model(given, kind))
+    ways = [way_out(path, kind) if path else whole_model(given, kind), place_for_adapters(stage, role, kind)]
+    return " ".join(way for way in ways if way) or None
 
 
 def place_for_adapters(stage: Stage, given: str, kind: Kind) -> str | None:
@@ -110,7 +111,7 @@ def place_for_adapters(stage: Stage, given: str, kind: Kind) -> str | None:
     if kind is not Kind.ADAPTER or not roles or role == roles[0]:
         return None
     here = f"{roles[0]}.{name}" if name and stage.inputs[roles[0]].many else roles[0]
-    return f"An adapter stands in inputs.{here}, and the model that it was trained on beside it."
+    return f"Or name the adapter as inputs.{here}, and beside it the model that it was trained on."
 
 
 def quantization_problem(config: Path, block: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,9 @@
 What is learned is how much likelier than under the reference the chosen answer becomes, and the rejected one less likely
 (Rafailov et al., 2023). The reference's log-probabilities come from its artifact, are computed once, before training, and are
 kept in a file. Losses without a reference compute none.
+
+The reference is what training begins with: the input `model`, and where an adapter of it is continued, the model with that
+adapter as it was. The input `reference` names another one; where it is the input `model`, that is the adapter switched off.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ def run(ctx: Context, params: DPOParams) -> Result:
         ctx,
         params,
         make_model=lambda: without_dropout(load_model(AutoModelForCausalLM, start)),
-        tokenizer=start,
+        tokenizer=preferences.home,
         data=train_pairs,
         collate=collate,
         objective=objective,
@@ -95,6 +98,7 @@ STAGE = Stage(
         "model": accepts(Kind.CAUSAL_LM),
         "preferences": accepts(Kind.PREFERENCES),
         "reference": accepts(Kind.CAUSAL_LM, optional=True),
+        "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=causal_lm_or_adapter,
@@ -117,7 +121,10 @@ def beside_reference(
     from stages.lib.preferring.reference import ReferencePass, open_reference, publish_logprobs
 
     data = [preferences.train, preferences.heldout]
-    reference_pass = ReferencePass(ctx, open_reference(ctx), data, params.precision, params.tail_weight)
+    reference = open_reference(ctx, preferences.home)
+    reference_pass = ReferencePass(
+        ctx, reference.folder, data, params.precision, params.tail_weight, adapter=reference.adapter
+    )
     train_logprobs_N2, heldout_logprobs_N2 = reference_pass.run(preferences.tokenizer)
     publish_logprobs(ctx, train=train_logprobs_N2, heldout=heldout_logprobs_N2)
     heldout_pairs = preferences.heldout.with_reference(heldout_logprobs_N2)

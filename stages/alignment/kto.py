@@ -61,7 +61,7 @@ def run(ctx: Context, params: KTOParams) -> Result:
         ctx,
         params,
         make_model=lambda: without_dropout(load_model(AutoModelForCausalLM, start)),
-        tokenizer=start,
+        tokenizer=preferences.home,
         data=answers.train,
         collate=collate_unpaired(padding_id, answers.mismatched_train),
         objective=objective,
@@ -89,6 +89,7 @@ STAGE = Stage(
         "unpaired_preferences": accepts(Kind.UNPAIRED_PREFERENCES, optional=True),
         "preferences": accepts(Kind.PREFERENCES, optional=True),
         "reference": accepts(Kind.CAUSAL_LM, optional=True),
+        "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=causal_lm_or_adapter,
@@ -125,7 +126,10 @@ def beside_reference(ctx: Context, params: KTOParams, preferences: Preferences[U
         others = [in_steps, mismatched_among(heldout, longest)]
         ctx.journal.note(told_mismatched(*others))
     data: list[AnsweredRows] = [rows, heldout, *others]
-    reference_pass = ReferencePass(ctx, open_reference(ctx), data, params.precision, what="answers")
+    reference = open_reference(ctx, preferences.home)
+    reference_pass = ReferencePass(
+        ctx, reference.folder, data, params.precision, what="answers", adapter=reference.adapter
+    )
     logprobs = [found[:, 0] for found in reference_pass.run(preferences.tokenizer)]
     names = ("train", "heldout", "train_mismatched", "heldout_mismatched")
     publish_logprobs(ctx, **dict(zip(names, logprobs, strict=False)))

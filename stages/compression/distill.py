@@ -183,6 +183,7 @@ STAGE = Stage(
         "teacher": accepts(Kind.CAUSAL_LM),
         "tokens": accepts(Kind.TOKENS),
         "student": accepts(Kind.CAUSAL_LM, optional=True),
+        "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=causal_lm_or_adapter,

@@ -202,6 +202,7 @@ STAGE = Stage(
     inputs={
         "tokens": accepts(Kind.TOKENS),
         "model": accepts(Kind.CAUSAL_LM, Kind.ENCODER, optional=True),
+        "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, Kind.ENCODER, optional=True),
     },
     output=output_kind,

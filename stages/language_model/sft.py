@@ -91,7 +91,12 @@ def check(forecast: Forecast) -> list[Problem]:
     return [
         *check_training(forecast),
         *length_problems(model.architecture or {}, params.max_length_tokens),
-        *template_problems_ahead(model, params.chat_template, params.add_tokens),
+        # The template beside an adapter that is continued is read when it is there.
+        *(
+            []
+            if "adapter" in forecast.inputs
+            else template_problems_ahead(model, params.chat_template, params.add_tokens)
+        ),
     ]
 
 
@@ -160,6 +165,7 @@ STAGE = Stage(
     inputs={
         "model": accepts(Kind.CAUSAL_LM),
         "chats": accepts(Kind.CHATS),
+        "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
     output=causal_lm_or_adapter,
@@ -193,24 +199,25 @@ def with_template(ctx: Context, params: SftParams) -> ChatStart:
 
     All processes call it. Raises `DataError` or `ArtifactError` if that cannot be, or the template is not fit for training.
     """
+    from stages.lib.models.adapters.folders import tokenizer_to_train_with
     from stages.lib.models.embeddings import with_embeddings
     from stages.lib.text.chat_check import check_chat_template
     from stages.lib.text.tokenizers import load_tokenizer
 
-    source = ctx.inputs["model"]
-    tokenizer = load_tokenizer(source, embedded=params.add_tokens is False)
+    source, home = ctx.inputs["model"], tokenizer_to_train_with(ctx.inputs)
+    tokenizer = load_tokenizer(home, embedded=params.add_tokens is False)
     own_template, old_ids = tokenizer.chat_template, set(tokenizer.get_vocab().values())
     added = give_template(tokenizer, params.chat_template, params.add_tokens)
     if own_template and tokenizer.chat_template != own_template:
         ctx.journal.note("the chat template of the model's tokenizer is replaced by the one that chat_template names")
-    check_chat_template(tokenizer, str(source))
+    check_chat_template(tokenizer, str(home))
     if params.add_tokens is not False:
         grown = with_embeddings(ctx, source, tokenizer, old_ids, params.vocabulary_multiple)
         ctx.journal.note(what_was_added(added, grown))
         if grown:
             counts = {"added_tokens": float(len(added)), "added_embeddings": float(grown.rows - grown.rows_before)}
             return ChatStart(grown.folder, tokenizer, grown.folder, added, counts)
-    return ChatStart(source, tokenizer, source if tokenizer.chat_template == own_template else tokenizer, added, {})
+    return ChatStart(source, tokenizer, home if tokenizer.chat_template == own_template else tokenizer, added, {})
 
 
 def with_added_tokens(model: Estimate, params: SftParams) -> Estimate:

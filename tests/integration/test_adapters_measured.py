@@ -148,5 +148,5 @@ def test_an_adapter_among_the_models_is_told_its_place(trained: dict[str, Path],
         "name: recipe\nseed: 1\noutputs: [report]\nstages:\n  report:\n    kind: evaluate\n"
         f"    inputs: {{models: {{mine: {trained['lora']}}}}}\n    params: {{generation: {{prompts: [Hello]}}}}\n"
     )
-    with pytest.raises(RecipeError, match=r"An adapter stands in inputs\.adapters\.mine, and the model"):
+    with pytest.raises(RecipeError, match=r"Or name the adapter as inputs\.adapters\.mine, and beside it"):
         load_recipe(recipe, STAGES, LAUNCHERS)

@@ -192,4 +192,5 @@ def test_a_new_head_is_trained_by_every_method() -> None:
 
 
 def test_every_method_is_counted_here() -> None:
-    assert {fields["method"] for fields in BLOCKS} == {method_name(params) for params in METHODS}
+    """But for an adapter that is continued, which is counted once it is there."""
+    assert {fields["method"] for fields in BLOCKS} == {method_name(params) for params in METHODS} - {"continued"}

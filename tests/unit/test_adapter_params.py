@@ -175,7 +175,7 @@ def test_plan_prints_the_share() -> None:
     assert (prefix.parameters, prefix.trained_parameters, prefix.added_parameters) == (40_000, 768, 768)
     assert "(768 trained, 1.884%)" in arithmetic(prefix, 1)
     assert prefix.adapter == "prefix_tuning"
-    assert any("no later step of this pipeline reads it" in note for note in prefix.notes or ())
+    assert any("steps that read adapters (evaluate), `slipway chat` and peft" in note for note in prefix.notes or ())
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80 + 2 * 32
     last = STAGES["sft"].estimate(forecast({"method": "freeze", "last_layers": 1}))
     assert f"({layer:,} trained, {layer / 40_000:.3%})" in arithmetic(last, 1)

@@ -13,8 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from pipeline.errors import DataError
+from stages.lib.sources.params import PythonDocsSource
 from stages.lib.sources.python_docs import FORMATS, python_docs_rows
 from stages.lib.sources.python_docs.chats import (
     BASES,
@@ -125,6 +127,30 @@ def test_text_is_docs_then_source(boats):
     }
     assert source["id"] == "boats.hull#source-0"
     assert source["text"] == HULL[HULL.index("import os") :].rstrip("\n")
+
+
+def test_chats_whose_answers_are_json_extract_a_call(boats):
+    """All functions, described or not; a method's parameters are those without the instance, and stars are no names."""
+    found = list(python_docs_rows(boats, "chats", answers="json"))
+    assert [row["id"].removeprefix("boats.hull.") for row in found] == [
+        "Hull.__init__#json",
+        "Hull.draft#json",
+        "Hull._private#json",
+        "measure#json",
+    ]
+    asked, said = found[1]["messages"]
+    assert asked["content"] == "Extract name and parameters as JSON from `boats.hull.Hull.draft(load, *, salt=True)`."
+    assert said == {"role": "assistant", "content": '{"name": "boats.hull.Hull.draft", "parameters": ["load", "salt"]}'}
+    assert json.loads(found[3]["messages"][1]["content"])["parameters"] == ["name", "unit", "rest"]
+    assert {row["group"] for row in found} == {"boats.hull"}
+
+
+def test_answers_in_json_are_chats_and_nothing_else():
+    """The default is no part of what a source is, so that what was made of it before is not made anew."""
+    source = TypeAdapter(PythonDocsSource).validate_python({"kind": "python_docs", "answers": "json"})
+    assert source.given_format == "chats"
+    plain = TypeAdapter(PythonDocsSource).validate_python({"kind": "python_docs"})
+    assert plain.given_format is None and "answers" not in plain.model_dump()
 
 
 def test_chats_ask_what_the_source_answers(boats):

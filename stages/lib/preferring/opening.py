@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.stage import Context
 from pipeline.store.artifact import Facts
+from stages.lib.models.adapters.folders import tokenizer_to_train_with
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import require_length
 from stages.lib.preferring.pairs import Pairs, open_pairs
@@ -30,6 +32,8 @@ class Preferences(Generic[Rows]):
     train: Rows
     heldout: Rows
     ledger: Ledger
+    home: Path
+    """The folder of the tokenizer."""
 
     def facts(self, params: PreferenceParams, trained: Trained, **known: Any) -> Facts:
         """What the consumers of the trained model check."""
@@ -48,15 +52,18 @@ class Preferences(Generic[Rows]):
 
 def open_preferences(ctx: Context, params: PreferenceParams, *, with_margins: bool = False) -> Preferences[Pairs]:
     """Raises `DataError` if pairs may be longer than the model takes, or its chat template is not fit for training."""
-    tokenizer = tokenizer_of_policy(ctx, params)
+    tokenizer, home = tokenizer_of_policy(ctx, params)
     pairs = open_pairs(ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction, with_margins=with_margins)
-    return Preferences(tokenizer, *pairs)
+    return Preferences(tokenizer, *pairs, home)
 
 
-def tokenizer_of_policy(ctx: Context, params: PreferenceParams) -> PreTrainedTokenizerBase:
-    """That of the input `model`. Raises `DataError` where this cannot take such rows, or its template is not fit for training."""
-    model = ctx.inputs["model"]
-    require_length(read_config(model), params.max_length_tokens)
-    tokenizer = load_tokenizer(model)
-    check_chat_template(tokenizer, str(model))
-    return tokenizer
+def tokenizer_of_policy(ctx: Context, params: PreferenceParams) -> tuple[PreTrainedTokenizerBase, Path]:
+    """That of the input `model`, or of an adapter that is trained further, and its folder.
+
+    Raises `DataError` where the model cannot take such rows, or its template is not fit for training.
+    """
+    require_length(read_config(ctx.inputs["model"]), params.max_length_tokens)
+    home = tokenizer_to_train_with(ctx.inputs)
+    tokenizer = load_tokenizer(home)
+    check_chat_template(tokenizer, str(home))
+    return tokenizer, home

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from pipeline.stage import Context
 from pipeline.store.artifact import MANIFEST, digest_file, files_below, read_manifest
 from pipeline.store.durable import replacing, require_room
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.models.adapters.folders import adapter_folder
+from stages.lib.models.adapters.opening import attached
 from stages.lib.models.drawing import require_quiet
 from stages.lib.models.loading import DTYPES, load_model, require_vocabulary
 from stages.lib.preferring.answers import AnsweredSequence, answer_logprobs, batch_of_answers
@@ -63,6 +65,8 @@ class ReferencePass:
     """What tokens beyond the shorter answer's length count: see `answers.tail_weights`."""
     what: str = "pairs"
     """What a row is called in messages."""
+    adapter: Path | None = None
+    """The folder of an adapter that is on it; None where there is none."""
     rows: list[tuple[int, int]] = field(init=False)
     """(number of the data set, index in it) of every row."""
     width: int = field(init=False)
@@ -73,8 +77,12 @@ class ReferencePass:
         self.rows = [(number, index) for number, rows in enumerate(self.data) for index in range(len(rows))]
         self.width = self.data[0].sequence_lengths.shape[1]
         how = self.precision if self.tail_weight is None else f"{self.precision} {self.tail_weight!r}"
-        digest = from_main(lambda: digest_rows(model_identity(self.folder), how, self.data))
+        digest = from_main(lambda: digest_rows(self.identity(), how, self.data))
         self.file = self.ctx.work / f"reference_logprobs-{digest[:16]}.npy"
+
+    def identity(self) -> str:
+        """Changes with the model, and with the adapter on it."""
+        return model_identity(self.folder) + (f" {model_identity(self.adapter)}" if self.adapter else "")
 
     def collate(self, indices: Sequence[int], padding_id: int) -> Tensors:
         """The batch of these rows: S x their number of sequences, the first ones of all rows first."""
@@ -129,8 +137,10 @@ class ReferencePass:
         """Computes the waiting batches, each process its share, in place; saves at every twentieth part of the way."""
         world = self.ctx.world
         device = join_processes(self.ctx)
-        model = load_model(AutoModelForCausalLM, self.folder)
+        model: Any = load_model(AutoModelForCausalLM, self.folder)
         require_vocabulary(model, tokenizer)
+        if self.adapter is not None:
+            model = attached(model, adapter_folder(self.adapter))
         # As the training engine will hold the policy: DeepSpeed rounds the weights, else only the arithmetic is rounded.
         rounded = self.ctx.resources.deepspeed is not None
         model.to(device, DTYPES[self.precision] if rounded else torch.float32).eval()
@@ -202,16 +212,31 @@ def digest_rows(model: str, how: str, data: Sequence[AnsweredRows]) -> str:
     return digest.hexdigest()
 
 
-def open_reference(ctx: Context) -> Path:
-    """The folder of the reference: the model that training starts from, unless an input names another one.
+class Reference(NamedTuple):
+    """What a policy is compared with."""
 
-    Raises `ArtifactError` if that has another tokenizer.
+    folder: Path
+    """Of the model."""
+    adapter: Path | None
+    """The folder of an adapter that is on it; None where there is none."""
+
+
+def open_reference(ctx: Context, home: Path) -> Reference:
+    """The reference: what training starts from, with the adapter that is trained further as it was, unless an input names
+    another model. `home`: the folder of the policy's tokenizer.
+
+    Raises `ArtifactError` if the reference has another tokenizer.
     """
     start = ctx.inputs["model"]
-    reference = ctx.inputs.get("reference", start)
-    if reference != start:
-        require_same_tokenizer(start, reference, "inputs.reference")
-    return reference
+    folder, adapter = ctx.inputs.get("reference", start), ctx.inputs.get("adapter")
+    if folder != start:
+        require_same_tokenizer(home, folder, "inputs.reference")
+    if adapter is None:
+        return Reference(folder, None)
+    as_it_was = "reference" not in ctx.inputs
+    which = "the model with the adapter as it was" if as_it_was else "the input reference, without the adapter"
+    ctx.journal.note(f"the reference is {which}")
+    return Reference(folder, adapter if as_it_was else None)
 
 
 def publish_logprobs(ctx: Context, **logprobs: NDArray[np.float64]) -> None:

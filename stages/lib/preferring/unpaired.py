@@ -175,11 +175,11 @@ def open_unpaired(ctx: Context, params: UnpairedParams) -> Preferences[Unpaired]
     Raises `DataError` if answers may be longer than the model takes, its chat template is not fit for training, or too large a
     share of the rows cannot be used.
     """
-    tokenizer = tokenizer_of_policy(ctx, params)
+    tokenizer, home = tokenizer_of_policy(ctx, params)
     role = next(role for role in ROLES if role in ctx.inputs)
     how = tokenizing_answers(tokenizer, params.max_length_tokens)
     train, heldout, ledger = tokenize_input(ctx, role, how, params.max_dropped_fraction)
-    return Preferences(tokenizer, Unpaired(train), Unpaired(heldout), ledger)
+    return Preferences(tokenizer, Unpaired(train), Unpaired(heldout), ledger, home)
 
 
 def tokenizing_answers(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Tokenizing:

@@ -75,11 +75,13 @@ class PythonDocsSource(Strict):
     """Folder of the sources. Default: the standard library of the running Python."""
     packages: list[str] | None = None
     """Top-level packages and modules to read. null: all of them."""
+    answers: Literal["text", "json"] = Field(default="text", exclude_if=lambda answers: answers == "text")
+    """What the assistant says in chats. json: the name and the parameters of a function, extracted from how it is called."""
 
     @property
     def given_format(self) -> str | None:
         """The format that the layout gives; None where every format can be made."""
-        return None
+        return "chats" if self.answers == "json" else None
 
 
 class LaidOutSource(Strict):

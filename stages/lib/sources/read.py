@@ -27,7 +27,7 @@ def read_source(source: Any, format: str, ledger: Ledger) -> Iterator[tuple[str,
     if isinstance(source, PythonDocsSource):
         from stages.lib.sources.python_docs import python_docs_rows  # which knows much that other sources need not load
 
-        for row in python_docs_rows(source.root, format, source.packages):
+        for row in python_docs_rows(source.root, format, source.packages, source.answers):
             ledger.read += 1
             yield str(row.get("group", "python_docs")), row
     else:

@@ -40,7 +40,9 @@ def unembedded_problems(forecast: Forecast) -> list[Problem]:
 
 def untaught_problems(forecast: Forecast, *, reads_chats: bool = True) -> list[Problem]:
     """What is wrong if the input `model` of a stage that reads chats knows none, or has tokens that it does not embed."""
-    return [*unembedded_problems(forecast), *untemplated_problems(forecast, ["model"] if reads_chats else [])]
+    # The template beside an adapter that is continued is read when it is there.
+    read = ["model"] if reads_chats and "adapter" not in forecast.inputs else []
+    return [*unembedded_problems(forecast), *untemplated_problems(forecast, read)]
 
 
 def untemplated_problems(forecast: Forecast, roles: Sequence[str]) -> list[Problem]:

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.stage import Context
-from stages.lib.models.adapters.attaching import attach, trained_state
+from stages.lib.models.adapters.attaching import trained_state
 from stages.lib.models.adapters.params import ADAPTER_FOLDER
 from stages.lib.models.adapters.saving import write_adapter
 from stages.lib.models.formats import Formats, say_if_other
 from stages.lib.models.publishing import publish
 from stages.lib.processes.collectives import from_main
 from stages.lib.text.tokenizers import copy_left_out, copy_tokenizer
+from stages.lib.training.continuing import block_of, with_adapter_to_train
 from stages.lib.training.making import Made
 from stages.lib.training.params import TrainingParams
 
@@ -48,9 +49,10 @@ def publish_trained(
         unset_hf_deepspeed_config()
         base = make_model()
         zeros = {name for name, weight in base.named_parameters() if not bool(weight.any())}
-        adapted = with_trained(attach(base, params.adapter, ctx.seed), trained)  # type: ignore[arg-type]
+        assert params.adapter is not None
+        adapted = with_trained(with_adapter_to_train(base, ctx, params.adapter), trained)
         folder = ctx.out if params.publishes_adapter else ctx.out / ADAPTER_FOLDER
-        write_adapter(adapted, params.adapter, ctx, trained, folder)  # type: ignore[arg-type]
+        write_adapter(adapted, block_of(ctx, params.adapter), ctx, trained, folder)
         if params.publishes_adapter:
             write_tokenizer(tokenizer, ctx.out)
             return "fp32"

@@ -8,8 +8,15 @@ from typing import Any
 from pipeline.errors import Problem
 from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.adapters.counting import Counted
+from stages.lib.models.adapters.folders import adapter_config, no_continuing
 from stages.lib.models.adapters.methods import METHODS, count_ahead
-from stages.lib.models.adapters.params import LoraMethod, PrefixTuningMethod, VirtualTokens, publishes_adapter
+from stages.lib.models.adapters.params import (
+    ContinuedMethod,
+    LoraMethod,
+    PrefixTuningMethod,
+    VirtualTokens,
+    publishes_adapter,
+)
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
 from stages.lib.training.layouts import readable_layout, zero_stage_of
@@ -18,6 +25,8 @@ from stages.lib.training.layouts import readable_layout, zero_stage_of
 def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
     """What can be told of an adapter without its model: that there is none, or that the two do not go together."""
     adapter = getattr(forecast.params, "adapter", None)
+    if ("adapter" in forecast.inputs) != isinstance(adapter, ContinuedMethod):
+        return [continuing_problem(forecast)]
     if adapter is None:
         return []
     roles = [role for role in BASE_ROLES if role in forecast.inputs]
@@ -37,6 +46,15 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
             problems.append(
                 Problem("params.adapter.use_dora", what, "Set it to false, or resources.deepspeed to zero2.")
             )
+    if isinstance(adapter, ContinuedMethod) and (folder := forecast.inputs["adapter"].folder) is not None:
+        problems += no_continuing(folder)
+        if (
+            not problems
+            and adapter_config(folder).get("use_dora")
+            and zero_stage_of(readable_layout(forecast.resources)) == 3
+        ):
+            what = "is a DoRA, which reads whole weights in every pass, and ZeRO-3 has split them"
+            problems.append(Problem("inputs.adapter", what, "Set resources.deepspeed to zero2."))
     if isinstance(adapter, PrefixTuningMethod) and forecast.resources.gradient_checkpointing:
         what = "is true, and layers that are computed again would not see the prefix"
         hint = "Set it to false, or take prompt_tuning, p_tuning or lora."
@@ -44,6 +62,18 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
     if isinstance(adapter, VirtualTokens):
         problems += room_for_virtual_tokens(forecast, adapter)
     return problems
+
+
+def continuing_problem(forecast: Forecast) -> Problem:
+    """That the input `adapter` and the block do not say the same of what is to become of it."""
+    if "adapter" not in forecast.inputs:
+        what = "is continued, and there is no input adapter"
+        return Problem(
+            "params.adapter.method", what, "Add `adapter` to inputs, with its base as the model; or take lora."
+        )
+    what = "is there, and params do not say that it is trained further"
+    hint = "Set `adapter: {method: continued}`; for a new adapter, or all weights, on top of it, name a step `merge` as the model."
+    return Problem("inputs.adapter", what, hint)
 
 
 def room_for_virtual_tokens(forecast: Forecast, adapter: VirtualTokens) -> list[Problem]:
@@ -79,6 +109,7 @@ def adapter_notes(forecast: Forecast) -> tuple[str, ...]:
     if method is None:
         return ()
     if METHODS[type(forecast.params.adapter)].can_be_merged:
-        return ("an adapter alone is published: a step `merge` makes it a model that every later step takes",)
+        how = "an adapter alone is published: steps that read adapters take it, and `merge` makes a whole model of it"
+        return (how,)
     how = f"an adapter of the method {method} alone is published, which has no weights to merge"
     return (f"{how}: steps that read adapters (evaluate), `slipway chat` and peft put it on its base",)

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import DataError, Problem, RecipeError
 from pipeline.stage import Context
-from stages.lib.models.adapters.attaching import attach, count_trained
+from stages.lib.models.adapters.attaching import count_trained
 from stages.lib.models.adapters.methods import METHODS
+from stages.lib.models.adapters.params import ContinuedMethod
 from stages.lib.models.loading import count_parameters
 from stages.lib.processes.joining import use_threads
+from stages.lib.training.continuing import require_base_of_adapter, with_adapter_to_train
 from stages.lib.training.engine import Engine
 from stages.lib.training.layouts import complete_layout, fit_to_width, split_while_loading
 from stages.lib.training.optimizer import parameter_groups, same_rate
@@ -68,7 +70,9 @@ def put_adapter_on(model: PreTrainedModel, ctx: Context, params: TrainingParams)
         raise DataError(
             Problem("params.adapter", what, "Name an input model, or train all weights: remove the adapter.")
         )
-    adapted = attach(model, params.adapter, ctx.seed).train()
+    if isinstance(params.adapter, ContinuedMethod):
+        require_base_of_adapter(ctx)
+    adapted = with_adapter_to_train(model, ctx, params.adapter).train()
     trained, whole = count_trained(adapted), count_parameters(adapted)
     ctx.journal.note(f"{params.adapter.method} trains {trained:,} of {whole:,} parameters ({trained / whole:.3%})")
     return adapted

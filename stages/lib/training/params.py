@@ -13,7 +13,13 @@ from pipeline.errors import Problem, RecipeError
 from pipeline.settings.resources import Resources
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import LearningRate, Scale, Weight
-from stages.lib.models.adapters.params import AdapterParams, VirtualTokens, mergeable_methods, publishes_adapter
+from stages.lib.models.adapters.params import (
+    AdapterParams,
+    ContinuedMethod,
+    VirtualTokens,
+    mergeable_methods,
+    publishes_adapter,
+)
 from stages.lib.models.published import PublishedDtype, PublishedParams
 from stages.lib.training.selection import PublishBest, StopEarly, watched_problem
 
@@ -124,6 +130,8 @@ class TrainingParams(OptimizerParams):
     def adapter_fits_the_model(self) -> TrainingParams:
         if self.adapter is None or self.trains_causal_lm:
             return self
+        if isinstance(self.adapter, ContinuedMethod):
+            raise ValueError(f"adapter: continued is for causal models alone: take {mergeable_methods()}")
         if isinstance(self.adapter, VirtualTokens):
             raise ValueError(f"adapter: {self.adapter.method} is for causal models alone: take {mergeable_methods()}")
         if self.publishes_adapter:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from stages.lib.models.adapters.params import (
     BitFitMethod,
+    ContinuedMethod,
     FreezeMethod,
     Ia3Method,
     LoraMethod,
@@ -146,6 +147,11 @@ def count_freeze(params: FreezeMethod, architecture: Architecture) -> Counted | 
     if whole is None or less is None:
         return None
     return Counted(min(params.last_layers, layers) * (whole - less), 0)
+
+
+def count_continued(params: ContinuedMethod, architecture: Architecture) -> Counted | None:
+    """None: it is what another step makes, and the architecture does not tell."""
+    return None
 
 
 def added_only(parameters: int) -> Counted:

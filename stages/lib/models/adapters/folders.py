@@ -60,6 +60,35 @@ def virtual_tokens_in(folder: Path) -> int:
     return int(adapter_config(folder).get("num_virtual_tokens") or 0)
 
 
+def no_continuing(folder: Path, where: str = "inputs.adapter") -> list[Problem]:
+    """What is wrong if the adapter in a folder cannot be trained further."""
+    if problems := unreadable_adapter(folder, where):
+        return problems
+    config, method = adapter_config(folder), method_in(folder)
+    if method in UNMERGEABLE:
+        what = f"is of the method {method}, whose virtual tokens are kept without what they came out of"
+        return [Problem(where, what, "Train a new one: leave the input out, and name a method.")]
+    begins, bias = config.get("init_lora_weights", True), config.get("bias", "none")
+    if method not in ("lora", "ia3") and not config.get(OWN):
+        return [Problem(where, f"is of the method {method}, which no stage trains", GO_ON_MERGED)]
+    if bias != "none" or not any(begins is way or begins == way for way in LEAVING):
+        what = f"changes weights of its base as well (init_lora_weights: {begins}, bias: {bias})"
+        return [Problem(where, what, GO_ON_MERGED)]
+    return []
+
+
+GO_ON_MERGED = "Merge it first, in a step `merge`, and train a new adapter on what that makes."
+
+
+LEAVING = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Ways for a LoRA to begin that leave the weights under it as they are. The others of peft split them between the two."""
+
+
+def tokenizer_to_train_with(inputs: Mapping[str, Path]) -> Path:
+    """The folder of the tokenizer of the input `model`, or of the input `adapter` of it where there is one."""
+    return tokenizer_beside(inputs["adapter"], inputs["model"]) if "adapter" in inputs else inputs["model"]
+
+
 def nothing_to_merge(method: str) -> Problem:
     """That an adapter of virtual tokens cannot become a part of a model's weights."""
     what = f"is of the method {method}, whose virtual tokens are no weights that could be added to a model's"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.lib.models.adapters.counting import (
     Counted,
     count_bitfit,
+    count_continued,
     count_freeze,
     count_ia3,
     count_lora,
@@ -22,6 +23,7 @@ from stages.lib.models.adapters.counting import (
 from stages.lib.models.adapters.params import (
     AdapterBlock,
     BitFitMethod,
+    ContinuedMethod,
     FreezeMethod,
     Ia3Method,
     LoraMethod,
@@ -69,7 +71,7 @@ def lora_config(params: LoraMethod, task: str | None, new: list[str]) -> Any:
     )
 
 
-def lora_rate_factor(params: LoraMethod, name: str) -> float:
+def lora_rate_factor(params: LoraMethod | ContinuedMethod, name: str) -> float:
     return params.learning_rate_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
 
 
@@ -157,6 +159,7 @@ METHODS: dict[type[AdapterBlock], Method] = {
     PTuningMethod: Method(count_p_tuning, "P_TUNING", p_tuning_config, can_be_merged=False),
     BitFitMethod: Method(count_bitfit, choose=choose_biases),
     FreezeMethod: Method(count_freeze, choose=choose_parts),
+    ContinuedMethod: Method(count_continued, rate_factor=lora_rate_factor),
 }
 """Params of a method -> how it works. A new method is its params and a row here."""
 

@@ -14,13 +14,10 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
 from stages.lib.models.adapters.attaching import hide_virtual_tokens
-from stages.lib.models.adapters.folders import WEIGHTS, adapter_folder, tokenizer_beside, unreadable_adapter
+from stages.lib.models.adapters.folders import LEAVING, WEIGHTS, adapter_folder, tokenizer_beside, unreadable_adapter
 from stages.lib.models.adapters.saving import own_method, put_weights_in, require_base
 from stages.lib.models.loading import require_vocabulary
 from stages.lib.text.tokenizers import load_tokenizer, stop_token_ids
-
-KNOWN_TO_LEAVE = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Ways for a LoRA to begin that leave the weights under it as they are. The others of peft split them between the two."""
 
 
 class Adapted:
@@ -130,9 +127,7 @@ def changed_by(base: PreTrainedModel, adapter: Path) -> dict[str, torch.nn.Param
             return {name: own[name] for name in file.keys() if name in own}  # noqa: SIM118 - the file is no mapping
     config = PeftConfig.from_pretrained(str(adapter))
     begins = getattr(config, "init_lora_weights", None)
-    leaves = getattr(config, "bias", "none") == "none" and any(
-        begins is known or begins == known for known in KNOWN_TO_LEAVE
-    )
+    leaves = getattr(config, "bias", "none") == "none" and any(begins is known or begins == known for known in LEAVING)
     return {} if leaves else own
 
 
@@ -143,22 +138,29 @@ def attached(model: PreTrainedModel, adapter: Path, where: str = "inputs.adapter
     """
     if own_method(adapter) is not None:
         return put_weights_in(model, adapter, where)
-    hint = "Name the model that it was trained on, as its adapter_config.json says."
     try:
         adapted: Any = PeftModel.from_pretrained(model, str(adapter), torch_device=str(model.device))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         what = f"does not fit the model: {' '.join(str(error).split()):.300}"
-        raise ArtifactError(Problem(where, what, hint)) from error
+        raise ArtifactError(Problem(where, what, OTHER_MODEL)) from error
+    require_same_layers(adapted, adapter, where)
+    if virtual := virtual_tokens_of(adapted):
+        hide_virtual_tokens(adapted, virtual)
+    return adapted
+
+
+def require_same_layers(adapted: Any, adapter: Path, where: str) -> None:
+    """Raises `ArtifactError` unless peft's model has a place for each of the adapter's weights, and lacks none."""
     kept = set(load_file(adapter / WEIGHTS))
     # peft saves whole embeddings beside an adapter, or does not, by what it adapts.
     ways = [set(get_peft_model_state_dict(adapted, save_embedding_layers=whole)) for whole in (False, True)]
     if kept not in ways:
         names = sorted(min((kept ^ expected for expected in ways), key=len))
         what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
-        raise ArtifactError(Problem(where, what, hint))
-    if virtual := virtual_tokens_of(adapted):
-        hide_virtual_tokens(adapted, virtual)
-    return adapted
+        raise ArtifactError(Problem(where, what, OTHER_MODEL))
+
+
+OTHER_MODEL = "Name the model that it was trained on, as its adapter_config.json says."
 
 
 def virtual_tokens_of(model: Any) -> int:

@@ -173,8 +173,26 @@ class FreezeMethod(AdapterBlock):
         return self
 
 
+class ContinuedMethod(AdapterBlock):
+    """The adapter that the input `adapter` names, trained further; what is published is that adapter, of the same base."""
+
+    method: Literal["continued"]
+    """The adapter of the input `adapter`, with its own rank and layers. For lora, ia3, bitfit and freeze. publish: null is `adapter` here."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of a lora: share of a layer's inputs that the matrices do not see in training, whatever it was before."""
+    learning_rate_ratio: Scale = 1.0
+    """Of a lora: what the learning rate of B is a multiple of that of A, whatever it was before."""
+
+
 AnyMethod = (
-    LoraMethod | Ia3Method | PromptTuningMethod | PrefixTuningMethod | PTuningMethod | BitFitMethod | FreezeMethod
+    LoraMethod
+    | Ia3Method
+    | PromptTuningMethod
+    | PrefixTuningMethod
+    | PTuningMethod
+    | BitFitMethod
+    | FreezeMethod
+    | ContinuedMethod
 )
 
 
@@ -185,7 +203,8 @@ def method_name(params: type[AdapterBlock]) -> str:
 
 def mergeable_methods() -> str:
     """The names of the methods whose weights can become a part of the model's, as a sentence has them."""
-    names = [method_name(params) for params in get_args(AnyMethod) if not issubclass(params, VirtualTokens)]
+    fresh = [params for params in get_args(AnyMethod) if not issubclass(params, VirtualTokens | ContinuedMethod)]
+    names = [method_name(params) for params in fresh]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
@@ -209,4 +228,5 @@ def publishes_adapter(adapter: AdapterBlock | None) -> bool:
     """Whether what is published is the adapter alone."""
     if adapter is None:
         return False
-    return adapter.publish == "adapter" or isinstance(adapter, VirtualTokens)
+    usual = "adapter" if isinstance(adapter, VirtualTokens | ContinuedMethod) else "merged"
+    return (adapter.publish or usual) == "adapter"

@@ -20,8 +20,8 @@ from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Context
 from pipeline.store.artifact import MANIFEST, canonical_json, digest_bytes, digest_file, read_manifest
 from pipeline.store.durable import write_json
-from stages.lib.models.adapters.folders import BASE, CONFIG, OWN, WEIGHTS
-from stages.lib.models.adapters.params import AdapterBlock, method_name
+from stages.lib.models.adapters.folders import BASE, CONFIG, OWN, WEIGHTS, method_in
+from stages.lib.models.adapters.params import AdapterBlock, ContinuedMethod, method_name
 
 
 def save_adapter(
@@ -47,15 +47,17 @@ def write_adapter(adapted: Any, adapter: AdapterBlock, ctx: Context, trained: Ma
     """
     role = next(role for role, path in ctx.inputs.items() if path == ctx.base)
     origin = ctx.origin(role)
+    continued = isinstance(adapter, ContinuedMethod)
+    method = method_in(ctx.inputs["adapter"]) if continued else method_name(type(adapter))
     if hasattr(adapted, "peft_config"):
         save_adapter(adapted, None, origin, folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in trained.items()}, folder / WEIGHTS)
         name, revision = origin
-        config = {OWN: method_name(type(adapter)), "base_model_name_or_path": name, "revision": revision}
+        config = {OWN: method, "base_model_name_or_path": name, "revision": revision}
         write_json(folder / CONFIG, {**config, "params": adapter.model_dump(mode="json")})
-    write_json(folder / BASE, {"method": method_name(type(adapter)), **base_of(ctx.inputs[role], origin)})
+    write_json(folder / BASE, {"method": method, **base_of(ctx.inputs[role], origin)})
     check_adapter(folder)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.errors import DataError, Problem, did_you_mean
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.python_docs.chats import chat_rows
+from stages.lib.sources.python_docs.extraction import extraction_rows
 from stages.lib.sources.python_docs.labels import label_rows
 from stages.lib.sources.python_docs.modules import Module, module_files, read_modules
 from stages.lib.sources.python_docs.preferences import judged_rows, preference_rows
@@ -53,8 +54,14 @@ FORMATS = {
 }
 
 
-def python_docs_rows(root: Path, format: str, packages: list[str] | None = None) -> Iterator[Row]:
-    """Canonical rows of `format` from the modules below `root`, the same in every run.
+JSON_CHATS = RowMaker(per_module(extraction_rows), lambda row: row["messages"][0]["content"])
+"""What chats are where their answers are JSON."""
+
+
+def python_docs_rows(
+    root: Path, format: str, packages: list[str] | None = None, answers: str = "text"
+) -> Iterator[Row]:
+    """Canonical rows of `format` from the modules below `root`, the same in every run. `answers`: text, or json of chats.
 
     `group` is the dotted name of the row's module in every format, so that a module held out of one is held out of
     all. `packages` are top-level names (`json`, `argparse`); None takes all. Raises DataError at once, not at the
@@ -63,7 +70,8 @@ def python_docs_rows(root: Path, format: str, packages: list[str] | None = None)
     if format not in FORMATS:
         raise DataError(Problem("python_docs", f"no format '{format}'", did_you_mean(format, FORMATS)))
     module_files(root, packages)
-    return distinct_rows(FORMATS[format], read_modules(root, packages))
+    maker = JSON_CHATS if answers == "json" else FORMATS[format]
+    return distinct_rows(maker, read_modules(root, packages))
 
 
 def distinct_rows(maker: RowMaker, modules: Iterable[Module]) -> Iterator[Row]:
