@@ -212,7 +212,7 @@ def digest_rows(model: str, how: str, data: Sequence[AnsweredRows]) -> str:
     return digest.hexdigest()
 
 
-class Reference(NamedTuple):
+class ReferencePlace(NamedTuple):
     """What a policy is compared with."""
 
     folder: Path
@@ -221,7 +221,7 @@ class Reference(NamedTuple):
     """The folder of an adapter that is on it; None where there is none."""
 
 
-def open_reference(ctx: Context, home: Path) -> Reference:
+def open_reference(ctx: Context, home: Path) -> ReferencePlace:
     """The reference: what training starts from, with the adapter that is trained further as it was, unless an input names
     another model. `home`: the folder of the policy's tokenizer.
 
@@ -232,11 +232,11 @@ def open_reference(ctx: Context, home: Path) -> Reference:
     if folder != start:
         require_same_tokenizer(home, folder, "inputs.reference")
     if adapter is None:
-        return Reference(folder, None)
+        return ReferencePlace(folder, None)
     as_it_was = "reference" not in ctx.inputs
     which = "the model with the adapter as it was" if as_it_was else "the input reference, without the adapter"
     ctx.journal.note(f"the reference is {which}")
-    return Reference(folder, adapter if as_it_was else None)
+    return ReferencePlace(folder, adapter if as_it_was else None)
 
 
 def publish_logprobs(ctx: Context, **logprobs: NDArray[np.float64]) -> None:
