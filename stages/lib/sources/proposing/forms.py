@@ -162,8 +162,8 @@ FORMS: tuple[Form, ...] = (
     Form(
         "unpaired_preference",
         (
-            Slot("prompt", TEXTS | TURNS, ("messages", "context", *QUESTION_NAMES, *CHAT_NAMES)),
-            Slot("completion", TEXTS | TURNS, ("generation", "response", "output", "reply", "answer")),
+            Slot("prompt", TEXTS | TURNS, ("messages", "conversations", "context", *QUESTION_NAMES, *CHAT_NAMES)),
+            Slot("completion", TEXTS | TURNS, ("answer", "generation", "response", "output", "reply")),
             RATING,
             SYSTEM,
             *TOOLS,
