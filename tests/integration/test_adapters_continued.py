@@ -52,7 +52,7 @@ def taught(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def teach(world: TinyWorld, stage: str, block: dict[str, Any], folder: Path, **inputs: Path) -> tuple[Result, Path]:
-    data = {"sft": {"chats": world.chats}, "dpo": {"preferences": world.preferences}}[stage]
+    data = {"chats": world.chats} if stage == "sft" else {"preferences": world.preferences}
     params = {**PARAMS, "adapter": block}
     result, ctx = run_stage(STAGES[stage], {"model": world.model, **data, **inputs}, params, folder)
     return result, ctx.out
@@ -97,6 +97,20 @@ def test_it_can_be_published_in_a_whole_model(
     merged = run_stage(STAGES["merge"], {"model": world.model, "adapter": out}, {}, tmp_path / "merge")[1].out
     weights = [load_file(place / "model.safetensors") for place in (out, merged)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_the_reference_of_kto_is_the_adapter_as_it_was(
+    world: TinyWorld, taught: dict[str, tuple[Result, Path]], tmp_path: Path
+) -> None:
+    """No answer has gained anything before the first step, and z is 0: the loss is 1 - sigmoid(0) = 1/2.
+
+    Against the model itself the adapter is ahead or behind from the beginning.
+    """
+    adapter = taught["lora"][1]
+    as_it_was, _ = teach(world, "kto", CONTINUED, tmp_path / "as_it_was", adapter=adapter)
+    assert as_it_was.metrics["heldout_loss_base"] == pytest.approx(0.5, abs=1e-6)
+    off, _ = teach(world, "kto", CONTINUED, tmp_path / "off", adapter=adapter, reference=world.model)
+    assert abs(off.metrics["heldout_loss_base"] - 0.5) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["lora", "freeze"])
