@@ -152,12 +152,9 @@ def test_a_chat_that_the_template_refuses_is_named() -> None:
 
 
 def test_several_templates_without_a_default_are_a_sentence() -> None:
-    class Several(Template):
-        def get_chat_template(self, tools: Any = None) -> str:
-            raise ValueError("This model has multiple chat templates with no default specified!\nMore.")
-
-    tokenizer: Any = Several("x")
-    with pytest.raises(DataError, match="chat_template: This model has multiple chat templates"):
+    tokenizer: Any = Template("x")
+    tokenizer.chat_template = {"plain": "x", "thinking": "y"}
+    with pytest.raises(DataError, match="several chat templates, and none is called default: plain, thinking"):
         apply_template(tokenizer, CHAT)
 
 
