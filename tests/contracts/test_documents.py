@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
@@ -14,8 +17,10 @@ from typer.exceptions import TyperException
 from launch import LAUNCHERS
 from pipeline.command.cli import app
 from pipeline.recipe.reader import load_recipe
+from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
 from stages import STAGES
+from stages.lib.models.adapters.params import AnyMethod
 
 FOLDERS = ("pipeline", "stages", "launch", "data_recipes", "ds_configs", "tests")
 DOCUMENTS = sorted([*CHECKOUT.glob("*.md"), *(path for name in FOLDERS for path in (CHECKOUT / name).glob("**/*.md"))])
@@ -204,3 +209,45 @@ def test_the_checks_above_can_fail() -> None:
     assert [words(line) for line in shell_lines(block)] == [["slipway", "run", "x.yaml"]]
     assert links("[a](b.md) `[c](d)` [e]: f\n[g]: h.md") == ["b.md", "h.md"]
     assert slug("How to add: a stage, `x`") == "how-to-add-a-stage-x"
+
+
+FROM_OTHERS = CHECKOUT / "stages" / "FROM_OTHERS.md"
+
+
+def cells_of_options() -> list[list[str]]:
+    """The rows of the tables of options: what stands between the bars."""
+    rows = [line.strip("|").split("|") for line in read(FROM_OTHERS).splitlines() if line.startswith("| `")]
+    assert len(rows) > 40 and {len(row) for row in rows} == {5}
+    return rows
+
+
+def test_what_options_of_others_are_called_here_exists() -> None:
+    blocks = {name for block in get_args(AnyMethod) for name in block.model_fields}
+    unknown = []
+    for path in (path for row in cells_of_options() for path in re.findall(r"`([^`]+)`", row[0])):
+        home, _, name = path.partition(".")
+        if home in ("adapter", "resources", "inputs"):
+            found = {
+                "adapter": blocks,
+                "resources": set(Resources.model_fields),
+                "inputs": {role for stage in STAGES.values() for role in stage.inputs},
+            }[home]
+        else:
+            found = set(STAGES[home].params.model_fields)
+        if name not in found:
+            unknown.append(path)
+    assert unknown == []
+
+
+@pytest.mark.slow
+def test_options_of_trl_are_called_as_trl_calls_them() -> None:
+    """In a process of its own: what TRL loads takes seconds, and changes the process."""
+    elsewhere = {"model", "train_dataset", "eval_dataset", "ref_model", "peft_config", "reward_funcs", "PeftModel"}
+    named = {name for row in cells_of_options() for name in re.findall(r"`(\w+)`", row[3])}
+    code = (
+        "import dataclasses, trl; configs = [getattr(trl, f'{name}Config') for name in ('SFT', 'DPO', 'KTO', 'Reward', "
+        "'GRPO', 'RLOO')]; print(*{field.name for each in configs for field in dataclasses.fields(each)})"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert named - elsewhere - {"merge_and_unload"} - set(process.stdout.split()) == set()
