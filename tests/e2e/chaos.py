@@ -25,14 +25,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch import LAUNCHERS
 from pipeline.processes import Process, carrying, descendants
+from pipeline.recipe.reader import load_recipe
 from pipeline.running.marks import read_marks
 from pipeline.store.artifact import read_manifest
+from stages import STAGES
 from tests.e2e.driving import ROOT, TINY, command, store_without
 
 GONE_SECONDS = 10.0
 LONGEST_RUN_SECONDS = 1800.0
 STOPPED_TIMEOUT_SECONDS = 3
+STEPS = tuple(step.name for step in load_recipe(TINY, STAGES, LAUNCHERS).steps)
 TWO_PROCESSES = ("base", "chat", "aligned", "ppo")
 ACTIONS = ("kill a rank", "kill a launcher", "kill slipway run", "Ctrl-C twice", "stop a rank", "stop a rank, Ctrl-C")
 MARK = "SLIPWAY_CHAOS"
@@ -71,7 +75,7 @@ class Chaos:
         launcher = ("torchrun", "deepspeed")[self.starts % 2]
         self.starts += 1
         choices = [f"{step}.resources.launcher={launcher}" for step in TWO_PROCESSES]
-        choices.append(f"resources.stopped_timeout_seconds={STOPPED_TIMEOUT_SECONDS}")
+        choices += [f"{step}.resources.stopped_timeout_seconds={STOPPED_TIMEOUT_SECONDS}" for step in STEPS]
         sets = [word for choice in (*choices, *more) for word in ("--set", choice)]
         self.prepare()
         only = ("--only", self.only) if self.only else ()
