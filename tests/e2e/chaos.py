@@ -145,6 +145,9 @@ class Chaos:
     def launchers(self, process: subprocess.Popen[str]) -> list[Process]:
         """What stands between `slipway run` and the ranks."""
         ranks = {rank.pid for rank in self.ranks().values()}
+        ranks |= {
+            each.pid for rank in list(ranks) for each in descendants(rank)
+        }  # what a rank asks of others, as uname
         below = [each for each in descendants(process.pid) if each.pid not in ranks]
         ours = [each for each in below if str(self.store) in " ".join(each.command_line())]
         # What a launcher forks has its command line until it has one of its own, and may outlive whoever forked it: the
