@@ -93,16 +93,18 @@ class Chaos:
         """Runs the command, does something to it at a random moment, and says what; None if it ended before."""
         action = self.random.choice(ACTIONS)
         process = self.start()
-        try:
-            process.wait(self.random.uniform(0.2, self.longest_seconds))
-        except subprocess.TimeoutExpired:
-            pass
-        else:
-            self.ended_by_itself(process)
-            return None
-        where = self.step()
-        done = self.act(action, process)
-        seconds = self.wait_until_gone(process, done)
+        seconds = None
+        while seconds is None:
+            try:
+                process.wait(self.random.uniform(0.2, self.longest_seconds))
+            except subprocess.TimeoutExpired:
+                pass
+            else:
+                self.ended_by_itself(process)
+                return None
+            where = self.step()
+            done = self.act(action, process)
+            seconds = self.wait_until_gone(process, where, done)
         code = process.wait()
         self.check_code(code, done)
         return f"{where}: {done}; exit code {code}, nothing left after {seconds:.1f} s"
@@ -162,10 +164,12 @@ class Chaos:
         heads = [line for line in self.output().splitlines() if line.startswith("[")]
         return heads[-1].split()[1] if heads else "planning"
 
-    def wait_until_gone(self, process: subprocess.Popen[str], done: str) -> float:
-        """The seconds until no process of the run was left."""
+    def wait_until_gone(self, process: subprocess.Popen[str], where: str, done: str) -> float | None:
+        """The seconds until no process of the run was left; None where the step had been made, and the run went on."""
         started = time.monotonic()
         while left := self.left(process):
+            if self.step() != where:
+                return None
             if time.monotonic() - started > GONE_SECONDS:
                 lines = [f"{each.pid} {each.state} {' '.join(each.command_line())[:150]}" for each in left]
                 raise Failed(
