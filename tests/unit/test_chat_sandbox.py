@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pipeline.errors import DataError, Preempted
+from pipeline.processes import descendants
 from pipeline.settings.strict import Reading, validate
 from stages import STAGES
 from stages.lib.text import chat_sandbox
@@ -261,6 +265,26 @@ def test_a_template_is_tried_in_another_process_first() -> None:
     assert "more than 1 s of processor time" in probe(template, CHAT, NAMES, max_seconds=1)
     assert probe(PRESETS["slipway"].template, CHAT, NAMES) == ""
     assert "whole number" in probe("{{ 10 ** 10000 }}", CHAT, NAMES)
+
+
+@pytest.mark.slow
+def test_a_process_that_a_launcher_ends_says_nothing_of_the_template() -> None:
+    """A launcher that ends a job asks all below it to end: the rank stops by itself, and its template is not to blame."""
+    killed: list[int] = []
+
+    def end_the_first() -> None:
+        while not killed:
+            for each in descendants(os.getpid()):
+                if any(word.endswith("chat_probe") for word in each.command_line()):
+                    os.kill(each.pid, signal.SIGTERM)
+                    killed.append(each.pid)
+                    return
+
+    thread = threading.Thread(target=end_the_first)
+    thread.start()
+    assert probe(PRESETS["slipway"].template, CHAT, NAMES) == ""
+    thread.join()
+    assert len(killed) == 1
 
 
 def test_what_the_trial_found_is_told_for_every_chat() -> None:

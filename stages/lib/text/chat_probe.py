@@ -20,6 +20,12 @@ MAX_SECONDS = 20
 MAX_BYTES = 2 << 30
 """Its memory."""
 
+ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals of a launcher that ends all below it. They say nothing of a template: whoever asked stops its rank as well."""
+
+TRIALS = 3
+"""How often a process that was asked to end is started."""
+
 VERDICTS: dict[str, str] = {}
 """Template -> what its first rendering ran into; "" if nothing."""
 
@@ -41,7 +47,12 @@ def probe(
     """What stood in the way of rendering the chat, in words that follow upon the template's name; "" if nothing did."""
     chat = {"template": template, "messages": list(messages), "variables": dict(variables)}
     command = [sys.executable, "-m", __name__, str(max_seconds)]
-    ended = subprocess.run(command, cwd=CHECKOUT, input=json.dumps(chat), capture_output=True, text=True, check=False)
+    for _ in range(TRIALS):
+        ended = subprocess.run(
+            command, cwd=CHECKOUT, input=json.dumps(chat), capture_output=True, text=True, check=False
+        )
+        if -ended.returncode not in ASKED_TO_END:
+            break
     if ended.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"it takes more than {max_seconds} s of processor time"
     if ended.returncode:
