@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
@@ -123,8 +122,7 @@ def changed_by(base: PreTrainedModel, adapter: Path) -> dict[str, torch.nn.Param
     """Name -> weight of the model, of those that do not stay as they are while the adapter is on it."""
     own = dict(base.named_parameters())
     if own_method(adapter) is not None:
-        with safe_open(adapter / WEIGHTS, framework="pt") as file:
-            return {name: own[name] for name in file.keys() if name in own}  # noqa: SIM118 - the file is no mapping
+        return {name: own[name] for name in names_in(adapter) if name in own}
     config = PeftConfig.from_pretrained(str(adapter))
     begins = getattr(config, "init_lora_weights", None)
     leaves = getattr(config, "bias", "none") == "none" and any(begins is known or begins == known for known in LEAVING)
@@ -151,13 +149,19 @@ def attached(model: PreTrainedModel, adapter: Path, where: str = "inputs.adapter
 
 def require_same_layers(adapted: Any, adapter: Path, where: str) -> None:
     """Raises `ArtifactError` unless peft's model has a place for each of the adapter's weights, and lacks none."""
-    kept = set(load_file(adapter / WEIGHTS))
+    kept = names_in(adapter)
     # peft saves whole embeddings beside an adapter, or does not, by what it adapts.
     ways = [set(get_peft_model_state_dict(adapted, save_embedding_layers=whole)) for whole in (False, True)]
     if kept not in ways:
         names = sorted(min((kept ^ expected for expected in ways), key=len))
         what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
         raise ArtifactError(Problem(where, what, OTHER_MODEL))
+
+
+def names_in(adapter: Path) -> set[str]:
+    """The names of the adapter's weights, none of which is read."""
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        return set(file.keys())
 
 
 OTHER_MODEL = "Name the model that it was trained on, as its adapter_config.json says."
