@@ -99,7 +99,7 @@ class Supervision:
         """A group that was asked to stop, and does not."""
         if self.asked_for is None:
             return None
-        if any(mark.is_committing and not mark.is_stopped() for mark in self.marks.values()):
+        if any(mark.is_committing and mark.ended is None and not mark.is_stopped() for mark in self.marks.values()):
             return None
         if self.stateless:
             return self.overdue("the step was asked to stop", STATELESS_GRACE_SECONDS, self.asked_for)

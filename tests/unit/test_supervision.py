@@ -232,6 +232,15 @@ def test_what_is_put_into_the_store_is_waited_for_unless_its_process_is_stopped(
     assert "is stopped" in (world.wait(supervision, 12, asked=True) or "")
 
 
+def test_a_stopped_rank_is_not_waited_for_once_the_result_is_in_the_store(world: World) -> None:
+    """Rank 0 has put it there and ended; rank 1 was stopped on its last way."""
+    world.mark(0, is_committing=True, ended="done")
+    world.mark(1)
+    os.kill(world.ranks[1].pid, signal.SIGSTOP)
+    os.waitpid(world.ranks[1].pid, os.WUNTRACED)
+    assert "is stopped" in (world.wait(world.supervision(), 12, asked=True) or "")
+
+
 def test_a_stage_without_state_has_six_seconds_to_stop(world: World) -> None:
     world.leave_one()
     world.mark(0)
