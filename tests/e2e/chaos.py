@@ -165,10 +165,13 @@ class Chaos:
         return heads[-1].split()[1] if heads else "planning"
 
     def wait_until_gone(self, process: subprocess.Popen[str], where: str, done: str) -> float | None:
-        """The seconds until no process of the run was left; None where the step had been made, and the run went on."""
+        """The seconds until no process of the run was left; None where the step had been made, and the run went on.
+
+        After a Ctrl-C it does not go on, but the head of the step that it does not begin is printed.
+        """
         started = time.monotonic()
         while left := self.left(process):
-            if self.step() != where:
+            if self.step() != where and "Ctrl-C" not in done:
                 return None
             if time.monotonic() - started > GONE_SECONDS:
                 lines = [f"{each.pid} {each.state} {' '.join(each.command_line())[:150]}" for each in left]
