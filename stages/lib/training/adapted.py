@@ -43,12 +43,14 @@ def publish_trained(
         say_if_other(ctx, formats, dtype)
         return dtype
     trained = made.engine.state_of(made.model, trained_only=True)
+    drop_frozen(made.model)
 
     def write() -> str:
         # A ZeRO-3 run in this process would have the model split while it is built, which needs all processes.
         unset_hf_deepspeed_config()
         base = make_model()
-        zeros = {name for name, weight in base.named_parameters() if not bool(weight.any())}
+        merges = not params.publishes_adapter
+        zeros = {name for name, weight in base.named_parameters() if merges and not bool(weight.any())}
         assert params.adapter is not None
         adapted = with_trained(with_adapter_to_train(base, ctx, params.adapter), trained)
         folder = ctx.out if params.publishes_adapter else ctx.out / ADAPTER_FOLDER
@@ -64,6 +66,16 @@ def publish_trained(
     if not params.publishes_adapter:
         say_if_other(ctx, formats, dtype)
     return dtype
+
+
+def drop_frozen(model: Any) -> None:
+    """Gives the memory of the frozen weights back, so that the base is not held twice while it is published.
+
+    The model cannot be called any more. What ZeRO-3 has split is left to each process: it is a part of the base only.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad and not hasattr(parameter, "ds_numel"):
+            parameter.data = parameter.data.new_empty(0)
 
 
 def with_trained(adapted: Any, trained: dict[str, torch.Tensor]) -> Any:
