@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ArtifactError, Problem, StoreError, shown, shown_path
-from pipeline.recipe.outside import ADAPTER, kind_of_folder, weights_in
+from pipeline.recipe.outside import ADAPTER, kind_of_folder
+from pipeline.recipe.weight_files import weights_in
 from pipeline.settings.paths import expanded, holds_file, read_json, status
 from pipeline.store.artifact import MANIFEST, intruders, read_manifest
 from pipeline.store.digests import outside_files

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, shown
+from pipeline.recipe.weight_files import OTHERS, broken_weights, weights_in
 from pipeline.settings.paths import holds_file, is_file, read_json
 from pipeline.stage import Stage
 from pipeline.store.artifact import Kind
@@ -26,11 +27,6 @@ READABLE_QUANTIZATION = "compressed-tensors"
 
 SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "sentencepiece.model", "spm.model")
 """What a tokenizer is called that has no tokenizer.json."""
-
-
-def weights_in(path: Path) -> list[Path]:
-    """The files with a model's weights in the form that is read here; an adapter's are none."""
-    return sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
 
 
 def is_an_adapter(path: Path) -> str:
@@ -54,10 +50,10 @@ def an_adapter_beside(path: Path) -> str:
 
 
 def weights_problem(path: Path) -> str | None:
-    """Why no weights can be read from a model's folder; None if they can, as far as the names of its files show."""
+    """Why no weights can be read from a model's folder; None if they can, as far as the heads of its files show."""
     if weights_in(path):
-        return an_adapter_beside(path) if is_file(path / ADAPTER) else None
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern))
+        return broken_weights(path) or (an_adapter_beside(path) if is_file(path / ADAPTER) else None)
+    others = sorted(file.name for pattern in OTHERS for file in path.glob(pattern))
     if not any(name.startswith("pytorch_model") for name in others):
         there = f" (there is {', '.join(others[:3])})" if others else ""
         return f"{path} holds a config.json and no weights in *.safetensors{there}. Get the whole folder."
@@ -164,10 +160,15 @@ def kind_of_folder(path: Path) -> Kind:
             raise RecipeError(
                 f"{config} has {shown(block[name])} as `{name}`, which is a whole number. Save the model again."
             )
-    architectures = block.get("architectures") or [""]
+    architectures = block.get("architectures") or []
     if not isinstance(architectures, list):
         raise RecipeError(
             f"{config} has {shown(architectures)} as `architectures`, which is a list. Save the model again."
+        )
+    if not architectures or not architectures[0]:
+        raise RecipeError(
+            f"{config} does not say in `architectures` which model it is of. Save the model again, with the class that it"
+            " was made with: its `save_pretrained` says so."
         )
     architecture = str(architectures[0])
     if block.get("quantization_config") is not None:

@@ -30,6 +30,7 @@ from pipeline.store.artifact import Kind
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.loading import load_model, read_weights
 from stages.lib.models.publishing import agree_on_stops, complete_generation_config, publish
+from stages.lib.text.tokenizer_files import read_tokenizer_files
 from stages.lib.text.tokenizers import copy_tokenizer, load_tokenizer
 from tests.families import write_tokenizer
 
@@ -160,6 +161,28 @@ def test_a_class_that_cannot_open_the_file_is_named_and_the_way_out_works(folder
     assert "PreTrainedTokenizerFast" not in str(caught.value), "that would not help"
 
 
+@pytest.mark.parametrize("declared", ["CodeLlamaTokenizerFast", "GemmaTokenizerFast"])
+def test_a_class_that_wants_a_token_which_is_not_there_is_named(folder: Path, declared: str) -> None:
+    write(folder, "tokenizer_config.json", tokenizer_class=declared)
+    with pytest.raises(ArtifactError, match=f"names {declared}, its tokenizer.json is of another kind"):
+        load_tokenizer(folder)
+    write(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert load_tokenizer(folder).decode(load_tokenizer(folder)(TEXT)["input_ids"]) == TEXT
+
+
+@pytest.mark.parametrize(("decoder", "expected"), [({}, 262), (None, 263)])
+def test_tokens_that_only_the_config_names_are_counted_as_transformers_adds_them(
+    folder: Path, decoder: dict[str, Any] | None, expected: int
+) -> None:
+    """260 in the file, [PAD] and <x>; and what added_tokens.json has, unless the config lists added tokens itself."""
+    said: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "[PAD]"}
+    said |= {} if decoder is None else {"added_tokens_decoder": decoder}
+    write(folder, "tokenizer_config.json", **said, additional_special_tokens=["<x>"])
+    write(folder, "added_tokens.json", **{"<old>": 262})
+    files = read_tokenizer_files(folder)
+    assert files is not None and files.num_tokens == len(load_tokenizer(folder)) == expected
+
+
 def test_a_type_of_model_that_never_goes_by_the_file_is_what_is_named(tmp_path: Path) -> None:
     """Beside a qwen2 model transformers opens its own class, which takes digits one by one, whatever is named."""
     expected = with_the_rules_of_llama_3(tmp_path).encode(NUMBERS, add_special_tokens=False).ids
@@ -168,6 +191,11 @@ def test_a_type_of_model_that_never_goes_by_the_file_is_what_is_named(tmp_path: 
     with pytest.raises(ArtifactError, match=r"as Qwen2Tokenizer because of the model_type") as caught:
         load_tokenizer(tmp_path)
     assert "Choose another architecture for this tokenizer (llama, mistral and qwen3 work)." in str(caught.value)
+    file = (tmp_path / "tokenizer.json").read_bytes()
+    made = AutoTokenizer.from_pretrained(tmp_path)(NUMBERS)["input_ids"]
+    follow(str(caught.value), tmp_path)
+    assert load_tokenizer(tmp_path)(NUMBERS)["input_ids"] == made != expected
+    (tmp_path / "tokenizer.json").write_bytes(file)
     write(tmp_path, "config.json", model_type="qwen3", vocab_size=500)
     write(tmp_path, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert load_tokenizer(tmp_path)(NUMBERS, add_special_tokens=False)["input_ids"] == expected
@@ -250,6 +278,39 @@ def test_weights_that_may_run_code_are_refused_and_the_way_out_works(tmp_path: P
     assert weights_problem(new) is None
     again = LlamaForCausalLM.from_pretrained(new)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    whole = tmp_path / "model.safetensors"
+    model = tiny_llama(tmp_path)
+    content = whole.read_bytes()
+    for broken, said in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS"),
+        (content[: len(content) // 2], f"by its header it has {len(content)} bytes"),
+        (content[:4], "does not begin as a safetensors file does"),
+        ((9).to_bytes(8, "little") + b"{not JSON" + content, "its header cannot be read"),
+    ):
+        whole.write_bytes(broken)
+        problem = weights_problem(tmp_path)
+        assert problem is not None and said in problem
+    whole.unlink()
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert weights_problem(tmp_path) is None
+    shard = sorted(tmp_path.glob("*.safetensors"))[-1]
+    shard.rename(tmp_path / "consolidated.safetensors")
+    problem = weights_problem(tmp_path)
+    assert problem is not None and f"names: {shard.name}. Get the whole folder" in problem
+    (tmp_path / "model.safetensors.index.json").unlink()
+    problem = weights_problem(tmp_path)
+    assert problem is not None and "neither model.safetensors nor model.safetensors.index.json" in problem
+
+
+def test_a_config_without_an_architecture_is_refused(tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    write(tmp_path, "config.json", **{**config, "architectures": None})
+    with pytest.raises(RecipeError, match="does not say in `architectures` which model it is of"):
+        kind_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,13 @@ AS_IT_IS = 'Write "tokenizer_class": "PreTrainedTokenizerFast" there: then the f
 
 
 def open_by_name(home: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer as whoever uses transformers opens it. Raises `ArtifactError` if there is none."""
+    """The tokenizer as whoever uses transformers opens it. Raises `ArtifactError` if there is none, or it encodes nothing."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+        plain_probe(tokenizer, PROBE)  # a class that wants a token which the vocabulary lacks says so only now
+        return tokenizer
     except Exception as error:  # the tokenizers library raises nothing more special
         what = f"holds no tokenizer that can be opened: {(str(error) or type(error).__name__).splitlines()[0]:.200}"
         named = named_in_vain(home)
@@ -111,7 +113,11 @@ def opens_as_another(home: Path, opened: str) -> ArtifactError:
     declared = declared_class(home)
     if declared in GENERIC_CLASSES or not may_be_opened_as_it_is(home):
         what = f"transformers opens it as {opened} because of the model_type in config.json"
-        hint = "Choose another architecture for this tokenizer (llama, mistral and qwen3 work)."
+        hint = (
+            "Choose another architecture for this tokenizer (llama, mistral and qwen3 work). If the model was trained with "
+            f"what transformers makes of it, write that down: `from transformers import AutoTokenizer as T; "
+            f"T.from_pretrained({str(home)!r}).save_pretrained({str(home)!r})`."
+        )
     else:
         what = f"transformers opens it as {opened} because tokenizer_config.json names {declared}"
         hint = AS_IT_IS

@@ -10,7 +10,10 @@ from stages.lib.text.added_tokens import GIVE_ONE, GROW, missing_problem, needed
 from stages.lib.text.chat_presets import TemplateOfTokenizer
 from stages.lib.text.tokenizer_files import TokenizerFiles, known_tokenizer
 
-GROW_FIRST = "Give it to sft first, with `add_tokens: true`, or use the tokenizer that it was trained with."
+GROW_FIRST = (
+    "Use the tokenizer that it was trained with; give a causal model to sft first, with `add_tokens: true`; save any other"
+    " anew after `model.resize_token_embeddings(len(tokenizer))`."
+)
 
 
 def embedded_rows(model: Estimate) -> int | None:

@@ -40,16 +40,25 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
     # A vocabulary of scores is a list of pairs, any other maps tokens to ids.
     pairs = [each for each in vocabulary if isinstance(each, list) and each] if isinstance(vocabulary, list) else []
     words = vocabulary if isinstance(vocabulary, Mapping) else {str(each[0]) for each in pairs}
-    added = added_tokens(written, config, optional_json(home / "added_tokens.json"))
+    older = {} if "added_tokens_decoder" in config else optional_json(home / "added_tokens.json")
+    added = added_tokens(written, config, older)
     return TokenizerFiles(len(words) + sum(text not in words for text in added), added, chat_templates(home, config))
 
 
 def added_tokens(
     written: Mapping[str, Any], config: Mapping[str, Any], older: Mapping[str, Any]
 ) -> dict[str, Mapping[str, Any]]:
-    """Text -> flags, from tokenizer.json, tokenizer_config.json and added_tokens.json, each adding to what stood before."""
+    """Text -> flags, from tokenizer.json, tokenizer_config.json and added_tokens.json, each adding to what stood before.
+
+    A special token that only the config names (`pad_token: "[PAD]"`) is added by transformers when it opens the two.
+    added_tokens.json (`older`) counts only where the config has no `added_tokens_decoder`.
+    """
     decoder = config.get("added_tokens_decoder")
-    listed = [written.get("added_tokens"), list(decoder.values()) if isinstance(decoder, Mapping) else None]
+    named = [value for name, value in config.items() if name.endswith("_token")]
+    more = [config.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    several = [each for value in more for each in (value.values() if isinstance(value, Mapping) else value or ())]
+    special = [{"content": each, "special": True} if isinstance(each, str) else each for each in (*named, *several)]
+    listed = [written.get("added_tokens"), list(decoder.values()) if isinstance(decoder, Mapping) else None, special]
     found: dict[str, Mapping[str, Any]] = {}
     for each in (token for tokens in listed if isinstance(tokens, list) for token in tokens):
         if isinstance(each, Mapping) and isinstance(each.get("content"), str):
