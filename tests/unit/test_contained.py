@@ -17,11 +17,11 @@ import pytest
 
 from pipeline.processes import carrying, descendants, look_up
 from pipeline.settings.strict import CHECKOUT
-from stages.lib.processes.contained import KEPT_BYTES, OF_THE_JOB, Ended, Limits, run_contained, surroundings
+from stages.lib.processes.contained import KEPT_BYTES, OF_THE_JOB, Ended, ProgramLimits, run_contained, surroundings
 
 pytestmark = pytest.mark.slow
 
-LIMITS = Limits(seconds=2.5, first_seconds=20.0, memory_bytes=256 << 20)
+LIMITS = ProgramLimits(seconds=2.5, first_seconds=20.0, memory_bytes=256 << 20)
 SECONDS = 12.0
 """Within which each of them must be over on a busy machine: python starts twice, and the limits are 2.5 s."""
 PREAMBLE = """
@@ -45,7 +45,7 @@ def nothing_is_left(mark: str) -> Iterator[None]:
     assert descendants(os.getpid()) == []
 
 
-def ended(code: str, folder: Path, *, num_answers: int = 1, limits: Limits = LIMITS) -> Ended:
+def ended(code: str, folder: Path, *, num_answers: int = 1, limits: ProgramLimits = LIMITS) -> Ended:
     program = folder / "program.py"
     program.write_text(PREAMBLE + textwrap.dedent(code))
     started = time.monotonic()
@@ -153,7 +153,7 @@ def test_endless_printing_is_a_hang(tmp_path: Path) -> None:
 
 
 def test_the_first_answer_has_a_time_of_its_own(tmp_path: Path) -> None:
-    limits = Limits(seconds=0.5, first_seconds=8.0, memory_bytes=256 << 20)
+    limits = ProgramLimits(seconds=0.5, first_seconds=8.0, memory_bytes=256 << 20)
     found = ended("time.sleep(1.5); answer(a=1); answer(b=1); time.sleep(3)", tmp_path, num_answers=3, limits=limits)
     assert (len(found.answers), found.trouble, found.how) == (2, "timeout", "it took more than 0.5 s")
 
@@ -197,7 +197,7 @@ def test_a_killed_caller_leaves_nothing(tmp_path: Path, mark: str) -> None:
     program.write_text(PREAMBLE + "os.setsid() if os.fork() == 0 else None\ntime.sleep(1000)")
     code = (
         "import os, pathlib, sys; from stages.lib.processes.contained import *;"
-        f"run_contained(pathlib.Path({str(program)!r}), {{}}, 1, Limits(99, 99, 1 << 30), dict(os.environ))"
+        f"run_contained(pathlib.Path({str(program)!r}), {{}}, 1, ProgramLimits(99, 99, 1 << 30), dict(os.environ))"
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", code], cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}

@@ -201,8 +201,8 @@ def test_a_function_is_given_what_it_asks_for(function: str, expected: float, tm
 @pytest.mark.parametrize(
     ("function", "what"),
     [
-        ("optinal", "has no `def optinal` at its top level. Did you mean 'optional'?"),
-        ("Reward", "has no `def Reward` at its top level."),
+        ("optinal", "has no `def optinal` at its top level (Did you mean 'optional'?)"),
+        ("Reward", "has no `def Reward` at its top level ("),
         ("waits", "function: waits is an `async def`: write a `def` that waits itself"),
         ("by_place", "function: by_place takes completion by position only: remove the `/`"),
     ],

@@ -16,8 +16,8 @@ from stages.lib.on_policy import reward_caller
 from stages.lib.on_policy.reward_params import ContainedReward
 from stages.lib.on_policy.reward_values import Unscorable, last_match
 from stages.lib.on_policy.samples import Sample, problem_of
-from stages.lib.on_policy.user_functions import source_of
-from stages.lib.processes.contained import Ended, Limits, run_contained, surroundings
+from stages.lib.on_policy.user_functions import text_of_program
+from stages.lib.processes.contained import Ended, ProgramLimits, run_contained, surroundings
 
 LOADING_SECONDS = 60.0
 """For what of ours is loaded before the first completion: packages that lie on a slow disk take their time."""
@@ -66,8 +66,8 @@ class ContainedScorer(Protocol):
         """One a sample. Raises `RewardError` with the first that cannot be scored."""
 
 
-def limits_of(params: ContainedReward, first_seconds: float = LOADING_SECONDS) -> Limits:
-    return Limits(params.max_seconds, first_seconds, int(params.max_memory_gib * (1 << 30)))
+def limits_of(params: ContainedReward, first_seconds: float = LOADING_SECONDS) -> ProgramLimits:
+    return ProgramLimits(params.max_seconds, first_seconds, int(params.max_memory_gib * (1 << 30)))
 
 
 # Functions
@@ -82,7 +82,7 @@ class Called:
     path: str
     source: str
     function: str
-    limits: Limits
+    limits: ProgramLimits
     heard: Callable[[], object]
     warm_up: str | None = None
     """A function of the file that is called first, in the time for loading."""
@@ -156,10 +156,10 @@ def prepared_for(scorer: ContainedScorer, name: str, samples: Sequence[Sample]) 
     return found
 
 
-def called_here(name: str, module: Any, function: str, params: ContainedReward, means: Means) -> Called:
-    """A function of this project that is called as a user's is, after `warm_up` of its module."""
+def called_here(name: str, module: Any, function: str, warm_up: str, params: ContainedReward, means: Means) -> Called:
+    """A function of this project that is called as a user's is, once another of its module has loaded what it needs."""
     path = Path(str(module.__file__))
-    return Called(name, str(path), source_of(path), function, limits_of(params), means.heard, "warm_up")
+    return Called(name, str(path), text_of_program(path), function, limits_of(params), means.heard, warm_up)
 
 
 def or_zero(found: Iterable[float | Trouble]) -> list[Scored]:

@@ -36,7 +36,7 @@ from stages.lib.on_policy.reward_params import (
 )
 from stages.lib.on_policy.reward_values import Unscorable
 from stages.lib.on_policy.samples import Sample, column_text, problem_of
-from stages.lib.on_policy.user_functions import arguments_for, parameters_of, source_of
+from stages.lib.on_policy.user_functions import arguments_for, parameters_of, text_of_program
 
 
 @dataclass
@@ -49,7 +49,7 @@ class FileScorer:
 
     def __post_init__(self) -> None:
         path = self.params.path
-        source = source_of(path)
+        source = text_of_program(path)
         self.parameters = parameters_of(source, self.params.function, str(path))
         limits = limits_of(self.params, self.params.max_load_seconds)
         self.called = Called(self.name, str(path), source, self.params.function, limits, self.means.heard)
@@ -112,7 +112,7 @@ class MathScorer:
         golds = list(dict.fromkeys(each["gold"] for each in prepared))
         is_latex = self.params.column_is == "latex"
         calls = [{"gold": gold, "is_latex": is_latex} for gold in golds]
-        called = called_here(self.name, math_answers, "holds_answer", self.params, self.means)
+        called = called_here(self.name, math_answers, "holds_answer", "load_math", self.params, self.means)
         answers = dict(zip(golds, called.each(calls), strict=True))
         for place, each in enumerate(prepared):
             found = answers[each["gold"]]
@@ -122,7 +122,7 @@ class MathScorer:
                 yield place, Unscorable(what, "Correct the column, write `column_is: latex`, or leave the row out.")
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
-        called = called_here(self.name, math_answers, "same_answer", self.params, self.means)
+        called = called_here(self.name, math_answers, "same_answer", "load_math", self.params, self.means)
         return or_zero(called.each(prepared_for(self, self.name, samples)))
 
 
@@ -159,7 +159,7 @@ class SchemaScorer:
         yield from ()
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
-        called = called_here(self.name, json_answers, "is_valid", self.params, self.means)
+        called = called_here(self.name, json_answers, "is_valid", "load_jsonschema", self.params, self.means)
         return or_zero(called.each(prepared_for(self, self.name, samples)))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 
-def warm_up() -> None:
+def load_jsonschema() -> None:
     """Loads what the first check would load."""
     is_valid("0", {"type": "integer"})
 
@@ -45,14 +45,14 @@ def schema_fault(schema: Any) -> str | None:
 
 def outer_references(schema: Any) -> Iterator[str]:
     """Each `$ref` that does not begin with `#` and is no `$id` of a part of the schema."""
-    inner = {part["$id"] for part in parts_of(schema) if isinstance(part.get("$id"), str)}
-    for part in parts_of(schema):
+    inner = {part["$id"] for part in schema_parts(schema) if isinstance(part.get("$id"), str)}
+    for part in schema_parts(schema):
         reference = part.get("$ref")
         if isinstance(reference, str) and not reference.startswith("#") and reference.partition("#")[0] not in inner:
             yield reference
 
 
-def parts_of(schema: Any) -> Iterator[dict[str, Any]]:
+def schema_parts(schema: Any) -> Iterator[dict[str, Any]]:
     """Every object within the schema, itself included."""
     waiting = [schema]
     while waiting:

@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 
-def warm_up() -> None:
+def load_math() -> None:
     """Loads what the first comparison would load."""
     same_answer("$\\frac{1}{2}$", "x^2 + 1", True)
 

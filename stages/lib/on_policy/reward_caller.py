@@ -157,7 +157,7 @@ def run_tests(request: Mapping[str, Any], descriptor: int) -> None:
         reply(descriptor, {"secret": secret, **outcome(code, test)})
 
 
-def main(request_file: str, descriptor: int) -> None:
+def answer_request(request_file: str, descriptor: int) -> None:
     os.set_inheritable(descriptor, False)
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     os.unlink(request_file)
@@ -167,4 +167,4 @@ def main(request_file: str, descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    answer_request(sys.argv[1], int(sys.argv[2]))

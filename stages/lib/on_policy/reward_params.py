@@ -13,7 +13,7 @@ from pipeline.errors import did_you_mean
 from pipeline.settings.strict import OutsideFile, Strict
 from stages.lib.formulas.bounds import Scale, SignedWeight
 from stages.lib.on_policy.json_answers import schema_fault
-from stages.lib.on_policy.user_functions import parameters_of, source_of
+from stages.lib.on_policy.user_functions import parameters_of, text_of_program
 
 LEARNED = "reward_model"
 """The kind of the reward that is no function."""
@@ -132,7 +132,7 @@ class FileReward(ContainedReward):
 
     @model_validator(mode="after")
     def check_function(self) -> FileReward:
-        parameters_of(source_of(self.path), self.function, str(self.path))
+        parameters_of(text_of_program(self.path), self.function, str(self.path))
         return self
 
 

@@ -23,7 +23,7 @@ class Parameters:
     """Whether it has `**names`, and so is given every column."""
 
 
-def source_of(path: Path) -> str:
+def text_of_program(path: Path) -> str:
     """What a Python file says. Raises `ValueError` if that is no text."""
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -45,8 +45,8 @@ def parameters_of(source: str, function: str, path: str) -> Parameters:
         raise ValueError(f"{path} is no Python that can be read: {error}") from None
     found = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     if function not in found:
-        known = did_you_mean(function, found) or "It has none."
-        raise ValueError(f"function: {path} has no `def {shown(function, quoted=False)}` at its top level. {known}")
+        known = did_you_mean(function, found) or "it has none"
+        raise ValueError(f"function: {path} has no `def {shown(function, quoted=False)}` at its top level ({known})")
     node = found[function]
     if isinstance(node, ast.AsyncFunctionDef):
         raise ValueError(f"function: {function} is an `async def`: write a `def` that waits itself")

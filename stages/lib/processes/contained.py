@@ -40,7 +40,7 @@ TICK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProgramLimits:
     """What a program may take."""
 
     seconds: float
@@ -68,7 +68,7 @@ def run_contained(
     program: Path,
     request: Mapping[str, Any],
     num_answers: int,
-    limits: Limits,
+    limits: ProgramLimits,
     environment: Mapping[str, str],
     heard: Callable[[], object] = lambda: None,
 ) -> Ended:
@@ -98,7 +98,7 @@ def surroundings(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(
-    program: Path, asked: Path, limits: Limits, environment: Mapping[str, str]
+    program: Path, asked: Path, limits: ProgramLimits, environment: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
     """The warden, and the descriptors to read answers and prints from. However this ends, so does all that was started."""
     results, results_end = os.pipe()
@@ -115,7 +115,7 @@ def started(
     try:
         try:
             keeper = subprocess.Popen(
-                [sys.executable, "-S", "-E", "-P", str(warden.__file__), json.dumps(terms)],
+                [sys.executable, "-S", "-E", "-P", str(warden.__file__), json.dumps(terms, allow_nan=False)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[results_end, output_end],
@@ -153,7 +153,7 @@ class Listener:
     results: int
     output: int
     num_answers: int
-    limits: Limits
+    limits: ProgramLimits
     heard: Callable[[], object]
     answers: list[dict[str, Any]] = field(default_factory=list)
     printed: bytes = b""
@@ -241,7 +241,7 @@ class Listener:
             return {"code": None, "beyond": None}
 
 
-def ended_by(listener: Listener, verdict: Mapping[str, Any], limits: Limits) -> Ended:
+def ended_by(listener: Listener, verdict: Mapping[str, Any], limits: ProgramLimits) -> Ended:
     """What became of the program."""
     ended = Ended(listener.answers, printed=listener.printed, printed_bytes=listener.printed_bytes)
     if len(listener.answers) == listener.num_answers:
