@@ -8,20 +8,17 @@ itself is killed, so is the command; `slipway run` ends what that leaves.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import select
 import signal
 import subprocess
 import sys
-import time
 from types import FrameType
 
-from pipeline.processes import adopt_orphans, descendants, end_all, end_with_parent
+from pipeline.processes import adopt_orphans, descendants, end_all, end_with_parent, reap
 
 POLL_SECONDS = 0.05
-REAPING_SECONDS = 2.0
 EXIT_NO_COMMAND = 127
 
 
@@ -54,15 +51,6 @@ def input_is_closed(wait_seconds: float) -> bool:
     """Whether the other end of our standard input is closed, having waited for it so long at most."""
     readable, _, _ = select.select([sys.stdin.fileno()], [], [], wait_seconds)
     return bool(readable) and not os.read(sys.stdin.fileno(), 1)
-
-
-def reap() -> None:
-    """Waits for the orphans that were ended, or they would stay in the process table of a container without an init."""
-    deadline = time.monotonic() + REAPING_SECONDS
-    with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < deadline:
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ PF_EXITING = 0x4
 """Of the flags in `stat`: https://docs.kernel.org/filesystems/proc.html; the flag itself stands in linux/sched.h."""
 ENDING_SECONDS = 10.0
 """How long `end_all` goes on: a process that waits for a disk or a driver ends when that answers."""
+REAPING_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,24 @@ def wait_for(processes: Sequence[Process]) -> None:
     deadline = time.monotonic() + ENDING_SECONDS
     while any(process.lives() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def memory_bytes_of(process: Process) -> int:
+    """What the process takes of memory and swap, its share of what it has in common with others; 0 where it is gone."""
+    try:
+        lines = (PROC / str(process.pid) / "smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss:", "SwapPss:")))
+
+
+def reap() -> None:
+    """Waits for the orphans that were ended, or they would stay in the process table of a container without an init."""
+    deadline = time.monotonic() + REAPING_SECONDS
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.01)
 
 
 def adopt_orphans() -> None:

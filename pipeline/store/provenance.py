@@ -19,6 +19,7 @@ from pipeline.settings.strict import CHECKOUT
 RECORDED_LIBRARIES = (
     "torch", "transformers", "deepspeed", "accelerate", "datasets", "datatrove", "tokenizers", "sentencepiece",
     "llmcompressor", "compressed-tensors", "safetensors", "numpy", "pydantic", "icu4py", "py3langid",
+    "math-verify", "jsonschema",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ TEXTS = {
     "stages/lib/sources/json_reader.py",  # a size
     "stages/lib/sources/layouts.py",  # a trial of the encoding
     "stages/lib/sources/tool_turns.py",  # what a message says
-    "stages/lib/on_policy/rewards.py",  # what a column says
+    "stages/lib/on_policy/samples.py",  # what a column says
     "stages/lib/text/chat_filters.py",  # what a template writes
     "stages/lib/text/chat_probe.py",  # to a process of its own
     "launch/probe.py",  # to a process of its own

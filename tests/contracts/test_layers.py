@@ -45,7 +45,7 @@ ROOMS: dict[str, str] = {
     # How a job becomes processes.
     "launch": f"{SETTINGS} pipeline.processes pipeline.store.job",
     # What stages share, floor by floor.
-    "stages.lib.processes": GIVEN,
+    "stages.lib.processes": f"{GIVEN} pipeline.processes",
     "stages.lib.formulas": GIVEN,
     "stages.lib.rows": GIVEN,
     "stages.lib.sources": f"{GIVEN} stages.lib.rows",

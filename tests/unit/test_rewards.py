@@ -11,8 +11,10 @@ import pytest
 
 from pipeline.errors import RewardError, SlipwayError
 from pipeline.settings.strict import Strict, documentation
+from stages.lib.on_policy.contained_rewards import CONTAINED
 from stages.lib.on_policy.reward_params import (
     LEARNED,
+    AnyContained,
     FormatReward,
     LearnedReward,
     ProgrammaticReward,
@@ -339,10 +341,11 @@ def test_a_weight_may_be_negative() -> None:
 KINDS = {get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(get_args(Reward)[0])}
 
 
-def test_every_kind_is_learned_or_has_a_function() -> None:
-    assert set(KINDS) == {LEARNED, *REWARDS}
-    assert LEARNED not in REWARDS
-    assert set(get_args(ProgrammaticReward)) == set(KINDS.values()) - {LearnedReward}
+def test_every_kind_is_learned_or_stands_in_one_table() -> None:
+    assert sorted(KINDS) == sorted([LEARNED, *REWARDS, *CONTAINED])
+    assert {KINDS[kind] for kind in REWARDS} == set(get_args(ProgrammaticReward))
+    assert {KINDS[kind] for kind in CONTAINED} == set(get_args(AnyContained))
+    assert KINDS[LEARNED] == LearnedReward
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ process holds all of them: whitening covers all of them, and minibatches do not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.lib.formulas.token_losses import Tensors
+from stages.lib.on_policy.contained_calls import Trouble
 from stages.lib.text.batches import padded
 from stages.lib.training.scheduling import seed_of
 
@@ -41,6 +42,8 @@ class Episode:
     values: NDArray[np.float32]
     advantages: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     returns: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    troubles: Mapping[str, Trouble] = field(default_factory=dict)
+    """What went wrong with it, by the name of the reward. Told once, and in no checkpoint."""
 
 
 class Experience:

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.errors import did_you_mean
-from pipeline.settings.strict import Strict
+from pipeline.settings.strict import OutsideFile, Strict
 from stages.lib.formulas.bounds import Scale, SignedWeight
+from stages.lib.on_policy.json_answers import schema_fault
+from stages.lib.on_policy.user_functions import parameters_of, text_of_program
 
 LEARNED = "reward_model"
 """The kind of the reward that is no function."""
@@ -105,6 +107,80 @@ class FormatReward(WeightedReward):
     """Whether what is fulfilled is rewarded in proportion: each part in order counts once, and so do the end (must_end), the beginning and the last part's place (whole). It teaches a policy that never gets everything right by chance, which without it sees no difference between its completions."""
 
 
+class ContainedReward(WeightedReward):
+    """What rewards have in common that run what others wrote, in a process of its own."""
+
+    max_seconds: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    """Most seconds of wall-clock time for one completion (code_tests: for one test). Far above what it should take: how busy the machine is counts as well."""
+    max_memory_gib: Annotated[float, Field(ge=0.125, le=65_536)] = 4.0
+    """Most memory, in GiB, of the process and all that it starts."""
+
+
+class FileReward(ContainedReward):
+    """What a function in a Python file of the user's says."""
+
+    kind: Literal["file"]
+    """The number that a function of your own gives for a completion. It runs in a process of its own, a new one for each rollout."""
+    path: OutsideFile
+    """The Python file. Its content is part of what the step's result is known by; what else it reads or imports is not."""
+    function: str
+    """The function, a `def` at the top level of the file. It is given, by name, what its parameters ask for: `prompt` (messages, or a text), `completion` (its text), `ended` (whether the policy ended it itself), `num_tokens`, `columns` (all that the row carries, by name), and single columns by their own names. It gives one finite number."""
+    max_load_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Most seconds for the file itself to run, with all that it imports."""
+    on_error: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
+    """What a completion gets for which the function hangs, raises, takes too much or gives no finite number; each is counted. null: the stage stops, and says for which row."""
+
+    @model_validator(mode="after")
+    def check_function(self) -> FileReward:
+        parameters_of(text_of_program(self.path), self.function, str(self.path))
+        return self
+
+
+class MathVerifyReward(ContainedReward):
+    """Whether the completion gives the same mathematical answer as a column of its row."""
+
+    kind: Literal["math_verify"]
+    """1 where the completion's last answer is, as mathematics, that of a column of its row (1/2, 0.5 and \\frac{1}{2} are the same), else 0, as the package math-verify finds and compares answers. One that takes too long to compare gets 0, and is counted."""
+    column: str = Field(min_length=1)
+    """The column that holds the right answer: one that the row's source names in `carry`."""
+    column_is: Literal["text", "latex"] = "text"
+    """text: the answer is found in the column as in a completion, the last number of it where it holds no formula. latex: the whole column is one formula without dollar signs around it, such as \\frac{1}{2} or x^2 + 1."""
+
+
+class JsonSchemaReward(ContainedReward):
+    """Whether the completion is JSON of a given form."""
+
+    kind: Literal["json_schema"]
+    """1 where the completion is JSON that a JSON schema allows, else 0. `format` is not looked at; NaN and Infinity are no JSON. One that takes too long to check gets 0, and is counted."""
+    json_schema: dict[str, Any] | None = None
+    """The schema, written as YAML; of the draft 2020-12, where it has no `$schema`. null: it stands in a column."""
+    column: str | None = Field(default=None, min_length=1)
+    """The column that holds the schema as JSON text: one that the row's source names in `carry`."""
+    extract: Pattern | None = None
+    """A regular expression that finds the JSON in the completion: the first group of its last match, or the whole match where it has no group. A completion without a match gets 0. null: the whole completion, whitespace at the ends aside."""
+
+    @model_validator(mode="after")
+    def check_schema(self) -> JsonSchemaReward:
+        if (self.json_schema is None) == (self.column is None):
+            raise ValueError("give json_schema, or the column that holds it: one of the two")
+        if self.json_schema is not None and (fault := schema_fault(self.json_schema)):
+            raise ValueError(f"json_schema: {fault}")
+        return self
+
+
+class CodeTestsReward(ContainedReward):
+    """Whether the completion's code passes tests."""
+
+    kind: Literal["code_tests"]
+    """1 where the completion's Python code passes all tests in a column of its row, else 0. The code runs in a process of its own, without the variables of yours, as your user: it can read and write your files, and reach your network. What it prints is not kept."""
+    column: str = Field(min_length=1)
+    """The column that holds the tests, one that the row's source names in `carry`: a Python program that raises where the code is wrong, such as `assert add(1, 2) == 3`; or a JSON list of such programs, or of objects {"input": text, "output": text} for code that reads and prints."""
+    extract: Pattern | None = None
+    """A regular expression that finds the code in the completion: the first group of its last match, or the whole match where it has no group. A completion without a match gets 0. null: the whole completion is code."""
+    partial_credit: bool = False
+    """Whether a completion gets the share of tests that it passes. They run in their order, and none runs after one that had to be ended."""
+
+
 def kind_of(model: type[Strict]) -> str:
     """What a recipe writes as the `kind` of such a reward."""
     return str(get_args(model.model_fields["kind"].annotation)[0])
@@ -113,7 +189,7 @@ def kind_of(model: type[Strict]) -> str:
 def has_known_kind(block: Any) -> Any:
     """The block itself; an unknown kind is told in our words. Whatever else is wrong is left for pydantic to report."""
     if isinstance(block, Mapping):
-        known = [kind_of(model) for model in (LearnedReward, *get_args(ProgrammaticReward))]
+        known = [kind_of(model) for model in (LearnedReward, *get_args(ProgrammaticReward), *get_args(AnyContained))]
         if "kind" not in block:
             raise ValueError(f"kind: is required ({did_you_mean('', known)})")
         if block["kind"] not in known:
@@ -123,8 +199,14 @@ def has_known_kind(block: Any) -> Any:
 
 ProgrammaticReward = ExactMatchReward | RegularExpressionReward | LengthPenaltyReward | FormatReward
 
+"""Functions of ours, computed where the policy is trained."""
+AnyContained = FileReward | MathVerifyReward | JsonSchemaReward | CodeTestsReward
+"""What runs in a process of its own."""
 
-Reward = Annotated[LearnedReward | ProgrammaticReward, Field(discriminator="kind"), BeforeValidator(has_known_kind)]
+
+Reward = Annotated[
+    LearnedReward | ProgrammaticReward | AnyContained, Field(discriminator="kind"), BeforeValidator(has_known_kind)
+]
 """A block of `kind` and the fields of that kind."""
 
 
@@ -147,8 +229,8 @@ def learned(rewards: Iterable[Reward]) -> LearnedReward | None:
 
 
 def programmatic(rewards: Iterable[Reward]) -> list[ProgrammaticReward]:
-    """The rewards that are functions, in their order."""
-    return [params for params in rewards if not isinstance(params, LearnedReward)]
+    """The rewards that are functions of ours, in their order."""
+    return [params for params in rewards if not isinstance(params, LearnedReward | ContainedReward)]
 
 
 def reward_names(rewards: Iterable[Reward]) -> list[str]:

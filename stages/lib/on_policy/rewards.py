@@ -2,26 +2,23 @@
 
 A reward is given the prompt, the completion and the row that the prompt comes from, and gives one number. To add one: a
 params class in `ProgrammaticReward` of reward_params.py, a function here that makes the reward from its params, and a line in
-`REWARDS`. The learned reward (`reward_model`) has no function: its model scores whole batches, and `check_scores` checks what
-it gives.
+`REWARDS`. What others wrote runs in processes of its own: contained_rewards.py. The learned reward (`reward_model`) has no
+function: its model scores whole batches, and `check_scores` checks what it gives.
 Nothing here imports torch, because `slipway plan` reads the params.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.errors import Problem, RewardError
+from stages.lib.on_policy.contained_calls import Means
+from stages.lib.on_policy.contained_rewards import contained_scorers
 from stages.lib.on_policy.reward_params import (
     ExactMatchReward,
     FormatReward,
@@ -32,42 +29,12 @@ from stages.lib.on_policy.reward_params import (
     programmatic,
     reward_names,
 )
+from stages.lib.on_policy.reward_values import Unscorable, described, last_match, number_of, raised
+from stages.lib.on_policy.samples import Completion, Sample, column_text, problem_of
 from stages.lib.rows.canonical import Row
 from stages.lib.text.chat_template import Prompt
 
-
-@dataclass(frozen=True)
-class Completion:
-    """What the policy wrote."""
-
-    text: str
-    """Its text, without the token that ends it."""
-    num_tokens: int
-    """How many tokens the policy made, the one that ends it included."""
-    ended: bool
-    """Whether the policy ended it itself, with a stop token, rather than being cut off at the limit."""
-
-
-class Sample(NamedTuple):
-    """A completion, and the prompt and the row that it belongs to."""
-
-    row_index: int
-    """Which row of its file it is, from 0. Messages count from 1, as lines do."""
-    prompt: Prompt
-    completion: Completion
-    row: Row
-
-
 RewardFunction = Callable[[Prompt, Completion, Row], float]
-
-
-class Unscorable(Exception):
-    """There is no reward for this sample: what is wrong, and what to do. Rewards raise it where a row lacks something."""
-
-    def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(what, hint)
-        self.what = what
-        self.hint = hint
 
 
 # The functions
@@ -94,23 +61,6 @@ def exact_match(params: ExactMatchReward) -> RewardFunction:
         return float(answer_in(completion.text) == wanted)
 
     return reward
-
-
-def last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The first group (without groups: the whole) of the last match in which that is more than whitespace."""
-    group = min(pattern.groups, 1)
-    found = [match[group] for match in pattern.finditer(text) if (match[group] or "").strip()]
-    return found[-1] if found else None
-
-
-def column_text(row: Row, column: str) -> str:
-    """A carried column as text: a text as it is, a number or a truth value as JSON writes it."""
-    columns = row.get("columns", {})
-    if column not in columns:
-        has = f"it has {', '.join(columns)}" if columns else "it has no columns"
-        raise Unscorable(f"there is no column '{column}'; {has}", "Name it in `carry` of the source of the rows.")
-    value = columns[column]
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def regular_expression(params: RegularExpressionReward) -> RewardFunction:
@@ -203,13 +153,22 @@ def score_programmatic(rewards: Sequence[ProgrammaticReward], samples: Sequence[
 def check_rows(rewards: Iterable[Reward], prompts: Iterable[tuple[int, Prompt, Row]]) -> None:
     """Raises `RewardError` if a reward cannot score some of the (row index, prompt, row), with how many and the first.
 
-    It tries every function on an empty completion, so that a row that lacks a column is found before anything is trained.
+    It tries every function of ours on an empty completion, and prepares what is handed to processes, so that a row that lacks a
+    column is found before anything is trained. A user's function is not called.
     """
+    rewards = list(rewards)
     functions = [REWARDS[params.kind](params) for params in programmatic(rewards)]
     names = reward_names(programmatic(rewards))
+    scorers = list(contained_scorers(rewards, Means()).values())
+    prepared: list[list[tuple[int, Row, Any]]] = [[] for _ in scorers]
     failed: Counter[str] = Counter()
     first: dict[str, Problem] = {}
     total = 0
+
+    def fail(name: str, row_index: int, row: Row, error: Unscorable) -> None:
+        failed[name] += 1
+        first.setdefault(name, problem_of(name, row_index, row, error))
+
     for row_index, prompt, row in prompts:
         total += 1
         sample = Sample(row_index, prompt, Completion(text="", num_tokens=0, ended=True), row)
@@ -217,8 +176,15 @@ def check_rows(rewards: Iterable[Reward], prompts: Iterable[tuple[int, Prompt, R
             try:
                 value_of(function, sample)
             except Unscorable as error:
-                failed[name] += 1
-                first.setdefault(name, problem_of(name, row_index, row, error))
+                fail(name, row_index, row, error)
+        for scorer, found in zip(scorers, prepared, strict=True):
+            try:
+                found.append((row_index, row, scorer.prepare(sample)))
+            except Unscorable as error:
+                fail(scorer.name, row_index, row, error)
+    for scorer, found in zip(scorers, prepared, strict=True):
+        for place, error in scorer.faults([each[2] for each in found]):
+            fail(scorer.name, *found[place][:2], error)
     if first:
         raise RewardError(
             *(
@@ -261,36 +227,5 @@ def value_of(function: RewardFunction, sample: Sample) -> float:
     except Unscorable:
         raise
     except Exception as error:  # a reward may be anybody's function
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        raise Unscorable(
-            f"it raised {type(error).__name__}: {error} ({place})", "Correct the function, or the row."
-        ) from error
+        raise Unscorable(raised(error), "Correct the function, or the row.") from error
     return number_of(value)
-
-
-def number_of(value: Any) -> float:
-    """The value as a float. Raises `Unscorable` if it is not one finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise Unscorable(f"it gave {described(value)} instead of one number", "A reward is one number.")
-    if not math.isfinite(value):
-        raise Unscorable(f"it gave {float(value)}", "A reward must be finite.")
-    return float(value)
-
-
-def described(value: Any) -> str:
-    """What a value that is no number is."""
-    if value is None or isinstance(value, bool | str):
-        return reprlib.repr(value)
-    kind = type(value).__name__
-    try:
-        count = len(value)
-    except TypeError:
-        return f"one {kind}"
-    return f"{count} value{'s' if count != 1 else ''} ({kind})"
-
-
-def problem_of(name: str, row_index: int, row: Row, error: Unscorable) -> Problem:
-    known = [f"{field} {row[field]!r}" for field in ("id", "source") if field in row]
-    place = f"row {row_index + 1}" + (f" ({', '.join(known)})" if known else "")
-    return Problem(f"rewards.{name}", f"{place}: {error.what}", error.hint)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import DataError, Problem
+from pipeline.errors import DataError, Problem, RewardError
 from pipeline.stage import Context
 from stages.lib.formulas import policy_gradient as pg
 from stages.lib.generating.sampling import Sampled, uniforms_for
@@ -19,7 +20,7 @@ from stages.lib.on_policy.actor_critic import Judged
 from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
 from stages.lib.on_policy.params import OnPolicyParams
 from stages.lib.on_policy.parts import Parts
-from stages.lib.on_policy.rewards import Completion, Sample
+from stages.lib.on_policy.samples import Completion, Sample
 from stages.lib.processes.collectives import any_process, from_all
 from stages.lib.text.prompts import PromptRow
 from stages.lib.text.tokenizers import decode_ids
@@ -53,8 +54,17 @@ class Rollouts:
         for start in range(0, share, size):
             require_going_on(self.ctx)
             episodes += self.judge(written[start : start + size], my_rows[start : start + size])
-        found = {each.position: each for part in reversed(from_all(episodes)) for each in reversed(part)}
-        return Experience([found[position] for position in positions])
+        found = self.together(self.reward(episodes, my_rows))
+        experience = Experience([found[position] for position in positions])
+        self.say_troubles(experience)
+        return experience
+
+    def together(self, mine: list[Episode] | RewardError) -> dict[int, Episode]:
+        """Position -> episode, of all processes. Raises in all of them what is wrong in any."""
+        parts = from_all(mine)
+        if wrong := [part for part in parts if isinstance(part, RewardError)]:
+            raise RewardError(*dict.fromkeys(problem for error in wrong for problem in error.problems))
+        return {each.position: each for part in reversed(parts) for each in reversed(part)}
 
     def write(self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> list[Sampled]:
         """A completion of each prompt, in as many batches as the generator wants. All processes call it together."""
@@ -77,7 +87,7 @@ class Rollouts:
         return sampled
 
     def judge(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Episode]:
-        """The episodes with their rewards, and with what policy, critic and reference say of each token."""
+        """The episodes with what policy, critic and reference say of each token."""
         batch = self.parts.to_device(collate_episodes(episodes, self.parts.padding_id))
         width = batch["mask"].shape[1]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -90,22 +100,37 @@ class Rollouts:
         else:
             fields["ref_logprobs"] = judged.logprobs
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in fields.items()}
-        rewards = self.parts.scorer.score(
-            [
-                Sample(row.index, row.prompt, Completion(self.text_of(each), len(each.ids), each.ended), row.row)
-                for each, row in zip(episodes, rows, strict=True)
-            ]
-        )
         return [
-            Episode(
-                **{
-                    **vars(each),
-                    "rewards": rewards[index],
-                    **{name: array[index, : len(each.ids)] for name, array in arrays.items()},
-                }
-            )
+            replace(each, **{name: array[index, : len(each.ids)] for name, array in arrays.items()})
             for index, each in enumerate(episodes)
         ]
+
+    def reward(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Episode] | RewardError:
+        """The episodes with what they are worth; or why one of them cannot be scored, which the others are to know too."""
+        samples = [
+            Sample(row.index, row.prompt, Completion(self.text_of(each), len(each.ids), each.ended), row.row)
+            for each, row in zip(episodes, rows, strict=True)
+        ]
+        try:
+            rewards, troubles = self.parts.scorer.score(samples, lambda: require_going_on(self.ctx))
+        except RewardError as error:
+            return error
+        return [
+            replace(each, rewards=worth, troubles=found)
+            for each, worth, found in zip(episodes, rewards, troubles, strict=True)
+        ]
+
+    def say_troubles(self, experience: Experience) -> None:
+        """Says how many completions rewards had trouble with, with the words for it and the first of them."""
+        for name in self.parts.scorer.contained:
+            found = [(each.row_index, each.troubles[name]) for each in experience.episodes if name in each.troubles]
+            if found:
+                row_index, first = found[0]
+                words = ", ".join(f"{count} {word}" for word, count in Counter(each.word for _, each in found).items())
+                self.ctx.journal.note(
+                    f"rewards.{name}: trouble with {len(found)} of {len(experience)} completions ({words}), for example of"
+                    f" row {row_index + 1}: {first.what}"
+                )
 
     def text_of(self, episode: Episode) -> str:
         """What the policy wrote, without the token that ends it. Other special tokens stand in it as they are spelled."""
@@ -128,6 +153,10 @@ class Rollouts:
             "reward": float(scores_N.mean()),
             "reward_deviation": float(scores_N.std(correction=0)),
             **({f"reward_{name}": value for name, value in each_reward.items()} if len(each_reward) > 1 else {}),
+            **{
+                f"errors_{name}": float(sum(name in each.troubles for each in experience.episodes))
+                for name in self.parts.scorer.contained
+            },
             "kl": float((pg.k1(logp, ref) * mask).sum(dim=1).mean()),
             "kl_per_token": float(pg.masked_mean(pg.KL_ESTIMATORS[self.params.kl_estimator](logp, ref), mask)),
             "length_tokens": float(experience.lengths.mean()),

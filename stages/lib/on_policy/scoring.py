@@ -6,7 +6,7 @@ the policy's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,17 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import require_length
 from stages.lib.models.loading import load_model
-from stages.lib.on_policy.reward_params import LEARNED, Reward, learned, programmatic, reward_names
-from stages.lib.on_policy.rewards import Sample, check_scores, combine, score_programmatic
+from stages.lib.on_policy.contained_calls import Means, Trouble
+from stages.lib.on_policy.contained_rewards import contained_scorers
+from stages.lib.on_policy.reward_params import (
+    LEARNED,
+    Reward,
+    learned,
+    programmatic,
+    reward_names,
+)
+from stages.lib.on_policy.rewards import check_scores, combine, score_programmatic
+from stages.lib.on_policy.samples import Sample
 from stages.lib.preferring.reward_models import load_reward_model, scores
 from stages.lib.processes.collectives import from_main
 from stages.lib.text.batches import attention_mask, padded
@@ -79,29 +88,46 @@ class RewardModelScorer:
 class Scorer:
     """All rewards of a stage."""
 
-    def __init__(self, rewards: Sequence[Reward], model: RewardModelScorer | None) -> None:
+    def __init__(self, rewards: Sequence[Reward], model: RewardModelScorer | None, means: Means | None = None) -> None:
         self.rewards = rewards
         self.model = model
         self.names = reward_names(rewards)
         self.weights = [params.weight for params in rewards]
+        self.contained = contained_scorers(rewards, means or Means())
         assert (learned(rewards) is None) == (model is None), "the stage's check sees to that"
 
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Samples x rewards, without weights. Raises `RewardError` with the row and the reward where one is no number."""
-        functions = iter(score_programmatic(programmatic(self.rewards), samples))
-        columns = [
-            self.learned_scores(samples) if params is learned(self.rewards) else next(functions)
-            for params in self.rewards
-        ]
-        return np.asarray(columns, dtype=np.float64).T
+    def score(
+        self, samples: Sequence[Sample], at_boundary: Callable[[], None] = lambda: None
+    ) -> tuple[NDArray[np.float64], list[dict[str, Trouble]]]:
+        """Samples x rewards, without weights; and for each sample what went wrong with it, by the reward's name.
 
-    def learned_scores(self, samples: Sequence[Sample]) -> list[float]:
+        Raises `RewardError` with the row and the reward where one is no number. What all processes do together comes first:
+        `at_boundary`, called within it, may raise where the run is to stop.
+        """
+        columns: dict[str, list[float]] = {}
+        troubles: list[dict[str, Trouble]] = [{} for _ in samples]
+        if self.model is not None:
+            columns[LEARNED] = self.learned_scores(samples, at_boundary)
+        own = programmatic(self.rewards)
+        columns |= zip(reward_names(own), score_programmatic(own, samples), strict=True)
+        for name, scorer in self.contained.items():
+            scored = scorer.score(samples)
+            columns[name] = [each.value for each in scored]
+            for found, each in zip(troubles, scored, strict=True):
+                if each.trouble is not None:
+                    found[name] = each.trouble
+        return np.asarray([columns[name] for name in self.names], dtype=np.float64).T, troubles
+
+    def learned_scores(self, samples: Sequence[Sample], at_boundary: Callable[[], None]) -> list[float]:
         assert self.model is not None
-        chats: list[Messages] = []
-        for sample in samples:
-            assert not isinstance(sample.prompt, str), "a reward model scores conversations"
-            chats.append([*sample.prompt, {"role": "assistant", "content": sample.completion.text}])
-        return check_scores(LEARNED, self.model.score(chats), samples)
+        found: list[float] = []
+        for start in range(0, len(samples), self.model.batch_size):
+            at_boundary()
+            chunk = samples[start : start + self.model.batch_size]
+            assert not any(isinstance(each.prompt, str) for each in chunk), "a reward model scores conversations"
+            chats = [[*each.prompt, {"role": "assistant", "content": each.completion.text}] for each in chunk]
+            found += check_scores(LEARNED, self.model.score(chats), chunk)
+        return found
 
     def total(self, values: NDArray[np.float64]) -> list[float]:
         """The weighted sum of each sample's rewards."""

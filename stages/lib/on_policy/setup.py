@@ -25,6 +25,7 @@ from stages.lib.models.generation import note_generation
 from stages.lib.models.heads import fresh_value, load_policy, load_value
 from stages.lib.models.loading import count_parameters, initial_weights
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
+from stages.lib.on_policy.contained_calls import Means
 from stages.lib.on_policy.loop import align
 from stages.lib.on_policy.params import OnPolicyParams, room_problems
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts
@@ -212,10 +213,12 @@ def start_vllm(ctx: Context, params: OnPolicyParams, device: torch.device) -> Vl
 
 
 def make_scorer(ctx: Context, params: OnPolicyParams, layout: Mapping[str, Any] | None, device: torch.device) -> Scorer:
+    means = Means(at_a_time=ctx.resources.threads_per_process, heard=ctx.stop_requested)
     if learned(params.rewards) is None:
-        return Scorer(params.rewards, None)
+        return Scorer(params.rewards, None, means)
     chunk = ctx.resources.micro_batch_size or 8
-    return Scorer(params.rewards, RewardModelScorer(ctx.inputs["reward"], layout, params.precision, device, chunk))
+    model = RewardModelScorer(ctx.inputs["reward"], layout, params.precision, device, chunk)
+    return Scorer(params.rewards, model, means)
 
 
 def make_module(

@@ -1,1 +1,1 @@
-"""The processes of one job: how they meet, and what they agree on. No model, no row."""
+"""The processes of one job: how they meet, what they agree on, and others' programs beside them. No model, no row."""

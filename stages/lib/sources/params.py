@@ -92,7 +92,7 @@ class LaidOutSource(Strict):
     columns: dict[str, str] = {}
     """Renames columns: the layout's name -> the name in the data. `id` and `group` may be named too: rows with the same group stay on one side of the held-out split."""
     carry: list[str] = []
-    """Columns that travel along unchanged, by their names in the data: a row keeps them in its `columns`, where the reward exact_match reads them; `reward_model.ground_truth` is what stands within another one. They hold texts, numbers or truth values; a row that lacks one, or has something else in it, is dropped."""
+    """Columns that travel along unchanged, by their names in the data: a row keeps them in its `columns`, where rewards such as exact_match read them; `reward_model.ground_truth` is what stands within another one. They hold texts, numbers or truth values; a row that lacks one, or has something else in it, is dropped."""
     token_separator: str | None = None
     """What stands between two tokens when a text is made of them (layouts bio and relation). null: one space; '' for Chinese characters."""
     strip_segment_digit: bool = False
