@@ -41,7 +41,7 @@ def run_one(folder: Path, model: Path, prompts: Path, lora: bool) -> None:
         "max_new_tokens": 8,
         "learning_rate": 1e-4,
         "heldout_prompts": 2,
-        "lora": {"rank": 16} if lora else None,
+        **({"adapter": {"method": "lora", "rank": 16}} if lora else {}),
     }
     before = peak_bytes()
     resources = {"micro_batch_size": 1, "save_every_steps": 1000}
