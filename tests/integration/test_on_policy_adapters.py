@@ -131,11 +131,7 @@ def test_the_lines_of_the_cards_run(trained: Seen, world: OnPolicyWorld) -> None
     """On the base that they ask for: the adapter gives the merged model's logits, the critic those of the critic."""
     out = trained.context.out
     assert list(out.glob("*/README.md")) == [], "peft's card, which says nothing"
-    job = Job(
-        recipe="r", step="s", kind="ppo", stage_version=1, artifact_id="a" * 64, artifact_kind="causal_lm", params={},
-        inputs={}, input_ids={"model": "sha256:" + "1" * 64}, source_digests={}, seed=0, resources=Resources(),
-        store="/", work="/",
-    )  # fmt: skip
+    job = job_of("causal_lm")
     try:
         write_cards(job, {"model": world.model}, out, trained.result, {})
         found = {name: lines_of_card(out / name, world.model) for name in ("adapter", "value")}
@@ -150,6 +146,15 @@ def test_the_lines_of_the_cards_run(trained: Seen, world: OnPolicyWorld) -> None
         values = found["value"]["body"].eval()(ids).last_hidden_state @ found["value"]["head"][0]
         expected = critic.score(critic.base_model(ids).last_hidden_state).squeeze(-1)
     assert torch.allclose(values, expected, atol=1e-5)
+
+
+def job_of(kind: str) -> Job:
+    """What a card is told of the step that made an artifact of this kind."""
+    return Job(
+        recipe="r", step="s", kind="ppo", stage_version=1, artifact_id="a" * 64, artifact_kind=kind, params={},
+        inputs={}, input_ids={"model": "sha256:" + "1" * 64}, source_digests={}, seed=0, resources=Resources(),
+        store="/", work="/",
+    )  # fmt: skip
 
 
 def lines_of_card(folder: Path, base: Path) -> dict[str, Any]:
@@ -306,6 +311,13 @@ def test_every_method(name: str, world: OnPolicyWorld, models: dict[str, Path], 
             called, read = read_in_place(module.value.base_model.eval(), ids, torch.ones_like(ids))
             expected = module.value.score(called(**read).last_hidden_state).squeeze(-1)
         assert torch.allclose(values, expected, atol=1e-5) and float(expected.abs().max()) > 1e-3
+    if name == "freeze":
+        write_cards(job_of("adapter"), {"model": base}, out, seen.result, {})
+        found = {place: lines_of_card(out / place, base) for place in ("", "value")}
+        torch.testing.assert_close(logits(found[""]["model"], world), policy, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            again = found["value"]["body"].eval()(ids).last_hidden_state @ found["value"]["head"][0]
+        assert torch.equal(again, values)
 
 
 def on_base(auto_class: Any, base: Path, home: Path) -> Any:

@@ -27,7 +27,7 @@ from stages.lib.models.adapters.attaching import (
     trained_state,
 )
 from stages.lib.models.adapters.folders import adapter_folder
-from stages.lib.models.adapters.params import AdapterBlock, ContinuedMethod, FreezeMethod
+from stages.lib.models.adapters.params import AdapterBlock, ContinuedMethod, FreezeMethod, method_name
 from stages.lib.models.loading import count_parameters
 from stages.lib.on_policy.actor_critic import ActorCritic, SharedCritic
 from stages.lib.training.continuing import (
@@ -81,7 +81,7 @@ def say_what_is_trained(ctx: Context, adapter: AdapterBlock, module: ActorCritic
     critic = (
         f", and {count_trained(module.value):,} of a critic on the same backbone" if module.value is not None else ""
     )
-    method = getattr(adapter, "method")  # noqa: B009 - a field that each method has, with a type of its own
+    method = method_name(type(adapter))
     ctx.journal.note(f"{method} trains {trained:,} of {whole:,} parameters ({trained / whole:.3%}){critic}")
 
 
