@@ -45,13 +45,11 @@ def write_cards(job: Job, places: Mapping[str, Path], out: Path, result: Result,
 
     `places` are the folders of the inputs, `stages` are all there are: what a param is by default need not be said.
     """
-    if job.output_kind is Kind.ADAPTER:
-        write_text(out / CARD, adapter_card(lineage_of(job, places, out, result), out, stages))
-        return
-    if job.output_kind not in PIPELINE_TAGS:
+    if job.output_kind is not Kind.ADAPTER and job.output_kind not in PIPELINE_TAGS:
         return
     lineage = lineage_of(job, places, out, result)
-    write_text(out / CARD, model_card(lineage, stages))
+    alone = job.output_kind is Kind.ADAPTER
+    write_text(out / CARD, adapter_card(lineage, out, stages) if alone else model_card(lineage, stages))
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
         if holds_file(folder, "adapter_config.json"):
             write_text(folder / CARD, adapter_card(lineage, folder, stages))

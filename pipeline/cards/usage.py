@@ -148,6 +148,16 @@ head = load_file(f"{{folder}}/value_head.safetensors")["weight"]  # values: body
 """
 
 
+OWN_CRITIC = """\
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+{folder}body = AutoModel.from_pretrained({base})
+body.load_state_dict(load_file(f"{{folder}}/adapter_model.safetensors"), strict=False)  # in place of those of the base
+head = load_file(f"{{folder}}/value_head.safetensors")["weight"]  # values: body(...).last_hidden_state @ head[0]
+"""
+
+
 def usage(kind: Kind, *, chats: bool) -> str:
     """The lines that use a model of this kind; `chats` says whether a causal one has learned to."""
     match kind:
@@ -174,7 +184,7 @@ def adapter_usage(base: str, kind: Kind | None, *, critic: bool, own_weights: bo
     `kind`: of the artifact. `own_weights`: whether the adapter is weights of the model itself, which peft does not read.
     """
     if critic:
-        return ADAPTED_CRITIC.format(folder=FOLDER, base=base)
+        return (OWN_CRITIC if own_weights else ADAPTED_CRITIC).format(folder=FOLDER, base=base)
     auto_class = CLASSES.get(kind, "AutoModelForCausalLM") if kind else "AutoModelForCausalLM"
     return (OWN_WEIGHTS if own_weights else ADAPTER).format(folder=FOLDER, base=base, auto_class=auto_class)
 

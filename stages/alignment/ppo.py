@@ -82,12 +82,9 @@ class PPOParams(OnPolicyParams):
 
 def check(forecast: Forecast) -> list[Problem]:
     problems = check_on_policy(forecast)
-    if "value" in forecast.inputs and forecast.params.lora is not None:
-        problems.append(
-            Problem(
-                "inputs.value", "is not used under lora, where the critic shares the policy's backbone", "Remove it."
-            )
-        )
+    if "value" in forecast.inputs and forecast.params.adapter is not None:
+        what = "is not used under an adapter, where the critic shares the policy's backbone"
+        problems.append(Problem("inputs.value", what, "Remove it."))
     return problems
 
 

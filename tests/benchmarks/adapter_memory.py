@@ -70,8 +70,6 @@ def run_one(stage: str, folder: Path, model: Path, data: Path, publish: str | No
 
     chosen = STAGES[stage]
     params = {**PARAMS[stage], "adapter": {**BLOCK, "publish": publish}} if publish else PARAMS[stage]
-    if stage == "ppo":
-        params = {**PARAMS[stage], "lora": {"rank": 16} if publish else None}
     before = resident_bytes()
     peak = Peak()
     peak.start()

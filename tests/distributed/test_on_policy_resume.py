@@ -47,8 +47,9 @@ COMMON: dict[str, Any] = {
 PPO = {**COMMON, "kl_target": 0.02, "kl_horizon": 80}
 PARAMS: dict[str, dict[str, Any]] = {
     "ppo": PPO,
-    "ppo_lora": {**PPO, "lora": {"rank": 4}},
+    "ppo_lora": {**PPO, "adapter": {"method": "lora", "rank": 4}},
     "grpo": COMMON,
+    "grpo_prefix": {**COMMON, "learning_rate": 3e-2, "adapter": {"method": "prefix_tuning", "num_virtual_tokens": 4}},
     "rloo": {**COMMON, "ptx_coefficient": 0.5, "ptx_batch_size": 4},
 }
 RESOURCES = {"micro_batch_size": MICRO_BATCH, "save_every_steps": 4, "log_every_steps": 1}
@@ -92,8 +93,8 @@ class Run:
         return replace(job, **changes)
 
 
-ALONE = [Run("ppo", 1, None), Run("ppo_lora", 1, None), Run("rloo", 1, "zero1"), Run("grpo", 1, "zero2")]
-TOGETHER = [Run("ppo", 2, "zero2"), Run("grpo", 2, None), Run("ppo_lora", 2, "zero1"), Run("ppo", 2, "zero3")]
+ALONE = [Run("ppo", 1, None), Run("ppo_lora", 1, None), Run("rloo", 1, "zero1"), Run("grpo_prefix", 1, "zero2")]
+TOGETHER = [Run("ppo", 2, "zero2"), Run("grpo", 2, None), Run("ppo_lora", 2, "zero3"), Run("ppo", 2, "zero3")]
 PHASES = ("generation", "update", "checkpoint")
 
 

@@ -213,7 +213,11 @@ CELLS: dict[str, tuple[str, Inputs, Mapping[str, Any]]] = {
         {**ROLLOUTS, "rewards": [{"kind": "reward_model"}]},
     ),
     "grpo": ("grpo", {"model": "model", "prompts": "chats"}, ROLLOUTS),
-    "grpo, lora": ("grpo", {"model": "model", "prompts": "chats"}, {**ROLLOUTS, "lora": {"rank": 4}}),
+    "grpo, lora": (
+        "grpo",
+        {"model": "model", "prompts": "chats"},
+        {**ROLLOUTS, "adapter": {"method": "lora", "rank": 4}},
+    ),
     "distill": ("distill", {"teacher": "model", "tokens": "pack"}, {**STEPS, **STUDENT}),
     "quantize": (
         "quantize",

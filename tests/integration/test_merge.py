@@ -140,12 +140,12 @@ def test_a_recipe_takes_an_adapter_with_its_base(tmp_path: Path, base: Path) -> 
     assert len({first, second, planned_id()}) == 3
 
 
-def test_the_adapter_of_a_run_with_lora_gives_what_that_run_published(tmp_path: Path) -> None:
+def test_the_adapter_of_an_on_policy_run_gives_what_that_run_published(tmp_path: Path) -> None:
     """It lies in a folder of its own within the artifact."""
     world = make_on_policy_world(tmp_path / "world")
     params = {
         "rewards": [{"kind": "length_penalty", "target_tokens": 2, "per_token": 0.1}],
-        "lora": {"rank": 2},
+        "adapter": {"method": "lora", "rank": 2},
         "completions_per_prompt": 2,
         "rollouts": 1,
         "rollout_batch_size": 4,

@@ -19,8 +19,8 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.settings.resources import Resources
 from pipeline.stage import Estimate, Forecast
 from stages import STAGES
-from stages.lib.models.adapters.attaching import with_adapter
-from stages.lib.models.adapters.params import LoraParams
+from stages.lib.models.adapters.attaching import attach
+from stages.lib.models.adapters.params import LoraMethod
 from stages.lib.models.asking import innermost, require_attention, without_cache
 from stages.lib.preferring.reward_models import scores
 from stages.lib.training.making import prepare
@@ -148,8 +148,8 @@ def test_a_mamba_goes_through_the_stages_for_causal_models(world: World) -> None
     chat = world.made("sft", {"model": base, "chats": world.chats}, max_length_tokens=64, **TRAINING)
     aligned = world.made("dpo", {"model": chat, "preferences": world.preferences}, max_length_tokens=128, **TRAINING)
     rewards = [{"kind": "length_penalty", "target_tokens": 2, "per_token": 0.1}]
-    for lora in ({}, {"lora": {"rank": 2, "target_modules": ["in_proj"]}}):
-        params = {"rewards": rewards, "completions_per_prompt": 2, **ROLLOUTS, **lora}
+    for adapter in ({}, {"adapter": {"method": "lora", "rank": 2, "target_modules": ["in_proj"]}}):
+        params = {"rewards": rewards, "completions_per_prompt": 2, **ROLLOUTS, **adapter}
         world.made("grpo", {"model": chat, "prompts": world.preferences}, **params)
     world.made(
         "distill", {"teacher": base, "student": base, "tokens": world.tokens}, isolate_documents=False, **TRAINING
@@ -162,9 +162,9 @@ def test_what_a_mamba_cannot_do_is_refused_and_the_way_out_works(world: World) -
     folder = world.model("mamba", AutoModelForCausalLM)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(
-        DataError, match=r"target_modules: does not fit this model.*Name layers that do: some of .*in_proj"
+        DataError, match=r"lora does not fit this model.*Name layers that do in target_modules: some of .*in_proj"
     ) as refused:
-        with_adapter(model, LoraParams(rank=2), 0, "CAUSAL_LM")
+        attach(model, LoraMethod(method="lora", rank=2), 0)
     assert not re.search(r"some of .*\b(out_proj|base_layer)\b", str(refused.value))
     stage = STAGES["quantize"]
     params: dict[str, Any] = {"method": "round_to_nearest", "bits": 8, "group_size": None, "heldout_rows": 2}

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,32 +38,43 @@ def test_a_completion_keeps_its_stop_token_and_the_log_probabilities_of_its_own_
     assert not sampled_of(output([5, 6], [-1.0, -0.5]), stop_ids=[1, 2]).ended
 
 
+MERGED: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 2},
+    "dora": {"method": "lora", "rank": 2, "use_dora": True},
+    "saving": {"method": "lora", "rank": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "ia3": {"method": "ia3"},
+    "freeze": {"method": "freeze", "last_layers": 1},
+}
+
+
 @pytest.mark.slow
-def test_it_is_given_merged_weights_and_the_shared_ones_stay_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MERGED)
+def test_it_is_given_merged_weights_and_the_shared_ones_stay_as_they_are(name: str, tmp_path: Path) -> None:
     """The base is that of the reference and the critic, which must not gather rounding, rollout by rollout."""
+    from pydantic import TypeAdapter
     from transformers import AutoModelForCausalLM
 
-    from stages.lib.models.adapters.attaching import with_adapter
-    from stages.lib.models.adapters.params import LoraParams
+    from stages.lib.models.adapters.attaching import attach
+    from stages.lib.models.adapters.params import AdapterParams
     from tests.distributed.training_world import make_tokenizer, write_model
 
     base = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", make_tokenizer())).to(torch.bfloat16)
-    names = dict(base.named_parameters()).keys()
-    policy = with_adapter(base, LoraParams(rank=2), 3, "CAUSAL_LM")
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    policy = attach(base, TypeAdapter(AdapterParams).validate_python(MERGED[name]), 3)
     torch.manual_seed(0)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_()
-    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) / 8)
+    adapted = {name: parameter.clone() for name, parameter in policy.named_parameters()}
     engine = SimpleNamespace(whole=lambda parameters: contextlib.nullcontext())
     given = {name: weight.clone() for name, weight in VllmGenerator(engine, policy, None).weights()}
-    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
-    assert given.keys() == names
-    merged = dict(policy.merge_and_unload().named_parameters())
+    assert all(torch.equal(parameter, adapted[name]) for name, parameter in policy.named_parameters())
+    assert given.keys() == before.keys()
+    merged = dict((policy.merge_and_unload() if hasattr(policy, "peft_config") else policy).named_parameters())
     assert all(torch.equal(weight, merged[name]) for name, weight in given.items())
-    under = {name: f"base_model.model.{name}".replace(".weight", ".base_layer.weight") for name in names}
-    adapted = [name for name in names if under[name] in before]
-    assert adapted and not any(torch.equal(given[name], before[under[name]]) for name in adapted)
+    changed = {name for name in given if not torch.equal(given[name], before[name])}
+    endings = {"saving": ("q_proj.weight", "lm_head.weight"), "freeze": ("layers.1.mlp.gate_proj.weight",)}
+    assert all(any(name.endswith(ending) for name in changed) for ending in endings.get(name, ("v_proj.weight",)))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -48,10 +48,17 @@ BERT = {
 }
 """Its rates are 0.1 everywhere, as GPT-2's are: of embeddings, attention and residuals."""
 COMMON = {"global_batch_size": 8, "max_steps": STEPS, "learning_rate": 3e-3, "warmup_steps": 2, "weight_decay": 0.1}
+LORA = {
+    "method": "lora",
+    "rank": 4,
+    "alpha": 8,
+    "dropout": 0.1,
+    "target_modules": ["q_proj", "v_proj", "up_proj"],
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("stages.language_model.pretrain", {**COMMON, "architecture": GPT2_WITH_DROPOUT}),
     "bert": ("stages.language_model.pretrain", {**COMMON, "architecture": BERT, "objective": "masked"}),
-    "lora": ("tests.distributed.lora_stage", {**COMMON, "max_length_tokens": 56}),
+    "lora": ("stages.language_model.sft", {**COMMON, "max_length_tokens": 56, "adapter": LORA}),
     # The level of all scores has no gradient but rounding, which Adam would make steps of full length of.
     "reward": ("stages.alignment.reward", {**COMMON, "max_length_tokens": 56, "adam_epsilon": 1e-5}),
 }

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from stages.lib.formulas.token_losses import IGNORE
+from stages.lib.generating.sampling import sample, uniforms_for
 from stages.lib.models.adapters.attaching import sharing_weights
-from stages.lib.models.adapters.params import LoraParams
+from stages.lib.models.adapters.params import AdapterParams
 from stages.lib.models.heads import fresh_value, load_value
-from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
+from stages.lib.on_policy.actor_critic import ActorCritic, Judged
+from stages.lib.on_policy.adapting import adapted
 from stages.lib.on_policy.experience import Episode, collate_episodes
 from stages.lib.training.optimizer import parameter_groups
 from tests.numerics.tiny_models import FAMILIES, PADDING, logprobs_alone, tiny_policy, tiny_value, values_alone
@@ -26,9 +30,35 @@ SEQUENCES = [
     ([25, PADDING, 26, 27], [28, 29]),
 ]
 """Prompts and completions: long before short, short before long, and the padding id as a token like another."""
-LORA = LoraParams(rank=4)
-ignoring_conv1d = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
-"""GPT-2 keeps its matrices transposed; peft notices, does the right thing, and says so."""
+LORA: dict[str, Any] = {"method": "lora", "rank": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "saving": {"method": "lora", "rank": 2, "target_modules": r".*\.1\..*_proj", "modules_to_save": ["lm_head"]},
+    "ia3": {"method": "ia3"},
+    "bitfit": {"method": "bitfit"},
+    "freeze": {"method": "freeze", "last_layers": 1},
+    "prompt": {"method": "prompt_tuning", "num_virtual_tokens": 3},
+    "p_tuning": {"method": "p_tuning", "num_virtual_tokens": 3, "encoder_size": 8},
+    "prefix": {"method": "prefix_tuning", "num_virtual_tokens": 3},
+    "projected": {"method": "prefix_tuning", "num_virtual_tokens": 3, "projection": True},
+}
+FITTING = [
+    (family, name)
+    for name in METHODS
+    for family in FAMILIES
+    if (family, name) not in (("llama", "bitfit"), ("gpt2", "saving"))
+]
+"""Llama has no biases, and the head of GPT-2 is its embedding."""
+VIRTUAL = ("prompt", "p_tuning", "prefix", "projected")
+
+
+def under(
+    family: str, block: dict[str, Any], seed: int = 3, *, critic: bool = True, temperature: float = 1.0
+) -> ActorCritic:
+    """Policy, critic and reference of the tiny model of the family."""
+    adapter = TypeAdapter(AdapterParams).validate_python(block)
+    ctx: Any = SimpleNamespace(seed=seed, inputs={}, journal=SimpleNamespace(note=lambda text: None))
+    return adapted(tiny_policy(family), ctx, adapter, critic=critic, temperature=temperature)
 
 
 def batch_of(sequences: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
@@ -156,23 +186,65 @@ def test_a_model_of_shared_weights_is_another_model_of_the_same_tensors(family: 
     assert torch.equal(shared.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-@ignoring_conv1d
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_begin_as_nothing(family: str) -> None:
-    """They add 0 to every weight: the policy is its reference and the base, to the last bit. The critic's head is 0."""
-    base = tiny_policy(family)
-    expected = said(ActorCritic(sharing_weights(base), temperature=0.7))["policy"]
-    tensors = said(adapted(base, LORA, seed=3, critic=True, temperature=0.7))
-    assert torch.equal(tensors["policy"], tensors["reference"])
+def test_parts_of_their_own_are_copies() -> None:
+    """What is named is as equal as ever, and no longer the same; all else is."""
+    model = tiny_policy("llama")
+    apart = [name for name, _ in model.named_parameters() if ".layers.1." in name]
+    copied = sharing_weights(model, apart)
+    for name, weight in copied.named_parameters():
+        own = model.get_parameter(name)
+        assert torch.equal(weight, own) and (weight is own) is (name not in apart)
+
+
+@pytest.mark.parametrize(("family", "name"), FITTING)
+def test_adapters_begin_as_nothing(family: str, name: str) -> None:
+    """The reference is the base to the last bit, and the policy too, but for virtual tokens. The critic's head is 0."""
+    expected = said(ActorCritic(tiny_policy(family), temperature=0.7))["policy"]
+    tensors = said(under(family, METHODS[name], temperature=0.7))
     assert torch.equal(tensors["reference"], expected)
+    assert torch.equal(tensors["policy"], expected) is (name not in VIRTUAL)
     assert not tensors["value"].any()
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_sequence_behind_virtual_tokens_is_judged_like_one_alone(family: str, name: str) -> None:
+    """Padded on both sides, next to others; alone by peft's own forward pass, which puts them before a text that fills its row."""
+    module = under(family, METHODS[name])
+    assert module.value is not None
+    with torch.no_grad():
+        module.value.score.weight.copy_(torch.linspace(-1, 1, module.value.score.in_features))
+    tensors = said(module)
+    expected = one_after_the_other(lambda prompt, ids: logprobs_alone(module.policy, prompt, ids))
+    torch.testing.assert_close(tensors["policy"].double(), expected, rtol=0, atol=1e-5)
+    values = []
+    for prompt, ids in SEQUENCES:
+        with torch.no_grad():
+            hidden_1TH = module.value.base_model(torch.tensor([[*prompt, *ids]])).last_hidden_state
+        values.append(module.value.score(hidden_1TH)[0, -len(ids) - 1 : -1, 0].detach())
+    torch.testing.assert_close(tensors["value"], torch.cat(values), rtol=0, atol=1e-5)
+    assert tensors["value"].std() > 0.1
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+def test_completions_behind_virtual_tokens_are_written_by_what_judges_them(name: str) -> None:
+    """The generator's log-probabilities of a batch are those of the policy in training."""
+    module = under("llama", METHODS[name])
+    prompts = [prompt for prompt, _ in SEQUENCES]
+    uniforms = np.stack([uniforms_for(0, position, 5) for position in range(len(prompts))])
+    written = sample(module.policy.eval(), prompts, uniforms, stop_ids=[1], temperature=1.0)
+    batch = batch_of([(prompt, each.ids.tolist()) for prompt, each in zip(prompts, written, strict=True)])
+    with torch.no_grad():
+        judged = module(batch["input_ids"], batch["attention_mask"], batch["mask"].shape[1])
+    for each, logp_K in zip(written, judged.logprobs, strict=True):
+        assert each.logprobs.tolist() == pytest.approx(logp_K[: len(each.ids)].tolist(), abs=1e-5)
 
 
 def test_a_fresh_adapter_is_a_function_of_the_seed() -> None:
     """The same in every process; the critic's is another one than the policy's."""
 
     def weights(seed: int) -> dict[str, Tensor]:
-        module = adapted(tiny_policy("llama"), LORA, seed, critic=True, temperature=1.0)
+        module = under("llama", LORA, seed)
         return {name: p.detach() for name, p in module.named_parameters() if "lora_A" in name}
 
     first, again, other = weights(3), weights(3), weights(4)
@@ -194,17 +266,16 @@ def train(part: Any, loss_of: Callable[[], Tensor]) -> None:
         optimizer.zero_grad()
 
 
-@ignoring_conv1d
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_one_adapter_leaves_the_others_and_the_base(family: str) -> None:
+@pytest.mark.parametrize(("family", "name"), FITTING)
+def test_training_one_adapter_leaves_the_others_and_the_base(family: str, name: str) -> None:
     """Policy, then critic: what is trained changes, and nothing else does by a single bit."""
-    module = adapted(tiny_policy(family), LORA, seed=3, critic=True, temperature=1.0)
+    module = under(family, METHODS[name])
     assert module.value is not None
     with torch.no_grad():
         module.value.score.weight.fill_(0.5)  # else its adapter would have no gradient in the first step
     mask_BK = batch_of(SEQUENCES)["mask"]
     frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    assert frozen and all("lora" not in name for name in frozen)
+    assert not set(map(id, frozen.values())) & {id(p) for p in module.parameters() if p.requires_grad}
     start = said(module)
 
     train(module.policy, lambda: -(judge(module).logprobs * mask_BK).mean())
@@ -225,7 +296,7 @@ def test_training_one_adapter_leaves_the_others_and_the_base(family: str) -> Non
 
 def test_policy_and_critic_have_gradients_of_their_own() -> None:
     """The policy's loss reaches its adapter only, the critic's its adapter and its head only; the base none."""
-    module = adapted(tiny_policy("llama"), LORA, seed=3, critic=True, temperature=1.0)
+    module = under("llama", LORA)
     assert module.value is not None
 
     def reached(loss: Tensor) -> set[str]:
@@ -241,7 +312,7 @@ def test_policy_and_critic_have_gradients_of_their_own() -> None:
 
 
 def test_without_a_critic_there_are_no_values() -> None:
-    module = adapted(tiny_policy("llama"), LORA, seed=3, critic=False, temperature=1.0)
+    module = under("llama", LORA, critic=False)
     assert module.value is None
     assert judge(module).values is None
     assert judge(module, by_reference=True).values is None

@@ -231,14 +231,14 @@ def test_the_models_own_generation_config_changes_nothing() -> None:
 
 def test_the_same_under_a_fresh_adapter() -> None:
     """It adds 0 to the weights. peft hands a generation config down to the model within: that one has its own again too."""
-    from stages.lib.models.adapters.attaching import with_adapter
-    from stages.lib.models.adapters.params import LoraParams
+    from stages.lib.models.adapters.attaching import attach
+    from stages.lib.models.adapters.params import LoraMethod
 
     base = tiny_policy("llama")
     expected = completed(base)
     habits = GenerationConfig(**HABITS)
     base.generation_config = habits
-    model = with_adapter(base, LoraParams(rank=4), 0, "CAUSAL_LM")
+    model = attach(base, LoraMethod(method="lora", rank=4), 0)
     for each, plain in zip(completed(model), expected, strict=True):
         assert each.ids.tolist() == plain.ids.tolist()
     assert model.generation_config is habits

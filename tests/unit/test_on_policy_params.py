@@ -9,7 +9,9 @@ import pytest
 
 from pipeline.errors import Problem
 from pipeline.settings.resources import Resources
+from pipeline.settings.strict import content_of
 from pipeline.stage import Estimate, Forecast
+from pipeline.store.artifact import Kind
 from stages import STAGES
 from tests.unit.running_stages import params_of, problems_of
 
@@ -34,6 +36,7 @@ ARCHITECTURE = {
     "max_position_embeddings": 32,
 }
 MODEL = Estimate(parameters=1000, architecture=ARCHITECTURE, vocabulary_size=100)
+LORA = {"adapter": {"method": "lora"}}
 ALL = ("ppo", "grpo", "rloo", "reinforce_plus_plus")
 
 
@@ -106,12 +109,12 @@ def test_a_reward_model_that_only_the_critic_starts_from() -> None:
     """With PPO it is of use without a reward that asks for it; the others have no critic."""
     assert problems("ppo", {}, ("reward",)) == []
     assert [problem.where for problem in problems("rloo", {}, ("reward",))] == ["inputs.reward"]
-    assert [problem.where for problem in problems("ppo", {"lora": {}}, ("reward",))] == ["inputs.reward"]
+    assert [problem.where for problem in problems("ppo", LORA, ("reward",))] == ["inputs.reward"]
 
 
-def test_a_critic_beside_lora_is_refused() -> None:
+def test_a_critic_beside_an_adapter_is_refused() -> None:
     assert problems("ppo", {}, ("value",)) == []
-    (problem,) = problems("ppo", {"lora": {}}, ("value",))
+    (problem,) = problems("ppo", LORA, ("value",))
     assert problem.where == "inputs.value" and "shares the policy's backbone" in str(problem)
 
 
@@ -127,7 +130,14 @@ def test_a_critic_beside_lora_is_refused() -> None:
         ("ppo", {"kl_coefficient": 0, "kl_target": 0.1}, "kl_target cannot be reached from a kl_coefficient of 0"),
         ("ppo", {"kl_horizon": 80.0}, "kl_horizon has no effect without a kl_target"),
         ("grpo", {"learning_rate": float("inf")}, "params.learning_rate: input should be a finite number"),
-        ("ppo", {"lora": {"target_modules": []}}, "at least 1 item"),
+        ("ppo", {"adapter": {"method": "lora", "target_modules": []}}, "at least 1 item"),
+        ("ppo", {"adapter": {"method": "lora", "dropout": 0.1}}, "adapter: dropout must be 0"),
+        ("grpo", {"adapter": {"method": "prefix_tuning", "publish": "merged"}}, "Set publish: adapter"),
+        (
+            "rloo",
+            {"lora": {"rank": 4, "target_modules": ["q_proj"]}},
+            "is a method of adapter now: write `adapter: {method: lora, rank: 4, target_modules: [q_proj]}` in its place",
+        ),
         ("ppo", {"rewards": [{"kind": "regular_expression", "pattern": ""}]}, "'' matches every text"),
         ("grpo", {"kl_estimator": "k1"}, "k2"),
         ("grpo", {"precision": "fp16"}, "fp32"),
@@ -137,7 +147,7 @@ def test_a_critic_beside_lora_is_refused() -> None:
         ("ppo", {"clip_ratio": 1.0}, "less than 1"),
         ("ppo", {"temperature": 0}, "greater than"),
         ("ppo", {"gae_lambda": 1.5}, "gae_lambda"),
-        ("ppo", {"lora": {"ranks": 4}}, "ranks"),
+        ("ppo", {"adapter": {"method": "lora", "ranks": 4}}, "ranks"),
         ("ppo", {"completions_per_prompt": 4}, "completions_per_prompt"),
     ],
 )
@@ -175,5 +185,57 @@ def test_the_plan_counts_what_lies_in_memory() -> None:
     assert with_reward == alone + 4000 + 2000
     assert memory("ppo", {"kl_coefficient": 0}) == 2 * alone, "a critic of the same size is trained beside the policy"
     activations = alone - 16_000
-    assert memory("grpo", {"lora": {}}) == 4000 + activations
-    assert memory("ppo", {"lora": {}}) == 4000 + 2 * activations
+    # Rank 1 on four projections of 8 x 8 and three of 8 x 16: 4 (8 + 8) + 3 (8 + 16), 16 bytes each.
+    adapter = 16 * (4 * 16 + 3 * 24)
+    one = {"adapter": {"method": "lora", "rank": 1}}
+    assert memory("grpo", one) == 4000 + adapter + activations
+    assert memory("ppo", one) == 4000 + 2 * (adapter + activations)
+    assert memory("grpo", one, {"reference": MODEL}) == memory("grpo", one) + 4000
+    # Of a layer that is trained in place the reference has a copy: q, k, v, o, the three of the MLP, two norms.
+    layer = 4 * 64 + 3 * 128 + 2 * 8
+    two = {
+        "model": Estimate(parameters=2000, architecture={**ARCHITECTURE, "num_hidden_layers": 2}, vocabulary_size=100)
+    }
+    last = {"adapter": {"method": "freeze", "last_layers": 1}}
+    without_reference = memory("grpo", {**last, "kl_coefficient": 0}, two)
+    assert without_reference == memory("grpo", {"kl_coefficient": 0}, two) - 12 * (2000 - layer)
+    assert memory("grpo", last, two) == without_reference + 4 * layer
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_plan_counts_what_is_trained(kind: str) -> None:
+    """Rank 2 on q_proj of one layer: 2 (8 + 8); an adapter alone is what is kept."""
+    stage = STAGES[kind]
+    adapter = {"method": "lora", "rank": 2, "target_modules": ["q_proj"], "publish": "adapter"}
+    params = stage.params(**PARAMS, adapter=adapter)
+    known = {"model": MODEL, "prompts": Estimate(train_rows=50)}
+    estimate = stage.estimate(Forecast(params, Resources(keep_checkpoints=1), known))
+    assert (estimate.parameters, estimate.trained_parameters, estimate.added_parameters) == (1000, 32, 32)
+    assert estimate.adapter == "lora" and estimate.notes is not None and "an adapter alone" in estimate.notes[0]
+    policies = 2 if kind == "ppo" else 1
+    assert estimate.disk_bytes == policies * (4 + 18 * 2) * 32, "the adapter, and two checkpoints at most"
+    assert stage.output_kind(params, {}) is Kind.ADAPTER
+
+
+def test_what_an_adapter_does_not_go_with_is_refused_by_plan() -> None:
+    """Virtual tokens take their place: 24 + 8 + 4 are more than the 32 positions, and vLLM is given weights alone."""
+    prefix = {"adapter": {"method": "prefix_tuning", "num_virtual_tokens": 4}}
+    (problem,) = problems("grpo", prefix)
+    assert "24 and max_new_tokens 8 behind 4 virtual tokens are 36" in str(problem)
+    shorter = {**prefix, "max_prompt_tokens": 20}
+    assert problems("grpo", shorter) == []
+    (problem,) = problems("grpo", {**shorter, "generation": "vllm"}, device="cuda")
+    assert problem.where == "params.generation" and "or take lora" in str(problem)
+    (problem,) = problems("ppo", shorter, gradient_checkpointing=True)
+    assert problem.where == "resources.gradient_checkpointing"
+    (problem,) = problems("ppo", {"adapter": {"method": "bitfit"}})
+    assert problem.where == "params.adapter" and "finds nothing to train" in str(problem)
+    (problem,) = problems("ppo", {"adapter": {"method": "continued"}})
+    assert problem.where == "params.adapter.method" and "no input adapter" in str(problem)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_what_was_made_without_an_adapter_keeps_its_identity(kind: str) -> None:
+    """Its params say as ever that there is no `lora`, and nothing of an adapter."""
+    content = content_of(STAGES[kind].params(**PARAMS, lora=None), str)
+    assert content["lora"] is None and "adapter" not in content

@@ -27,10 +27,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from stages.lib.models.adapters.virtual import behind_virtual_tokens, embeds_virtual_tokens
 from stages.lib.training.scheduling import seed_of
-
-EMBEDDINGS_BEFORE_A_TEXT = ("PROMPT_TUNING", "P_TUNING")
-"""The methods of adapters, as peft calls them, whose virtual tokens are read like those of a text."""
 
 PADDING_ID = 0
 """Before shorter prompts and behind what has ended. Any id would do: masks and places tell what is padding."""
@@ -142,19 +140,12 @@ def sample(
 def what_is_read(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Any, dict[str, Tensor], int]:
     """Which model writes, what `generate` is given of the prompts, and how many of these tokens stand in what it returns.
 
-    Embeddings that an adapter puts before a text are put between its padding and the text. peft puts them before the padding,
-    where they would stand the further off the longer another prompt of the batch is.
+    Embeddings that an adapter puts before a text are put between its padding and the text.
     """
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "peft_type", None) not in EMBEDDINGS_BEFORE_A_TEXT:
+    if not embeds_virtual_tokens(model):
         return model, {"input_ids": ids_BT, "attention_mask": mask_BT}, ids_BT.shape[1]
-    base, virtual_BPD = model.get_base_model(), model.get_prompt(batch_size=len(ids_BT))
-    text_BTD = base.get_input_embeddings()(ids_BT)
-    padding_B = (mask_BT == 0).sum(1).tolist()
-    rows = zip(text_BTD, virtual_BPD.to(text_BTD.dtype), padding_B, strict=True)
-    embeddings = torch.stack([torch.cat([text[:pad], virtual, text[pad:]]) for text, virtual, pad in rows])
-    mask = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1]).expand(-1, virtual_BPD.shape[1])], dim=1)
-    return base, {"inputs_embeds": embeddings, "attention_mask": mask}, 0
+    base, read = behind_virtual_tokens(model, ids_BT, mask_BT)
+    return base, read, 0
 
 
 def cut(ids_K: NDArray[np.int64], logp_K: NDArray[np.float32], stop_ids: Sequence[int]) -> Sampled:

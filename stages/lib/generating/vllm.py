@@ -8,6 +8,7 @@ how much the two differ, `mismatch_cap` corrects it, and `max_logprob_mismatch` 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from pipeline.errors import LaunchError, Problem
 from stages.lib.generating.sampling import Sampled
 from stages.lib.processes.collectives import barrier
 from stages.lib.training.engine import Engine
-
-TUNED = (".lora_", "lora_embedding")
-"""What names of adapters' parameters contain: vLLM is given the merged weights instead."""
 
 
 def require_vllm(device_type: str) -> None:
@@ -131,26 +131,40 @@ class VllmGenerator:
             self.vllm.llm.sleep(level=2)
 
     def weights(self) -> Iterator[tuple[str, Any]]:
-        """Name -> whole weight, one after the other, what adapters add included.
+        """Name -> whole weight of the model without an adapter, one after the other, what adapters add included.
 
         It is added to a copy: the weights under an adapter are those of reference and critic, too, and adding to them and
         taking away again would leave rounding behind.
         """
-        adapted = {
-            f"{name}.base_layer.weight": layer for name, layer in self.policy.named_modules() if is_adapted(layer)
-        }
+        layers = {name: layer for name, layer in self.policy.named_modules() if isinstance(layer, BaseTunerLayer)}
+        saved = [name for name, part in self.policy.named_modules() if isinstance(part, ModulesToSaveWrapper)]
         for name, parameter in self.policy.named_parameters():
-            if any(part in name for part in TUNED):
+            home = next((place for place in (*layers, *saved) if name.startswith(f"{place}.")), None)
+            if home in layers:
+                if not name.startswith(f"{home}.base_layer."):
+                    continue  # a part of the adapter
+                layer = layers[home]
+                with self.engine.whole(list(layer.parameters())):
+                    yield of_base(name.replace(".base_layer.", ".")), merged_weight(layer, name.rpartition(".")[2])
                 continue
-            layer = adapted.get(name)
-            needed = [parameter] if layer is None else list(layer.parameters())
-            with self.engine.whole(needed), torch.no_grad():
-                weight = parameter.detach()
-                for adapter in () if layer is None else layer.active_adapters:
-                    weight = (weight + layer.get_delta_weight(adapter)).to(parameter.dtype)
-                yield name.removeprefix("base_model.model.").replace(".base_layer", ""), weight
+            if home is not None and not name.startswith(f"{home}.modules_to_save."):
+                continue  # what a module that is trained whole was at first
+            with self.engine.whole([parameter]):
+                yield of_base(name.replace(".modules_to_save.default.", ".")), parameter.detach()
 
 
-def is_adapted(layer: nn.Module) -> bool:
-    """Whether it is a layer of peft's, which can tell what its adapter adds to the weight."""
-    return hasattr(layer, "get_delta_weight")
+def of_base(name: str) -> str:
+    """What a parameter of peft's model is called in the model that it is around."""
+    return name.removeprefix("base_model.model.")
+
+
+@torch.no_grad()
+def merged_weight(layer: Any, name: str) -> Any:
+    """A parameter of the layer under an adapter as merging would leave it. The layer itself stays as it is."""
+    base = copy.copy(layer.base_layer)
+    own = {key: nn.Parameter(p.detach().clone(), False) for key, p in base.named_parameters(recurse=False)}
+    base.__dict__["_parameters"] = {**base._parameters, **own}
+    merging = copy.copy(layer)
+    merging.__dict__ |= {"_modules": {**layer._modules, "base_layer": base}, "merged_adapters": [], "_caches": {}}
+    merging.merge()
+    return own[name].detach()

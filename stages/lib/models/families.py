@@ -82,7 +82,7 @@ def scoring_problems(architecture: Mapping[str, Any], where: str = "inputs.model
 def adapter_problems(
     architecture: Mapping[str, Any],
     target_modules: list[str] | str | None,
-    where: str = "params.lora.target_modules",
+    where: str = "params.adapter.target_modules",
 ) -> list[Problem]:
     """Of an adapter on all linear layers, where peft refuses some of the family's."""
     kind = architecture.get("model_type")

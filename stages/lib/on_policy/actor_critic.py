@@ -3,9 +3,7 @@
 B: completions of a micro batch, P: tokens of its longest prompt (padded on the left), K: tokens of its longest completion
 (padded on the right), T = P + K.
 
-With LoRA one backbone lies in memory: the policy is its layers with an adapter, the critic the same layers with another
-adapter and a head of its own, and the reference the same layers with none. The three are modules of their own, whose frozen
-weights are the same tensors: no adapter is ever switched, which would put gradients at risk.
+Under an adapter one backbone lies in memory: adapting.py.
 """
 
 from __future__ import annotations
@@ -13,13 +11,13 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.lib.formulas.policy_gradient import logprobs_and_entropy
 from stages.lib.formulas.token_losses import cross_entropy_sum
-from stages.lib.models.adapters.attaching import require_linear, sharing_weights, with_adapter
-from stages.lib.models.adapters.params import LoraParams
+from stages.lib.models.adapters.virtual import behind_virtual_tokens
 from stages.lib.models.asking import innermost, without_cache
 
 
@@ -71,18 +69,16 @@ class ActorCritic(nn.Module):
             nats = cross_entropy_sum(output.logits, targets_BT)
             return nats if self.value is None else nats + self.no_part_of_critic(input_ids)
         model = self.reference if by_reference else self.policy
-        masked = {"attention_mask": attention_mask}
-        options = {**positions(model, attention_mask), **masked, **without_cache(model)}
-        logits_BKV = next_token_logits(model, input_ids, num_new_tokens, options)
+        called, read = read_in_place(model, input_ids, attention_mask)
+        logits_BKV = next_token_logits(called, num_new_tokens, read)
         new_BK = input_ids[:, -num_new_tokens:]
         logp_BK, entropy_BK = logprobs_and_entropy(
             logits_BKV, new_BK, temperature=self.temperature, entropy_has_gradients=self.entropy_has_gradients
         )
         if by_reference or self.value is None:
             return Judged(logp_BK, entropy_BK, None)
-        backbone = self.value.base_model
-        options = {**positions(backbone, attention_mask), **masked, **without_cache(backbone)}
-        hidden_BTH = backbone(input_ids=input_ids, **options).last_hidden_state
+        called, read = read_in_place(self.value.base_model, input_ids, attention_mask)
+        hidden_BTH = called(**read).last_hidden_state
         # V of the state before a token is read off the token that stands there.
         values_BK1 = self.value.score(hidden_BTH[:, -num_new_tokens - 1 : -1])
         return Judged(logp_BK, entropy_BK, values_BK1.squeeze(-1).float())
@@ -90,10 +86,9 @@ class ActorCritic(nn.Module):
     def no_part_of_critic(self, input_ids: Tensor) -> Tensor:
         """0, with gradients of 0 for the critic: where a step begins with none, ZeRO-3 goes on with those of the step before."""
         assert self.value is not None
-        hidden_11H = self.value.base_model(
-            input_ids=input_ids[:1, :1], **without_cache(self.value.base_model)
-        ).last_hidden_state
-        return 0.0 * self.value.score(hidden_11H).float().sum()
+        ids_11 = input_ids[:1, :1]
+        called, read = read_in_place(self.value.base_model, ids_11, torch.ones_like(ids_11))
+        return 0.0 * self.value.score(called(**read).last_hidden_state).float().sum()
 
 
 class SharedCritic(nn.Module):
@@ -106,30 +101,23 @@ class SharedCritic(nn.Module):
         nn.init.zeros_(self.score.weight)
 
 
-def adapted(base: PreTrainedModel, lora: LoraParams, seed: int, *, critic: bool, **options: Any) -> ActorCritic:
-    """Policy, critic and reference on the weights of `base`, which lie in memory once.
-
-    Raises `DataError` where `lora` names layers that the backbone does not have.
-    """
-    require_linear(base.base_model, lora.target_modules, "params.lora.target_modules")
-    reference = sharing_weights(base).requires_grad_(False)
-    value = None
-    if critic:
-        backbone = with_adapter(sharing_weights(base.base_model), lora, seed + 1, "FEATURE_EXTRACTION")
-        value = SharedCritic(backbone, base.config.get_text_config().hidden_size)
-    policy = with_adapter(base, lora, seed, "CAUSAL_LM")
-    return ActorCritic(policy, value, reference, **options)
+def read_in_place(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The model to call, and what it is given so that each row reads as it would alone, behind virtual tokens if it has such."""
+    called, read = behind_virtual_tokens(model, ids_BT, mask_BT)
+    return called, {**read, **positions(called, read, ids_BT.shape[1]), **without_cache(called)}
 
 
-def positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+def positions(model: Any, read: dict[str, Any], num_tokens: int) -> dict[str, Tensor]:
     """The places of the tokens, counted from the first that is no padding, for models that are told places."""
     if "position_ids" not in inspect.signature(innermost(model).forward).parameters:
         return {}
-    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
+    places = (read["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    # Keys and values that were put before a text are in the mask, and are not read.
+    return {"position_ids": places[:, -num_tokens:] if "past_key_values" in read else places}
 
 
-def next_token_logits(model: Any, input_ids: Tensor, num_new_tokens: int, options: dict[str, Any]) -> Tensor:
+def next_token_logits(model: Any, num_new_tokens: int, read: dict[str, Any]) -> Tensor:
     """The logits that each of the last `num_new_tokens` tokens was drawn from, B x K x V; the prompt's are not computed."""
     if "logits_to_keep" in inspect.signature(innermost(model).forward).parameters:
-        options = options | {"logits_to_keep": num_new_tokens + 1}
-    return model(input_ids=input_ids, **options).logits[:, -num_new_tokens - 1 : -1]
+        read = read | {"logits_to_keep": num_new_tokens + 1}
+    return model(**read).logits[:, -num_new_tokens - 1 : -1]

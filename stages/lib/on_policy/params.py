@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import Problem, RecipeError, did_you_mean, shown
 from pipeline.settings.strict import Strict
 from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
-from stages.lib.models.adapters.params import LoraParams
+from stages.lib.models.adapters.params import LoraMethod, VirtualTokens, mergeable_methods, require_no_dropout
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
-from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.loss_params import PolicyLossParams
@@ -24,7 +24,7 @@ from stages.lib.text.template_date import TemplateDateParams
 from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import readable_layout
-from stages.lib.training.params import derive_batch
+from stages.lib.training.params import AdaptedParams, derive_batch
 
 INPUTS: dict[str, Input] = {
     "model": accepts(Kind.CAUSAL_LM),
@@ -32,12 +32,24 @@ INPUTS: dict[str, Input] = {
     "reward": accepts(Kind.REWARD_MODEL, optional=True),
     "reference": accepts(Kind.CAUSAL_LM, optional=True),
     "chats": accepts(Kind.CHATS, optional=True),
+    "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
 }
 """`model`: the policy. `reward`: for the reward of the kind reward_model. `reference`: what the policy is held to, by
-default the artifact of the policy itself. `chats`: what ptx_coefficient mixes in."""
+default the artifact of the policy itself. `chats`: what ptx_coefficient mixes in. `adapter`: one of the model, which is
+trained further."""
 
 
-class OnPolicyParams(TemplateDateParams, PolicyLossParams):
+def told_of_adapter(given: Any) -> None:
+    """Raises `ValueError`, with the block to write, for low-rank adapters by the name that they had."""
+    if given is None:
+        return
+    known = LoraMethod.model_fields
+    fields = {name: value for name, value in given.items() if name in known} if isinstance(given, Mapping) else {}
+    block = yaml.safe_dump({"method": "lora", **fields}, default_flow_style=True, sort_keys=False, width=10_000)
+    raise ValueError(f"is a method of adapter now: write `adapter: {block.strip()}` in its place")
+
+
+class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
     """What the stages have in common that learn from completions."""
 
     rewards: Rewards
@@ -92,8 +104,8 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams):
     """Held-out prompts that the policy completes at each measurement: the first so many."""
     journal_samples: int = Field(default=2, ge=0)
     """Completions per rollout that are written to the journal, for reading."""
-    lora: LoraParams | None = None
-    """Train low-rank adapters on frozen weights. null: all weights."""
+    lora: Annotated[None, BeforeValidator(told_of_adapter)] = None
+    """What `adapter: {method: lora}` was called: null, which keeps the identity of what was made without."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass. Ratios of probabilities are too fine for fp16."""
 
@@ -119,6 +131,11 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams):
     @property
     def total_steps(self) -> int:
         return self.rollouts * self.rollout_steps
+
+    @model_validator(mode="after")
+    def nothing_is_dropped(self) -> OnPolicyParams:
+        require_no_dropout(self.adapter)
+        return self
 
     @model_validator(mode="after")
     def sizes_fit(self) -> OnPolicyParams:
@@ -189,13 +206,18 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     roles = set(forecast.inputs)
     if learned(params.rewards) and "reward" not in roles:
         problems.append(Problem("inputs.reward", "is missing, and params.rewards asks for reward_model", "Add it."))
-    critic_starts_from_it = params.has_critic and params.lora is None
+    critic_starts_from_it = params.has_critic and params.adapter is None
     if "reward" in roles and not learned(params.rewards) and not critic_starts_from_it:
         problems.append(
             Problem("inputs.reward", "is given, and no reward uses it", "Add {kind: reward_model} to params.rewards.")
         )
     if params.generation == "vllm" and forecast.resources.device == "cpu":
         problems.append(Problem("params.generation", "is vllm, and resources.device is cpu", "Write transformers."))
+    if params.generation == "vllm" and isinstance(params.adapter, VirtualTokens):
+        what = (
+            f"is vllm, which is given the policy's weights, and the virtual tokens of {params.adapter.method} are none"
+        )
+        problems.append(Problem("params.generation", what, f"Write transformers, or take {mergeable_methods()}."))
     if learned(params.rewards) and params.rendering == "raw":
         problems.append(Problem("params.rendering", "is raw, and a reward model scores conversations", "Write chat."))
     if ("chats" in roles) != bool(params.ptx_coefficient):
@@ -206,8 +228,6 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
         problems.append(Problem("inputs.reference", "is not used while kl_coefficient is 0", "Remove it."))
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
     problems += room_problems(architecture, params) + noise_problems(architecture)
-    if params.lora is not None:
-        problems += adapter_problems(architecture, params.lora.target_modules)
     problems += untaught_problems(forecast, reads_chats=params.rendering == "chat")
     problems += untemplated_problems(forecast, ["reward"] if learned(params.rewards) else [])
     size = params.rollout_batch_size
@@ -228,9 +248,11 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
 
 
 def room_problems(architecture: Mapping[str, Any], params: OnPolicyParams) -> list[Problem]:
-    """What is wrong if a prompt and its completion are together longer than the model takes."""
-    what = f"{params.max_prompt_tokens} and max_new_tokens {params.max_new_tokens} are {{tokens}}"
-    length = params.max_prompt_tokens + params.max_new_tokens
+    """What is wrong if a prompt and its completion, behind virtual tokens, are together longer than the model takes."""
+    virtual = params.adapter.num_virtual_tokens if isinstance(params.adapter, VirtualTokens) else 0
+    behind = f" behind {virtual} virtual tokens" if virtual else ""
+    what = f"{params.max_prompt_tokens} and max_new_tokens {params.max_new_tokens}{behind} are {{tokens}}"
+    length = params.max_prompt_tokens + params.max_new_tokens + virtual
     return length_problems(architecture, length, where="params.max_prompt_tokens", what=what, hint="Lower one of them.")
 
 
@@ -251,23 +273,47 @@ def estimate_on_policy(forecast: Forecast) -> Estimate:
     if known.memory_bytes_per_rank is None or known.parameters is None:
         return known
     width = BYTES[params.precision] if forecast.resources.deepspeed else BYTES["fp32"]
-    value = forecast.inputs.get("value", forecast.inputs.get("reward", model)).parameters or known.parameters
-    frozen = (forecast.inputs.get("reward", Estimate()).parameters or 0) * width
-    memory = known.memory_bytes_per_rank
-    if params.lora:
-        # Weights without gradients and moments; those of the adapters are small beside them.
-        states = state_bytes_per_rank(
-            parameters=known.parameters,
+    beside = frozen_beside(forecast, known.parameters) * width
+    if params.adapter is not None:
+        return with_shared_backbone(forecast, known, beside, width)
+    memory, disk = known.memory_bytes_per_rank, known.disk_bytes
+    if params.has_critic:
+        value = forecast.inputs.get("value", forecast.inputs.get("reward", model)).parameters or known.parameters
+        memory += round(memory * value / known.parameters)
+        disk = disk + round(disk * value / known.parameters) if disk is not None else None
+    return replace(known, memory_bytes_per_rank=memory + beside, disk_bytes=disk)
+
+
+def frozen_beside(forecast: Forecast, parameters: int) -> int:
+    """The parameters of the frozen models beside the policy: the reward model, and a reference that is a model of its own."""
+    params: OnPolicyParams = forecast.params
+    reward = forecast.inputs.get("reward", Estimate()).parameters or 0
+    own_reference = params.adapter is None or "reference" in forecast.inputs
+    return reward + (parameters if params.kl_coefficient and own_reference else 0)
+
+
+def with_shared_backbone(forecast: Forecast, known: Estimate, beside: int, width: int) -> Estimate:
+    """The estimate under an adapter, where policy, critic and reference share what is frozen.
+
+    A critic adds its own adapter and activations. Of weights of the model that are trained in place, the reference has a copy.
+    """
+    params: OnPolicyParams = forecast.params
+    assert known.parameters is not None and known.memory_bytes_per_rank is not None
+    memory, disk = known.memory_bytes_per_rank, known.disk_bytes
+    trained, added = known.trained_parameters, known.added_parameters or 0
+    in_place = known.parameters if trained is None else trained - added
+    if params.has_critic:
+        frozen = state_bytes_per_rank(
+            parameters=known.parameters - in_place,
+            trained=0,
             layout=readable_layout(forecast.resources),
             world_size=forecast.resources.world_size,
             precision=params.precision,
         )
-        memory = known.parameters * width + (memory - states) * (2 if params.has_critic else 1)
-    else:
-        if params.has_critic:
-            memory += round(memory * value / known.parameters)
-        frozen += known.parameters * width if params.kl_coefficient else 0
-    disk = known.disk_bytes
-    if disk is not None and params.has_critic:
-        disk += round(disk * value / known.parameters)
-    return replace(known, memory_bytes_per_rank=memory + frozen, disk_bytes=disk)
+        memory += memory - frozen
+        if disk is not None:
+            learned = known.parameters if trained is None else trained
+            whole = 0 if params.publishes_adapter else 4 * (known.parameters - learned)
+            disk += disk - whole
+    copied = in_place * width if params.kl_coefficient and "reference" not in forecast.inputs else 0
+    return replace(known, memory_bytes_per_rank=memory + copied + beside, disk_bytes=disk)

@@ -18,13 +18,15 @@ from pipeline.store.artifact import MANIFEST, Facts, read_manifest
 from stages.lib.generating.generator import Generator
 from stages.lib.generating.transformers import TransformersGenerator
 from stages.lib.generating.vllm import VllmEngine, VllmGenerator, require_vllm
-from stages.lib.models.adapters.attaching import with_adapter
+from stages.lib.models.adapters.folders import tokenizer_to_train_with
+from stages.lib.models.adapters.params import ContinuedMethod
 from stages.lib.models.config import hidden_size, read_config, text_config
-from stages.lib.models.formats import formats_to_publish, say_if_other
+from stages.lib.models.formats import formats_to_publish
 from stages.lib.models.generation import note_generation
 from stages.lib.models.heads import fresh_value, load_policy, load_value
 from stages.lib.models.loading import count_parameters, initial_weights
-from stages.lib.on_policy.actor_critic import ActorCritic, Judged, adapted
+from stages.lib.on_policy.actor_critic import ActorCritic, Judged
+from stages.lib.on_policy.adapting import ReferenceOnBackbone, adapted
 from stages.lib.on_policy.contained_calls import Means
 from stages.lib.on_policy.loop import align
 from stages.lib.on_policy.params import OnPolicyParams, room_problems
@@ -45,8 +47,10 @@ from stages.lib.text.tokenizers import (
     stop_token_ids,
     tokenizer_digest,
 )
+from stages.lib.training.continuing import with_adapter_to_train
 from stages.lib.training.engine import Engine, freeze
 from stages.lib.training.layouts import complete_layout, fit_to_width, split_while_loading
+from stages.lib.training.making import rate_factors
 from stages.lib.training.optimizer import parameter_groups
 from stages.lib.training.params import Batch
 
@@ -59,12 +63,13 @@ def run_on_policy(
     config = read_config(start)
     if problems := room_problems(config, params):
         raise DataError(*problems)
-    tokenizer = load_tokenizer(start)
+    home = tokenizer_to_train_with(ctx.inputs)
+    tokenizer = load_tokenizer(home)
     require_own_vocabulary(start, tokenizer, text_config(config)["vocab_size"], tokenizer_digest(tokenizer))
     if "reference" in ctx.inputs:
         require_same_tokenizer(start, ctx.inputs["reference"], "inputs.reference")
     if params.rendering == "chat":
-        check_chat_template(tokenizer, str(start))
+        check_chat_template(tokenizer, str(home))
     prompts, heldout, ledger = open_prompts(
         ctx, tokenizer, params.rendering, params.max_prompt_tokens, params.max_dropped_fraction
     )
@@ -82,9 +87,8 @@ def run_on_policy(
     note_generation(ctx)
     aligned, parts = align(ctx, params, algorithm, build, prompts)
     dtype = publish_policy(ctx, params, parts, formats)
-    say_if_other(ctx, formats, dtype)
     if getattr(params, "publish_critic", False):
-        publish_critic(ctx, parts, formats)
+        publish_critic(ctx, params, parts, formats)
     metrics = {
         **aligned.after,
         **{f"{name}_base": value for name, value in aligned.before.items()},
@@ -133,12 +137,12 @@ def mixture_of(ctx: Context, params: OnPolicyParams, tokenizer: PreTrainedTokeni
 
 
 def critic_folder(ctx: Context, params: OnPolicyParams, tokenizer: PreTrainedTokenizerBase) -> Path | None:
-    """Where the critic is loaded from, or None: without one, or with one that shares the policy's backbone (lora).
+    """Where the critic is loaded from, or None: without one, or with one that shares the policy's backbone (under an adapter).
 
     That is the input `value` as it is; else the reward model's backbone, if it reads the policy's tokens, else the
     policy's own, with a fresh head.
     """
-    if not params.has_critic or params.lora is not None:
+    if not params.has_critic or params.adapter is not None:
         return None
     if "value" in ctx.inputs:
         require_same_tokenizer(ctx.inputs["model"], ctx.inputs["value"], "inputs.value")
@@ -174,12 +178,13 @@ def build_parts(ctx: Context, params: OnPolicyParams, opened: Opened, device: to
         policy = load_policy(start)
         value = load_value(opened.critic) if opened.critic is not None else None
     policy_parameters = count_parameters(policy)  # before adapters become a part of it
-    module = make_module(ctx, params, policy, value)
+    with split_while_loading(layout):  # else peft would take the split weights that it begins with for whole ones
+        module = make_module(ctx, params, policy, value)
     frozen_reference = frozen_reference_of(ctx, params, layout, device)
     trained = [(module.policy, params.learning_rate)]
     if module.value is not None:
         trained.append((module.value, opened.value_learning_rate or params.learning_rate))
-    groups, rates = parameter_groups(trained, params.weight_decay)
+    groups, rates = parameter_groups(trained, params.weight_decay, rate_factors(params))
     engine = Engine(ctx, module, groups, params, layout, device)
     reference = reference_of(params, engine, frozen_reference)
     switch_dropout_off(engine, int(policy.config.get_text_config().vocab_size), reference)
@@ -224,10 +229,11 @@ def make_scorer(ctx: Context, params: OnPolicyParams, layout: Mapping[str, Any] 
 def make_module(
     ctx: Context, params: OnPolicyParams, policy: PreTrainedModel, value: PreTrainedModel | None
 ) -> ActorCritic:
-    """Policy and critic as one module, ready to be trained; under lora with adapters on one backbone."""
+    """Policy and critic as one module, ready to be trained; under an adapter on one backbone, with the reference if it can be."""
     options = {"temperature": params.temperature, "entropy_has_gradients": params.entropy_coefficient > 0}
-    if params.lora is not None:
-        module = adapted(policy, params.lora, ctx.seed, critic=params.has_critic, **options)
+    if params.adapter is not None:
+        reference = reference_on_backbone(ctx, params)
+        module = adapted(policy, ctx, params.adapter, critic=params.has_critic, reference=reference, **options)
     else:
         module = ActorCritic(policy, value, **options)
     if ctx.resources.gradient_checkpointing:
@@ -245,7 +251,7 @@ def make_generator(
 
     def make_replica() -> PreTrainedModel:
         replica = load_policy(ctx.inputs["model"])
-        return replica if params.lora is None else with_adapter(replica, params.lora, ctx.seed, "CAUSAL_LM")
+        return replica if params.adapter is None else with_adapter_to_train(replica, ctx, params.adapter)
 
     return TransformersGenerator(engine, module.policy, make_replica)
 
@@ -268,14 +274,25 @@ def reference_of(
     return shared if frozen_reference is None else own
 
 
+def reference_on_backbone(ctx: Context, params: OnPolicyParams) -> ReferenceOnBackbone | None:
+    """Which reference shares the policy's backbone: what training begins with, or by name the input `model` without an adapter.
+
+    None where there is none, or it is a model of its own.
+    """
+    if params.adapter is None or not params.kl_coefficient:
+        return None
+    if "reference" in ctx.inputs:
+        return "bare" if ctx.inputs["reference"] == ctx.inputs["model"] else None
+    return "beginning" if isinstance(params.adapter, ContinuedMethod) else "bare"
+
+
 def frozen_reference_of(
     ctx: Context, params: OnPolicyParams, layout: dict[str, Any] | None, device: torch.device
 ) -> nn.Module | None:
     """The reference from its artifact, never from weights in training; None if the policy's own backbone serves as it."""
-    folder = ctx.inputs.get("reference", ctx.inputs["model"])
-    shared = params.lora is not None and folder == ctx.inputs["model"]
-    if not params.kl_coefficient or shared:
+    if not params.kl_coefficient or reference_on_backbone(ctx, params) is not None:
         return None
+    folder = ctx.inputs.get("reference", ctx.inputs["model"])
     with split_while_loading(layout):
         reference = ActorCritic(load_policy(folder), temperature=params.temperature)
     return freeze(reference, layout, params.precision, device)

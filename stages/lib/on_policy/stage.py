@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.errors import Problem
 from pipeline.stage import Context, Forecast, Input, Result, Stage
-from pipeline.store.artifact import Kind
 from stages.lib.on_policy.params import INPUTS, GroupParams, OnPolicyParams, check_on_policy, estimate_on_policy
 from stages.lib.text.template_date import on_template_date
+from stages.lib.training.params import causal_lm_or_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,14 +30,14 @@ def on_policy_stage(
     inputs: Mapping[str, Input] = INPUTS,
     check: Callable[[Forecast], list[Problem]] = check_on_policy,
 ) -> Stage:
-    """A stage that makes a causal model of a causal model, by what its completions are worth."""
+    """A stage that makes a causal model of a causal model, or an adapter of it, by what its completions are worth."""
     return Stage(
         kind=kind,
         version=version,
         summary=summary,
         params=params,
         inputs=inputs,
-        output=Kind.CAUSAL_LM,
+        output=causal_lm_or_adapter,
         run=on_template_date(run),
         headline=(
             "heldout_reward",

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import Problem
 from pipeline.stage import Estimate, Forecast
+from stages.lib.models.adapters.params import require_no_dropout
 from stages.lib.models.architectures import vocabulary_problems
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import length_problems
@@ -36,10 +37,7 @@ class PolicyParams(TrainingParams):
 
     @model_validator(mode="after")
     def nothing_is_dropped(self) -> PolicyParams:
-        if getattr(self.adapter, "dropout", 0.0):
-            raise ValueError(
-                "adapter: dropout must be 0: policy and reference are compared token by token, and would differ by chance"
-            )
+        require_no_dropout(self.adapter)
         return self
 
 

@@ -20,12 +20,12 @@ from stages.lib.processes.collectives import from_main
 from stages.lib.text.tokenizers import copy_left_out, copy_tokenizer
 from stages.lib.training.continuing import block_of, with_adapter_to_train
 from stages.lib.training.making import Made
-from stages.lib.training.params import TrainingParams
+from stages.lib.training.params import AdaptedParams
 
 
 def publish_trained(
     ctx: Context,
-    params: TrainingParams,
+    params: AdaptedParams,
     made: Made,
     make_model: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | Path,

@@ -40,7 +40,7 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
         what = f"finds nothing to train: models of the type {architecture.get('model_type')} have no such parameters"
         problems.append(Problem("params.adapter", f"{adapter.method} {what}", "Take lora, or freeze with last_layers."))
     if isinstance(adapter, LoraMethod):
-        problems += adapter_problems(architecture, adapter.target_modules, "params.adapter.target_modules")
+        problems += adapter_problems(architecture, adapter.target_modules)
         if adapter.use_dora and zero_stage_of(readable_layout(forecast.resources)) == 3:
             what = "is true, and reads whole weights in every pass, which ZeRO-3 has split"
             problems.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
-from stages.lib.models.adapters.attaching import attach, trained_state
+from stages.lib.models.adapters.attaching import attach, gathered, trained_state
 from stages.lib.models.adapters.folders import WEIGHTS, adapter_config, adapter_folder, no_continuing
 from stages.lib.models.adapters.opening import OTHER_MODEL, require_same_layers
 from stages.lib.models.adapters.params import AdapterBlock, AdapterParams, ContinuedMethod
@@ -50,7 +49,7 @@ def with_adapter_to_train(model: Any, ctx: Context, adapter: AdapterBlock) -> An
                 )
     if block is not adapter:
         adapted = attach(model, block, ctx.seed)
-        with gathered(adapted):
+        with gathered(list(trained_state(adapted).values()), writing=True):
             put_weights_in(adapted, home)
         return adapted
     return under_saved(model, adapter, home)
@@ -58,14 +57,11 @@ def with_adapter_to_train(model: Any, ctx: Context, adapter: AdapterBlock) -> An
 
 def under_saved(model: Any, adapter: ContinuedMethod, home: Path) -> Any:
     """The model under an adapter of peft, which is trained and begins with the weights in its folder."""
-    config: Any = PeftConfig.from_pretrained(str(home))
-    config.inference_mode, config.base_model_name_or_path = False, None  # the folder of the base may be another one
-    if config.peft_type == "LORA":
-        config.lora_dropout, config.init_lora_weights = adapter.dropout, True
+    config = saved_config(home, adapter.dropout)
     try:
         adapted = get_peft_model(model, config)
         require_same_layers(adapted, home, WHERE)
-        with gathered(adapted):
+        with gathered(list(trained_state(adapted).values()), writing=True):
             set_peft_model_state_dict(adapted, load_file(home / WEIGHTS))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         what = f"does not fit the model: {' '.join(str(error).split()):.300}"
@@ -73,15 +69,13 @@ def under_saved(model: Any, adapter: ContinuedMethod, home: Path) -> Any:
     return adapted
 
 
-def gathered(adapted: Any) -> contextlib.AbstractContextManager[Any]:
-    """Within it, what is trained is whole in every process, where ZeRO-3 has split the model that it was copied from."""
-    split = [weight for weight in trained_state(adapted).values() if hasattr(weight, "ds_id")]
-    if not split:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    held: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(split, modifier_rank=0)
-    return held
+def saved_config(home: Path, dropout: float = 0.0) -> Any:
+    """peft's config of the adapter in a folder, as one that is trained."""
+    config: Any = PeftConfig.from_pretrained(str(home))
+    config.inference_mode, config.base_model_name_or_path = False, None  # the folder of the base may be another one
+    if config.peft_type == "LORA":
+        config.lora_dropout, config.init_lora_weights = dropout, True
+    return config
 
 
 def require_base_of_adapter(ctx: Context) -> None:

@@ -20,7 +20,7 @@ from stages.lib.training.continuing import require_base_of_adapter, with_adapter
 from stages.lib.training.engine import Engine
 from stages.lib.training.layouts import complete_layout, fit_to_width, split_while_loading
 from stages.lib.training.optimizer import parameter_groups, same_rate
-from stages.lib.training.params import Batch, TrainingParams
+from stages.lib.training.params import AdaptedParams, Batch, TrainingParams
 from stages.lib.training.randomness import Randomness
 
 
@@ -78,7 +78,7 @@ def put_adapter_on(model: PreTrainedModel, ctx: Context, params: TrainingParams)
     return adapted
 
 
-def rate_factors(params: TrainingParams) -> Callable[[str], float]:
+def rate_factors(params: AdaptedParams) -> Callable[[str], float]:
     """A parameter's name -> what its learning rate is a multiple of the stage's."""
     if params.adapter is None:
         return same_rate

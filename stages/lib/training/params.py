@@ -51,7 +51,19 @@ class OptimizerParams(PublishedParams):
     """Number format of the weights that are published. null: where precision is fp32, that of the model that training starts from, and fp32 of a new model; else as precision says."""
 
 
-class TrainingParams(OptimizerParams):
+class AdaptedParams(OptimizerParams):
+    """What stages share that train all weights of a model, or an adapter in their place."""
+
+    adapter: AdapterParams | None = Field(default=None, exclude_if=lambda adapter: adapter is None)
+    """An adapter, or a part of the weights, that is trained in place of all of them: `method` and the fields of that method, as {method: lora, rank: 16}. The table in stages/README.md says what each is, and when it fits. null: all weights are trained."""
+
+    @property
+    def publishes_adapter(self) -> bool:
+        """Whether the artifact is the adapter alone."""
+        return publishes_adapter(self.adapter)
+
+
+class TrainingParams(AdaptedParams):
     """Fields that every stage shares that trains on rows of fixed data. A stage's own params derive from this."""
 
     global_batch_size: int = Field(ge=1)
@@ -113,18 +125,10 @@ class TrainingParams(OptimizerParams):
             raise ValueError(problem)
         return self
 
-    adapter: AdapterParams | None = Field(default=None, exclude_if=lambda adapter: adapter is None)
-    """An adapter, or a part of the weights, that is trained in place of all of them: `method` and the fields of that method, as {method: lora, rank: 16}. The table in stages/README.md says what each is, and when it fits. null: all weights are trained."""
-
     @property
     def trains_causal_lm(self) -> bool:
         """Whether what is trained predicts the next token: then it may read virtual tokens, and be published as an adapter."""
         return False
-
-    @property
-    def publishes_adapter(self) -> bool:
-        """Whether the artifact is the adapter alone."""
-        return publishes_adapter(self.adapter)
 
     @model_validator(mode="after")
     def adapter_fits_the_model(self) -> TrainingParams:
@@ -154,7 +158,7 @@ class TrainingParams(OptimizerParams):
         return self
 
 
-def causal_lm_or_adapter(params: TrainingParams, inputs: Mapping[str, Kind]) -> Kind:
+def causal_lm_or_adapter(params: AdaptedParams, inputs: Mapping[str, Kind]) -> Kind:
     """What a stage makes that trains a causal model."""
     return Kind.ADAPTER if params.publishes_adapter else Kind.CAUSAL_LM
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
 from stages.lib.models.adapters.methods import METHODS, Method, known_names
-from stages.lib.models.adapters.params import AdapterBlock, FreezeMethod, LoraParams, VirtualTokens, method_name
+from stages.lib.models.adapters.params import AdapterBlock, FreezeMethod, VirtualTokens, method_name
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -31,11 +32,12 @@ NEW_HEADS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
 """The tasks whose head is new: a model that only filled gaps or wrote on has none."""
 
 
-def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
+def attach(model: Any, adapter: AdapterBlock, seed: int, task: str | None = None) -> Any:
     """The model frozen under a fresh adapter, which is the same in every process and every memory layout.
 
     What a method of peft makes is peft's model around `model`; of the others it is `model` itself. New heads are trained in
-    any case. Raises `DataError` where the method does not fit the model's layers.
+    any case. `task`: what peft calls the model's, where its class does not say it. Raises `DataError` where the method does
+    not fit the model's layers.
     """
     torch.manual_seed(bounded_seed(seed, TORCH_BITS))
     method = METHODS[type(adapter)]
@@ -51,7 +53,7 @@ def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
         with warnings.catch_warnings():
             # Conv1D keeps its weights the other way round, which peft sees by itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            adapted = get_peft_model(model, method.peft_config(adapter, task_for_peft(model), new))
+            adapted = get_peft_model(model, method.peft_config(adapter, task or task_for_peft(model), new))
     except ValueError as error:
         said = str(error).splitlines()[0]
         what = f"{method_name(type(adapter))} does not fit this model: {said:.300}"
@@ -109,7 +111,7 @@ def hide_virtual_tokens(adapted: Any, count: int) -> None:
 
     def cut(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> Any:
         read = named["input_ids"] if "input_ids" in named else args[0]
-        if output.logits.shape[1] == read.shape[1] + count:
+        if "logits" in output and output.logits.shape[1] == read.shape[1] + count:
             output.logits = output.logits[:, count:]
         return output
 
@@ -171,33 +173,39 @@ def require_modules(model: nn.Module, names: Sequence[str] | None, where: str) -
         raise DataError(*problems)
 
 
-# The on-policy stages, where policy, critic and reference share one backbone
+# Models on the same weights
 
 
-def sharing_weights(model: nn.Module) -> Any:
-    """Another model of the same layers with the very same weights: what is trained in it must be added to it."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+def own_weights(model: nn.Module, adapter: AdapterBlock) -> list[str]:
+    """The names of the model's own parameters that the adapter would train in place; none where it adds all that is trained."""
+    choose = METHODS[type(adapter)].choose
+    return list(choose(adapter, model)) if choose is not None else []
 
 
-def with_adapter(model: Any, lora: LoraParams, seed: int, task: str) -> Any:
-    """The model frozen under a fresh low-rank adapter, which is the same in every process and every memory layout.
+def sharing_weights(model: nn.Module, apart: Iterable[str] = ()) -> Any:
+    """Another model of the same layers with the very same weights: what is trained in it must be added to it.
 
-    Raises `DataError` where it does not fit the model's layers.
+    `apart`: the names of the parameters of which it has copies of its own.
     """
-    torch.manual_seed(bounded_seed(seed, TORCH_BITS))
-    names = linear_names(model)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=lora.target_modules or "all-linear",
-        task_type=task,
+    copied = set(apart)
+    weights = dict(model.named_parameters())
+    shared = {id(weight): weight for name, weight in weights.items() if name not in copied}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    with gathered([weights[name] for name in sorted(copied)]):
+        return copy.deepcopy(model, shared)
+
+
+def gathered(weights: Sequence[nn.Parameter], *, writing: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Within it these weights are whole in every process, where ZeRO-3 has split them. All processes enter together.
+
+    `writing`: what the first process writes into them is kept, and is in the others afterwards.
+    """
+    split = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if not split:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    held: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        split, modifier_rank=0 if writing else None
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        said = str(error).splitlines()[0]
-        what = f"does not fit this model: {said:.300}"
-        hint = f"Name layers that do: some of {known_names(not_refused(names, said))}."
-        raise DataError(Problem("params.lora.target_modules", what, hint)) from error
+    return held

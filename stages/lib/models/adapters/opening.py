@@ -15,6 +15,7 @@ from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
 from stages.lib.models.adapters.attaching import hide_virtual_tokens
 from stages.lib.models.adapters.folders import LEAVING, WEIGHTS, adapter_folder, tokenizer_beside, unreadable_adapter
 from stages.lib.models.adapters.saving import own_method, put_weights_in, require_base
+from stages.lib.models.adapters.virtual import virtual_tokens_of
 from stages.lib.models.loading import require_vocabulary
 from stages.lib.text.tokenizers import load_tokenizer, stop_token_ids
 
@@ -165,8 +166,3 @@ def names_in(adapter: Path) -> set[str]:
 
 
 OTHER_MODEL = "Name the model that it was trained on, as its adapter_config.json says."
-
-
-def virtual_tokens_of(model: Any) -> int:
-    """How many tokens stand before each text that the model reads: those of the adapter that is on it."""
-    return int(getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0)

@@ -20,17 +20,6 @@ ADAPTER_FOLDER = "adapter"
 ModuleNames = list[Annotated[str, Field(min_length=1)]]
 
 
-class LoraParams(Strict):
-    """Low-rank adapters in place of training all weights (Hu et al., 2022), as the on-policy stages have them."""
-
-    rank: int = Field(default=16, ge=1)
-    """Rank of the matrices that are added."""
-    alpha: Scale = 32.0
-    """What they add is multiplied by alpha / rank."""
-    target_modules: ModuleNames | None = Field(default=None, min_length=1)
-    """Names of the backbone's linear layers that get one. null: all of them."""
-
-
 class AdapterBlock(Strict):
     """What the blocks of all methods have."""
 
@@ -222,6 +211,14 @@ def has_known_method(block: Any) -> Any:
 
 AdapterParams = Annotated[AnyMethod, Field(discriminator="method"), BeforeValidator(has_known_method)]
 """A block of `method` and the fields of that method."""
+
+
+def require_no_dropout(adapter: AdapterBlock | None) -> None:
+    """Raises `ValueError` for an adapter that drops inputs at random, where a policy is compared with its reference."""
+    if getattr(adapter, "dropout", 0.0):
+        raise ValueError(
+            "adapter: dropout must be 0: policy and reference are compared token by token, and would differ by chance"
+        )
 
 
 def publishes_adapter(adapter: AdapterBlock | None) -> bool:

@@ -1,10 +1,10 @@
-"""On-policy training of low-rank adapters: what is published, that the frozen weights stay, and what shares them."""
+"""On-policy training of adapters: what is published, that the frozen weights stay, and what shares them."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ from pipeline.errors import DataError
 from pipeline.running.worker import hub_inputs
 from pipeline.settings.resources import Resources
 from pipeline.store.job import Job
+from stages.lib.models.adapters.attaching import hide_virtual_tokens
+from stages.lib.models.adapters.opening import open_adapted
 from stages.lib.models.adapters.saving import save_adapter
+from stages.lib.models.asking import innermost
+from stages.lib.models.loading import load_language_model
+from stages.lib.on_policy.actor_critic import read_in_place
+from tests.distributed.training_world import GPT2_WITH_DROPOUT, write_model
 from tests.integration.on_policy_world import OnPolicyWorld, Seen, align, make_on_policy_world, write_policy
 
 pytestmark = pytest.mark.slow
 
-LORA = {"lora": {"rank": 4, "alpha": 16}, "learning_rate": 1e-2, "epochs_per_rollout": 2}
+RATES = {"learning_rate": 1e-2, "epochs_per_rollout": 2}
+LORA = {"adapter": {"method": "lora", "rank": 4, "alpha": 16}, **RATES}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -124,11 +131,7 @@ def test_the_lines_of_the_cards_run(trained: Seen, world: OnPolicyWorld) -> None
     """On the base that they ask for: the adapter gives the merged model's logits, the critic those of the critic."""
     out = trained.context.out
     assert list(out.glob("*/README.md")) == [], "peft's card, which says nothing"
-    job = Job(
-        recipe="r", step="s", kind="ppo", stage_version=1, artifact_id="a" * 64, artifact_kind="causal_lm", params={},
-        inputs={}, input_ids={"model": "sha256:" + "1" * 64}, source_digests={}, seed=0, resources=Resources(),
-        store="/", work="/",
-    )  # fmt: skip
+    job = job_of("causal_lm")
     try:
         write_cards(job, {"model": world.model}, out, trained.result, {})
         found = {name: lines_of_card(out / name, world.model) for name in ("adapter", "value")}
@@ -143,6 +146,15 @@ def test_the_lines_of_the_cards_run(trained: Seen, world: OnPolicyWorld) -> None
         values = found["value"]["body"].eval()(ids).last_hidden_state @ found["value"]["head"][0]
         expected = critic.score(critic.base_model(ids).last_hidden_state).squeeze(-1)
     assert torch.allclose(values, expected, atol=1e-5)
+
+
+def job_of(kind: str) -> Job:
+    """What a card is told of the step that made an artifact of this kind."""
+    return Job(
+        recipe="r", step="s", kind="ppo", stage_version=1, artifact_id="a" * 64, artifact_kind=kind, params={},
+        inputs={}, input_ids={"model": "sha256:" + "1" * 64}, source_digests={}, seed=0, resources=Resources(),
+        store="/", work="/",
+    )  # fmt: skip
 
 
 def lines_of_card(folder: Path, base: Path) -> dict[str, Any]:
@@ -187,7 +199,8 @@ def test_the_reference_stays_the_base(trained: Seen, world: OnPolicyWorld) -> No
 def test_a_reference_of_its_own(world: OnPolicyWorld, tmp_path: Path) -> None:
     """Another model as reference is loaded beside the policy; the divergence from it is not 0 at the beginning."""
     other = write_policy(tmp_path / "other", world.tokenizer, initializer_range=0.05)
-    changes = {**LORA, "rollouts": 1, "epochs_per_rollout": 1, "lora": {"rank": 2, "target_modules": ["q_proj"]}}
+    adapter = {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}
+    changes = {**LORA, "rollouts": 1, "epochs_per_rollout": 1, "adapter": adapter}
     seen = align("grpo", {**world.inputs, "reference": other}, tmp_path / "run", changes)
     assert abs(seen.lines("rollout")[0]["kl"]) > 0.01
     config = json.loads((seen.context.out / "adapter" / "adapter_config.json").read_text())
@@ -197,12 +210,147 @@ def test_a_reference_of_its_own(world: OnPolicyWorld, tmp_path: Path) -> None:
 
 def test_layers_that_the_model_does_not_have_are_refused(world: OnPolicyWorld, tmp_path: Path) -> None:
     """peft would pass over those beside one that is found; the head is none of the backbone's."""
-    changes = {"lora": {"target_modules": ["q_proj", "v_porj", "lm_head"]}}
+    changes = {"adapter": {"method": "lora", "target_modules": ["q_proj", "v_porj", "lm_head"]}}
     with pytest.raises(DataError) as caught:
         align("ppo", world.inputs, tmp_path, changes)
     assert [str(problem) for problem in caught.value.problems] == [
-        "params.lora.target_modules: the model has no linear layer 'v_porj'. Did you mean 'v_proj'?",
-        "params.lora.target_modules: the model has no linear layer 'lm_head'. Known: "
+        "params.adapter.target_modules: the model has no linear layer 'v_porj'. Did you mean 'v_proj'?",
+        "params.adapter.target_modules: the model has no linear layer 'lm_head'. Known: "
         + ", ".join(sorted(LINEAR))
         + ".",
     ]
+
+
+# Every method
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage with an adapter, of a Llama or of GPT-2, which has biases."""
+
+    stage: str
+    adapter: dict[str, Any]
+    family: str = "llama"
+
+
+CASES = {
+    "ia3": Case("ppo", {"method": "ia3"}),
+    "saving": Case(
+        "ppo",
+        {
+            "method": "lora",
+            "rank": 2,
+            "use_dora": True,
+            "target_modules": r".*\.1\..*q_proj",
+            "modules_to_save": ["lm_head"],
+            "learning_rate_ratio": 4.0,
+        },
+    ),
+    "lora, alone": Case("reinforce_plus_plus", {"method": "lora", "rank": 2, "publish": "adapter"}),
+    "freeze": Case("ppo", {"method": "freeze", "last_layers": 1, "publish": "adapter"}),
+    "bitfit": Case("grpo", {"method": "bitfit"}, "gpt2"),
+    "prompt": Case("grpo", {"method": "prompt_tuning", "num_virtual_tokens": 3}),
+    "p_tuning": Case("rloo", {"method": "p_tuning", "num_virtual_tokens": 3, "encoder_size": 8}),
+    "prefix": Case("ppo", {"method": "prefix_tuning", "num_virtual_tokens": 3, "projection": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(world: OnPolicyWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("gpt2") / "model"
+    return {"llama": world.model, "gpt2": write_model(folder, world.tokenizer, **GPT2_WITH_DROPOUT)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method(name: str, world: OnPolicyWorld, models: dict[str, Path], tmp_path: Path) -> None:
+    """Frozen weights stay bit for bit, what is trained moves, checkpoints hold nothing else; what is published, put on the
+    base by plain peft and by ourselves, is the policy, and in value/ the critic."""
+    case, base = CASES[name], models[CASES[name].family]
+    seen = align(case.stage, {**world.inputs, "model": base}, tmp_path, {"adapter": case.adapter, **RATES})
+    out, module = seen.context.out, seen.parts.module
+    start = load_file(base / "model.safetensors")
+    weights = {
+        key.replace(".base_layer", "").replace(".original_module", ""): parameter
+        for key, parameter in innermost(module.policy).named_parameters()
+        if not parameter.requires_grad
+    }
+    assert weights.keys() & start.keys() and all(
+        torch.equal(weights[key], start[key]) for key in weights.keys() & start
+    )
+    if case.adapter["method"] not in ("bitfit", "freeze"):
+        assert start.keys() <= weights.keys()
+    held = {id(parameter) for parameter in weights.values()}
+    reference = [parameter for _, parameter in module.reference.named_parameters()]
+    assert sum(id(parameter) in held for parameter in reference) > len(reference) / 4, "it shares what is frozen"
+    for key, tensor in module.reference.state_dict().items():
+        assert key not in start or torch.equal(tensor, start[key])
+
+    (checkpoint,) = seen.context.work.glob("checkpoints/*/engine.pt")
+    kept = torch.load(checkpoint, weights_only=True)["module"]
+    trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+    assert trained <= kept.keys() and kept.keys() - trained <= {key for key, _ in module.named_buffers()}
+
+    alone = (out / "adapter_config.json").exists()
+    assert alone is (case.adapter.get("publish") == "adapter" or "num_virtual_tokens" in case.adapter)
+    home = out if alone else out / "adapter"
+    policy = logits(module.policy, world)
+    assert float((policy - logits(AutoModelForCausalLM.from_pretrained(base), world)).abs().max()) > 1e-3
+    torch.testing.assert_close(logits(on_base(AutoModelForCausalLM, base, home), world), policy, rtol=0, atol=1e-5)
+    opened = open_adapted(base, {"mine": out}, load_language_model).use("mine")
+    torch.testing.assert_close(logits(opened, world), policy, rtol=0, atol=1e-5)
+    if not alone:
+        torch.testing.assert_close(logits(load_language_model(out), world), policy, rtol=0, atol=1e-5)
+
+    assert (out / "value").exists() is (case.stage == "ppo")
+    if case.stage == "ppo":
+        body = on_base(AutoModel, base, out / "value").eval()
+        head = load_file(out / "value" / "value_head.safetensors")["weight"]
+        ids = torch.tensor([world.tokenizer.encode("What does this return?")])
+        with torch.no_grad():
+            values = body(ids).last_hidden_state @ head[0]
+            called, read = read_in_place(module.value.base_model.eval(), ids, torch.ones_like(ids))
+            expected = module.value.score(called(**read).last_hidden_state).squeeze(-1)
+        assert torch.allclose(values, expected, atol=1e-5) and float(expected.abs().max()) > 1e-3
+    if name == "freeze":
+        write_cards(job_of("adapter"), {"model": base}, out, seen.result, {})
+        found = {place: lines_of_card(out / place, base) for place in ("", "value")}
+        torch.testing.assert_close(logits(found[""]["model"], world), policy, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            again = found["value"]["body"].eval()(ids).last_hidden_state @ found["value"]["head"][0]
+        assert torch.equal(again, values)
+
+
+def on_base(auto_class: Any, base: Path, home: Path) -> Any:
+    """The model with the adapter on it as users put it there: by peft, or for weights of the model itself without."""
+    model = auto_class.from_pretrained(base)
+    if "slipway_method" not in json.loads((home / "adapter_config.json").read_text()):
+        virtual = PeftModel.from_pretrained(model, home)
+        if count := getattr(virtual.active_peft_config, "num_virtual_tokens", 0):
+            hide_virtual_tokens(virtual, count)
+        return virtual
+    left = model.load_state_dict(load_file(home / "adapter_model.safetensors"), strict=False)
+    assert not left.unexpected_keys
+    return model
+
+
+@pytest.mark.parametrize("name", ["lora", "freeze"])
+def test_an_adapter_is_trained_further(name: str, world: OnPolicyWorld, tmp_path: Path) -> None:
+    """From where it was: that is the reference, unless a recipe names the bare model; a critic has one of its own."""
+    block = {"lora": {"method": "lora", "rank": 2}, "freeze": {"method": "freeze", "last_layers": 1}}[name]
+    rates = {**RATES, "learning_rate": 1e-3}
+    adapter = {**block, "publish": "adapter"}
+    first = align("grpo", world.inputs, tmp_path / "first", {"adapter": adapter, **rates})
+    inputs = {**world.inputs, "adapter": first.context.out}
+    changes = {"adapter": {"method": "continued"}, **rates}
+    seen = align("ppo", inputs, tmp_path / "second", changes)
+    assert seen.lines("rollout")[0]["kl"] == 0 and seen.lines("rollout")[1]["kl"] != 0
+    files = [load_file(each.context.out / "adapter_model.safetensors") for each in (first, seen)]
+    assert files[0].keys() == files[1].keys() and not all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    found = logits(on_base(AutoModelForCausalLM, world.model, seen.context.out), world)
+    torch.testing.assert_close(found, logits(seen.parts.module.policy, world), rtol=0, atol=1e-5)
+    began = logits(on_base(AutoModelForCausalLM, world.model, first.context.out), world)
+    torch.testing.assert_close(logits(seen.parts.module.reference, world), began, rtol=0, atol=1e-5)
+    named = align("grpo", {**inputs, "reference": world.model}, tmp_path / "third", {**changes, "rollouts": 1})
+    assert named.lines("rollout")[0]["kl"] != 0
+    bare = logits(AutoModelForCausalLM.from_pretrained(world.model), world)
+    assert torch.equal(logits(named.parts.module.reference, world), bare)
