@@ -77,7 +77,7 @@ def model_card(lineage: Lineage, stages: Mapping[str, Stage]) -> str:
         f"{WHAT[own.kind]}, {origin} by the stage `{own.stage}` of Slipway.",
         facts_lines(own),
         "## How to use it",
-        f"```python\n{usage(own.kind, chats=chats(lineage), several_outputs=REWARD_READING in read_json(own.folder / 'config.json'))}```",
+        f"```python\n{usage(own.kind, chats=chats(lineage), several_outputs=has_several_outputs(own))}```",
         chat_lines(own.folder) if own.kind in CHATTING else "",
         *how_it_was_made(lineage, stages),
     )
@@ -135,6 +135,13 @@ def num_labels(own: Link) -> int | None:
         return None
     labels = read_json(own.folder / "config.json").get("id2label")
     return len(labels) if isinstance(labels, dict) else None
+
+
+def has_several_outputs(own: Link) -> bool:
+    """Whether a reward model has more than one output, which its config then says how to read."""
+    if own.kind is not Kind.REWARD_MODEL or own.folder is None or not holds_file(own.folder, "config.json"):
+        return False
+    return REWARD_READING in read_json(own.folder / "config.json")
 
 
 def on_own_line(code: str) -> str:
