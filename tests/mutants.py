@@ -350,6 +350,47 @@ MUTATIONS = (
         "return np.sort(np.fromiter((zlib.crc32(each.split()[0].encode()) for each in bag(row)), dtype=np.int64))",
         ("tests/unit/test_bags.py::test_scores_are_those_of_naive_bayes",),
     ),
+    Mutation(
+        "ratings that are missing taken for 0",
+        "stages/lib/preferring",
+        "torch.where(rated_N1A, loss_NHA, 0.0)",
+        "loss_NHA",
+        ("tests/numerics/test_reward_losses.py::test_missing_ratings_are_left_out",),
+    ),
+    Mutation(
+        "uncertainty added to a score",
+        "stages/lib/formulas",
+        "mean_N - uncertainty_penalty *",
+        "mean_N + uncertainty_penalty *",
+        ("tests/numerics/test_reward_losses.py::test_the_score_of_heads_and_attributes",),
+    ),
+    Mutation(
+        "levels cut at a rating instead of between two",
+        "stages/lib/formulas",
+        "(low + high) / 2",
+        "high",
+        (
+            "tests/numerics/test_reward_losses.py::test_ordinal_loss_in_a_slow_loop",
+            "tests/numerics/test_reward_losses.py::test_the_ordinal_loss_is_least_at_a_level_between_equal_neighbours",
+        ),
+    ),
+    Mutation(
+        "all heads learning from the same rows",
+        "stages/lib/preferring",
+        "loss_NH = loss_NH * weight_NH",
+        "weight_NH = weight_NH",
+        (
+            "tests/numerics/test_reward_losses.py::test_heads_learn_from_their_own_samples",
+            "tests/numerics/test_reward_losses.py::test_samples_of_the_bootstrap",
+        ),
+    ),
+    Mutation(
+        "a step without a label called wrong",
+        "stages/lib/preferring",
+        "(marks_BT == WRONG) | (marks_BT == RIGHT)",
+        "marks_BT > 0",
+        ("tests/numerics/test_reward_losses.py::test_steps_are_learned_as_transformers_learns_labels_of_tokens",),
+    ),
 )
 
 

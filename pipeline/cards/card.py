@@ -18,7 +18,7 @@ from pipeline.errors import PathError
 from pipeline.figures import number
 from pipeline.settings.paths import holds_file, read_json
 from pipeline.stage import Result, Stage
-from pipeline.store.artifact import Kind
+from pipeline.store.artifact import REWARD_READING, Kind
 from pipeline.store.durable import write_text
 from pipeline.store.job import Job
 
@@ -27,14 +27,21 @@ WHAT = {
     Kind.QUANTIZED_LM: "A quantized language model",
     Kind.ENCODER: "An encoder, which fills in what is masked",
     Kind.REWARD_MODEL: "A reward model, which gives a conversation one score: the higher, the better its last answer",
+    Kind.PROCESS_REWARD_MODEL: "A process reward model, which says of each step of an answer how probably it is right",
     Kind.CLASSIFIER: "A classifier of texts",
     Kind.EXTRACTOR: "An extractor of spans",
     Kind.READER: "A reader, which finds the answer of a question in a text",
 }
 
 
-LEARNED_FROM_CHATS = frozenset({Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.PROMPTS})
+LEARNED_FROM_CHATS = frozenset(
+    {Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.RATINGS, Kind.STEP_LABELS, Kind.PROMPTS}
+)
 """Data of which a causal model learns to answer."""
+
+
+CHATTING = (Kind.CAUSAL_LM, Kind.QUANTIZED_LM, Kind.REWARD_MODEL, Kind.PROCESS_REWARD_MODEL)
+"""Kinds of models that read chats."""
 
 
 MOST_LABELS = 50
@@ -68,8 +75,8 @@ def model_card(lineage: Lineage, stages: Mapping[str, Stage]) -> str:
         f"{WHAT[own.kind]}, {origin} by the stage `{own.stage}` of Slipway.",
         facts_lines(own),
         "## How to use it",
-        f"```python\n{usage(own.kind, chats=chats(lineage))}```",
-        chat_lines(own.folder) if own.kind in (Kind.CAUSAL_LM, Kind.QUANTIZED_LM, Kind.REWARD_MODEL) else "",
+        f"```python\n{usage(own.kind, chats=chats(lineage), several_outputs=has_several_outputs(own))}```",
+        chat_lines(own.folder) if own.kind in CHATTING else "",
         *how_it_was_made(lineage, stages),
     )
 
@@ -119,10 +126,20 @@ def method_of(folder: Path) -> tuple[str, bool]:
 
 def num_labels(own: Link) -> int | None:
     """How many outputs the new head of a model has that is no reader; None without one."""
-    if own.kind not in (Kind.REWARD_MODEL, Kind.CLASSIFIER, Kind.EXTRACTOR) or own.folder is None:
+    if (
+        own.kind not in (Kind.REWARD_MODEL, Kind.PROCESS_REWARD_MODEL, Kind.CLASSIFIER, Kind.EXTRACTOR)
+        or own.folder is None
+    ):
         return None
     labels = read_json(own.folder / "config.json").get("id2label")
     return len(labels) if isinstance(labels, dict) else None
+
+
+def has_several_outputs(own: Link) -> bool:
+    """Whether a reward model has more than one output, which its config then says how to read."""
+    if own.kind is not Kind.REWARD_MODEL or own.folder is None or not holds_file(own.folder, "config.json"):
+        return False
+    return REWARD_READING in read_json(own.folder / "config.json")
 
 
 def on_own_line(code: str) -> str:

@@ -31,6 +31,7 @@ PIPELINE_TAGS = {
     Kind.QUANTIZED_LM: "text-generation",
     Kind.ENCODER: "fill-mask",
     Kind.REWARD_MODEL: "text-classification",
+    Kind.PROCESS_REWARD_MODEL: "token-classification",
     Kind.CLASSIFIER: "text-classification",
     Kind.EXTRACTOR: "token-classification",
     Kind.READER: "question-answering",
@@ -41,6 +42,7 @@ PIPELINE_TAGS = {
 TAGS = {
     Kind.QUANTIZED_LM: ("compressed-tensors",),
     Kind.REWARD_MODEL: ("reward-model",),
+    Kind.PROCESS_REWARD_MODEL: ("reward-model", "process-reward-model"),
 }
 
 

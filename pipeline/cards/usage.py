@@ -44,7 +44,38 @@ messages = [
 ]
 inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
 with torch.no_grad():
-    score = model(**inputs).logits[0, 0].item()
+    {score}
+print(score)
+"""
+
+
+SCORE_OF_ONE = "score = model(**inputs).logits[0, 0].item()"
+
+
+SCORE_OF_HEADS = """\
+reading = model.config.slipway_reward  # outputs head by head, of each the attributes
+    outputs = model(**inputs).logits[0].view(reading["heads"], len(reading["attributes"]))
+    scores = outputs @ torch.tensor(reading["weights"])  # one for each head
+    score = scores.mean().item()  # how far the heads are apart: scores.std(correction=0)"""
+
+
+SCORE_STEPS = """\
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForTokenClassification.from_pretrained(folder)
+question = [{{"role": "user", "content": "What is 2 * 3 + 4?"}}]
+steps = ["2 * 3 = 6.", "6 + 4 = 10."]
+ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+ends = []
+for step in steps:  # each is read at the last token of the separator behind it
+    ids += tokenizer(step + model.config.slipway_reward["step_separator"], add_special_tokens=False)["input_ids"]
+    ends.append(len(ids) - 1)
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([ids])).logits
+right = logits[0, ends].softmax(-1)[:, 1].tolist()  # how probably each step is right
+score = min(right)  # or the product, or the last, as model.config.slipway_reward["answer_score"] says
 print(score)
 """
 
@@ -117,6 +148,7 @@ model.load_state_dict(load_file(f"{{folder}}/adapter_model.safetensors"), strict
 CLASSES = {
     Kind.ENCODER: "AutoModelForMaskedLM",
     Kind.REWARD_MODEL: "AutoModelForSequenceClassification",
+    Kind.PROCESS_REWARD_MODEL: "AutoModelForTokenClassification",
     Kind.CLASSIFIER: "AutoModelForSequenceClassification",
     Kind.EXTRACTOR: "AutoModelForTokenClassification",
     Kind.READER: "AutoModelForQuestionAnswering",
@@ -158,14 +190,18 @@ head = load_file(f"{{folder}}/value_head.safetensors")["weight"]  # values: body
 """
 
 
-def usage(kind: Kind, *, chats: bool) -> str:
-    """The lines that use a model of this kind; `chats` says whether a causal one has learned to."""
+def usage(kind: Kind, *, chats: bool, several_outputs: bool = False) -> str:
+    """The lines that use a model of this kind; `chats` says whether a causal one has learned to, `several_outputs` whether a
+    reward model has more than one.
+    """
     match kind:
         case Kind.CAUSAL_LM | Kind.QUANTIZED_LM:
             needs = "" if kind is Kind.CAUSAL_LM else "# pip install compressed-tensors\n"
             return needs + GENERATE.format(folder=FOLDER) + (CHAT if chats else CONTINUE)
         case Kind.REWARD_MODEL:
-            return SCORE.format(folder=FOLDER)
+            return SCORE.format(folder=FOLDER, score=SCORE_OF_HEADS if several_outputs else SCORE_OF_ONE)
+        case Kind.PROCESS_REWARD_MODEL:
+            return SCORE_STEPS.format(folder=FOLDER)
         case Kind.READER:
             return READ.format(folder=FOLDER)
         case Kind.ENCODER:

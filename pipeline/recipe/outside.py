@@ -10,7 +10,7 @@ from pipeline.errors import RecipeError, shown
 from pipeline.recipe.weight_files import OTHERS, broken_weights, weights_in
 from pipeline.settings.paths import holds_file, is_file, read_json
 from pipeline.stage import Stage
-from pipeline.store.artifact import Kind
+from pipeline.store.artifact import REWARD_READING, Kind
 
 SIZES = frozenset(
     "vocab_size hidden_size n_embd dim intermediate_size num_hidden_layers n_layer n_layers num_attention_heads n_head "
@@ -183,6 +183,8 @@ def kind_of_folder(path: Path) -> Kind:
         "ForTokenClassification": Kind.EXTRACTOR,
         "ForQuestionAnswering": Kind.READER,
     }
+    if block.get(REWARD_READING) is not None:
+        endings |= {"ForSequenceClassification": Kind.REWARD_MODEL, "ForTokenClassification": Kind.PROCESS_REWARD_MODEL}
     for ending, kind in endings.items():
         if architecture.endswith(ending):
             return kind

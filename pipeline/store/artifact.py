@@ -35,6 +35,8 @@ class Kind(StrEnum):
     PROMPT_ROWS = "prompt_rows"
     PREFERENCE_ROWS = "preference_rows"
     UNPAIRED_PREFERENCE_ROWS = "unpaired_preference_rows"
+    RATING_ROWS = "rating_rows"
+    STEP_LABEL_ROWS = "step_label_rows"
     LABEL_ROWS = "label_rows"
     SPAN_ROWS = "span_rows"
     QUESTION_ROWS = "question_rows"
@@ -45,6 +47,8 @@ class Kind(StrEnum):
     PROMPTS = "prompts"
     PREFERENCES = "preferences"
     UNPAIRED_PREFERENCES = "unpaired_preferences"
+    RATINGS = "ratings"
+    STEP_LABELS = "step_labels"
     LABELS = "labels"
     SPANS = "spans"
     QUESTIONS = "questions"
@@ -57,11 +61,16 @@ class Kind(StrEnum):
     """Of peft, without the model that it was trained on."""
     ENCODER = "encoder"
     REWARD_MODEL = "reward_model"
+    PROCESS_REWARD_MODEL = "process_reward_model"
     QUANTIZED_LM = "quantized_lm"
     CLASSIFIER = "classifier"
     EXTRACTOR = "extractor"
     READER = "reader"
     REPORT = "report"
+
+
+REWARD_READING = "slipway_reward"
+"""The name in a reward model's config.json under which stands how its outputs become a score, where it has more than one."""
 
 
 class FileEntry(BaseModel):

@@ -1,23 +1,24 @@
-"""`reward`: a reward model, trained so that the chosen answer of each pair scores higher than the rejected one.
+"""`reward`: a reward model, trained on one of four sorts of data: pairs of answers, of which the chosen one is to score higher;
+single answers that are good or bad; answers that are rated, by one attribute or several; or answers whose steps are labelled.
 
-`preferences` is one mixed data set. Several sets are sources of its mix, in the shares that the mix gives them; held-out
+The input is one mixed data set. Several sets are sources of its mix, in the shares that the mix gives them; held-out
 accuracy is then told for each of them, too.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field, model_validator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
-from stages.lib.formulas.bounds import Weight
 from stages.lib.models.arithmetic import completed, field_of
 from stages.lib.models.families import scoring_problems
-from stages.lib.preferring.params import PreferenceParams, check_preference_training, estimate_preference_training
+from stages.lib.preferring.params import check_preference_training, estimate_preference_training
+from stages.lib.preferring.reward_reading import RewardReading, StepsReading
+from stages.lib.preferring.scoring_params import REWARD_ROLES, ScoringParams, reward_input_problems, reward_role
 from stages.lib.text.template_date import on_template_date
 from stages.lib.training.extension import EXTENSION_PARAMS
 
@@ -27,109 +28,103 @@ if TYPE_CHECKING:
     import torch
 
     from stages.lib.formulas.token_losses import Tensors
+    from stages.lib.preferring.opening import Preferences
     from stages.lib.preferring.pairs import Pairs
     from stages.lib.text.batches import Collate
-    from stages.lib.training.evaluating import Evaluator
+    from stages.lib.training.carrying import Objective
+    from stages.lib.training.evaluating import Evaluator, Metrics
 
 
-class RewardParams(PreferenceParams):
+class RewardParams(ScoringParams):
     """How the reward model is trained."""
-
-    margin: Weight = 0.0
-    """By how much the chosen answer's score should exceed the rejected one's before the loss counts the pair as even. Only with margin_from: constant."""
-    margin_from: Literal["constant", "column"] = "constant"
-    """Where margins come from. constant: every pair has `margin`; column: each row of the preferences says its own as `margin`, a number of at least 0, and one that says none is an error."""
-    label_smoothing: Weight = Field(default=0.0, lt=0.5)
-    """The share of pairs that are taken to be labelled the wrong way round: it keeps scores from drifting apart on pairs that are always told apart."""
-    center_rewards_coefficient: Weight = 0.0
-    """Weight of the squared sum of a pair's two scores in the loss, which holds scores around 0 (0.01 is usual). Without it only differences of scores mean something."""
-
-    def measures(self) -> tuple[str, ...]:
-        names = ("accuracy", "accuracy_of_*", "loss", "margin", "calibration_error", "score", "score_*")
-        return tuple(f"heldout_{name}" for name in names)
-
-    @model_validator(mode="after")
-    def margin_is_used(self) -> RewardParams:
-        if self.margin and self.margin_from == "column":
-            raise ValueError("margin has no effect with margin_from: column: remove it, or take constant")
-        return self
 
 
 def estimate(forecast: Forecast) -> Estimate:
-    """The causal model's, with a head of one output in place of the one over the vocabulary."""
-    known = estimate_preference_training(forecast)
+    """The causal model's, with a head of so many outputs in place of the one over the vocabulary."""
+    role = next((role for role in REWARD_ROLES if role in forecast.inputs), "preferences")
+    rows, sequences = forecast.inputs.get(role, Estimate()).train_rows, 2 if role == "preferences" else 1
+    known = estimate_preference_training(forecast, num_rows=rows, sequences=sequences)
     architecture = known.architecture or {}
     hidden, vocabulary = field_of(architecture, "hidden_size"), field_of(architecture, "vocab_size")
     if known.parameters is None or hidden is None or vocabulary is None:
         return known
     language_head = 0 if (completed(architecture) or architecture).get("tie_word_embeddings") else hidden * vocabulary
-    trained = None if known.trained_parameters is None else known.trained_parameters + hidden
-    return replace(known, parameters=known.parameters - language_head + hidden, trained_parameters=trained)
+    outputs = forecast.params.reading_of(role).num_outputs
+    head = hidden * outputs + (outputs if role == "step_labels" else 0)  # heads of tokens have a bias
+    trained = None if known.trained_parameters is None else known.trained_parameters + head
+    return replace(known, parameters=known.parameters - language_head + head, trained_parameters=trained)
 
 
 def check(forecast: Forecast) -> list[Problem]:
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
-    return [*check_preference_training(forecast), *scoring_problems(architecture)]
+    return [
+        *reward_input_problems(forecast),
+        *check_preference_training(forecast),
+        *scoring_problems(architecture),
+    ]
+
+
+def kind_of_reward(params: RewardParams, inputs: Mapping[str, Kind]) -> Kind:
+    return Kind.PROCESS_REWARD_MODEL if "step_labels" in inputs else Kind.REWARD_MODEL
 
 
 @on_template_date
 def run(ctx: Context, params: RewardParams) -> Result:
-    from transformers import AutoModelForSequenceClassification
-
     from stages.lib.models.heads import add_reward_head, choose_padding
     from stages.lib.models.loading import initial_weights, load_model
-    from stages.lib.preferring.answers import accuracy_of_length
-    from stages.lib.preferring.opening import open_preferences
-    from stages.lib.preferring.pairs import collate_pairs
-    from stages.lib.preferring.reward_models import HEAD_TYPE, require_fixed_prompts
+    from stages.lib.preferring.reward_models import HEAD_TYPE, STEPS_HEAD_TYPE, require_fixed_prompts, scored_class
     from stages.lib.training.loop import train
 
-    causal = ctx.inputs["model"]
-    preferences = open_preferences(ctx, params, with_margins=params.margin_from == "column")
+    causal, task = ctx.inputs["model"], open_task(ctx, params)
+    preferences, reading = task.preferences, task.reading
     require_fixed_prompts(preferences.tokenizer)
-    tokenizer, heldout_pairs = preferences.tokenizer, preferences.heldout
+    tokenizer = preferences.tokenizer
     own_padding_id = tokenizer.pad_token_id
-    padding_id = choose_padding(tokenizer, preferences.train.last_ids() | heldout_pairs.last_ids())
-    collate = collate_pairs(padding_id)
-    objective = RewardObjective(params)
-    initial = initial_weights(ctx, lambda: add_reward_head(causal, padding_id))
+    padding_id = choose_padding(tokenizer, preferences.train.last_ids() | preferences.heldout.last_ids())
+    collate = task.collate(padding_id)
+    of_steps = "step_labels" in ctx.inputs
+    head = {"num_outputs": reading.num_outputs, "of_tokens": of_steps, "config": reading.config}
+    initial = initial_weights(ctx, lambda: add_reward_head(causal, padding_id, **head))
     trained = train(
         ctx,
         params,
-        make_model=lambda: load_model(AutoModelForSequenceClassification, initial),
+        make_model=lambda: load_model(scored_class(reading), initial),
         tokenizer=causal if padding_id == own_padding_id else tokenizer,
-        data=preferences.train,
+        data=task.data,
         collate=collate,
-        objective=objective,
-        evaluate=lambda evaluator: evaluate(evaluator, heldout_pairs, collate, objective),
+        objective=task.objective,
+        evaluate=lambda evaluator: task.evaluate(evaluator, collate),
     )
     metrics = {
         **trained.after,
-        "heldout_accuracy_random": 0.5,
-        "heldout_accuracy_base": trained.before["heldout_accuracy"],
-        "heldout_accuracy_longer": accuracy_of_length(heldout_pairs.answer_lengths()),
-        "heldout_loss_base": trained.before["heldout_loss"],
-        "heldout_calibration_error_base": trained.before["heldout_calibration_error"],
+        **task.baselines(trained.before),
         "train_loss": trained.train_loss,
         **preferences.ledger.metrics(),
     }
     scores = published_scores(ctx.out)
-    return Result(metrics, preferences.facts(params, trained, head_type=HEAD_TYPE, fixed_prompt_scores=scores))
+    head_type = STEPS_HEAD_TYPE if of_steps else HEAD_TYPE
+    return Result(metrics, preferences.facts(params, trained, head_type=head_type, fixed_prompt_scores=scores))
 
 
 STAGE = Stage(
     kind="reward",
     version=5,
-    summary="a reward model: which of two answers is better, as a score for each",
+    summary="a reward model: how good an answer is, or how right each of its steps",
     params=RewardParams,
     inputs={
         "model": accepts(Kind.CAUSAL_LM),
-        "preferences": accepts(Kind.PREFERENCES),
-        "extends": accepts(Kind.REWARD_MODEL, optional=True),
+        "preferences": accepts(Kind.PREFERENCES, optional=True),
+        "unpaired_preferences": accepts(Kind.UNPAIRED_PREFERENCES, optional=True),
+        "ratings": accepts(Kind.RATINGS, optional=True),
+        "step_labels": accepts(Kind.STEP_LABELS, optional=True),
+        "extends": accepts(Kind.REWARD_MODEL, Kind.PROCESS_REWARD_MODEL, optional=True),
     },
-    output=Kind.REWARD_MODEL,
+    output=kind_of_reward,
     run=run,
-    headline=("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
+    headline=(
+        *("heldout_accuracy", "heldout_accuracy_base", "heldout_accuracy_longer", "heldout_margin"),
+        *("heldout_auc", "heldout_mse", "heldout_mse_mean", "heldout_correlation"),
+    ),
     distributed=True,
     may_extend=EXTENSION_PARAMS,
     estimate=estimate,
@@ -137,11 +132,100 @@ STAGE = Stage(
 )
 
 
+@dataclass(frozen=True)
+class RewardTask:
+    """What is learned from one sort of input, and how."""
+
+    preferences: Preferences[Any]
+    reading: RewardReading | StepsReading
+    data: Sequence[dict[str, Any]]
+    """The training rows, weighted where heads have samples of their own."""
+    objective: Objective
+    collate: Callable[[int], Collate]
+    """Padding id -> what makes batches of rows."""
+    evaluate: Callable[[Evaluator, Collate], Metrics]
+    baselines: Callable[[Mapping[str, float]], Metrics]
+    """What was measured before training -> metrics beside those of the trained model."""
+
+
+def open_task(ctx: Context, params: RewardParams) -> RewardTask:
+    """What the input that is there asks for. Raises `DataError` where its rows cannot be used."""
+    from stages.lib.preferring.bootstrap import WeightedRows, bootstrap_weights
+
+    role = reward_role(ctx.inputs)
+    task = {"preferences": pairs_task, "step_labels": steps_task}.get(role, rated_task)(ctx, params, role)
+    if not params.bootstrap:
+        return task
+    return replace(task, data=WeightedRows(task.data, bootstrap_weights(ctx.seed, len(task.data), params.heads)))
+
+
+def pairs_task(ctx: Context, params: RewardParams, role: str) -> RewardTask:
+    from stages.lib.preferring.answers import accuracy_of_length
+    from stages.lib.preferring.bootstrap import collate_weighted
+    from stages.lib.preferring.opening import open_preferences
+    from stages.lib.preferring.pairs import collate_pairs
+
+    preferences = open_preferences(ctx, params, with_margins=params.margin_from == "column")
+    objective, heldout = RewardObjective(params), preferences.heldout
+
+    def baselines(before: Mapping[str, float]) -> Metrics:
+        return {
+            "heldout_accuracy_random": 0.5,
+            "heldout_accuracy_base": before["heldout_accuracy"],
+            "heldout_accuracy_longer": accuracy_of_length(heldout.answer_lengths()),
+            "heldout_loss_base": before["heldout_loss"],
+            "heldout_calibration_error_base": before["heldout_calibration_error"],
+        }
+
+    return RewardTask(
+        preferences,
+        params.reading_of(role),
+        preferences.train,
+        objective,
+        lambda padding_id: collate_weighted(collate_pairs(padding_id)),
+        lambda evaluator, collate: evaluate(evaluator, heldout, collate, objective),
+        baselines,
+    )
+
+
+def rated_task(ctx: Context, params: RewardParams, role: str) -> RewardTask:
+    from stages.lib.preferring.bootstrap import collate_weighted
+    from stages.lib.preferring.rated import collate_rated, open_rated
+    from stages.lib.preferring.rated_objective import RatedObjective
+
+    preferences, objective = open_rated(ctx, params, role), RatedObjective(params, role)
+    return RewardTask(
+        preferences,
+        params.reading_of(role),
+        preferences.train,
+        objective,
+        lambda padding_id: collate_weighted(collate_rated(padding_id)),
+        lambda evaluator, collate: objective.heldout_metrics(evaluator, preferences.heldout, collate),
+        lambda before: objective.baselines(preferences.train, preferences.heldout, before),
+    )
+
+
+def steps_task(ctx: Context, params: RewardParams, role: str) -> RewardTask:
+    from stages.lib.preferring.labelled_steps import StepsObjective, collate_steps, open_steps
+
+    preferences, objective = open_steps(ctx, params), StepsObjective(params)
+    return RewardTask(
+        preferences,
+        params.reading_of(role),
+        preferences.train,
+        objective,
+        collate_steps,
+        lambda evaluator, collate: objective.heldout_metrics(evaluator, preferences.heldout, collate),
+        lambda before: objective.baselines(preferences.heldout, before),
+    )
+
+
 class RewardObjective:
-    """`preference_losses.reward_loss`, summed over pairs."""
+    """`preference_losses.reward_loss` in the mean over heads, summed over pairs."""
 
     def __init__(self, params: RewardParams) -> None:
         self.margin = params.margin
+        self.reading = RewardReading(params.heads)
         self.options: dict[str, Any] = {
             "label_smoothing": params.label_smoothing,
             "center_rewards_coefficient": params.center_rewards_coefficient,
@@ -150,7 +234,7 @@ class RewardObjective:
     def losses(
         self, chosen_N: torch.Tensor, rejected_N: torch.Tensor, margin_N: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One loss a pair. `margin_N` is there where pairs were opened with their margins."""
+        """One loss a pair, or of N x H scores one a pair and head. `margin_N` is there where pairs were opened with margins."""
         from stages.lib.formulas.preference_losses import reward_loss
 
         margin = self.margin if margin_N is None else margin_N
@@ -162,22 +246,35 @@ class RewardObjective:
         return num_pairs(batch)
 
     def loss_sum(self, model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-        from stages.lib.preferring.reward_models import scores
+        from stages.lib.preferring.bootstrap import mean_over_heads
+        from stages.lib.preferring.reward_models import outputs
 
-        chosen_N, rejected_N = scores(model, batch).chunk(2)
-        return self.losses(chosen_N, rejected_N, batch.get("margin_N")).sum()
+        chosen_NH, rejected_NH = outputs(model, batch).chunk(2)
+        margin_N = batch.get("margin_N")
+        loss_NH = self.losses(chosen_NH, rejected_NH, None if margin_N is None else margin_N[:, None])
+        return mean_over_heads(loss_NH, batch).sum()
 
 
 def evaluate(evaluator: Evaluator, pairs: Pairs, collate: Collate, objective: RewardObjective) -> dict[str, float]:
-    """The metrics on held-out pairs."""
-    from stages.lib.preferring.reward_models import scores
+    """The metrics on held-out pairs: of an ensemble those of the heads' mean, and how far the heads are apart."""
+    import torch
+
+    from stages.lib.preferring.reward_models import head_deviation, outputs
+
+    heads = range(objective.reading.heads)
 
     def measure(model: torch.nn.Module, batch: Tensors) -> Tensors:
-        chosen_N, rejected_N = scores(model, batch).chunk(2)
-        return {"chosen": chosen_N, "rejected": rejected_N}
+        sides = zip(("chosen", "rejected"), outputs(model, batch).chunk(2), strict=True)
+        return {f"{name}_{head}": score_NH[:, head] for name, score_NH in sides for head in heads}
 
     found = evaluator.values(pairs, collate, measure)
-    return heldout_metrics(found["chosen"], found["rejected"], pairs, objective)
+    chosen_NH, rejected_NH = (
+        torch.stack([found[f"{name}_{head}"] for head in heads], dim=1) for name in ("chosen", "rejected")
+    )
+    return {
+        **heldout_metrics(chosen_NH.mean(dim=1), rejected_NH.mean(dim=1), pairs, objective),
+        **head_deviation(objective.reading, torch.cat([chosen_NH, rejected_NH])),
+    }
 
 
 def heldout_metrics(

@@ -15,7 +15,7 @@ from pipeline.stage import Context, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Kind
 from pipeline.store.durable import write_text
 from pipeline.store.numbers import json_text, require_finite
-from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy
+from stages.lib.formulas.bounds import Nucleus, TemperatureOrGreedy, Weight
 from stages.lib.measuring.adapter_inputs import adapter_input_problems
 from stages.lib.text.chat_fitting import split_last_answer
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
@@ -66,8 +66,19 @@ class EvaluateParams(TemplateDateParams):
     """Held-out preference pairs on which accuracy is measured: the first so many. null: all."""
     generation: GenerationParams | None = None
     """Replies that every model writes to the same prompts, for reading. null: none."""
+    uncertainty_penalty: Weight = Field(default=0.0, exclude_if=lambda penalty: not penalty)
+    """How many standard deviations over the heads of an ensemble are taken off their mean, in all that reward models score. Only where all of them have several heads."""
     scored_replies: ScoredRepliesParams | None = None
     """Replies that every model writes to the same held-out prompts, and every reward model scores: metrics such as heldout_reward.<model>, or with several reward models heldout_reward.<reward model>.<model>. null: none."""
+
+
+USED_ON = {
+    "heldout_blocks": "tokens",
+    "heldout_chats": "chats",
+    "heldout_pairs": "preferences",
+    "uncertainty_penalty": "reward_models",
+}
+"""Param -> the input without which it has no effect."""
 
 
 def check(forecast: Forecast) -> list[Problem]:
@@ -77,8 +88,8 @@ def check(forecast: Forecast) -> list[Problem]:
     generation = params.generation
     problems = [
         Problem(f"params.{option}", f"has no effect without the input {role}", f"Add it to inputs, or remove {option}.")
-        for option, role in (("heldout_blocks", "tokens"), ("heldout_chats", "chats"), ("heldout_pairs", "preferences"))
-        if getattr(params, option) is not None and role not in roles
+        for option, role in USED_ON.items()
+        if getattr(params, option) not in (None, 0.0) and role not in roles
     ]
     if "reward_models" in roles and "preferences" not in roles and params.scored_replies is None:
         hint = "Add preferences to inputs, or scored_replies to params."
@@ -101,14 +112,15 @@ def check(forecast: Forecast) -> list[Problem]:
 
 @on_template_date
 def run(ctx: Context, params: EvaluateParams) -> Result:
-    from stages.lib.measuring.compared_models import Rows, Subject, add_chats, add_pairs, add_text
+    from stages.lib.measuring.compared_models import Rows, add_chats, add_pairs, add_text
+    from stages.lib.measuring.measures import side_by_side
     from stages.lib.measuring.scored_replies import ScoredReplies, metrics_of
-    from stages.lib.measuring.subjects import open_subjects
+    from stages.lib.measuring.subjects import open_judges, open_subjects
     from stages.lib.processes.joining import use_threads
 
     use_threads(ctx.resources)
     subjects = open_subjects(ctx)
-    judges = [Subject.open(name, folder) for name, folder in ctx.group("reward_models").items()]
+    judges = open_judges(ctx, params.uncertainty_penalty)
     rows = Rows()
     if "tokens" in ctx.inputs:
         add_text(rows, ctx.inputs["tokens"], params.heldout_blocks, subjects)
@@ -131,7 +143,7 @@ def run(ctx: Context, params: EvaluateParams) -> Result:
     for done, each in enumerate(judges, start=len(subjects)):
         ctx.journal.write("progress", what=f"evaluate {each.name}", done=done, total=total)
         each.results = made_once(ctx, f"measured-reward-{each.name}.json", partial(judge, ctx, each, scored))
-    metrics = flatten([*subjects, *judges])
+    metrics = side_by_side([*subjects, *judges])
     summary = summarize(params.scored_replies, scored, judges)
     metrics |= metrics_of(summary) if summary else {}
     metrics |= rows.baselines
@@ -149,7 +161,7 @@ STAGE = Stage(
         "models": accepts(Kind.CAUSAL_LM, Kind.QUANTIZED_LM, optional=True, many=True),
         "adapters": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True, many=True),
         "base": accepts(Kind.CAUSAL_LM, optional=True),
-        "reward_models": accepts(Kind.REWARD_MODEL, optional=True, many=True),
+        "reward_models": accepts(Kind.REWARD_MODEL, Kind.PROCESS_REWARD_MODEL, optional=True, many=True),
         "tokens": accepts(Kind.TOKENS, optional=True),
         "chats": accepts(Kind.CHATS, optional=True),
         "preferences": accepts(Kind.PREFERENCES, optional=True),
@@ -282,19 +294,8 @@ def judge(ctx: Context, subject: Subject, scored: ScoredReplies | None) -> dict[
     batch_size = ctx.resources.micro_batch_size or 8
     measures = reward_model_measures(model, subject, batch_size, tokenizer.pad_token_id)
     facts = {"parameters": num_weights(model), "vocabulary": len(tokenizer)}
-    scores = scored.score(model, tokenizer, batch_size) if scored is not None else None
+    scores = scored.score(model, subject, batch_size) if scored is not None else None
     return {"measures": measures, "facts": facts, "scores": scores}
-
-
-def flatten(everyone: Sequence[Subject]) -> dict[str, float]:
-    """`measure.model` -> number, the same measure of all models next to each other."""
-    measures = dict.fromkeys(measure for each in everyone for measure in each.results["measures"])
-    return {
-        f"{measure}.{each.name}": each.results["measures"][measure]
-        for measure in measures
-        for each in everyone
-        if measure in each.results["measures"]
-    }
 
 
 def summarize(

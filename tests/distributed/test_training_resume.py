@@ -5,12 +5,14 @@ Loading torch takes longer than training, so that it is loaded twice for all job
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stages.lib.rows.canonical import read_rows, write_rows
 from tests.distributed.training_world import (
     GPT2_WITH_DROPOUT,
     Job,
@@ -36,7 +38,16 @@ COMMON = {
 PARAMS: dict[str, dict[str, Any]] = {
     "pretrain": {**COMMON, "architecture": GPT2_WITH_DROPOUT},
     "sft": {**COMMON, "max_length_tokens": 56},
+    "ratings": {
+        **COMMON,
+        "max_length_tokens": 56,
+        "attributes": {"length": 1.0, "form": 0.5},
+        "heads": 3,
+        "bootstrap": True,
+    },
+    "step_labels": {**COMMON, "max_length_tokens": 120},
 }
+MODULES = dict.fromkeys(("ratings", "step_labels"), "stages.alignment.reward")
 RESOURCES = {"micro_batch_size": 4, "save_every_steps": 3, "log_every_steps": 2}
 
 
@@ -56,7 +67,7 @@ class Interrupted:
 
     def job(self, folder: Path, inputs: dict[str, dict[str, Path]]) -> Job:
         resources = {**RESOURCES, "deepspeed": self.layout}
-        module = f"stages.language_model.{self.kind}"
+        module = MODULES.get(self.kind, f"stages.language_model.{self.kind}")
         work, params = folder / self.name, PARAMS[self.kind]
         return Job(work, module, params, inputs[self.kind], resources, processes=self.processes)
 
@@ -68,6 +79,10 @@ class Interrupted:
 KILLED_IN_A_STEP = [
     Interrupted("pretrain", processes, layout, {"step": 8, "during": "step"})
     for processes, layout in [(1, None), (2, "zero1"), (2, "zero2"), (2, "zero3")]
+]
+KILLED_IN_A_STEP += [
+    Interrupted(kind, 2, layout, {"step": 8, "during": "step"})
+    for kind, layout in [("ratings", "zero2"), ("step_labels", "zero3")]
 ]
 KILLED_IN_A_CHECKPOINT = [
     Interrupted("sft", processes, layout, {"step": 6, "during": "checkpoint"})
@@ -109,14 +124,36 @@ class World:
         return [line["step"] for line in self.before[case.name] if line["what"] == "checkpoint"]
 
 
+def answered(chats: Path, folder: Path, make: Callable[[list[dict[str, Any]], int], dict[str, Any]]) -> Path:
+    """Rows made of the first answer of each chat."""
+    folder.mkdir()
+    for split in ("train", "heldout"):
+        rows = read_rows(chats / f"{split}.jsonl")
+        write_rows(folder / f"{split}.jsonl", [make(row["messages"][:2], number) for number, row in enumerate(rows)])
+    return folder
+
+
+def as_ratings(chat: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    ratings = {"length": len(chat[1]["content"].split()) - 5, "form": None if number % 3 == 0 else number % 2}
+    return {"prompt": chat[:1], "completion": chat[1:], "ratings": ratings}
+
+
+def as_step_labels(chat: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    steps = [{"role": "assistant", "content": word} for word in chat[1]["content"].split()[:3]]
+    return {"prompt": chat[:1], "steps": steps, "labels": [step["content"].islower() for step in steps]}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("resume")
     tokenizer = make_tokenizer()
     model = write_model(folder / "model", tokenizer, attention_dropout=0.2)
+    chats = write_chats(folder / "chats")
     inputs = {
         "pretrain": {"tokens": write_tokens(folder / "tokens", tokenizer)},
-        "sft": {"model": model, "chats": write_chats(folder / "chats")},
+        "sft": {"model": model, "chats": chats},
+        "ratings": {"model": model, "ratings": answered(chats, folder / "ratings", as_ratings)},
+        "step_labels": {"model": model, "step_labels": answered(chats, folder / "steps", as_step_labels)},
     }
     world = World(folder, inputs)
     killed = KILLED_IN_A_STEP + KILLED_IN_A_CHECKPOINT
@@ -200,7 +237,7 @@ def test_from_the_last_checkpoint_nothing_is_trained_again(world: World) -> None
     """Finished, and run once more: the run resumes after the last step and publishes the same."""
     job = world.job(TWICE)
     assert [line["step"] for line in job.events("resume")] == [9]
-    assert_same_end(job, world.job(KILLED_IN_A_STEP[-1]))
+    assert_same_end(job, world.job(KILLED_IN_A_STEP[3]))
 
 
 @pytest.mark.parametrize("message", [message for _, _, message in REFUSED])

@@ -134,3 +134,32 @@ def run_in_processes(
     job = Job(folder, MODULES[kind], params, inputs, resources, seed=0, processes=processes)
     run_forked(folder, [job])
     return {**job.result(), "losses": job.losses()}
+
+
+def as_rated(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """One answer of a pair, rated: of the chosen one quality 4, else 1; of every fourth, brevity is not rated."""
+    side = "chosen" if number % 3 else "rejected"
+    kept = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    brevity = None if number % 4 == 0 else 3.0 - 2.0 * (len(row[side][0]["content"]) > 80)
+    ratings = {"quality": 4 if side == "chosen" else 1, "brevity": brevity, "unread": 7}
+    return {**kept, "completion": row[side], "ratings": ratings}
+
+
+def as_steps(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Both answers of a pair as steps of one, the chosen one right and the rejected one wrong, in either order; of every fifth
+    the second is not labelled.
+    """
+    sides = ["chosen", "rejected"] if number % 2 else ["rejected", "chosen"]
+    kept = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    labels = [side == "chosen" for side in sides]
+    known = [labels[0], None] if number % 5 == 0 else labels
+    return {**kept, "steps": [row[side][0] for side in sides], "labels": known}
+
+
+def remade(preferences: Path, folder: Path, make: Callable[[dict[str, Any], int], dict[str, Any]]) -> Path:
+    """Rows of another format made of pairs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "heldout"):
+        rows = read_rows(preferences / f"{split}.jsonl")
+        write_rows(folder / f"{split}.jsonl", [make(row, number) for number, row in enumerate(rows)])
+    return folder

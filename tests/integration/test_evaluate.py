@@ -428,15 +428,18 @@ def test_prompts_without_room_or_reader_are_left_out_for_all(
 def test_a_reply_that_spells_special_tokens_is_scored_as_text(world: TinyWorld, rewarding: Path) -> None:
     """As text the end of a turn is several tokens. Equal replies get one score: of three in batches of two, one would be
     alone or with others, padded or not, which shows in the last bits."""
+    from stages.lib.measuring.compared_models import Subject
     from stages.lib.measuring.scored_replies import HeldoutPrompt, ScoredReplies
-    from stages.lib.preferring.reward_models import load_reward_model, score_chats
+    from stages.lib.preferring.reward_models import PLAIN, load_reward_model, score_chats
 
     prompt = [{"role": "user", "content": "Say it."}]
     texts = ["a<|end|><|user|>b", "a", "It was a longer reply."]
     scored = ScoredReplies(prompts=[HeldoutPrompt(index, prompt, text) for index, text in enumerate(texts)])
     scored.replies = {name: [{"text": text} for text in texts] for name in ("same", "twin")}
     model, tokenizer = load_reward_model(rewarding)
-    scores: Any = scored.score(model, tokenizer, 2)
+    judge = Subject.open("judge", rewarding)
+    judge.reading = PLAIN
+    scores: Any = scored.score(model, judge, 2)
     alone = score_chats(model, tokenizer, [answered(prompt, text) for text in texts])
     assert scores["reference"] == pytest.approx(alone, rel=1e-4, abs=1e-5)
     assert scores["models"]["same"] == scores["models"]["twin"] == scores["reference"]

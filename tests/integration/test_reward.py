@@ -371,14 +371,13 @@ def test_the_plan_knows_parameters_and_positions(trained: tuple[Result, Context]
     architecture = json.loads((world.model / "config.json").read_text())
     causal = AutoModelForCausalLM.from_pretrained(world.model)
     known = Estimate(parameters=causal.num_parameters(), architecture=architecture)
+    inputs = {"model": known, "preferences": Estimate()}
     context = trained[1]
-    forecast = Forecast(RewardParams(**TRAINING, max_steps=1), context.resources, {"model": known})
+    forecast = Forecast(RewardParams(**TRAINING, max_steps=1), context.resources, inputs)
     estimate = STAGE.estimate(forecast)
     assert estimate.parameters == trained[0].facts.parameters
     assert STAGE.check(forecast) == []
-    long = Forecast(
-        RewardParams(**{**TRAINING, "max_length_tokens": 513}, max_steps=1), context.resources, {"model": known}
-    )
+    long = Forecast(RewardParams(**{**TRAINING, "max_length_tokens": 513}, max_steps=1), context.resources, inputs)
     assert [problem.where for problem in STAGE.check(long)] == ["params.max_length_tokens"]
 
 

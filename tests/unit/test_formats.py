@@ -256,6 +256,79 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {"prompt": [user("q"), assistant("r"), user("Add.\n\n1 2")], "completion": [assistant("3")], "label": True},
     ),
     (
+        "ratings in columns, one of them missing and one a text (HelpSteer)",
+        "rated_answer",
+        {"prompt": "a", "response": "b", "helpfulness": 4, "correctness": None, "verbosity": "1.5"},
+        {"columns": {"completion": "response"}, "rating_columns": ["helpfulness", "correctness", "verbosity"]},
+        {
+            "prompt": [user("a")],
+            "completion": [assistant("b")],
+            "ratings": {"helpfulness": 4, "correctness": None, "verbosity": 1.5},
+        },
+    ),
+    (
+        "a chat with one rating",
+        "rated_answer",
+        {"messages": [user("a"), assistant("b")], "score": -2},
+        {"columns": {"ratings": "score"}},
+        {"prompt": [user("a")], "completion": [assistant("b")], "ratings": {"rating": -2}},
+    ),
+    (
+        "ratings as a mapping (UltraFeedback)",
+        "rated_answer",
+        {"instruction": "a", "completion": "b", "ratings": {"truth": "N/A", "honesty": 5}},
+        {},
+        {"prompt": [user("a")], "completion": [assistant("b")], "ratings": {"truth": None, "honesty": 5}},
+    ),
+    (
+        "steps and a label of each (TRL)",
+        "stepwise",
+        {"prompt": "a", "completions": ["b", "c", "d"], "labels": [True, None, 0]},
+        {},
+        {
+            "prompt": [user("a")],
+            "steps": [assistant("b"), assistant("c"), assistant("d")],
+            "labels": [True, None, False],
+        },
+    ),
+    (
+        "steps with marks behind them",
+        "math_shepherd",
+        {
+            "input": "What is 2 + 3? Step 1: It is 5. \u043a\u0438\nStep 2: The answer is: 6 \u043a\u0438",
+            "label": "What is 2 + 3? Step 1: It is 5. +\nStep 2: The answer is: 6 -",
+            "task": "GSM8K",
+        },
+        {},
+        {
+            "prompt": [user("What is 2 + 3?")],
+            "steps": [assistant("Step 1: It is 5."), assistant("Step 2: The answer is: 6")],
+            "labels": [True, False],
+        },
+    ),
+    (
+        "steps that were chosen, one that a person wrote, and one where nothing was",
+        "prm800k",
+        {
+            "labeler": "l",
+            "question": {"problem": "a", "ground_truth_answer": "9"},
+            "label": {
+                "steps": [
+                    {"completions": [{"text": "b", "rating": 1}], "human_completion": None, "chosen_completion": 0},
+                    {"completions": [], "human_completion": {"text": "c", "rating": None}, "chosen_completion": None},
+                    {"completions": [{"text": "d", "rating": -1}], "human_completion": None, "chosen_completion": None},
+                ],
+                "finish_reason": "found_error",
+            },
+        },
+        {},
+        {
+            "prompt": [user("a")],
+            "steps": [assistant("b"), assistant("c"), assistant("d")],
+            "labels": [True, True, False],
+        },
+    ),
+    (
         "a last question that nobody answers stays",
         "messages",
         {"messages": [user("a"), assistant("b"), user("c")]},
@@ -660,6 +733,21 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("rated_chat", {"messages": [user("a"), assistant("b")], "label": "so-so"}, "wrong_type", "label is 'so-so', neither true nor false"),
     ("rated_chat", {"messages": [user("a"), assistant("b")]}, "missing_field", "label"),
     ("rated_chat", {"messages": [user("a"), assistant("b")], "label": 0.5}, "wrong_type", "label is 0.5, neither true nor false"),
+    ("rated_answer", {"prompt": "a", "completion": "b"}, "missing_field", "ratings (or name their columns in rating_columns)"),
+    ("rated_answer", {"prompt": "a", "completion": "b", "ratings": {"x": None, "y": ""}}, "unrated", ""),
+    ("rated_answer", {"prompt": "a", "completion": "b", "ratings": "high"}, "wrong_type", "rating is 'high', no rating"),
+    ("rated_answer", {"prompt": "a", "completion": "b", "ratings": {"x": True}}, "wrong_type", "x is a truth value, no rating"),
+    ("rated_answer", {"prompt": "a", "completion": "b", "ratings": float("inf")}, "wrong_type", "rating is inf, and a rating is from -1e6 to 1e6"),
+    ("stepwise", {"prompt": "a", "completions": ["b", "c"], "labels": [True]}, "bad_steps", "2 steps and 1 labels"),
+    ("stepwise", {"prompt": "a", "completions": ["b", 5], "labels": [True, True]}, "wrong_type", "a step is a number, not a text"),
+    ("stepwise", {"prompt": "a", "completions": ["b", " "], "labels": [True, True]}, "empty_field", "a step"),
+    ("stepwise", {"prompt": "a", "completions": ["b"], "labels": [None]}, "unrated", ""),
+    ("stepwise", {"prompt": "a", "completions": ["b"], "labels": ["maybe"]}, "wrong_type", "labels is 'maybe', neither true nor false"),
+    ("math_shepherd", {"input": "q Step 1: a", "label": "q Step 1: a"}, "bad_steps", "input does not end with the mark \u043a\u0438 of a step"),
+    ("math_shepherd", {"input": "q Step 1: a \u043a\u0438", "label": "q Step 1: b +"}, "bad_steps", "label is not what input says, with + or - in the place of each mark"),
+    ("math_shepherd", {"input": "Step 1: a \u043a\u0438", "label": "Step 1: a +"}, "bad_steps", "input has no question before Step 1:"),
+    ("prm800k", {"question": "a", "label": {}}, "missing_field", "question and label, which are mappings"),
+    ("prm800k", {"question": {"problem": "a"}, "label": {"steps": [{"completions": []}]}}, "bad_steps", "a step has no completion that was chosen, and none that was not"),
     ("unpaired_preference", {"prompt": "a", "completion": "b"}, "missing_field", "label"),
     ("unpaired_preference", {"prompt": "a", "completion": "b", "label": 0.5}, "wrong_type", "label is 0.5, neither true nor false"),
     ("unpaired_preference", {"prompt": "a", "label": True}, "missing_field", "completion"),
@@ -778,7 +866,29 @@ def test_every_reason_of_a_converter_has_a_row() -> None:
     assert of_converters <= {case[2] for case in DROPPED}
 
 
+PRM800K_ROW: Row = {
+    "question": {"problem": "a"},
+    "label": {
+        "steps": [{"completions": [{"text": "b", "rating": -1}, {"text": "c", "rating": 0}], "chosen_completion": 1}]
+    },
+}
+
+
 REPAIRED: list[tuple[str, Row, str, int, Row]] = [
+    (
+        "prm800k",
+        PRM800K_ROW,
+        "steps_not_chosen_left_out",
+        1,
+        {"prompt": [user("a")], "steps": [assistant("c")], "labels": [True]},
+    ),
+    (
+        "prm800k",
+        PRM800K_ROW,
+        "neutral_steps_called_right",
+        1,
+        {"prompt": [user("a")], "steps": [assistant("c")], "labels": [True]},
+    ),
     (
         "messages",
         {"messages": [system("\u200b"), user("a"), assistant("b")]},

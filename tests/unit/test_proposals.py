@@ -91,6 +91,21 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda n: {"instruction": saying(n), "input": f"house {n}", "output": f"It is {n}.", "kto_tag": n % 3 > 0},
         {"layout": "unpaired_preference", "columns": {"completion": "output", "label": "kto_tag"}},
     ),
+    "answers with ratings": (
+        lambda n: {"prompt": saying(n), "response": f"It is {n}.", "ratings": {"truth": n % 5, "wit": None}},
+        {"layout": "rated_answer", "columns": {"completion": "response"}},
+    ),
+    "steps with labels": (
+        lambda n: {"prompt": saying(n), "completions": [f"It is {n}.", "So it is."], "labels": [True, n % 3 > 0]},
+        {"layout": "stepwise"},
+    ),
+    "steps of PRM800K": (
+        lambda n: {
+            "question": {"problem": saying(n)},
+            "label": {"steps": [{"completions": [{"text": f"It is {n}.", "rating": 1}], "chosen_completion": 0}]},
+        },
+        {"layout": "prm800k"},
+    ),
     "chats that are called good or bad": (
         lambda n: {"messages": turns(n), "rating": ("bad", "good")[n % 3 > 0]},
         {"layout": "rated_chat", "columns": {"label": "rating"}},

@@ -15,6 +15,8 @@ LEARNED: dict[str, tuple[str, ...]] = {
     "questions": ("answers",),
     "preferences": ("chosen", "margin"),
     "unpaired_preferences": ("label",),
+    "ratings": ("ratings",),
+    "step_labels": ("labels",),
     "prompts": ("columns",),
 }
 """Format -> what is to be learned from a row, or what its completions are compared with. Of other formats different rows may
@@ -68,7 +70,8 @@ class Agreement:
         if asked is None:
             return
         values = [row.get(name) for name in LEARNED[self.format]]
-        taught = digest_of([sorted_items(value) if isinstance(value, list) else value for value in values])
+        in_any_order = self.format != "step_labels"
+        taught = digest_of([sorted_items(each) if isinstance(each, list) and in_any_order else each for each in values])
         if self._taught.setdefault(asked, taught) != taught:
             self.contradicted.add(asked)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from stages.lib.rows.canonical import Row
 
-MESSAGE_FIELDS = ("messages", "prompt", "chosen", "rejected", "completion")
-ANSWER_FIELDS = ("chosen", "rejected", "completion")
+MESSAGE_FIELDS = ("messages", "prompt", "chosen", "rejected", "completion", "steps")
+ANSWER_FIELDS = ("chosen", "rejected", "completion", "steps")
 TEXT_FIELDS = ("text", "context", "question")
 SPEAKERS = frozenset({"system", "user", "assistant"})
 """Whose turns are cleaned: what a tool returns is what it returned."""

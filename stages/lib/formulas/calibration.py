@@ -25,6 +25,13 @@ def area_under_roc(score_N: torch.Tensor, positive_N: torch.Tensor) -> float:
     return above / (positives * (len(score_N) - positives))
 
 
+def correlation(a_N: torch.Tensor, b_N: torch.Tensor) -> float | None:
+    """Pearson's: the mean product of both, each less its mean and by its deviation. None where one of them does not vary."""
+    if len(a_N) < 2 or a_N.min() == a_N.max() or b_N.min() == b_N.max():
+        return None
+    return float(torch.corrcoef(torch.stack([a_N.double(), b_N.double()]))[0, 1].clamp(-1, 1))
+
+
 NUM_BINS = 15
 """As many as Guo et al. (2017) take."""
 

@@ -35,6 +35,19 @@ def parts_of_row(row: Row, format: str) -> list[Part]:
         case "unpaired_preferences":
             judged = part("label", ("desirable" if row["label"] else "undesirable", False))
             return [*said_parts(row["prompt"]), part("completion", (row["completion"][0]["content"], True)), judged]
+        case "ratings":
+            rated = ", ".join(
+                f"{name} {'not rated' if value is None else value}" for name, value in row["ratings"].items()
+            )
+            said = part("completion", (row["completion"][0]["content"], True))
+            return [*said_parts(row["prompt"]), said, part("ratings", (rated, False))]
+        case "step_labels":
+            called = {True: "right", False: "wrong", None: "not known"}
+            steps = [
+                part(f"step {number}, {called[label]}", (step["content"], label is not None))
+                for number, (step, label) in enumerate(zip(row["steps"], row["labels"], strict=True), start=1)
+            ]
+            return [*said_parts(row["prompt"]), *steps]
         case "spans":
             return [part("text", *marked_pieces(row["text"], row["spans"], "label"))]
         case "questions":

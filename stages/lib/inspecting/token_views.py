@@ -52,7 +52,7 @@ class ModelView:
                 return self.chat_views("chat", row["messages"])
             case "prompts":
                 return [self.prompt_view(row["prompt"])]
-            case "preferences" | "unpaired_preferences":
+            case "preferences" | "unpaired_preferences" | "ratings":
                 asked = len(row["prompt"])
                 answers = [side for side in ("chosen", "rejected", "completion") if side in row]
                 sides = [(side, [*row["prompt"], *row[side]]) for side in answers]

@@ -22,6 +22,7 @@ from stages.lib.measuring.perplexity import (
     document_pieces,
     encode_text_rows,
     heldout_text,
+    pair_of_steps,
     pair_rows,
     scored_chat,
 )
@@ -30,7 +31,8 @@ from stages.lib.models.adapters.opening import open_adapted
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import longest_text, require_length
 from stages.lib.models.loading import load_language_model
-from stages.lib.rows.canonical import read_rows, text_of_message
+from stages.lib.preferring.reward_reading import RewardReading, StepsReading
+from stages.lib.rows.canonical import Row, read_rows, text_of_message
 from stages.lib.text.packed import PackedTokens
 from stages.lib.text.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
 
@@ -49,6 +51,8 @@ class Subject:
     template_digest: str | None
     context_tokens: int | None
     """How many tokens it reads at once; None if its config sets no limit."""
+    reading: RewardReading | StepsReading | None = None
+    """Of a reward model, how its outputs become a score; None for a language model."""
     adapter: Path | None = None
     """The folder with the adapter on the model; None where there is none."""
     text: list[ScoredRow] = field(default_factory=list)
@@ -65,7 +69,7 @@ class Subject:
         tokenizer = load_tokenizer(tokenizer_beside(adapter, folder) if adapter else folder)
         digests = tokenizer_digest(tokenizer), chat_template_digest(tokenizer)
         context, virtual = longest_text(read_config(folder)), virtual_tokens_in(adapter) if adapter else 0
-        return cls(name, folder, tokenizer, *digests, None if context is None else context - virtual, adapter)
+        return cls(name, folder, tokenizer, *digests, None if context is None else context - virtual, adapter=adapter)
 
     def length(self, otherwise: int = 2**31) -> int:
         return min(self.context_tokens or otherwise, otherwise)
@@ -169,7 +173,7 @@ def add_pairs(rows: Rows, preferences: Path, num_pairs: int | None, subjects: Se
     """The first held-out pairs that every model reads whole and tells apart; and how often the longer answer is chosen."""
     read = list(islice(read_rows(preferences / "heldout.jsonl"), num_pairs))
     for row in read:
-        encoded = [pair_rows(subject.tokenizer, row, subject.length()) for subject in subjects]
+        encoded = [pair_of(subject, row) for subject in subjects]
         if all(each is not None for each in encoded):
             rows.pairs.append(row)
             for subject, each in zip(subjects, encoded, strict=True):
@@ -180,6 +184,18 @@ def add_pairs(rows: Rows, preferences: Path, num_pairs: int | None, subjects: Se
         [[sum(len(m["content"]) for m in row[side]) for side in ("chosen", "rejected")] for row in rows.pairs]
     )
     rows.baselines["heldout_preference_accuracy_longer"] = float(wins(*lengths_N2.unbind(1)).mean())
+
+
+def reading_of_judge(judge: Subject) -> RewardReading | StepsReading:
+    assert judge.reading is not None, "a reward model"
+    return judge.reading
+
+
+def pair_of(subject: Subject, row: Row) -> tuple[ScoredRow, ScoredRow] | None:
+    """Both answers with their prompt as the model reads them; None if it cannot."""
+    if isinstance(subject.reading, StepsReading):
+        return pair_of_steps(subject.tokenizer, row, subject.length(), subject.reading)
+    return pair_rows(subject.tokenizer, row, subject.length())
 
 
 def require_rows(where: str, read: int, kept: int) -> None:

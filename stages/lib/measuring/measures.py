@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stages.lib.formulas.calibration import wins
-from stages.lib.measuring.compared_models import Rows, Subject
+from stages.lib.measuring.compared_models import Rows, Subject, reading_of_judge
 from stages.lib.measuring.perplexity import ScoredRow, bits_per_byte, reward_rows, score, score_rows
 
 
@@ -59,9 +59,22 @@ def reward_model_measures(
     """How often a reward model gives the chosen answer the higher score, ties counted half, and by how much; if there are pairs."""
     if not subject.pairs:
         return {}
-    values = reward_rows(model, [row for pair in subject.pairs for row in pair], batch_size, padding_id)
+    values = reward_rows(
+        model, [row for pair in subject.pairs for row in pair], batch_size, padding_id, reading_of_judge(subject)
+    )
     scores_N2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
     return {
         "heldout_reward_accuracy": float(wins(*scores_N2.unbind(1)).mean()),
         "heldout_reward_margin": float((scores_N2[:, 0] - scores_N2[:, 1]).mean()),
+    }
+
+
+def side_by_side(everyone: Sequence[Subject]) -> dict[str, float]:
+    """`measure.model` -> number, the same measure of all models next to each other."""
+    measures = dict.fromkeys(measure for each in everyone for measure in each.results["measures"])
+    return {
+        f"{measure}.{each.name}": each.results["measures"][measure]
+        for measure in measures
+        for each in everyone
+        if measure in each.results["measures"]
     }

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.errors import DataError
 from stages.lib.formulas.token_losses import IGNORE, next_tokens, token_logps
 from stages.lib.models.asking import without_cache
-from stages.lib.preferring.reward_models import scores
+from stages.lib.preferring.reward_models import PLAIN, encode_scored, scores
+from stages.lib.preferring.reward_reading import RewardReading, StepsReading
 from stages.lib.rows.canonical import Row
 from stages.lib.text.batches import attention_mask, padded
 from stages.lib.text.chat_fitting import fit_chat, fit_preference
@@ -109,11 +111,18 @@ def score(model: PreTrainedModel, rows: Sequence[ScoredRow], batch_size: int) ->
 
 
 @torch.inference_mode()
-def reward_rows(model: PreTrainedModel, rows: Sequence[ScoredRow], batch_size: int, padding_id: int) -> list[float]:
-    """What a reward model gives each row, in order."""
+def reward_rows(
+    model: PreTrainedModel,
+    rows: Sequence[ScoredRow],
+    batch_size: int,
+    padding_id: int,
+    reading: RewardReading | StepsReading = PLAIN,
+) -> list[float]:
+    """What a reward model gives each row, in order; one that judges steps is read where a row is `asked`."""
     found = [0.0] * len(rows)
     for batch in batches_by_length(rows, batch_size, model.device, padding_id):
-        scores_B = scores(model, {"input_ids": batch.ids, "attention_mask": batch.mask})
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask, "step_ends": batch.asked}
+        scores_B = scores(model, given, reading)
         for index, value in zip(batch.indices, scores_B.tolist(), strict=True):
             found[index] = value
     return found
@@ -206,3 +215,24 @@ def pair_rows(
     if pair.chosen.input_ids == pair.rejected.input_ids:
         return None
     return ScoredRow(*pair.chosen), ScoredRow(*pair.rejected)
+
+
+def pair_of_steps(
+    tokenizer: PreTrainedTokenizerBase, row: Row, max_length_tokens: int, reading: StepsReading
+) -> tuple[ScoredRow, ScoredRow] | None:
+    """The prompt with the chosen and with the rejected answer, each taken apart into steps and asked for at their ends.
+
+    None if one of them is longer than that, the template refuses the prompt, both are the same tokens, or an answer calls a tool.
+    """
+    found = []
+    for side in ("chosen", "rejected"):
+        if len(row[side]) != 1 or not row[side][0]["content"].strip():
+            return None
+        try:
+            ids, ends = encode_scored(tokenizer, [*row["prompt"], *row[side]], reading)
+        except DataError:
+            return None
+        found.append(ScoredRow(ids, ends))
+    chosen, rejected = found
+    fit = max(len(chosen.ids), len(rejected.ids)) <= max_length_tokens
+    return (chosen, rejected) if fit and chosen.ids != rejected.ids else None

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pipeline.errors import DataError
 from stages.lib.formulas.calibration import wins
 from stages.lib.generating.replies import Reply
-from stages.lib.measuring.compared_models import Subject, require_rows
+from stages.lib.measuring.compared_models import Subject, reading_of_judge, require_rows
 from stages.lib.measuring.perplexity import ScoredRow, reward_rows
+from stages.lib.preferring.reward_models import encode_scored
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_fitting import REFUSED, split_last_answer
-from stages.lib.text.chat_spans import encode_chat, encode_prompt
+from stages.lib.text.chat_spans import encode_prompt
 from stages.lib.text.chat_template import Messages, RefusedChat
 
 NO_ROOM = "no_room_for_reply"
@@ -119,20 +120,21 @@ class ScoredReplies:
         self.replies = {name: [of_model[index] for index in kept] for name, of_model in replies.items()}
 
     def score(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+        self, model: PreTrainedModel, judge: Subject, batch_size: int
     ) -> dict[str, list[float] | dict[str, list[float]]]:
         """What a reward model gives the replies: `reference`, N scores, and `models`, N scores of each."""
         texts = [[prompt.reference for prompt in self.prompts]]
         texts += [[reply["text"] for reply in of_model] for of_model in self.replies.values()]
         ids = [
-            tuple(chat_ids(tokenizer, prompt.with_reply(text)))
+            tuple(map(tuple, scored_ids(judge, prompt.with_reply(text))))
             for of_one in texts
             for prompt, text in zip(self.prompts, of_one, strict=True)
         ]
         # Each chat once: of equal replies none may win by the last bits, which depend on the batch.
         different = list(dict.fromkeys(ids))
-        rows = [ScoredRow(each) for each in different]
-        found = dict(zip(different, reward_rows(model, rows, batch_size, tokenizer.pad_token_id), strict=True))
+        rows = [ScoredRow(*each) for each in different]
+        padding_id, reading = judge.tokenizer.pad_token_id, reading_of_judge(judge)
+        found = dict(zip(different, reward_rows(model, rows, batch_size, padding_id, reading), strict=True))
         size = len(self.prompts)
         columns = [[found[each] for each in ids[start : start + size]] for start in range(0, len(ids), size)]
         return {"reference": columns[0], "models": dict(zip(self.replies, columns[1:], strict=True))}
@@ -168,14 +170,14 @@ class ScoredReplies:
         ]
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> list[int]:
-    """The ids of the chat as a reward model was trained on them: the prompt and the answer to it."""
-    return encode_chat(tokenizer, chat, mask_from=len(chat) - 1).input_ids
+def scored_ids(judge: Subject, chat: Messages) -> tuple[list[int], list[int]]:
+    """The ids of the chat as the reward model was trained on them, the prompt and the answer to it, and where it is read."""
+    return encode_scored(judge.tokenizer, chat, reading_of_judge(judge))
 
 
 def fits(judge: Subject, chat: Messages) -> bool:
     """Whether the chat is no longer than the reward model reads."""
-    return len(chat_ids(judge.tokenizer, chat)) <= judge.length()
+    return len(scored_ids(judge, chat)[0]) <= judge.length()
 
 
 def readable(judge: Subject, chat: Messages) -> bool:

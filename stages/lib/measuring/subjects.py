@@ -11,6 +11,7 @@ from stages.lib.measuring.compared_models import Subject
 from stages.lib.models.adapters.folders import BASE, adapter_config, adapter_folder, unreadable_adapter
 from stages.lib.models.adapters.saving import require_base, said_of_base
 from stages.lib.models.config import read_config
+from stages.lib.preferring.reward_reading import reading_in, with_penalty
 
 
 def open_subjects(ctx: Context) -> list[Subject]:
@@ -62,3 +63,12 @@ def belongs(ctx: Context, adapter: Path, role: str) -> bool:
 def has_plain_weights(folder: Path) -> bool:
     """Whether the weights are those that an adapter can be put on, and not quantized ones."""
     return not read_config(folder).get("quantization_config")
+
+
+def open_judges(ctx: Context, uncertainty_penalty: float) -> list[Subject]:
+    """The reward models, each with how it is read. Raises `ArtifactError` where uncertainty is to count and there is one head."""
+    judges = [Subject.open(name, folder) for name, folder in ctx.group("reward_models").items()]
+    for each in judges:
+        reading = reading_in(read_config(each.folder), str(each.folder))
+        each.reading = with_penalty(reading, uncertainty_penalty, f"inputs.reward_models.{each.name}")
+    return judges

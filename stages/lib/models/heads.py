@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,33 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
 from pipeline.errors import ArtifactError, Problem
+from pipeline.store.artifact import REWARD_READING
 from stages.lib.models.config import read_config
 from stages.lib.models.loading import load_model, read_weights, without_dropout
 
 
-def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
-    """The causal model in `folder` as a model with one score per sequence. Only the head is new, and random.
+def add_reward_head(
+    folder: Path,
+    padding_id: int,
+    *,
+    num_outputs: int = 1,
+    of_tokens: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The causal model in `folder` as a model with one score per sequence, or with so many; or `of_tokens`, per token. Only the
+    head is new, and random. `config` is written into the model's config.
 
     Raises `ArtifactError` if anything else of the model is not in the folder, or no such model exists for its type.
     """
-    model, report = with_new_head(AutoModelForSequenceClassification, folder, num_labels=1)
+    auto_class = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    model, report = with_new_head(auto_class, folder, num_labels=num_outputs)
     holes = sorted(name for name in report["missing_keys"] if is_body(model, name))
     holes += [str(key) for key in report.get("mismatched_keys", ())]
     left_over = sorted(name for name in report["unexpected_keys"] if is_body(model, name))
@@ -38,7 +50,9 @@ def add_reward_head(folder: Path, padding_id: int) -> PreTrainedModel:
         raise ArtifactError(
             Problem(str(folder), f"its body would not be loaded whole: it {what}", "Name a causal model.")
         )
-    model.config.num_labels = 1
+    model.config.num_labels = num_outputs
+    for name, value in (config or {}).items():
+        setattr(model.config, name, value)
     set_padding(model, padding_id)
     return model
 
@@ -119,7 +133,18 @@ def load_policy(folder: Path) -> PreTrainedModel:
 
 
 def load_value(folder: Path) -> PreTrainedModel:
-    """The critic in `folder`: a model with one score. Raises `ArtifactError` if its head cannot be put on every token."""
+    """The critic in `folder`: a model with one score. Raises `ArtifactError` if it has several, or its head cannot be put on
+    every token.
+    """
+    model = scoring_model(folder)
+    if model.config.num_labels != 1:
+        what = f"gives {model.config.num_labels} scores, and a critic gives one"
+        raise ArtifactError(Problem(str(folder), what, "Name a critic that ppo made, or leave the input out."))
+    return model
+
+
+def scoring_model(folder: Path) -> PreTrainedModel:
+    """The model in `folder` with its scores. Raises `ArtifactError` if its head cannot be put on every token."""
     model = without_dropout(load_model(AutoModelForSequenceClassification, folder))
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ArtifactError(
@@ -133,8 +158,15 @@ def load_value(folder: Path) -> PreTrainedModel:
 
 
 def fresh_value(folder: Path, padding_id: int, *, is_reward_model: bool) -> PreTrainedModel:
-    """A critic on the backbone in `folder` with a head of zeros: it says 0 until it knows better (Huang et al., 2024)."""
-    model = load_value(folder) if is_reward_model else add_reward_head(folder, padding_id)
+    """A critic on the backbone in `folder` with a head of zeros: it says 0 until it knows better (Huang et al., 2024).
+
+    Of a reward model of several heads or attributes the backbone alone is taken, under a head with one output.
+    """
+    model = scoring_model(folder) if is_reward_model else add_reward_head(folder, padding_id)
+    if model.config.num_labels != 1:
+        model.score = nn.Linear(model.score.in_features, 1, bias=model.score.bias is not None)
+        model.num_labels = model.config.num_labels = 1
+        vars(model.config).pop(REWARD_READING, None)
     nn.init.zeros_(model.score.weight)
     if getattr(model.score, "bias", None) is not None:
         nn.init.zeros_(model.score.bias)

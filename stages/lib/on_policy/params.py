@@ -28,8 +28,11 @@ from stages.lib.training.params import AdaptedParams, derive_batch
 
 INPUTS: dict[str, Input] = {
     "model": accepts(Kind.CAUSAL_LM),
-    "prompts": accepts(Kind.PROMPTS, Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.TEXT),
-    "reward": accepts(Kind.REWARD_MODEL, optional=True),
+    "prompts": accepts(
+        *(Kind.PROMPTS, Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.RATINGS, Kind.STEP_LABELS),
+        Kind.TEXT,
+    ),
+    "reward": accepts(Kind.REWARD_MODEL, Kind.PROCESS_REWARD_MODEL, optional=True),
     "reference": accepts(Kind.CAUSAL_LM, optional=True),
     "chats": accepts(Kind.CHATS, optional=True),
     "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from pipeline.errors import did_you_mean
 from pipeline.settings.strict import OutsideFile, Strict
-from stages.lib.formulas.bounds import Scale, SignedWeight
+from stages.lib.formulas.bounds import Scale, SignedWeight, Weight
 from stages.lib.on_policy.json_answers import schema_fault
 from stages.lib.on_policy.user_functions import parameters_of, text_of_program
 
@@ -53,6 +53,8 @@ class LearnedReward(WeightedReward):
 
     kind: Literal["reward_model"]
     """The score that the reward model gives, which is the stage's input `reward`."""
+    uncertainty_penalty: Weight = Field(default=0.0, exclude_if=lambda penalty: not penalty)
+    """How many standard deviations over the heads of an ensemble are taken off their mean, so that completions on which the heads disagree earn less. Only where the reward model has several heads."""
 
 
 class ExactMatchReward(WeightedReward):

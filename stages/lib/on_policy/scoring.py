@@ -14,26 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import require_length
 from stages.lib.models.loading import load_model
 from stages.lib.on_policy.contained_calls import Means, Trouble
 from stages.lib.on_policy.contained_rewards import contained_scorers
-from stages.lib.on_policy.reward_params import (
-    LEARNED,
-    Reward,
-    learned,
-    programmatic,
-    reward_names,
-)
+from stages.lib.on_policy.reward_params import LEARNED, Reward, learned, programmatic, reward_names
 from stages.lib.on_policy.rewards import check_scores, combine, score_programmatic
 from stages.lib.on_policy.samples import Sample
-from stages.lib.preferring.reward_models import load_reward_model, scores
+from stages.lib.preferring.reward_models import encode_scored, load_reward_model, scored_class, scores
+from stages.lib.preferring.reward_reading import reading_in, with_penalty
 from stages.lib.processes.collectives import from_main
 from stages.lib.text.batches import attention_mask, padded
-from stages.lib.text.chat_spans import encode_chat
 from stages.lib.text.chat_template import Messages
 from stages.lib.text.tokenizers import load_tokenizer
 from stages.lib.training.engine import freeze
@@ -44,26 +38,38 @@ class RewardModelScorer:
     """A frozen reward model. Under ZeRO-3 it is split over the processes, which then score together."""
 
     def __init__(
-        self, folder: Path, layout: Mapping[str, Any] | None, precision: str, device: torch.device, batch_size: int
+        self,
+        folder: Path,
+        layout: Mapping[str, Any] | None,
+        precision: str,
+        device: torch.device,
+        batch_size: int,
+        uncertainty_penalty: float = 0.0,
     ) -> None:
         self.folder = folder
         self.device = device
         self.batch_size = batch_size
         self.together = zero_stage_of(layout) == 3
+        self.reading = with_penalty(
+            reading_in(read_config(folder), str(folder)), uncertainty_penalty, f"reward model {folder.name}"
+        )
         # Refuses a model whose head was lost: it scores the fixed prompts otherwise than its manifest says.
         if self.together:
             from_main(lambda: load_reward_model(folder) and None)  # the model itself is not to be sent to the others
             with split_while_loading(layout):
-                model = load_model(AutoModelForSequenceClassification, folder)
+                model = load_model(scored_class(self.reading), folder)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
         else:
             model, self.tokenizer = load_reward_model(folder)
         self.model: nn.Module = freeze(model, layout, precision, device)
         self.config = read_config(folder)
 
-    def encode(self, chat: Messages) -> list[int]:
-        """The chat in the reward model's own template and tokens. Raises `DataError` if it reads no chat that long."""
-        ids = encode_chat(self.tokenizer, chat, mask_from=len(chat) - 1).input_ids
+    def encode(self, chat: Messages) -> tuple[list[int], list[int]]:
+        """The chat in the reward model's own template and tokens, and 1 where its steps end, if it judges steps.
+
+        Raises `DataError` if it reads no chat that long.
+        """
+        ids, ends = encode_scored(self.tokenizer, chat, self.reading)
         require_length(
             self.config,
             len(ids),
@@ -71,17 +77,18 @@ class RewardModelScorer:
             what="a prompt with its completion has {tokens} of its tokens",
             hint="Lower max_prompt_tokens or max_new_tokens.",
         )
-        return ids
+        return ids, ends
 
     @torch.no_grad()
     def score(self, chats: Sequence[Messages]) -> list[float]:
         """One score a chat. Under ZeRO-3 all processes call it together, with the same number of chats."""
         found: list[float] = []
         for start in range(0, len(chats), self.batch_size):
-            ids = [self.encode(chat) for chat in chats[start : start + self.batch_size]]
+            ids, ends = zip(*(self.encode(chat) for chat in chats[start : start + self.batch_size]), strict=True)
             batch = {"input_ids": padded(ids, int(self.tokenizer.pad_token_id)), "attention_mask": attention_mask(ids)}
+            batch["step_ends"] = padded(ends)
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            found += [float(score) for score in scores(self.model, batch)]
+            found += [float(score) for score in scores(self.model, batch, self.reading)]
         return found
 
 

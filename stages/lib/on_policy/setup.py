@@ -37,6 +37,7 @@ from stages.lib.on_policy.quiet import switch_dropout_off
 from stages.lib.on_policy.reward_params import learned
 from stages.lib.on_policy.rewards import check_rows
 from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
+from stages.lib.preferring.reward_reading import RewardReading, reading_in
 from stages.lib.text.batches import padding_of
 from stages.lib.text.chat_check import check_chat_template
 from stages.lib.text.prompts import Prompts, open_prompts
@@ -139,8 +140,8 @@ def mixture_of(ctx: Context, params: OnPolicyParams, tokenizer: PreTrainedTokeni
 def critic_folder(ctx: Context, params: OnPolicyParams, tokenizer: PreTrainedTokenizerBase) -> Path | None:
     """Where the critic is loaded from, or None: without one, or with one that shares the policy's backbone (under an adapter).
 
-    That is the input `value` as it is; else the reward model's backbone, if it reads the policy's tokens, else the
-    policy's own, with a fresh head.
+    That is the input `value` as it is; else the reward model's backbone, if it reads the policy's tokens and judges whole
+    answers, else the policy's own, with a fresh head.
     """
     if not params.has_critic or params.adapter is not None:
         return None
@@ -148,7 +149,11 @@ def critic_folder(ctx: Context, params: OnPolicyParams, tokenizer: PreTrainedTok
         require_same_tokenizer(ctx.inputs["model"], ctx.inputs["value"], "inputs.value")
         return ctx.inputs["value"]
     reward = ctx.inputs.get("reward")
-    of_reward = reward is not None and tokenizer_digest(load_tokenizer(reward)) == tokenizer_digest(tokenizer)
+    of_reward = (
+        reward is not None
+        and isinstance(reading_in(read_config(reward), str(reward)), RewardReading)
+        and tokenizer_digest(load_tokenizer(reward)) == tokenizer_digest(tokenizer)
+    )
     source = reward if of_reward and reward is not None else ctx.inputs["model"]
     ctx.journal.note(f"the critic starts from the {'reward model' if of_reward else 'policy'} with a head of zeros")
     padding_id = padding_of(tokenizer)
@@ -219,10 +224,11 @@ def start_vllm(ctx: Context, params: OnPolicyParams, device: torch.device) -> Vl
 
 def make_scorer(ctx: Context, params: OnPolicyParams, layout: Mapping[str, Any] | None, device: torch.device) -> Scorer:
     means = Means(at_a_time=ctx.resources.threads_per_process, heard=ctx.stop_requested)
-    if learned(params.rewards) is None:
+    reward = learned(params.rewards)
+    if reward is None:
         return Scorer(params.rewards, None, means)
-    chunk = ctx.resources.micro_batch_size or 8
-    model = RewardModelScorer(ctx.inputs["reward"], layout, params.precision, device, chunk)
+    chunk, penalty = ctx.resources.micro_batch_size or 8, reward.uncertainty_penalty
+    model = RewardModelScorer(ctx.inputs["reward"], layout, params.precision, device, chunk, penalty)
     return Scorer(params.rewards, model, means)
 
 

@@ -6,6 +6,8 @@
     preferences  {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
     unpaired_preferences
                  {"prompt": [messages], "completion": [messages], "label"}; `label` is true if the completion is desirable
+    ratings      {"prompt": [messages], "completion": [messages], "ratings": {attribute: number, or null where it is not rated}}
+    step_labels  {"prompt": [messages], "steps": [messages], "labels"}; a label a step: true, false, or null where it is not known
     labels       {"text", "label"}, of a pair of texts {"text", "text_pair", "label"}; `label` is null where it is not known yet
     spans        {"text", "spans": [{"start", "end", "label"}]}, half-open character offsets
     questions    {"id", "context", "question", "answers": [{"start", "text"}]}; no answers: cannot be answered; null: not known yet
@@ -165,6 +167,26 @@ FORMATS: dict[str, Format] = {
         shared={"prompt": first_user_message("prompt")},
         parts=lambda row: [text_of_message(row["prompt"][-1]), *texts_of_messages("completion")(row)],
         rewritten=("prompt", "completion"),
+    ),
+    "ratings": Format(
+        rows_kind=Kind.RATING_ROWS,
+        mixed_kind=Kind.RATINGS,
+        fields=("prompt", "completion", "ratings"),
+        texts=texts_of_messages("prompt", "completion"),
+        default_split="prompt",
+        shared={"prompt": first_user_message("prompt")},
+        parts=lambda row: [text_of_message(row["prompt"][-1]), *texts_of_messages("completion")(row)],
+        rewritten=("prompt", "completion"),
+    ),
+    "step_labels": Format(
+        rows_kind=Kind.STEP_LABEL_ROWS,
+        mixed_kind=Kind.STEP_LABELS,
+        fields=("prompt", "steps", "labels"),
+        texts=texts_of_messages("prompt", "steps"),
+        default_split="prompt",
+        shared={"prompt": first_user_message("prompt")},
+        parts=lambda row: [text_of_message(row["prompt"][-1]), "\n\n".join(texts_of_messages("steps")(row))],
+        rewritten=("prompt", "steps"),
     ),
     "labels": Format(
         rows_kind=Kind.LABEL_ROWS,

@@ -62,6 +62,8 @@ REASONS: dict[str, Reason] = {
     ),
     "not_trained_on": Reason("has no assistant turn that is to be trained on", broken=False),
     "tie": Reason("prefers neither of two answers", broken=False),
+    "unrated": Reason("has neither a rating nor the label of a step", broken=False),
+    "bad_steps": Reason("has steps that do not go together with their labels, or none"),
     "nothing_in_it": Reason("is a list of articles, paragraphs, questions or instances that is empty", broken=False),
     "no_label": Reason(
         "has a label that stands for none, such as - or -1 (set no_label: [] where each label is a class)", broken=False
@@ -80,6 +82,8 @@ REPAIRS: dict[str, str] = {
     "answer_moved": "an answer's offset was moved to the one place where its text stands",
     "offset_in_utf16": "an offset of a text that stands several times counts UTF-16 units, and was read so",
     "offset_in_utf8": "an offset of a text that stands several times counts bytes of UTF-8, and was read so",
+    "steps_not_chosen_left_out": "a completion of a step was left out that was not the one chosen",
+    "neutral_steps_called_right": "a step that was rated neutral counts as right",
     "reference_left_out": "one of several reference answers was left out: it does not stand in the context, or several times and not at its offset",
 }
 
@@ -116,6 +120,7 @@ class Conversion:
     first_answer: int | None = None
     no_label: tuple[str, ...] = NO_LABEL
     span_offsets: str | None = None
+    rating_columns: tuple[str, ...] = ()
     declared: frozenset[str] = frozenset()
     """Our names of the columns that the source's `columns` names."""
     repaired: Counter[str] = field(default_factory=Counter)

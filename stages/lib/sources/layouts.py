@@ -19,7 +19,8 @@ from stages.lib.sources.layouts_preferences import preference_alpaca, preference
 from stages.lib.sources.layouts_prompts import prompts
 from stages.lib.sources.layouts_questions import ANSWERABLE, IMPOSSIBLE, squad, squad_rows
 from stages.lib.sources.layouts_spans import bio, pieces, spans
-from stages.lib.sources.layouts_unpaired import unpaired_preference
+from stages.lib.sources.layouts_steps import math_shepherd, prm800k, stepwise
+from stages.lib.sources.layouts_unpaired import rated_answer, unpaired_preference
 
 
 def one_row(row: Row) -> Iterable[Row]:
@@ -76,7 +77,7 @@ def convert_record(
         except Dropped as reason:
             yield raw, reason
         else:
-            for name in unread(record, raw, layout, columns, carry):
+            for name in unread(record, raw, layout, columns, (*carry, *conversion.rating_columns)):
                 conversion.notice(f"column '{name}' is not read")
             conversion.finish_row()
             yield raw, row
@@ -211,6 +212,36 @@ LAYOUTS: dict[str, Layout] = {
         "a prompt and a completion, or a chat, and whether the last answer is desirable: both kinds are kept",
         options=("turns_in_text",),
         also=CHAT_COLUMNS,
+    ),
+    "rated_answer": Layout(
+        "ratings",
+        rated_answer,
+        ("prompt", "completion", *SHAREGPT_COLUMNS, "instruction", "input", "history", "ratings"),
+        "a prompt and a completion, or a chat, and the ratings of the last answer: a number, or one for each of several attributes",
+        options=("turns_in_text", "rating_columns"),
+        also=CHAT_COLUMNS,
+    ),
+    "stepwise": Layout(
+        "step_labels",
+        stepwise,
+        ("prompt", "completions", *SHAREGPT_COLUMNS, "instruction", "input", "history", "labels"),
+        "a prompt, the steps of an answer, and whether each of them is right",
+        options=("turns_in_text",),
+        also=CHAT_COLUMNS,
+    ),
+    "math_shepherd": Layout(
+        "step_labels",
+        math_shepherd,
+        ("input", "label"),
+        "Math-Shepherd's texts of steps, marked and labelled",
+        also=("task",),
+    ),
+    "prm800k": Layout(
+        "step_labels",
+        prm800k,
+        ("question", "label"),
+        "PRM800K's problems, and steps of which one each is chosen",
+        also=("labeler", "timestamp", "generation", "is_quality_control_question", "is_initial_screening_question"),
     ),
     "label": Layout(
         "labels",

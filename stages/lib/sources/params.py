@@ -88,7 +88,7 @@ class LaidOutSource(Strict):
     """What sources of raw rows have in common."""
 
     layout: str
-    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, prompts, preference_alpaca, preference_between, preference_chat, unpaired_preference, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
+    """How a raw row is laid out: text, alpaca, messages, sharegpt, rated_chat, prompts, preference_alpaca, preference_between, preference_chat, unpaired_preference, rated_answer, stepwise, math_shepherd, prm800k, label, relation, spans, bio, pieces or squad. It decides the format of the rows; data_recipes/README.md shows each."""
     columns: dict[str, str] = {}
     """Renames columns: the layout's name -> the name in the data. `id` and `group` may be named too: rows with the same group stay on one side of the held-out split."""
     carry: list[str] = []
@@ -98,7 +98,7 @@ class LaidOutSource(Strict):
     strip_segment_digit: bool = False
     """Whether each token ends with a digit that is no part of it, as in the Weibo NER files (layout bio)."""
     turns_in_text: Literal["json", "transcript"] | None = None
-    """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat, unpaired_preference): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
+    """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat, unpaired_preference, rated_answer, stepwise): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
     unlabelled: bool = False
     """Whether the rows are yet to be labelled, by the stage `annotate` (layouts label and squad): their label, or their answers, are not read, and may be missing. Texts without a second one need no such word: read them with the layout text."""
     first_answer: Literal[0, 1] | None = None
@@ -107,6 +107,8 @@ class LaidOutSource(Strict):
     """Labels that say that a row has none (layouts label and relation): such rows are dropped and counted. null: - and -1, as SNLI and `datasets` write it. []: each label is a class."""
     span_offsets: Literal["inclusive", "utf16", "utf8"] | None = None
     """How spans count that do not say their text (layout spans): with an `end` that is their last character (inclusive), in UTF-16 units as browsers and Java do (utf16), or in bytes of UTF-8 (utf8). null: half-open, in characters."""
+    rating_columns: list[str] | None = Field(default=None, min_length=1, exclude_if=lambda names: names is None)
+    """The columns that hold ratings, by their names in the data, such as [helpfulness, correctness] (layout rated_answer): each is an attribute of that name. null: the column ratings holds a number, or a mapping of attributes to numbers."""
     max_row_bytes: int = Field(default=8 << 20, ge=1)
     """Rows of more bytes than this are dropped without being parsed."""
     max_broken_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -136,6 +138,7 @@ class LaidOutSource(Strict):
             ("first_answer", self.first_answer is not None),
             ("no_label", self.no_label is not None),
             ("span_offsets", self.span_offsets is not None),
+            ("rating_columns", self.rating_columns is not None),
         ):
             if is_set and option not in self.laid_out.options:
                 users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)

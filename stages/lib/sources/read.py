@@ -73,6 +73,7 @@ def convert_records(
         first_answer=source.first_answer,
         no_label=NO_LABEL if source.no_label is None else tuple(source.no_label),
         span_offsets=source.span_offsets,
+        rating_columns=tuple(source.rating_columns or ()),
         declared=frozenset(source.columns),
     )
     for record in records:

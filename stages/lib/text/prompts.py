@@ -116,7 +116,7 @@ def prompt_of(row: Row, rendering: Rendering) -> Prompt:
             return str(row["text"])
         case "text", "chat":
             return [{"role": "user", "content": row["text"]}]
-        case "prompts" | "preferences" | "unpaired_preferences", "chat":
+        case "prompts" | "preferences" | "unpaired_preferences" | "ratings" | "step_labels", "chat":
             return list(row["prompt"])
         case "chats", "chat":
             asks_last = row["messages"][-1]["role"] != "assistant"

@@ -185,6 +185,30 @@ FORMS: tuple[Form, ...] = (
         (Slot("messages", frozenset({"chat"}), ("conversations", *CHAT_NAMES)), RATING, SYSTEM, *TOOLS),
     ),
     Form(
+        "rated_answer",
+        (
+            Slot("prompt", TEXTS | TURNS, ("messages", "conversations", "context", *QUESTION_NAMES, *CHAT_NAMES)),
+            Slot("completion", TEXTS | TURNS, ("answer", "generation", "response", "output", "reply")),
+            Slot("ratings", frozenset({"mapping"}), ("scores", "attributes")),
+            SYSTEM,
+            *TOOLS,
+        ),
+    ),
+    Form(
+        "stepwise",
+        (
+            Slot("prompt", TEXTS | TURNS, QUESTION_NAMES),
+            Slot("completions", frozenset({"texts"}), ("steps",)),
+            Slot("labels", frozenset({"list", "numbers"}), ("step_labels",)),
+            SYSTEM,
+        ),
+    ),
+    Form("math_shepherd", (Slot("input", TEXTS, fixed=True), Slot("label", TEXTS, fixed=True))),
+    Form(
+        "prm800k",
+        (Slot("question", frozenset({"mapping"}), fixed=True), Slot("label", frozenset({"mapping"}), fixed=True)),
+    ),
+    Form(
         "label", (Slot("text", TEXTS | {"pieces"}, (*TEXT_NAMES, "question", "query", "data"), by_position=True), LABEL)
     ),
     Form(

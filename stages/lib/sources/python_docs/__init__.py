@@ -12,7 +12,7 @@ from stages.lib.sources.python_docs.chats import chat_rows
 from stages.lib.sources.python_docs.extraction import extraction_rows
 from stages.lib.sources.python_docs.labels import label_rows
 from stages.lib.sources.python_docs.modules import Module, module_files, read_modules
-from stages.lib.sources.python_docs.preferences import judged_rows, preference_rows
+from stages.lib.sources.python_docs.preferences import judged_rows, preference_rows, rated_rows, step_rows
 from stages.lib.sources.python_docs.questions import question_rows
 from stages.lib.sources.python_docs.spans import span_rows
 from stages.lib.sources.python_docs.text import text_rows
@@ -48,6 +48,8 @@ FORMATS = {
     "prompts": RowMaker(per_module(unanswered_rows), lambda row: row["prompt"][0]["content"]),
     "preferences": RowMaker(per_module(preference_rows), lambda row: row["chosen"][0]["content"]),
     "unpaired_preferences": RowMaker(per_module(judged_rows), lambda row: row["completion"][0]["content"]),
+    "ratings": RowMaker(per_module(rated_rows), lambda row: row["completion"][0]["content"]),
+    "step_labels": RowMaker(per_module(step_rows), lambda row: tuple(step["content"] for step in row["steps"])),
     "labels": RowMaker(label_rows, lambda row: row["text"]),
     "spans": RowMaker(per_module(span_rows), lambda row: row["text"]),
     "questions": RowMaker(per_module(question_rows), lambda row: (row["context"], row["question"])),

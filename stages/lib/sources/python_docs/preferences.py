@@ -1,4 +1,4 @@
-"""Preferences, in pairs or not: a function's own description against another's, a truncated one, or a shuffled one."""
+"""Preferences, in pairs or not, ratings and labels of steps: a function's own description against another's, a truncated one, or a shuffled one."""
 
 from __future__ import annotations
 
@@ -38,6 +38,35 @@ def judged_rows(module: Module) -> Iterator[Row]:
     for row in preference_rows(module):
         side = ("chosen", "rejected")[choice(f"{row['id']} judged", 2)]
         yield {"id": row["id"], "prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+
+
+RATINGS_OF = {"other": (0, 4, 4), "truncated": (4, 1, 3), "shuffled": (4, 4, 0)}
+"""Corruption -> relevance, completeness and fluency of such an answer, from 0 to 4; the right one has 4 of each."""
+
+
+def rated_rows(module: Module) -> Iterator[Row]:
+    """Rating rows: the same answers, each rated by how it was made; of every fifth, completeness is not rated."""
+    for row in preference_rows(module):
+        side = ("chosen", "rejected")[choice(f"{row['id']} judged", 2)]
+        relevance, completeness, fluency = (4, 4, 4) if side == "chosen" else RATINGS_OF[row["corruption"]]
+        known = choice(f"{row['id']} rated", 5) > 0
+        ratings = {"relevance": relevance, "completeness": completeness if known else None, "fluency": fluency}
+        yield {"id": row["id"], "prompt": row["prompt"], "completion": row[side], "ratings": ratings}
+
+
+WORDS_OF_A_STEP = 4
+
+
+def step_rows(module: Module) -> Iterator[Row]:
+    """Step label rows: a description a few words at a time, some steps with their words in another order, which is wrong."""
+    for row in preference_rows(module):
+        words, steps, labels = row["chosen"][0]["content"].split(), [], []
+        for start in range(0, len(words), WORDS_OF_A_STEP):
+            said = words[start : start + WORDS_OF_A_STEP]
+            right = len(set(said)) < 2 or choice(f"{row['id']} {start}", 3) > 0
+            steps.append({"role": "assistant", "content": " ".join(said if right else said[1:] + said[:1])})
+            labels.append(right)
+        yield {"id": row["id"], "prompt": row["prompt"], "steps": steps, "labels": labels}
 
 
 def corrupted(function: Function, corruption: str, described: list[Function]) -> str:
