@@ -16,6 +16,8 @@ GROUPS = {
     "sft": "language_model",
     "merge": "language_model",
     "reward": "alignment",
+    "sample_preferences": "alignment",
+    "reference_logprobs": "alignment",
     "dpo": "alignment",
     "kto": "alignment",
     "ppo": "alignment",

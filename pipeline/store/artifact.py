@@ -67,6 +67,8 @@ class Kind(StrEnum):
     EXTRACTOR = "extractor"
     READER = "reader"
     REPORT = "report"
+    REFERENCE_LOGPROBS = "reference_logprobs"
+    """What a model says of the answers of one data set of preferences."""
 
 
 REWARD_READING = "slipway_reward"

@@ -6,6 +6,7 @@ kept in a file. Losses without a reference compute none.
 
 The reference is what training begins with: the input `model`, and where an adapter of it is continued, the model with that
 adapter as it was. The input `reference` names another one; where it is the input `model`, that is the adapter switched off.
+The input `reference_logprobs` has what a step of that name computed of it: then no reference is loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class DPOParams(PairLossParams, PolicyParams):
 def estimate(forecast: Forecast) -> Estimate:
     """The training's; its memory is that of the reference's pass where this takes more, as it may under ZeRO-3."""
     known = estimate_preference_training(forecast, without_dropout=True)
-    return beside_reference_pass(forecast, known) if forecast.params.needs_reference else known
+    loads_it = forecast.params.needs_reference and "reference_logprobs" not in forecast.inputs
+    return beside_reference_pass(forecast, known) if loads_it else known
 
 
 def check(forecast: Forecast) -> list[Problem]:
@@ -98,6 +100,7 @@ STAGE = Stage(
         "model": accepts(Kind.CAUSAL_LM),
         "preferences": accepts(Kind.PREFERENCES),
         "reference": accepts(Kind.CAUSAL_LM, optional=True),
+        "reference_logprobs": accepts(Kind.REFERENCE_LOGPROBS, optional=True),
         "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
@@ -118,14 +121,19 @@ def beside_reference(
 
     It runs before the training engine exists: from then on ZeRO-3 would split the reference too.
     """
-    from stages.lib.preferring.reference import ReferencePass, open_reference, publish_logprobs
+    from stages.lib.preferring.reference import publish_logprobs
+    from stages.lib.preferring.reference_artifact import ReferenceQuestion, ask_reference
 
-    data = [preferences.train, preferences.heldout]
-    reference = open_reference(ctx, preferences.home)
-    reference_pass = ReferencePass(
-        ctx, reference.folder, data, params.precision, params.tail_weight, adapter=reference.adapter
+    question = ReferenceQuestion(
+        data={"train": preferences.train, "heldout": preferences.heldout},
+        tokenizer=preferences.tokenizer,
+        home=preferences.home,
+        max_length_tokens=params.max_length_tokens,
+        precision=params.precision,
+        tail_weight=params.tail_weight,
     )
-    train_logprobs_N2, heldout_logprobs_N2 = reference_pass.run(preferences.tokenizer)
+    logprobs = ask_reference(ctx, question)
+    train_logprobs_N2, heldout_logprobs_N2 = logprobs["train"], logprobs["heldout"]
     publish_logprobs(ctx, train=train_logprobs_N2, heldout=heldout_logprobs_N2)
     heldout_pairs = preferences.heldout.with_reference(heldout_logprobs_N2)
     found = baselines(heldout_logprobs_N2, heldout_pairs.answer_lengths())

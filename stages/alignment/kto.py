@@ -2,7 +2,8 @@
 
 Desirable answers are to gain more over the reference than answers do to prompts that are not theirs, undesirable ones less
 (Ethayarajh et al., 2024). Pairs are taken apart. The reference's log-probabilities come from its artifact, are computed
-once, before training, and are kept in a file: those of the answers, and of the mismatched ones of every step.
+once, before training, and are kept in a file: those of the answers, and of the mismatched ones of every step. Or a step
+`reference_logprobs` has computed them, and no reference is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def estimate(forecast: Forecast) -> Estimate:
     """The training's; its memory is that of the reference's pass where this takes more, as it may under ZeRO-3."""
     rows = num_answers(forecast)
     known = estimate_preference_training(forecast, num_rows=rows, sequences=1, without_dropout=True)
-    return beside_reference_pass(forecast, known)
+    return known if "reference_logprobs" in forecast.inputs else beside_reference_pass(forecast, known)
 
 
 def check(forecast: Forecast) -> list[Problem]:
@@ -89,6 +90,7 @@ STAGE = Stage(
         "unpaired_preferences": accepts(Kind.UNPAIRED_PREFERENCES, optional=True),
         "preferences": accepts(Kind.PREFERENCES, optional=True),
         "reference": accepts(Kind.CAUSAL_LM, optional=True),
+        "reference_logprobs": accepts(Kind.REFERENCE_LOGPROBS, optional=True),
         "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
         "extends": accepts(Kind.CAUSAL_LM, optional=True),
     },
@@ -114,8 +116,9 @@ class Compared:
 
 def beside_reference(ctx: Context, params: KTOParams, preferences: Preferences[Unpaired]) -> Compared:
     """All that is asked of the reference, before the training engine exists: from then on ZeRO-3 would split it too."""
-    from stages.lib.preferring.reference import AnsweredRows, ReferencePass, open_reference, publish_logprobs
-    from stages.lib.preferring.unpaired import mismatched_among, mismatched_in_steps
+    from stages.lib.preferring.reference import publish_logprobs
+    from stages.lib.preferring.reference_artifact import ReferenceQuestion, ask_reference
+    from stages.lib.preferring.unpaired import SPLITS, mismatched_among, mismatched_in_steps
     from stages.lib.training.params import optimizer_steps
 
     rows, heldout, longest = preferences.train, preferences.heldout, params.max_length_tokens
@@ -125,14 +128,17 @@ def beside_reference(ctx: Context, params: KTOParams, preferences: Preferences[U
         in_steps = mismatched_in_steps(rows, ctx.seed, steps, params.global_batch_size, longest)
         others = [in_steps, mismatched_among(heldout, longest)]
         ctx.journal.note(told_mismatched(*others))
-    data: list[AnsweredRows] = [rows, heldout, *others]
-    reference = open_reference(ctx, preferences.home)
-    reference_pass = ReferencePass(
-        ctx, reference.folder, data, params.precision, what="answers", adapter=reference.adapter
+    question = ReferenceQuestion(
+        data=dict(zip(SPLITS, (rows, heldout, *others), strict=False)),
+        tokenizer=preferences.tokenizer,
+        home=preferences.home,
+        max_length_tokens=longest,
+        precision=params.precision,
+        what="answers",
     )
-    logprobs = [found[:, 0] for found in reference_pass.run(preferences.tokenizer)]
-    names = ("train", "heldout", "train_mismatched", "heldout_mismatched")
-    publish_logprobs(ctx, **dict(zip(names, logprobs, strict=False)))
+    found = {name: each[:, 0] for name, each in ask_reference(ctx, question).items()}
+    publish_logprobs(ctx, **found)
+    logprobs = list(found.values())
     beside = [each.with_reference(found) for each, found in zip(others, logprobs[2:], strict=True)]
     mismatched_train, mismatched_heldout = beside or (None, None)
     return Compared(

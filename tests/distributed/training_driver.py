@@ -33,6 +33,7 @@ WORLD = World(
     local_rank=int(os.environ.get("LOCAL_RANK", "0")),
 )
 ON_POLICY = tuple(f"stages.alignment.{kind}" for kind in ("ppo", "grpo", "rloo", "reinforce_plus_plus"))
+SAMPLING = "stages.alignment.sample_preferences"
 
 
 def is_last() -> bool:
@@ -59,6 +60,12 @@ def watch(job: dict[str, Any]) -> None:
         from tests.distributed import interruptions
 
         interruptions.watch(die, WORLD.rank == die.get("rank", WORLD.size - 1))
+        return
+
+    if job["kind"] == SAMPLING:
+        from tests.distributed import sampling_interruptions
+
+        sampling_interruptions.watch(die, WORLD.rank == die.get("rank"))
         return
 
     def watched_loss(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -107,6 +114,10 @@ def run(job: dict[str, Any]) -> None:
             from tests.distributed import interruptions
 
             return is_last() and bool(stop) and interruptions.stop_is_due(stop)
+        if job["kind"] == SAMPLING:
+            from tests.distributed import sampling_interruptions
+
+            return is_last() and bool(stop) and sampling_interruptions.stop_is_due(stop)
         late = Steps.now >= stop.get("step", sys.maxsize)
         return is_last() and (late or Steps.measured == stop.get("heldout_at_step"))
 

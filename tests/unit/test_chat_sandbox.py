@@ -315,7 +315,21 @@ def test_every_day_is_the_same_day() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "reinforce_plus_plus", "evaluate", "quantize"]
+    "kind",
+    [
+        "sft",
+        "reward",
+        "sample_preferences",
+        "reference_logprobs",
+        "dpo",
+        "kto",
+        "ppo",
+        "grpo",
+        "rloo",
+        "reinforce_plus_plus",
+        "evaluate",
+        "quantize",
+    ],
 )
 def test_every_stage_that_renders_chats_has_the_date_among_its_params(kind: str) -> None:
     stage, days = STAGES[kind], []

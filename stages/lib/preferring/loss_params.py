@@ -197,14 +197,10 @@ def loss_problems(forecast: Forecast) -> list[Problem]:
     """What is wrong with the loss given inputs and resources: a reference that is not used, or groups that are split."""
     params: PairLossParams = forecast.params
     problems = []
-    if "reference" in forecast.inputs and not params.needs_reference:
-        problems.append(
-            Problem(
-                "inputs.reference",
-                f"is given, and {named(params.losses)} compare{'s' if len(params.losses) == 1 else ''} with no reference",
-                "Remove it, or take a loss that has one, such as sigmoid.",
-            )
-        )
+    for role in ("reference", "reference_logprobs"):
+        if role in forecast.inputs and not params.needs_reference:
+            what = f"is given, and {named(params.losses)} compare{'s' if len(params.losses) == 1 else ''} with no reference"
+            problems.append(Problem(f"inputs.{role}", what, "Remove it, or take a loss that has one, such as sigmoid."))
     try:
         batch = derive_batch(params.global_batch_size, forecast.resources)
     except RecipeError:

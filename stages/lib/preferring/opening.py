@@ -52,17 +52,17 @@ class Preferences(Generic[Rows]):
 
 def open_preferences(ctx: Context, params: PreferenceParams, *, with_margins: bool = False) -> Preferences[Pairs]:
     """Raises `DataError` if pairs may be longer than the model takes, or its chat template is not fit for training."""
-    tokenizer, home = tokenizer_of_policy(ctx, params)
+    tokenizer, home = tokenizer_of_policy(ctx, params.max_length_tokens)
     pairs = open_pairs(ctx, tokenizer, params.max_length_tokens, params.max_dropped_fraction, with_margins=with_margins)
     return Preferences(tokenizer, *pairs, home)
 
 
-def tokenizer_of_policy(ctx: Context, params: PreferenceParams) -> tuple[PreTrainedTokenizerBase, Path]:
+def tokenizer_of_policy(ctx: Context, max_length_tokens: int) -> tuple[PreTrainedTokenizerBase, Path]:
     """That of the input `model`, or of an adapter that is trained further, and its folder.
 
     Raises `DataError` where the model cannot take such rows, or its template is not fit for training.
     """
-    require_length(read_config(ctx.inputs["model"]), params.max_length_tokens)
+    require_length(read_config(ctx.inputs["model"]), max_length_tokens)
     home = tokenizer_to_train_with(ctx.inputs)
     tokenizer = load_tokenizer(home)
     check_chat_template(tokenizer, str(home))

@@ -82,7 +82,7 @@ class ReferencePass:
 
     def identity(self) -> str:
         """Changes with the model, and with the adapter on it."""
-        return model_identity(self.folder) + (f" {model_identity(self.adapter)}" if self.adapter else "")
+        return identity_of(self.folder, self.adapter)
 
     def collate(self, indices: Sequence[int], padding_id: int) -> Tensors:
         """The batch of these rows: S x their number of sequences, the first ones of all rows first."""
@@ -198,6 +198,11 @@ def model_identity(folder: Path) -> str:
         if path.suffix in (".json", ".safetensors"):
             digest.update(f"{path.relative_to(folder)} {digest_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def identity_of(folder: Path, adapter: Path | None) -> str:
+    """That of a model, and of the adapter on it where there is one."""
+    return model_identity(folder) + (f" {model_identity(adapter)}" if adapter else "")
 
 
 def digest_rows(model: str, how: str, data: Sequence[AnsweredRows]) -> str:

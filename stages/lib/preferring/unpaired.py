@@ -29,6 +29,10 @@ MISMATCHED = "mismatched_"
 """How the tensors begin of answers after prompts that are not theirs."""
 
 
+SPLITS = ("train", "heldout", "train_mismatched", "heldout_mismatched")
+"""All that a reference is asked, in this order; of losses without a reference point the first two."""
+
+
 class Unpaired(Sequence[dict[str, Any]]):
     """Tokenized answers in the order of their file, which stay on disk until a row is asked for.
 
@@ -175,7 +179,7 @@ def open_unpaired(ctx: Context, params: UnpairedParams) -> Preferences[Unpaired]
     Raises `DataError` if answers may be longer than the model takes, its chat template is not fit for training, or too large a
     share of the rows cannot be used.
     """
-    tokenizer, home = tokenizer_of_policy(ctx, params)
+    tokenizer, home = tokenizer_of_policy(ctx, params.max_length_tokens)
     role = next(role for role in ROLES if role in ctx.inputs)
     how = tokenizing_answers(tokenizer, params.max_length_tokens)
     train, heldout, ledger = tokenize_input(ctx, role, how, params.max_dropped_fraction)

@@ -20,7 +20,8 @@ Any row may also have `id`, `group` (rows of one group stay on one side of the h
 preferences also `margin` (by how much the chosen answer is better) and `corruption` (how the rejected one was made).
 A row may carry `columns` too (name -> text, number or truth value): what the source's `carry` takes along unchanged, such
 as the answer that a reward compares a completion with; and an `annotation`: how sure the stage `annotate` was of what it
-said, and what the row had said before.
+said, and what the row had said before. Rows of the stage `sample_preferences` have `sampled`: whose answers they hold, what
+these scored, and of how many completions they are the best and the worst.
 """
 
 from __future__ import annotations

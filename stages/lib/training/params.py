@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import Field, FieldSerializationInfo, field_serializer, model_validator
 
@@ -203,7 +203,15 @@ def derive_batch(global_batch_size: int, resources: Resources, processes: int | 
     return Batch(global_batch_size, micro, global_batch_size // together, processes)
 
 
-def optimizer_steps(params: TrainingParams, num_rows: int) -> int:
+class Passes(Protocol):
+    """What says how long a training is."""
+
+    max_steps: int | None
+    epochs: float | None
+    global_batch_size: int
+
+
+def optimizer_steps(params: Passes, num_rows: int) -> int:
     """Optimizer steps of a run over `num_rows` training rows; `epochs` is rounded up to whole steps."""
     if params.max_steps is not None:
         return params.max_steps
