@@ -155,7 +155,7 @@ STAGE = Stage(
     inputs={
         "model": accepts(Kind.CAUSAL_LM),
         "prompts": accepts(Kind.PROMPTS, Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.TEXT),
-        "reward": accepts(Kind.REWARD_MODEL, optional=True),
+        "reward": accepts(Kind.REWARD_MODEL, Kind.PROCESS_REWARD_MODEL, optional=True),
         "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
     },
     output=output_kind,
@@ -196,6 +196,7 @@ def open_writer(
     from stages.lib.models.adapters.opening import open_adapted
     from stages.lib.models.loading import DTYPES, load_language_model, require_vocabulary
     from stages.lib.on_policy.candidates import CandidateWriter
+    from stages.lib.on_policy.contained_calls import Means
     from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
     from stages.lib.text.tokenizers import stop_token_ids
 
@@ -210,15 +211,16 @@ def open_writer(
         )
     model = load(ctx.inputs["model"]) if model is None else model.to(device)
     require_vocabulary(model, tokenizer)
-    judge = None
-    if learned(params.rewards):
-        judge = RewardModelScorer(ctx.inputs["reward"], None, "fp32", device, ctx.resources.micro_batch_size or 8)
+    judge, reward = None, learned(params.rewards)
+    if reward is not None:
+        size, penalty = ctx.resources.micro_batch_size or 8, reward.uncertainty_penalty
+        judge = RewardModelScorer(ctx.inputs["reward"], None, "fp32", device, size, penalty)
     return CandidateWriter(
         ctx=ctx,
         model=model,
         tokenizer=tokenizer,
         stop_ids=sorted({*stop_ids_of(model, tokenizer), *stop_token_ids(tokenizer)}),
-        scorer=Scorer(params.rewards, judge),
+        scorer=Scorer(params.rewards, judge, Means(ctx.resources.threads_per_process, ctx.stop_requested)),
         completions_per_prompt=params.completions_per_prompt,
         max_new_tokens=params.max_new_tokens,
         min_new_tokens=params.min_new_tokens,
@@ -269,8 +271,10 @@ def write_sampled(ctx: Context, sides: list[SampledRows], ledger: Ledger) -> Res
     write_rows(ctx.out / "completions.jsonl", [drawn for side in sides for drawn in side.drawn])
     ledger.write(ctx.out)
     faults = faults_of(sides)
-    said = ", ".join(f"{int(count):,} {name.removeprefix('completions_')}" for name, count in list(faults.items())[1:])
-    ctx.journal.note(f"{int(faults['completions']):,} completions; of no use: {said or 'none'}")
+    for what, prefix in (("of no use", "completions_"), ("rewards had trouble with", "errors_")):
+        found = {name.removeprefix(prefix): int(count) for name, count in faults.items() if name.startswith(prefix)}
+        said = ", ".join(f"{count:,} {name}" for name, count in found.items()) or "none"
+        ctx.journal.note(f"{int(faults['completions']):,} completions; {what}: {said}")
     metrics = {name: value for side in sides for name, value in side.metrics().items()}
     train, heldout = sides
     facts = Facts(train_rows=len(train.rows), heldout_rows=len(heldout.rows), dropped_rows=dict(ledger.dropped))

@@ -32,7 +32,8 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from stages.lib.on_policy.reward_params import Rewards
-from stages.lib.on_policy.rewards import Completion, Sample, combine, score_programmatic
+from stages.lib.on_policy.rewards import combine, score_programmatic
+from stages.lib.on_policy.samples import Completion, Sample
 
 PADDING = -1.0
 

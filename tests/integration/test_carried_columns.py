@@ -11,7 +11,8 @@ import pytest
 
 from stages.data import clean, mix
 from stages.lib.on_policy.reward_params import ExactMatchReward
-from stages.lib.on_policy.rewards import Completion, Sample, check_rows, score_programmatic
+from stages.lib.on_policy.rewards import check_rows, score_programmatic
+from stages.lib.on_policy.samples import Completion, Sample
 from tests.rows import word_problems
 from tests.unit.running_stages import Ran, run_stage
 

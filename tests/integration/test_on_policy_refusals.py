@@ -16,7 +16,7 @@ from pipeline.store.artifact import Kind, digest_file, read_manifest
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import read_journal
 from stages.lib.on_policy import rewards as rewards_library
-from stages.lib.on_policy.rewards import Completion
+from stages.lib.on_policy.samples import Completion
 from stages.lib.on_policy.scoring import RewardModelScorer
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_spans import encode_prompt

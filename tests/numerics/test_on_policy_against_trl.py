@@ -25,7 +25,8 @@ from stages.lib.on_policy.actor_critic import ActorCritic
 from stages.lib.on_policy.experience import Episode, Experience
 from stages.lib.on_policy.learning import Learner
 from stages.lib.on_policy.reward_params import LengthPenaltyReward
-from stages.lib.on_policy.rewards import Completion, length_penalty
+from stages.lib.on_policy.rewards import length_penalty
+from stages.lib.on_policy.samples import Completion
 from stages.lib.training.params import derive_batch
 from tests.integration.tiny_language_model import make_tokenizer
 

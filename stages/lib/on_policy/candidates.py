@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ from pipeline.store.durable import make_folder, read_json, write_json
 from stages.lib.generating.replies import REPLACEMENT
 from stages.lib.generating.sampling import Sampled, sample, uniforms_for
 from stages.lib.on_policy.ranking import BROKEN, CUT_OFF, REPEATED, SPECIAL, TOO_SHORT, Candidate
-from stages.lib.on_policy.rewards import Completion, Sample
+from stages.lib.on_policy.samples import Completion, Sample
 from stages.lib.on_policy.scoring import Scorer
 from stages.lib.processes.collectives import any_process, barrier, from_main
 from stages.lib.text.chat_fitting import fit_answers
@@ -32,6 +32,14 @@ from stages.lib.text.tokenizers import decode_ids
 from stages.lib.training.scheduling import seed_of
 
 DEFAULT_BATCH_SIZE = 16
+
+
+class Worth(NamedTuple):
+    """What a completion is worth: each reward, their weighted sum, and the rewards that had trouble with it."""
+
+    rewards: tuple[float, ...]
+    score: float
+    troubles: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -114,10 +122,8 @@ class CandidateWriter:
         """What the policy wrote, without the token that ends it; other special tokens as they are spelled, as rewards see them."""
         return decode_ids(self.tokenizer, said_ids(sampled))
 
-    def score(
-        self, rows: Sequence[PromptRow], sampled: Sequence[Sampled], texts: Sequence[str]
-    ) -> list[tuple[tuple[float, ...], float]]:
-        """The rewards of each completion and their weighted sum. What a prompt has twice is scored once, so that it scores the same."""
+    def score(self, rows: Sequence[PromptRow], sampled: Sequence[Sampled], texts: Sequence[str]) -> list[Worth]:
+        """What each completion is worth. What a prompt has twice is scored once, so that it scores the same."""
         keys = [
             (row.index, text, each.ended, len(each.ids)) for row, text, each in zip(rows, texts, sampled, strict=True)
         ]
@@ -129,11 +135,11 @@ class CandidateWriter:
             )
             for place, row in ((place, rows[place]) for place in places)
         ]
-        values = self.scorer.score(samples)
+        values, troubles = self.scorer.score(samples)
         totals = self.scorer.total(values)
         by_place = {
-            place: (tuple(map(float, rewards)), float(total))
-            for place, rewards, total in zip(places, values, totals, strict=True)
+            place: Worth(tuple(map(float, rewards)), float(total), {name: each.word for name, each in wrong.items()})
+            for place, rewards, total, wrong in zip(places, values, totals, troubles, strict=True)
         }
         return [by_place[first[key]] for key in keys]
 
@@ -142,19 +148,19 @@ class CandidateWriter:
         row: PromptRow,
         sampled: Sequence[Sampled],
         texts: Sequence[str],
-        scored: Sequence[tuple[tuple[float, ...], float]],
+        scored: Sequence[Worth],
     ) -> list[Candidate]:
         """The completions of one prompt, with what keeps each from becoming training data."""
         found: list[Candidate] = []
         seen: set[str] = set()
-        for each, text, (rewards, score) in zip(sampled, texts, scored, strict=True):
+        for each, text, worth in zip(sampled, texts, scored, strict=True):
             unusable, retokenized = self.fault_of(each, text), False
             if not unusable and text in seen:
                 unusable = REPEATED
             elif not unusable:
                 unusable, retokenized = self.as_message(row, each, text)
                 seen.add(text)
-            found.append(Candidate(text, len(each.ids), each.ended, rewards, score, unusable, retokenized))
+            found.append(Candidate(text, len(each.ids), each.ended, *worth[:2], unusable, retokenized, worth.troubles))
         return found
 
     def fault_of(self, sampled: Sampled, text: str) -> str:

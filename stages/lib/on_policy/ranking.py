@@ -5,8 +5,8 @@ Imports no torch: what decides is text, ends and numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 CUT_OFF = "cut_off"
@@ -66,6 +66,8 @@ class Candidate:
     """Why it cannot become training data; empty if it can."""
     retokenized: bool = False
     """Whether its text, as a message, becomes other tokens than were drawn."""
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    """Name of a reward that runs what others wrote -> the word for what went wrong with it here."""
 
 
 class Chosen(NamedTuple):

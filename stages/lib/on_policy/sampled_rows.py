@@ -97,6 +97,7 @@ class SampledRows:
                 "rewards": dict(zip(self.names, each.rewards, strict=True)),
                 "score": each.score,
                 **({"unusable": each.unusable} if each.unusable else {}),
+                **({"troubles": dict(each.troubles)} if each.troubles else {}),
             }
             for each in found
         ]
@@ -132,12 +133,14 @@ class SampledRows:
 
 
 def faults_of(sides: Sequence[SampledRows]) -> dict[str, float]:
-    """How many completions were drawn, and how many of them could not be used, by reason."""
+    """How many completions were drawn, how many of them could not be used, by reason, and with how many rewards had trouble."""
     everything = [each for side in sides for found in side.candidates for each in found]
     counts = Counter(each.unusable for each in everything if each.unusable)
+    errors = Counter(name for each in everything for name in each.troubles)
     return {
         "completions": float(len(everything)),
         **{f"completions_{why}": float(n) for why, n in sorted(counts.items())},
+        **{f"errors_{name}": float(n) for name, n in sorted(errors.items())},
     }
 
 
