@@ -36,6 +36,11 @@ class PolicyParams(TrainingParams):
 
     @model_validator(mode="after")
     def nothing_is_dropped(self) -> PolicyParams:
+        if getattr(self.adapter, "quantize_base", None):
+            raise ValueError(
+                "adapter: quantize_base must be null: the reference is the model as it is on disk, and a policy on its weights "
+                "in four bits would begin apart from it"
+            )
         if getattr(self.adapter, "dropout", 0.0):
             raise ValueError(
                 "adapter: dropout must be 0: policy and reference are compared token by token, and would differ by chance"

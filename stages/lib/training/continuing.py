@@ -16,6 +16,7 @@ from stages.lib.models.adapters.attaching import attach, trained_state
 from stages.lib.models.adapters.folders import WEIGHTS, adapter_config, adapter_folder, no_continuing
 from stages.lib.models.adapters.opening import OTHER_MODEL, require_same_layers
 from stages.lib.models.adapters.params import AdapterBlock, AdapterParams, ContinuedMethod
+from stages.lib.models.adapters.principal import gathered_of
 from stages.lib.models.adapters.saving import own_method, put_weights_in, require_base
 
 WHERE = "inputs.adapter"
@@ -75,13 +76,7 @@ def under_saved(model: Any, adapter: ContinuedMethod, home: Path) -> Any:
 
 def gathered(adapted: Any) -> contextlib.AbstractContextManager[Any]:
     """Within it, what is trained is whole in every process, where ZeRO-3 has split the model that it was copied from."""
-    split = [weight for weight in trained_state(adapted).values() if hasattr(weight, "ds_id")]
-    if not split:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    held: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(split, modifier_rank=0)
-    return held
+    return gathered_of(*trained_state(adapted).values())
 
 
 def require_base_of_adapter(ctx: Context) -> None:
