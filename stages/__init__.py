@@ -15,6 +15,7 @@ GROUPS = {
     "pretrain": "language_model",
     "sft": "language_model",
     "merge": "language_model",
+    "deepen": "language_model",
     "reward": "alignment",
     "dpo": "alignment",
     "kto": "alignment",
