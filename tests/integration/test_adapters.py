@@ -30,6 +30,7 @@ from stages.lib.models.adapters.saving import check_adapter
 from stages.lib.text.tokenizers import load_tokenizer
 from stages.lib.training import loop
 from stages.lib.training.making import Made
+from tests.distributed.training_world import make_tokenizer, write_chats, write_model
 from tests.integration.tiny_encoder import request_encoder, request_rows, write_data
 from tests.integration.tiny_language_model import make_world, run_stage
 
@@ -309,6 +310,29 @@ def test_beside_a_base_in_four_bits(world: World, tmp_path: Path, made: list[Mad
     whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
     added = sum(p.numel() for p in load_file(alone / "adapter_model.safetensors").values())
     assert f"lora trains {added:,} of {whole + added:,} parameters" in note
+
+
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("named", [EXPERTS, {}], ids=["named", "all"])
+def test_experts(named: dict[str, Any], tmp_path: Path) -> None:
+    """Of a mixture: plain peft reads what is published, merged it is what training publishes, byte for byte, and it goes on."""
+    model = write_model(tmp_path / "model", make_tokenizer(), model_type="mixtral", num_local_experts=4)
+    inputs, params = {"model": model, "chats": write_chats(tmp_path / "chats")}, {**COMMON, "max_length_tokens": 56}
+    block = {"method": "lora", "rank": 2, **named}
+    result, whole = run_stage(STAGES["sft"], inputs, {**params, "adapter": block}, tmp_path / "whole")
+    assert result.metrics["heldout_loss"] < result.metrics["heldout_loss_base"]
+    alone = {**block, "publish": "adapter"}
+    _, adapter = run_stage(STAGES["sft"], inputs, {**params, "adapter": alone}, tmp_path / "alone")
+    under = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter.out)
+    assert agree(answer_of(AutoModelForCausalLM.from_pretrained(whole.out), model), answer_of(under, model))
+    _, merged = run_stage(STAGES["merge"], {"model": model, "adapter": adapter.out}, {}, tmp_path / "merged")
+    assert (merged.out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+    inputs["adapter"] = adapter.out
+    further, _ = run_stage(STAGES["sft"], inputs, {**params, "adapter": {"method": "continued"}}, tmp_path / "further")
+    assert further.metrics["heldout_loss_base"] == pytest.approx(result.metrics["heldout_loss"], rel=1e-5)
 
 
 def test_modules_are_not_merged(world: World, tmp_path: Path) -> None:

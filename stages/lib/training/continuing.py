@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
-from stages.lib.models.adapters.attaching import attach, trained_state
+from stages.lib.models.adapters.attaching import attach, trained_state, unwarned
 from stages.lib.models.adapters.folders import WEIGHTS, adapter_config, adapter_folder, no_continuing
 from stages.lib.models.adapters.opening import OTHER_MODEL, require_same_layers
 from stages.lib.models.adapters.params import AdapterBlock, AdapterParams, ContinuedMethod
@@ -64,7 +64,8 @@ def under_saved(model: Any, adapter: ContinuedMethod, home: Path) -> Any:
     if config.peft_type == "LORA":
         config.lora_dropout, config.init_lora_weights = adapter.dropout, True
     try:
-        adapted = get_peft_model(model, config)
+        with unwarned():
+            adapted = get_peft_model(model, config)
         require_same_layers(adapted, home, WHERE)
         with gathered(adapted):
             set_peft_model_state_dict(adapted, load_file(home / WEIGHTS))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,11 +66,7 @@ def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
         quantize_linears(model, kept)
     names = linear_names(model)  # of which some bear another layer's name once peft has begun
     try:
-        with warnings.catch_warnings():
-            # Conv1D keeps its weights the other way round, which peft sees by itself.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            # Of those that peft adds for experts it says so, too; ours are looked at below.
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        with unwarned():
             adapted = get_peft_model(model, method.peft_config(adapter, task_for_peft(model), new))
     except re.error as error:
         what = f"holds {error.pattern!s:.100}, which is no regular expression: {error.msg}"
@@ -87,6 +84,17 @@ def attach(model: Any, adapter: AdapterBlock, seed: int) -> Any:
         if adapter.init == "pissa":
             begin_principal(adapted, adapter)
     return adapted
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Within it peft does not warn of what it does right."""
+    with warnings.catch_warnings():
+        # Conv1D keeps its weights the other way round, which peft sees by itself.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        # It says so of the patterns that it adds itself for experts, which do match; a recipe's own are looked at by us.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
 
 
 def task_of(model: Any) -> str | None:

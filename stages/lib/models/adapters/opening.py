@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
-from stages.lib.models.adapters.attaching import hide_virtual_tokens
+from stages.lib.models.adapters.attaching import hide_virtual_tokens, unwarned
 from stages.lib.models.adapters.bottlenecks import remove_bottlenecks
 from stages.lib.models.adapters.folders import (
     LEAVING,
@@ -149,7 +149,8 @@ def attached(model: PreTrainedModel, adapter: Path, where: str = "inputs.adapter
     if own_method(adapter) is not None:
         return put_weights_in(extended(model, adapter, where), adapter, where)
     try:
-        adapted: Any = PeftModel.from_pretrained(model, str(adapter), torch_device=str(model.device))
+        with unwarned():
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter), torch_device=str(model.device))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         what = f"does not fit the model: {' '.join(str(error).split()):.300}"
         raise ArtifactError(Problem(where, what, OTHER_MODEL)) from error
