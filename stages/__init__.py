@@ -15,6 +15,7 @@ GROUPS = {
     "pretrain": "language_model",
     "sft": "language_model",
     "merge": "language_model",
+    "deepen": "language_model",
     "reward": "alignment",
     "sample_preferences": "alignment",
     "reference_logprobs": "alignment",

@@ -112,7 +112,7 @@ def adapter_card(lineage: Lineage, folder: Path, stages: Mapping[str, Stage]) ->
         f"# {'Critic' if critic else 'Adapter'} of {title(own)}",
         f"{what}, made on {name} by the stage `{own.stage}` of Slipway.{beside}",
         "## How to use it",
-        f"```python\n{adapter_usage(on_own_line(code), own.kind, critic=critic, own_weights=own_weights)}```",
+        f"```python\n{adapter_usage(on_own_line(code), own.kind, critic=critic, own=method if own_weights else None)}```",
         *how_it_was_made(lineage, stages),
     )
 

@@ -145,6 +145,17 @@ model.load_state_dict(load_file(f"{{folder}}/adapter_model.safetensors"), strict
 """
 
 
+OWN_MODULES = """\
+from pathlib import Path
+
+from stages.lib.models.adapters.opening import attached  # of Slipway
+from transformers import {auto_class}
+
+{folder}base = {auto_class}.from_pretrained({base})
+model = attached(base, Path(folder))
+"""
+
+
 CLASSES = {
     Kind.ENCODER: "AutoModelForMaskedLM",
     Kind.REWARD_MODEL: "AutoModelForSequenceClassification",
@@ -214,15 +225,17 @@ def usage(kind: Kind, *, chats: bool, several_outputs: bool = False) -> str:
     raise AssertionError(f"{kind} is no model")
 
 
-def adapter_usage(base: str, kind: Kind | None, *, critic: bool, own_weights: bool = False) -> str:
+def adapter_usage(base: str, kind: Kind | None, *, critic: bool, own: str | None = None) -> str:
     """The lines that put an adapter on its base; `base` is the Python that names the base, with a comment where it must.
 
-    `kind`: of the artifact. `own_weights`: whether the adapter is weights of the model itself, which peft does not read.
+    `kind`: of the artifact. `own`: the method of an adapter that peft does not read: weights of the model itself, or modules
+    that are put into it.
     """
     if critic:
         return (OWN_CRITIC if own_weights else ADAPTED_CRITIC).format(folder=FOLDER, base=base)
     auto_class = CLASSES.get(kind, "AutoModelForCausalLM") if kind else "AutoModelForCausalLM"
-    return (OWN_WEIGHTS if own_weights else ADAPTER).format(folder=FOLDER, base=base, auto_class=auto_class)
+    lines = ADAPTER if own is None else OWN_MODULES if own == "bottleneck" else OWN_WEIGHTS
+    return lines.format(folder=FOLDER, base=base, auto_class=auto_class)
 
 
 def critic_usage() -> str:

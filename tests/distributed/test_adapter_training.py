@@ -38,16 +38,27 @@ DIE = {"step": 5, "during": "step"}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 4, "dropout": 0.1, "learning_rate_ratio": 4.0, "modules_to_save": ["lm_head"]},
     "dora": {"method": "lora", "rank": 2, "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
+    "pissa": {"method": "lora", "rank": 2, "init": "pissa", "rank_pattern": {"v_proj": 4}},
+    "experts": {
+        "method": "lora",
+        "rank": 2,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
+    "nf4": {"method": "lora", "rank": 2, "quantize_base": "nf4"},
     "lora_alone": {"method": "lora", "rank": 2, "init": "orthogonal", "publish": "adapter"},
+    "vera": {"method": "vera", "rank": 8},
     "ia3": {"method": "ia3"},
+    "bottleneck": {"method": "bottleneck", "size": 4},
     "prompt_tuning": {"method": "prompt_tuning", "num_virtual_tokens": 4},
     "prefix_tuning": {"method": "prefix_tuning", "num_virtual_tokens": 4},
     "prefix_projected": {"method": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},
     "p_tuning": {"method": "p_tuning", "num_virtual_tokens": 4, "encoder": "lstm", "encoder_size": 8},
     "bitfit": {"method": "bitfit"},
     "freeze": {"method": "freeze", "last_layers": 1, "modules": ["mlp"]},
+    "only_new": {"method": "freeze", "only_new": True},
 }
-FAMILY = {"bitfit": "gpt2"}
+FAMILY = {"bitfit": "gpt2", "experts": "mixtral", "only_new": "deepened"}
 """Of Llama, which has no biases, where nothing else is said."""
 RUNS: dict[str, tuple[int, str | None]] = {
     "one": (1, None),
@@ -94,6 +105,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     models = {
         "llama": write_model(folder / "llama", tokenizer, attention_dropout=0.2),
         "gpt2": write_model(folder / "gpt2", tokenizer, **GPT2_WITH_DROPOUT),
+        "deepened": write_model(folder / "deepened", tokenizer, added_layers=[1]),
+        "mixtral": write_model(folder / "mixtral", tokenizer, model_type="mixtral", num_local_experts=4),
     }
     world = World(folder, models, write_chats(folder / "chats"))
     killed = [world.job(name, run, killed=True) for name, run in KILLED]
@@ -157,5 +170,9 @@ def test_a_killed_run_saved_no_frozen_weights(world: World, name: str) -> None:
     state = torch.load(job.work / "checkpoints" / "checkpoint-6" / "engine.pt", weights_only=True)["module"]
     frozen = load_file(job.inputs["model"] / "model.safetensors")
     own = [key for key in state if key in frozen]
-    assert all("bias" in key if name == "bitfit" else name == "freeze" and ".layers.1.mlp." in key for key in own)
-    assert state and not any("base_layer" in key for key in state)
+    trained = {"bitfit": "bias", "freeze": ".layers.1.mlp.", "only_new": ".layers.1."}
+    assert all(name in trained and trained[name] in key for key in own)
+    begun = {key.rpartition(".")[0] for key in state if key.endswith((".start_A", ".start_B"))}
+    assert begun == ({key.partition(".lora_")[0] for key in state if ".lora_" in key} if name == "pissa" else set())
+    # Of two experts' weights that are adapted, the matrices of the one stand in the layer around the other.
+    assert state and not any("base_layer" in key and ".lora_" not in key for key in state)

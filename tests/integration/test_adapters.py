@@ -24,10 +24,13 @@ from transformers import (
 from pipeline.errors import ArtifactError, DataError
 from pipeline.stage import Context, Result
 from stages import STAGES
+from stages.lib.models.adapters.four_bits import quantize_linears
+from stages.lib.models.adapters.opening import attached
 from stages.lib.models.adapters.saving import check_adapter
 from stages.lib.text.tokenizers import load_tokenizer
 from stages.lib.training import loop
 from stages.lib.training.making import Made
+from tests.distributed.training_world import make_tokenizer, write_chats, write_model
 from tests.integration.tiny_encoder import request_encoder, request_rows, write_data
 from tests.integration.tiny_language_model import make_world, run_stage
 
@@ -46,10 +49,30 @@ CAUSAL = {
     "lora, embeddings": {"method": "lora", "rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
     "lora+": {"method": "lora", "rank": 4, "alpha": 4.0, "init": "gaussian", "learning_rate_ratio": 4.0},
     "orthogonal": {"method": "lora", "rank": 4, "init": "orthogonal"},
+    "pissa": {"method": "lora", "rank": 4, "alpha": 4.0, "init": "pissa"},
+    "pissa, patterns": {
+        "method": "lora",
+        "rank": 2,
+        "use_rslora": True,
+        "init": "pissa",
+        "init_iterations": 4,
+        "rank_pattern": {"v_proj": 4, r"layers\.0\..*\.q_proj": 1},
+        "alpha_pattern": {"mlp.up_proj": 8.0},
+        "modules_to_save": ["lm_head"],
+    },
+    "vera": {"method": "vera", "rank": 32, "initial_d": 1.0},
     "ia3": {"method": "ia3"},
     "bitfit": {"method": "bitfit"},
     "freeze": {"method": "freeze", "last_layers": 1},
     "freeze, mlp": {"method": "freeze", "modules": ["mlp"]},
+    "bottleneck": {"method": "bottleneck", "size": 8},
+    "bottleneck, parallel": {
+        "method": "bottleneck",
+        "size": 8,
+        "placement": "parallel",
+        "modules": ["mlp"],
+        "scale": 4.0,
+    },
     "prompt": {"method": "prompt_tuning", "num_virtual_tokens": 4},
     "prompt, random": {"method": "prompt_tuning", "num_virtual_tokens": 4, "init": "random"},
     "prefix": {"method": "prefix_tuning", "num_virtual_tokens": 4},
@@ -57,11 +80,12 @@ CAUSAL = {
     "p_tuning": {"method": "p_tuning", "num_virtual_tokens": 4},
     "p_tuning, lstm": {"method": "p_tuning", "num_virtual_tokens": 4, "encoder": "lstm", "encoder_size": 16},
 }
-VIRTUAL = ("prompt", "prefix", "p_tuning")
-WITH_WEIGHTS = {name: block for name, block in CAUSAL.items() if not name.startswith(VIRTUAL)}
-KINDS = ("lora", "ia3", "bitfit", "freeze", "prompt", "prefix, projected", "p_tuning, lstm")
+ALONE = ("prompt", "prefix", "p_tuning", "bottleneck")
+"""What is published alone: it is merged into nothing."""
+WITH_WEIGHTS = {name: block for name, block in CAUSAL.items() if not name.startswith(ALONE)}
+KINDS = ("lora", "ia3", "bitfit", "freeze", "bottleneck", "prompt", "prefix, projected", "p_tuning, lstm")
 """One of each kind."""
-ENCODING = {name: CAUSAL[name] for name in ("lora", "bitfit", "freeze")} | {
+ENCODING = {name: CAUSAL[name] for name in ("lora", "vera", "bitfit", "freeze")} | {
     "ia3": {
         "method": "ia3",
         "target_modules": ["key", "value", "output.dense"],
@@ -211,19 +235,21 @@ def test_the_matrix(
     assert len(known) > len(frozen) / 2
     assert all(torch.equal(value, start[key]) for key, value in known.items())
     said = answer_of(made[0].model, base)
-    alone = ctx.out if virtual else ctx.out / "adapter"
+    alone = ctx.out if name.startswith(ALONE) else ctx.out / "adapter"
     auto_class = HEADS.get(stage, AutoModelForCausalLM)
-    if not virtual:
+    if not name.startswith(ALONE):
         assert agree(answer_of(auto_class.from_pretrained(ctx.out), base), said)
         merged = load_file(ctx.out / "model.safetensors")
         assert all(torch.equal(merged[key], start[key]) for key in known if key in merged and name.startswith("freeze"))
-    if block["method"] in ("bitfit", "freeze"):
+    if block["method"] in ("bitfit", "freeze", "bottleneck"):
         delta = load_file(alone / "adapter_model.safetensors")
         assert delta.keys() == {n for n, p in made[0].model.named_parameters() if p.requires_grad}
+        if block["method"] == "bottleneck":
+            assert agree(answer_of(attached(AutoModelForCausalLM.from_pretrained(base), alone), base), said)
         return
     with_head = {"config": auto_class.from_pretrained(ctx.out).config} if stage in HEADS else {}
-    attached = PeftModel.from_pretrained(auto_class.from_pretrained(base, **with_head), alone)
-    assert agree(answer_of(attached, base, virtual), said)
+    under = PeftModel.from_pretrained(auto_class.from_pretrained(base, **with_head), alone)
+    assert agree(answer_of(under, base, virtual), said)
 
 
 def test_an_encoder_goes_on_under_an_adapter(world: World, tmp_path: Path, made: list[Made]) -> None:
@@ -262,6 +288,60 @@ def test_merge_makes_of_an_adapter_what_training_would_have_published(world: Wor
         )
         assert (ctx.out / "model.safetensors").read_bytes() == expected
         assert (ctx.out / "chat_template.jinja").read_bytes() == (whole.out / "chat_template.jinja").read_bytes()
+
+
+def test_beside_a_base_in_four_bits(world: World, tmp_path: Path, made: list[Made]) -> None:
+    """What trains is the adapter on a base of NF4; what is published is that adapter, which peft puts on the base as it is on
+    disk, and that merged. Read with a base in four bits, it says what the trained model said.
+    """
+    block = {"method": "lora", "rank": 4, "quantize_base": "nf4"}
+    _, ctx = teach(world, "sft", block, tmp_path)
+    before, after = loss_before_and_after(ctx)
+    assert after < before
+    base, alone = world.base("sft"), ctx.out / "adapter"
+    under = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), alone)
+    assert agree(answer_of(AutoModelForCausalLM.from_pretrained(ctx.out), base), answer_of(under, base))
+    said = answer_of(made[0].model, base)
+    assert not agree(answer_of(under, base), said), "four bits are others"
+    small = AutoModelForCausalLM.from_pretrained(base)
+    assert quantize_linears(small, []) == 7 * small.config.num_hidden_layers
+    assert agree(answer_of(PeftModel.from_pretrained(small, alone), base), said)
+    (note,) = [line["text"] for line in ctx.journal.events("note") if " trains " in line["text"]]
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+    added = sum(p.numel() for p in load_file(alone / "adapter_model.safetensors").values())
+    assert f"lora trains {added:,} of {whole + added:,} parameters" in note
+
+
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("named", [EXPERTS, {}], ids=["named", "all"])
+def test_experts(named: dict[str, Any], tmp_path: Path) -> None:
+    """Of a mixture: plain peft reads what is published, merged it is what training publishes, byte for byte, and it goes on."""
+    model = write_model(tmp_path / "model", make_tokenizer(), model_type="mixtral", num_local_experts=4)
+    inputs, params = {"model": model, "chats": write_chats(tmp_path / "chats")}, {**COMMON, "max_length_tokens": 56}
+    block = {"method": "lora", "rank": 2, **named}
+    result, whole = run_stage(STAGES["sft"], inputs, {**params, "adapter": block}, tmp_path / "whole")
+    assert result.metrics["heldout_loss"] < result.metrics["heldout_loss_base"]
+    alone = {**block, "publish": "adapter"}
+    _, adapter = run_stage(STAGES["sft"], inputs, {**params, "adapter": alone}, tmp_path / "alone")
+    under = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter.out)
+    assert agree(answer_of(AutoModelForCausalLM.from_pretrained(whole.out), model), answer_of(under, model))
+    _, merged = run_stage(STAGES["merge"], {"model": model, "adapter": adapter.out}, {}, tmp_path / "merged")
+    assert (merged.out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+    inputs["adapter"] = adapter.out
+    further, _ = run_stage(STAGES["sft"], inputs, {**params, "adapter": {"method": "continued"}}, tmp_path / "further")
+    assert further.metrics["heldout_loss_base"] == pytest.approx(result.metrics["heldout_loss"], rel=1e-5)
+
+
+def test_modules_are_not_merged(world: World, tmp_path: Path) -> None:
+    _, ctx = teach(world, "sft", CAUSAL["bottleneck"], tmp_path / "run")
+    inputs = {"model": world.base("sft"), "adapter": ctx.out}
+    with pytest.raises(
+        ArtifactError, match="is of the method bottleneck, whose modules between those of the model are no"
+    ):
+        run_stage(STAGES["merge"], inputs, {}, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("name", ["lora", "freeze"])
@@ -326,12 +406,40 @@ def test_a_damaged_adapter_is_not_published(value: float | None, said: str, tmp_
             r"params\.adapter: lora does not fit this model: .* Name layers that do in target_modules: some of",
         ),
         (
+            {"method": "lora", "target_modules": ["v_proj"], "rank_pattern": {"v_prj": 2}},
+            r"params\.adapter\.rank_pattern: 'v_prj' decides of no layer that gets an adapter\. Did you mean 'v_proj'",
+        ),
+        (
+            {"method": "lora", "alpha_pattern": {".*_proj": 8.0, "v_proj": 2.0}},
+            r"params\.adapter\.alpha_pattern: 'v_proj' decides of no layer",
+        ),
+        (
+            {"method": "lora", "rank_pattern": {"(v_proj": 2}},
+            r"params\.adapter: holds .*\(v_proj.*, which is no regular expression: missing \)",
+        ),
+        (
+            {"method": "lora", "target_parameters": ["experts.down_proj"]},
+            r"params\.adapter\.target_parameters: the model has no weight 'experts.down_proj' that is no linear layer's",
+        ),
+        (
+            {"method": "lora", "init": "pissa", "rank": 10_000},
+            r"params\.adapter\.rank: is 10000, and the weight of model\.layers\.0\.self_attn\.q_proj has \d+ singular values",
+        ),
+        (
+            {"method": "lora", "init": "pissa", "target_modules": ".*embed_tokens"},
+            r"params\.adapter\.init: is pissa, and model\.embed_tokens is no linear layer",
+        ),
+        (
             {"method": "lora", "modules_to_save": ["lm_haed"]},
             r"params\.adapter\.modules_to_save: the model has no module 'lm_haed' with weights of its own\. Did you mean",
         ),
         (
             {"method": "freeze", "modules": ["attention"]},
             r"params\.adapter\.modules: the model has no module 'attention' with weights of its own",
+        ),
+        (
+            {"method": "bottleneck", "modules": ["self_atn"]},
+            r"params\.adapter\.modules: a layer has no part 'self_atn'\. Did you mean 'self_attn'",
         ),
     ],
 )

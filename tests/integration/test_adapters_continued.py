@@ -28,7 +28,10 @@ PARAMS = {"global_batch_size": 8, "max_steps": 8, "learning_rate": 1e-2, "max_le
 BLOCKS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 4, "dropout": 0.1, "publish": "adapter"},
     "saving": {"method": "lora", "rank": 2, "modules_to_save": ["lm_head"], "publish": "adapter"},
+    "pissa": {"method": "lora", "rank": 2, "init": "pissa", "publish": "adapter"},
+    "vera": {"method": "vera", "rank": 16, "publish": "adapter"},
     "ia3": {"method": "ia3", "publish": "adapter"},
+    "bottleneck": {"method": "bottleneck", "size": 8},
     "bitfit": {"method": "bitfit", "publish": "adapter"},
     "freeze": {"method": "freeze", "last_layers": 1, "publish": "adapter"},
     "prompt": {"method": "prompt_tuning", "num_virtual_tokens": 2},
@@ -58,7 +61,7 @@ def teach(world: TinyWorld, stage: str, block: dict[str, Any], folder: Path, **i
     return result, ctx.out
 
 
-@pytest.mark.parametrize("name", ["lora", "saving", "ia3", "bitfit", "freeze", "whole"])
+@pytest.mark.parametrize("name", ["lora", "saving", "pissa", "vera", "ia3", "bottleneck", "bitfit", "freeze", "whole"])
 def test_it_begins_where_the_adapter_ended(
     world: TinyWorld, taught: dict[str, tuple[Result, Path]], name: str, tmp_path: Path
 ) -> None:
@@ -73,9 +76,9 @@ def test_it_begins_where_the_adapter_ended(
     assert any(not torch.equal(old[key], new[key]) for key in old)
     records = [json.loads((place / "adapter_base.json").read_text()) for place in (first, out)]
     assert records[0] == records[1]
-    if name not in ("bitfit", "freeze"):
+    if name not in ("bottleneck", "bitfit", "freeze"):
         under = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.model), out)
-        assert under.peft_config["default"].peft_type == ("IA3" if name == "ia3" else "LORA")
+        assert under.peft_config["default"].peft_type == {"ia3": "IA3", "vera": "VERA"}.get(name, "LORA")
 
 
 @pytest.mark.parametrize(("stage", "role"), [("pretrain", "model"), ("distill", "student")])

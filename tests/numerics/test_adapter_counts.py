@@ -36,6 +36,13 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 100,
 }
 """Queries of 32, keys and values of 2 x 8 = 16."""
+MIXTRAL = {
+    **LLAMA,
+    "model_type": "mixtral",
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_local_experts": 4,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama with biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
@@ -50,7 +57,10 @@ BLOCKS: list[dict[str, Any]] = [
     {"method": "lora", "rank": 8},
     {"method": "lora", "rank": 4, "use_dora": True, "use_rslora": True},
     {"method": "lora", "rank": 2, "init": "orthogonal"},
+    {"method": "lora", "rank": 2, "init": "pissa", "init_iterations": 2},
+    {"method": "vera", "rank": 6},
     {"method": "ia3"},
+    {"method": "bottleneck", "size": 5},
     {"method": "prompt_tuning", "num_virtual_tokens": 7, "init": "random"},
     {"method": "prefix_tuning", "num_virtual_tokens": 7},
     {"method": "prefix_tuning", "num_virtual_tokens": 7, "projection": True},
@@ -118,8 +128,26 @@ def test_lora_on_chatglm() -> None:
         ({"method": "lora", "rank": 8, "target_modules": ["q_proj", "mlp.down_proj"]}, 3 * 8 * (64 + 112)),
         # DoRA: a norm for each output, q 32 and v 16.
         ({"method": "lora", "rank": 2, "use_dora": True, "target_modules": ["q_proj", "v_proj"]}, 3 * (2 * 112 + 48)),
+        # Beginning with singular values or not, r (inputs + outputs).
+        ({"method": "lora", "rank": 8, "init": "pissa", "target_modules": ["q_proj"]}, 3 * 8 * 64),
+        # A rank of their own: v 6, up 2 but for that of the first layer, 1.
+        (
+            {
+                "method": "lora",
+                "rank": 4,
+                "target_modules": ["q_proj", "v_proj", "up_proj"],
+                "rank_pattern": {"v_proj": 6, r"layers\.0\..*up_proj": 1, "mlp.up_proj": 2},
+            },
+            3 * (4 * 64 + 6 * 48) + (1 + 2 + 2) * 112,
+        ),
+        # Outputs + r: q, o 32; k, v 16; gate, up 80; down 32.
+        ({"method": "vera", "rank": 6}, 3 * (2 * 38 + 2 * 22 + 2 * 86 + 38)),
+        ({"method": "vera", "rank": 6, "target_modules": ["v_proj"]}, 3 * 22),
         # Outputs of k and v, inputs of down.
         ({"method": "ia3"}, 3 * (16 + 16 + 80)),
+        # 2 h m + m + h, at attention and MLP, or at the MLP alone.
+        ({"method": "bottleneck", "size": 5}, 3 * 2 * (2 * 32 * 5 + 5 + 32)),
+        ({"method": "bottleneck", "size": 5, "placement": "parallel", "modules": ["mlp"]}, 3 * (2 * 32 * 5 + 5 + 32)),
         # p h.
         ({"method": "prompt_tuning", "num_virtual_tokens": 7}, 7 * 32),
         # p 2 L k.
@@ -148,6 +176,41 @@ def test_lora_on_chatglm() -> None:
 def test_formulas(fields: dict[str, Any], expected: int) -> None:
     """Of a Llama of 3 layers (L), hidden 32 (h), keys 16 (k), inner 80, 100 tokens. The formula stands above each case."""
     assert on_meta(LLAMA, fields).trained == expected
+
+
+def test_experts() -> None:
+    """Each of E = 4 experts r (inputs + outputs), of its fused gate and up 32 x 2 48 and its down 48 x 32, in each of 2
+    layers, alone, or beside r (inputs + outputs) of q 32 x 32. Where no layers are named, peft names the experts by itself:
+    the two that are fused have twice the rank together, and the router 32 x 4 and q, o 32 x 32 and k, v 32 x 16 have r.
+    """
+    experts = {"method": "lora", "rank": 2, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    up, down = 4 * 2 * (32 + 96), 4 * 2 * (48 + 32)
+    alone = 2 * (up + down)
+    assert on_meta(MIXTRAL, {**experts, "target_modules": []}) == (alone, alone)
+    assert on_meta(MIXTRAL, {**experts, "target_modules": ["q_proj"]}).trained == alone + 2 * 2 * 64
+    layer = 2 * up + down + 2 * (32 + 4) + 2 * (2 * 64 + 2 * 48)
+    assert on_meta(MIXTRAL, {"method": "lora", "rank": 2}).trained == 2 * layer
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [({"v_proj": 6}, 3 * (8 * (2 * 64 + 48 + 3 * 112) + 6 * 48)), ({"layers.0.self_attn.v_proj": 6}, None)],
+)
+def test_plan_reckons_ranks_of_their_own(patterns: dict[str, int], expected: int | None) -> None:
+    """Rank 8, but of v 6, whose inputs and outputs are 32 + 16; what names one layer is not reckoned."""
+    fields = {"method": "lora", "rank": 8, "rank_pattern": patterns}
+    reckoned = count_ahead(block_of(fields), LLAMA)
+    assert (reckoned.trained if reckoned else None) == expected
+    assert reckoned in (None, on_meta(LLAMA, fields))
+
+
+def test_new_layers() -> None:
+    """Two layers that were added among three: twice what a layer has, q, o 32 x 32, k, v 32 x 16, three of 32 x 80, two norms."""
+    expected = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80 + 2 * 32)
+    architecture, fields = {**LLAMA, "added_layers": [0, 2]}, {"method": "freeze", "only_new": True}
+    assert on_meta(architecture, fields) == count_ahead(block_of(fields), architecture) == (expected, 0)
+    head = {**LLAMA, "num_labels": 1, "pad_token_id": 0}
+    assert on_meta(head, fields, AutoModelForSequenceClassification).trained == 32
 
 
 def test_biases() -> None:

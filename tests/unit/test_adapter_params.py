@@ -67,7 +67,19 @@ def forecast(
 @pytest.mark.parametrize("stage", PARAMS)
 def test_recipes_without_an_adapter_keep_their_identity(stage: str) -> None:
     assert "adapter" not in content_of(params_of(stage, None), str)
-    assert content_of(params_of(stage, {"method": "lora"}), str)["adapter"]["method"] == "lora"
+    assert content_of(params_of(stage, {"method": "lora"}), str)["adapter"] == {
+        "method": "lora",
+        "publish": None,
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "target_modules": None,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "init": "default",
+        "learning_rate_ratio": 1.0,
+    }, "what was added later is left out where it says nothing"
 
 
 @pytest.mark.parametrize("stage", PARAMS)
@@ -85,7 +97,9 @@ def test_what_is_made(stage: str) -> None:
         assert made({"method": "lora", "publish": "adapter"}) is made({"method": "prompt_tuning"}) is Kind.ADAPTER
     else:
         assert "publish: adapter is for causal models alone" in refused(stage, {"method": "lora", "publish": "adapter"})
-        assert "prompt_tuning is for causal models alone: take lora, ia3" in refused(stage, {"method": "prompt_tuning"})
+        assert "prompt_tuning is for causal models alone: take lora, vera" in refused(
+            stage, {"method": "prompt_tuning"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -96,6 +110,25 @@ def test_what_is_made(stage: str) -> None:
         ({"method": "lora", "ranks": 4}, "unknown field"),
         ({"method": "lora", "rank": 3, "init": "orthogonal"}, "init: orthogonal needs an even rank, not 3"),
         (
+            {"method": "lora", "init": "orthogonal", "rank_pattern": {"v_proj": 5}},
+            "init: orthogonal needs an even rank, not 5",
+        ),
+        ({"method": "lora", "target_modules": []}, "target_modules names nothing: leave it out for all linear layers"),
+        ({"method": "lora", "init_iterations": 4}, "init_iterations has no effect with init: default"),
+        ({"method": "lora", "init": "pissa", "use_dora": True}, "use_dora does not go with init: pissa"),
+        (
+            {"method": "lora", "init": "pissa", "target_parameters": ["experts.down_proj"]},
+            "target_parameters cannot begin with pissa: take init: default",
+        ),
+        (
+            {"method": "lora", "use_dora": True, "quantize_base": "nf4"},
+            "use_dora needs the weights of the base as they are: remove it, or quantize_base",
+        ),
+        (
+            {"method": "lora", "dropout": 0.1, "target_parameters": ["experts.down_proj"]},
+            "target_parameters have no dropout: remove one of the two",
+        ),
+        (
             {"method": "ia3", "target_modules": ["k_proj"]},
             "give both target_modules and feedforward_modules, or neither",
         ),
@@ -105,10 +138,15 @@ def test_what_is_made(stage: str) -> None:
         ),
         ({"method": "prefix_tuning", "projection_size": 8}, "projection_size has no effect without projection"),
         ({"method": "p_tuning", "encoder_layers": 3}, "encoder_layers has no effect with encoder: mlp"),
-        ({"method": "freeze"}, "says nothing of what is trained: give last_layers, modules or both"),
+        ({"method": "freeze"}, "says nothing of what is trained: give last_layers, modules or both, or only_new"),
+        ({"method": "freeze", "only_new": True, "last_layers": 1}, "only_new says already what is trained: remove it"),
         (
             {"method": "prompt_tuning", "publish": "merged"},
             "publish: merged is not possible: virtual tokens are no weights",
+        ),
+        (
+            {"method": "bottleneck", "publish": "merged"},
+            "publish: merged is not possible: modules between those of the model are no weights of the model. Set publish",
         ),
     ],
 )
@@ -120,6 +158,7 @@ def test_what_does_not_go_with_a_stage() -> None:
     assert "add_tokens needs embeddings that are trained" in refused("sft", {"method": "lora"}, add_tokens=True)
     for kind in ("dpo", "kto"):
         assert "adapter: dropout must be 0" in refused(kind, {"method": "lora", "dropout": 0.1})
+        assert "adapter: quantize_base must be null" in refused(kind, {"method": "lora", "quantize_base": "nf4"})
     for stage in ("pretrain", "distill"):
         said = refused(stage, {"method": "prefix_tuning"}, isolate_documents=True)
         assert "puts its tokens before a whole block, not before each document" in said
@@ -132,6 +171,11 @@ def test_what_does_not_go_with_a_stage() -> None:
             {"method": "prefix_tuning"},
             {"gradient_checkpointing": True},
             "resources.gradient_checkpointing: is true, and layers that are computed again would not see the prefix",
+        ),
+        (
+            {"method": "freeze", "only_new": True},
+            {},
+            "params.adapter.only_new: is true, and the model has no layers that a step `deepen` added. Make some",
         ),
         ({"method": "bitfit"}, {}, "bitfit finds nothing to train: models of the type llama have no such parameters"),
         (
@@ -156,6 +200,7 @@ def test_the_ways_out_work() -> None:
         ({"method": "freeze", "last_layers": 2}, {}),
         ({"method": "lora", "use_dora": True}, {"deepspeed": "zero2"}),
         ({"method": "lora"}, {"deepspeed": "zero3"}),
+        ({"method": "lora", "init": "pissa"}, {"deepspeed": "zero3"}),
     ):
         found = [problem for problem in STAGES["sft"].check(forecast(block, **resources)) if "chat" not in str(problem)]
         assert found == [], block

@@ -14,7 +14,13 @@ from pipeline.settings.strict import Strict
 from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
-from stages.lib.models.adapters.params import LoraMethod, VirtualTokens, mergeable_methods, require_no_dropout
+from stages.lib.models.adapters.params import (
+    BottleneckMethod,
+    LoraMethod,
+    VirtualTokens,
+    mergeable_methods,
+    require_comparable,
+)
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
@@ -136,8 +142,17 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
         return self.rollouts * self.rollout_steps
 
     @model_validator(mode="after")
-    def nothing_is_dropped(self) -> OnPolicyParams:
-        require_no_dropout(self.adapter)
+    def adapter_shares_a_backbone(self) -> OnPolicyParams:
+        require_comparable(self.adapter)
+        if isinstance(self.adapter, BottleneckMethod):
+            raise ValueError(
+                "adapter: bottleneck puts networks between the layers that policy, critic and reference share: take lora"
+            )
+        if getattr(self.adapter, "init", None) == "pissa":
+            raise ValueError(
+                "adapter: init must not be pissa, which is known to stages on fixed data alone: train it there and go on here "
+                "with `method: continued`, or take init: default"
+            )
         return self
 
     @model_validator(mode="after")

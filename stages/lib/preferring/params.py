@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import Problem
 from pipeline.stage import Estimate, Forecast
-from stages.lib.models.adapters.params import require_no_dropout
+from stages.lib.models.adapters.params import require_comparable
 from stages.lib.models.architectures import vocabulary_problems
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import length_problems
@@ -37,7 +37,7 @@ class PolicyParams(TrainingParams):
 
     @model_validator(mode="after")
     def nothing_is_dropped(self) -> PolicyParams:
-        require_no_dropout(self.adapter)
+        require_comparable(self.adapter)
         return self
 
 

@@ -12,7 +12,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.stage import Context
 from stages.lib.models.adapters.attaching import trained_state
-from stages.lib.models.adapters.params import ADAPTER_FOLDER
+from stages.lib.models.adapters.params import ADAPTER_FOLDER, AdapterBlock
+from stages.lib.models.adapters.principal import as_plain_lora
 from stages.lib.models.adapters.saving import write_adapter
 from stages.lib.models.formats import Formats, say_if_other
 from stages.lib.models.publishing import publish
@@ -42,7 +43,10 @@ def publish_trained(
         dtype = from_main(lambda: publish(made.model, state, tokenizer, ctx.out, formats=formats, stop_ids=stop_ids))
         say_if_other(ctx, formats, dtype)
         return dtype
+    adapter: AdapterBlock = params.adapter
     trained = made.engine.state_of(made.model, trained_only=True)
+    if ctx.world.is_main:
+        adapter, trained = as_plain_lora(adapter, made.model, trained)
     drop_frozen(made.model)
 
     def write() -> str:
@@ -51,10 +55,9 @@ def publish_trained(
         base = make_model()
         merges = not params.publishes_adapter
         zeros = {name for name, weight in base.named_parameters() if merges and not bool(weight.any())}
-        assert params.adapter is not None
-        adapted = with_trained(with_adapter_to_train(base, ctx, params.adapter), trained)
+        adapted = with_trained(with_adapter_to_train(base, ctx, adapter), trained)
         folder = ctx.out if params.publishes_adapter else ctx.out / ADAPTER_FOLDER
-        write_adapter(adapted, block_of(ctx, params.adapter), ctx, trained, folder)
+        write_adapter(adapted, block_of(ctx, adapter), ctx, trained, folder)
         if params.publishes_adapter:
             write_tokenizer(tokenizer, ctx.out)
             return "fp32"

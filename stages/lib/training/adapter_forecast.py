@@ -12,6 +12,7 @@ from stages.lib.models.adapters.folders import adapter_config, no_continuing
 from stages.lib.models.adapters.methods import METHODS, count_ahead
 from stages.lib.models.adapters.params import (
     ContinuedMethod,
+    FreezeMethod,
     LoraMethod,
     PrefixTuningMethod,
     VirtualTokens,
@@ -36,7 +37,13 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
     problems = []
     architecture = forecast.inputs[roles[0]].architecture or {}
     counted = count_ahead(adapter, architecture) if architecture else None
-    if counted is not None and counted.trained == 0:
+    only_new = isinstance(adapter, FreezeMethod) and adapter.only_new
+    if only_new and counted is not None and counted.trained == 0:
+        if forecast.params.trains_causal_lm:  # else there is a new head
+            what = "is true, and the model has no layers that a step `deepen` added"
+            hint = "Make some in a step `deepen`, or give last_layers or modules."
+            problems.append(Problem("params.adapter.only_new", what, hint))
+    elif counted is not None and counted.trained == 0:
         what = f"finds nothing to train: models of the type {architecture.get('model_type')} have no such parameters"
         problems.append(Problem("params.adapter", f"{adapter.method} {what}", "Take lora, or freeze with last_layers."))
     if isinstance(adapter, LoraMethod):

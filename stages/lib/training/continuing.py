@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from pipeline.errors import ArtifactError, DataError, Problem
 from pipeline.stage import Context
-from stages.lib.models.adapters.attaching import attach, gathered, trained_state
+from stages.lib.models.adapters.attaching import attach, trained_state, unwarned
 from stages.lib.models.adapters.folders import WEIGHTS, adapter_config, adapter_folder, no_continuing
+from stages.lib.models.adapters.gathering import gathered
 from stages.lib.models.adapters.opening import OTHER_MODEL, require_same_layers
 from stages.lib.models.adapters.params import AdapterBlock, AdapterParams, ContinuedMethod
 from stages.lib.models.adapters.saving import own_method, put_weights_in, require_base
@@ -59,7 +60,8 @@ def under_saved(model: Any, adapter: ContinuedMethod, home: Path) -> Any:
     """The model under an adapter of peft, which is trained and begins with the weights in its folder."""
     config = saved_config(home, adapter.dropout)
     try:
-        adapted = get_peft_model(model, config)
+        with unwarned():
+            adapted = get_peft_model(model, config)
         require_same_layers(adapted, home, WHERE)
         with gathered(list(trained_state(adapted).values()), writing=True):
             set_peft_model_state_dict(adapted, load_file(home / WEIGHTS))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import DataError, Problem, RecipeError
 from pipeline.stage import Context
 from stages.lib.models.adapters.attaching import count_trained
+from stages.lib.models.adapters.four_bits import count_quantized
 from stages.lib.models.adapters.methods import METHODS
 from stages.lib.models.adapters.params import ContinuedMethod
 from stages.lib.models.loading import count_parameters
@@ -73,7 +74,7 @@ def put_adapter_on(model: PreTrainedModel, ctx: Context, params: TrainingParams)
     if isinstance(params.adapter, ContinuedMethod):
         require_base_of_adapter(ctx)
     adapted = with_adapter_to_train(model, ctx, params.adapter).train()
-    trained, whole = count_trained(adapted), count_parameters(adapted)
+    trained, whole = count_trained(adapted), count_parameters(adapted) + count_quantized(adapted)
     ctx.journal.note(f"{params.adapter.method} trains {trained:,} of {whole:,} parameters ({trained / whole:.3%})")
     return adapted
 

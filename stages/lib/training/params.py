@@ -16,7 +16,7 @@ from stages.lib.formulas.bounds import LearningRate, Scale, Weight
 from stages.lib.models.adapters.params import (
     AdapterParams,
     ContinuedMethod,
-    VirtualTokens,
+    Unmergeable,
     mergeable_methods,
     publishes_adapter,
 )
@@ -136,7 +136,7 @@ class TrainingParams(AdaptedParams):
             return self
         if isinstance(self.adapter, ContinuedMethod):
             raise ValueError(f"adapter: continued is for causal models alone: take {mergeable_methods()}")
-        if isinstance(self.adapter, VirtualTokens):
+        if isinstance(self.adapter, Unmergeable):
             raise ValueError(f"adapter: {self.adapter.method} is for causal models alone: take {mergeable_methods()}")
         if self.publishes_adapter:
             raise ValueError(

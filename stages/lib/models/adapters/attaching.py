@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import DataError, Problem, did_you_mean
 from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
+from stages.lib.models.adapters.four_bits import quantize_linears
+from stages.lib.models.adapters.gathering import gathered
 from stages.lib.models.adapters.methods import METHODS, Method, known_names
-from stages.lib.models.adapters.params import AdapterBlock, FreezeMethod, VirtualTokens, method_name
+from stages.lib.models.adapters.params import AdapterBlock, FreezeMethod, LoraMethod, VirtualTokens, method_name
+from stages.lib.models.adapters.principal import begin_principal
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -48,12 +54,18 @@ def attach(model: Any, adapter: AdapterBlock, seed: int, task: str | None = None
     for field in ("target_modules", "feedforward_modules"):
         require_linear(model, getattr(adapter, field, None), f"params.adapter.{field}")
     require_modules(model, getattr(adapter, "modules_to_save", None), "params.adapter.modules_to_save")
+    require_parameters(model, getattr(adapter, "target_parameters", None), "params.adapter.target_parameters")
+    if getattr(adapter, "quantize_base", None):
+        whole = (*new, *(getattr(adapter, "modules_to_save", None) or ()))
+        kept = [path for path, _ in model.named_modules() if any(f".{path}".endswith(f".{each}") for each in whole)]
+        quantize_linears(model, kept)
     names = linear_names(model)  # of which some bear another layer's name once peft has begun
     try:
-        with warnings.catch_warnings():
-            # Conv1D keeps its weights the other way round, which peft sees by itself.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        with unwarned():
             adapted = get_peft_model(model, method.peft_config(adapter, task or task_for_peft(model), new))
+    except re.error as error:
+        what = f"holds {error.pattern!s:.100}, which is no regular expression: {error.msg}"
+        raise DataError(Problem("params.adapter", what, "Name the ends of paths, as v_proj or mlp.up_proj.")) from error
     except ValueError as error:
         said = str(error).splitlines()[0]
         what = f"{method_name(type(adapter))} does not fit this model: {said:.300}"
@@ -61,7 +73,23 @@ def attach(model: Any, adapter: AdapterBlock, seed: int, task: str | None = None
         raise DataError(Problem("params.adapter", what, hint)) from error
     if isinstance(adapter, VirtualTokens):
         hide_virtual_tokens(adapted, adapter.num_virtual_tokens)
+    if isinstance(adapter, LoraMethod):
+        for field in ("rank_pattern", "alpha_pattern"):
+            require_deciding(adapted, getattr(adapter, field), f"params.adapter.{field}")
+        if adapter.init == "pissa":
+            begin_principal(adapted, adapter)
     return adapted
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Within it peft does not warn of what it does right."""
+    with warnings.catch_warnings():
+        # Conv1D keeps its weights the other way round, which peft sees by itself.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        # It says so of the patterns that it adds itself for experts, which do match; a recipe's own are looked at by us.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
 
 
 def task_of(model: Any) -> str | None:
@@ -94,10 +122,17 @@ def new_modules(model: Any) -> list[str]:
 def train_only(model: Any, adapter: AdapterBlock, method: Method, new: Sequence[str]) -> Any:
     """The model with all frozen but its new modules and what the method chooses. Raises `DataError` where that is nothing."""
     assert method.choose is not None
+    if method.extend is not None:
+        method.extend(adapter, model)
     chosen = set(method.choose(adapter, model))
     if isinstance(adapter, FreezeMethod):
         require_modules(model, adapter.modules, "params.adapter.modules")
-    if not chosen:
+    only_new = isinstance(adapter, FreezeMethod) and adapter.only_new
+    if only_new and not chosen and not new:
+        what = f"is true, and nothing in this {type(model).__name__} is new"
+        hint = "Name what a step `deepen` made of it as the model, or give last_layers or modules."
+        raise DataError(Problem("params.adapter.only_new", what, hint))
+    if not chosen and not only_new:
         name = method_name(type(adapter))
         what = f"finds nothing to train: {type(model).__name__} has no such parameters (method {name})"
         raise DataError(Problem("params.adapter", what, "Take lora, which fits every model with linear layers."))
@@ -173,6 +208,44 @@ def require_modules(model: nn.Module, names: Sequence[str] | None, where: str) -
         raise DataError(*problems)
 
 
+def require_parameters(model: nn.Module, names: Sequence[str] | None, where: str) -> None:
+    """Raises `DataError` if one of the names is that of no matrix, or stack of matrices, outside of linear layers."""
+    found = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not is_linear(module) and not isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if len(getattr(parameter, "ds_shape", parameter.shape)) in (2, 3)
+    ]
+    known = sorted({".".join(path.split(".")[-2:]) for path in found})
+    problems = [
+        Problem(where, f"the model has no weight '{name}' that is no linear layer's", did_you_mean(name, known))
+        for name in names or ()
+        if not any(f".{path}".endswith(f".{name}") for path in found)
+    ]
+    if problems:
+        raise DataError(*problems)
+
+
+def require_deciding(adapted: nn.Module, patterns: Mapping[str, Any] | None, where: str) -> None:
+    """Raises `DataError` if a pattern decides of no layer with an adapter; peft would pass over it."""
+    layers = [
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        + (f".{module.parameter_name}" if isinstance(module, ParamWrapper) else "")
+        for name, module in adapted.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    deciding = {get_pattern_key(list(patterns or ()), layer) for layer in layers}
+    known = sorted({layer.rpartition(".")[2] for layer in layers})
+    problems = [
+        Problem(where, f"'{name}' decides of no layer that gets an adapter", did_you_mean(name, known))
+        for name in patterns or ()
+        if name not in deciding
+    ]
+    if problems:
+        raise DataError(*problems)
+
+
 # Models on the same weights
 
 
@@ -193,19 +266,3 @@ def sharing_weights(model: nn.Module, apart: Iterable[str] = ()) -> Any:
     shared |= {id(buffer): buffer for buffer in model.buffers()}
     with gathered([weights[name] for name in sorted(copied)]):
         return copy.deepcopy(model, shared)
-
-
-def gathered(weights: Sequence[nn.Parameter], *, writing: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """Within it these weights are whole in every process, where ZeRO-3 has split them. All processes enter together.
-
-    `writing`: what the first process writes into them is kept, and is in the others afterwards.
-    """
-    split = [weight for weight in weights if hasattr(weight, "ds_id")]
-    if not split:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    held: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-        split, modifier_rank=0 if writing else None
-    )
-    return held

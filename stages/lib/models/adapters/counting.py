@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from stages.lib.models.adapters.params import (
+    ADDED_LAYERS,
     BitFitMethod,
+    BottleneckMethod,
     ContinuedMethod,
     FreezeMethod,
     Ia3Method,
@@ -14,6 +17,7 @@ from stages.lib.models.adapters.params import (
     PrefixTuningMethod,
     PromptTuningMethod,
     PTuningMethod,
+    VeraMethod,
 )
 from stages.lib.models.arithmetic import completed, field_of, parameter_count
 from stages.lib.models.linears import Linear, layer_biases, layer_linears, other_biases
@@ -53,16 +57,44 @@ def ending_with(linears: list[Linear], names: list[str]) -> list[Linear]:
 
 def count_lora(params: LoraMethod, architecture: Architecture) -> Counted | None:
     """Layers x sum of r (inputs + outputs) over the linear layers that get one; DoRA: one number more for each output."""
-    linears, layers = layer_linears(architecture), layers_in(architecture)
-    if linears is None or not layers or isinstance(params.target_modules, str) or params.modules_to_save:
+    linears, layers = targeted(params.target_modules, architecture), layers_in(architecture)
+    if linears is None or not layers or params.modules_to_save or params.target_parameters:
         return None
-    if params.target_modules is not None:
-        chosen = ending_with(linears, params.target_modules)
-        if any(not ending_with(linears, [name]) for name in params.target_modules):
-            return None  # of layers that stand elsewhere
-        linears = chosen
-    sizes = (params.rank * (each.inputs + each.outputs) + each.outputs * params.use_dora for each in linears)
+    ranks = ranks_of(linears, params)
+    if ranks is None:
+        return None
+    sizes = (
+        rank * (each.inputs + each.outputs) + each.outputs * params.use_dora
+        for each, rank in zip(linears, ranks, strict=True)
+    )
     return added_only(layers * sum(sizes))
+
+
+def targeted(names: list[str] | str | None, architecture: Architecture) -> list[Linear] | None:
+    """The linear layers in a layer that these names choose, all of them for None; None where that is not known."""
+    linears = layer_linears(architecture)
+    if linears is None or names is None or isinstance(names, str):
+        return linears if names is None else None
+    if any(not ending_with(linears, [name]) for name in names):
+        return None  # of layers that stand elsewhere
+    return ending_with(linears, names)
+
+
+def ranks_of(linears: list[Linear], params: LoraMethod) -> list[int] | None:
+    """The rank of each of the layers; None where a pattern is no plain name of some of them, as one of a single layer."""
+    patterns = params.rank_pattern or {}
+    if any(not re.fullmatch(r"\w+(\.\w+)*", name) or not ending_with(linears, [name]) for name in patterns):
+        return None
+    named = ([rank for name, rank in patterns.items() if ending_with([each], [name])] for each in linears)
+    return [found[0] if found else params.rank for found in named]
+
+
+def count_vera(params: VeraMethod, architecture: Architecture) -> Counted | None:
+    """Layers x sum of (outputs + r) over the linear layers that get one. The matrices they share are not trained."""
+    linears, layers = targeted(params.target_modules, architecture), layers_in(architecture)
+    if linears is None or not layers:
+        return None
+    return added_only(layers * sum(each.outputs + params.rank for each in linears))
 
 
 def count_ia3(params: Ia3Method, architecture: Architecture) -> Counted | None:
@@ -90,6 +122,18 @@ IA3_LAYERS = {
     "gpt_neox": ("query_key_value", "dense_4h_to_h"),
 }
 """The layers that peft scales by itself; of the last the inputs."""
+
+
+def count_bottleneck(params: BottleneckMethod, architecture: Architecture) -> Counted | None:
+    """Layers x the parts that get one, 2 where nothing else is said, x (2 hidden m + m + hidden)."""
+    linears, layers, hidden = layer_linears(architecture), layers_in(architecture), hidden_of(architecture)
+    if linears is None or not layers or not hidden:
+        return None
+    parts = {each.path.partition(".")[0] for each in linears}
+    chosen = parts if params.modules is None else set(params.modules)
+    if not chosen <= parts:
+        return None
+    return added_only(layers * len(chosen) * (2 * hidden * params.size + params.size + hidden))
 
 
 def count_prompt_tuning(params: PromptTuningMethod, architecture: Architecture) -> Counted | None:
@@ -138,15 +182,16 @@ def count_bitfit(params: BitFitMethod, architecture: Architecture) -> Counted | 
 
 
 def count_freeze(params: FreezeMethod, architecture: Architecture) -> Counted | None:
-    """Last layers x the parameters of a layer; of named modules in them, the weights and biases of the linear layers there."""
+    """Last or new layers x the parameters of a layer; of named modules in them, the weights and biases of the linear layers there."""
     config, layers = completed(architecture), layers_in(architecture)
-    if config is None or not layers or params.last_layers is None or params.modules is not None:
+    if config is None or not layers or params.modules is not None:
         return None
     name = next(each for each in ("num_hidden_layers", "n_layer", "n_layers") if each in config)
     whole, less = parameter_count(config), parameter_count({**config, name: layers - 1}) if layers > 1 else None
     if whole is None or less is None:
         return None
-    return Counted(min(params.last_layers, layers) * (whole - less), 0)
+    trained = len(config.get(ADDED_LAYERS) or ()) if params.only_new else min(params.last_layers or 0, layers)
+    return Counted(trained * (whole - less), 0)
 
 
 def count_continued(params: ContinuedMethod, architecture: Architecture) -> Counted | None:

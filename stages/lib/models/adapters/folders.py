@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import Problem
 from pipeline.settings.paths import holds_file, read_json
 from stages.lib.models.adapters.methods import METHODS, UNMERGEABLE
-from stages.lib.models.adapters.params import ADAPTER_FOLDER, mergeable_methods, method_name
+from stages.lib.models.adapters.params import ADAPTER_FOLDER, mergeable_methods, method_name, no_weights
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
 OWN = "slipway_method"
@@ -65,11 +65,11 @@ def no_continuing(folder: Path, where: str = "inputs.adapter") -> list[Problem]:
     if problems := unreadable_adapter(folder, where):
         return problems
     config, method = adapter_config(folder), method_in(folder)
-    if method in UNMERGEABLE:
+    if method in UNMERGEABLE and not config.get(OWN):
         what = f"is of the method {method}, whose virtual tokens are kept without what they came out of"
         return [Problem(where, what, "Train a new one: leave the input out, and name a method.")]
     begins, bias = config.get("init_lora_weights", True), config.get("bias", "none")
-    if method not in ("lora", "ia3") and not config.get(OWN):
+    if method not in ("lora", "vera", "ia3") and not config.get(OWN):
         return [Problem(where, f"is of the method {method}, which no stage trains", GO_ON_MERGED)]
     if bias != "none" or not any(begins is way or begins == way for way in LEAVING):
         what = f"changes weights of its base as well (init_lora_weights: {begins}, bias: {bias})"
@@ -90,8 +90,8 @@ def tokenizer_to_train_with(inputs: Mapping[str, Path]) -> Path:
 
 
 def nothing_to_merge(method: str) -> Problem:
-    """That an adapter of virtual tokens cannot become a part of a model's weights."""
-    what = f"is of the method {method}, whose virtual tokens are no weights that could be added to a model's"
+    """That an adapter of virtual tokens, or of modules, cannot become a part of a model's weights."""
+    what = f"is of the method {method}, whose {no_weights(method)} that could be added to a model's"
     readers = "Read it where adapters are read as they are (evaluate, chat, peft)"
     hint = f"{readers}; or train one with weights: {mergeable_methods()}."
     return Problem("inputs.adapter", what, hint)
@@ -101,5 +101,6 @@ def unmergeable_adapter(folder: Path) -> list[Problem]:
     """What is wrong if no adapter can be read from the folder, or none that has weights to merge."""
     if problems := unreadable_adapter(folder):
         return problems
-    peft_type = adapter_config(folder).get("peft_type")
-    return [nothing_to_merge(str(peft_type))] if peft_type in UNMERGEABLE else []
+    config = adapter_config(folder)
+    method = str(config.get(OWN) or config.get("peft_type"))
+    return [nothing_to_merge(method)] if method in UNMERGEABLE else []

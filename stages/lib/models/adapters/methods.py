@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.lib.models.adapters.counting import (
     Counted,
     count_bitfit,
+    count_bottleneck,
     count_continued,
     count_freeze,
     count_ia3,
@@ -19,10 +20,13 @@ from stages.lib.models.adapters.counting import (
     count_p_tuning,
     count_prefix_tuning,
     count_prompt_tuning,
+    count_vera,
 )
 from stages.lib.models.adapters.params import (
+    ADDED_LAYERS,
     AdapterBlock,
     BitFitMethod,
+    BottleneckMethod,
     ContinuedMethod,
     FreezeMethod,
     Ia3Method,
@@ -30,6 +34,7 @@ from stages.lib.models.adapters.params import (
     PrefixTuningMethod,
     PromptTuningMethod,
     PTuningMethod,
+    VeraMethod,
     method_name,
 )
 
@@ -49,6 +54,8 @@ class Method:
     """Of its params, of peft's name of the task, and of the new modules that are trained whole: peft's config of it."""
     choose: Callable[[Any, nn.Module], Iterable[str]] | None = None
     """Of its params and the model: the names of the parameters that are trained, where peft does not have it."""
+    extend: Callable[[Any, nn.Module], None] | None = None
+    """Of its params and the model: puts modules into it, of which `choose` then names the parameters."""
     can_be_merged: bool = True
     """Whether there are weights of the model that it can be added to."""
     rate_factor: Callable[[Any, str], float] = lambda params, name: 1.0
@@ -62,17 +69,36 @@ def lora_config(params: LoraMethod, task: str | None, new: list[str]) -> Any:
         r=params.rank,
         lora_alpha=params.alpha,
         lora_dropout=params.dropout,
-        target_modules=params.target_modules or "all-linear",
+        target_modules="all-linear" if params.target_modules is None else params.target_modules,
+        target_parameters=params.target_parameters,
+        rank_pattern=dict(params.rank_pattern or {}),
+        alpha_pattern=dict(params.alpha_pattern or {}),
         modules_to_save=[*new, *(params.modules_to_save or ())] or None,
         use_rslora=params.use_rslora,
         use_dora=params.use_dora,
-        init_lora_weights=True if params.init == "default" else params.init,
+        # Of peft's own pissa the frozen weights are others than those on disk: what stands in principal.py leaves them.
+        init_lora_weights=True if params.init in ("default", "pissa") else params.init,
         task_type=task,
     )
 
 
 def lora_rate_factor(params: LoraMethod | ContinuedMethod, name: str) -> float:
     return params.learning_rate_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+
+
+def vera_config(params: VeraMethod, task: str | None, new: list[str]) -> Any:
+    from peft import VeraConfig
+
+    return VeraConfig(
+        r=params.rank,
+        vera_dropout=params.dropout,
+        target_modules=params.target_modules or "all-linear",
+        d_initial=params.initial_d,
+        projection_prng_key=params.projection_seed,
+        save_projection=True,
+        modules_to_save=new or None,
+        task_type=task,
+    )
 
 
 def ia3_config(params: Ia3Method, task: str | None, new: list[str]) -> Any:
@@ -119,14 +145,29 @@ def p_tuning_config(params: PTuningMethod, task: str | None, new: list[str]) -> 
     )
 
 
+def add_bottlenecks_to(params: BottleneckMethod, model: nn.Module) -> None:
+    from stages.lib.models.adapters.bottlenecks import add_bottlenecks
+
+    add_bottlenecks(params, model)
+
+
+def choose_bottlenecks(params: BottleneckMethod, model: nn.Module) -> list[str]:
+    from stages.lib.models.adapters.bottlenecks import names_of_bottlenecks
+
+    return names_of_bottlenecks(params, model)
+
+
 def choose_biases(params: BitFitMethod, model: nn.Module) -> list[str]:
     """The names of all biases, those of norms too."""
     return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
 
 
 def choose_parts(params: FreezeMethod, model: nn.Module) -> list[str]:
-    """The names of the parameters in the last layers, or in the modules that are named, or in both at once."""
+    """The names of the parameters in the last layers, or in the modules that are named, or in both at once; or in new layers."""
     layers = last_layers(model, params.last_layers) if params.last_layers is not None else None
+    if params.only_new:
+        names = layers_of(model)
+        layers = [names[place] for place in getattr(model.config, ADDED_LAYERS, None) or ()]
     return [
         name
         for name, _ in model.named_parameters()
@@ -153,7 +194,11 @@ def layers_of(model: Any) -> list[str]:
 
 METHODS: dict[type[AdapterBlock], Method] = {
     LoraMethod: Method(count_lora, "LORA", lora_config, rate_factor=lora_rate_factor),
+    VeraMethod: Method(count_vera, "VERA", vera_config),
     Ia3Method: Method(count_ia3, "IA3", ia3_config),
+    BottleneckMethod: Method(
+        count_bottleneck, choose=choose_bottlenecks, extend=add_bottlenecks_to, can_be_merged=False
+    ),
     PromptTuningMethod: Method(count_prompt_tuning, "PROMPT_TUNING", prompt_tuning_config, can_be_merged=False),
     PrefixTuningMethod: Method(count_prefix_tuning, "PREFIX_TUNING", prefix_tuning_config, can_be_merged=False),
     PTuningMethod: Method(count_p_tuning, "P_TUNING", p_tuning_config, can_be_merged=False),
@@ -168,7 +213,8 @@ UNMERGEABLE = frozenset(
     name
     for params, method in METHODS.items()
     if not method.can_be_merged
-    for name in (method_name(params), str(method.peft_type))
+    for name in (method_name(params), method.peft_type)
+    if name is not None
 )
 """What recipes and what peft call the methods that have no weights to merge."""
 

@@ -8,12 +8,23 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from pipeline.errors import ArtifactError, DataError, Problem, did_you_mean
-from stages.lib.models.adapters.attaching import hide_virtual_tokens
-from stages.lib.models.adapters.folders import LEAVING, WEIGHTS, adapter_folder, tokenizer_beside, unreadable_adapter
+from stages.lib.models.adapters.attaching import hide_virtual_tokens, unwarned
+from stages.lib.models.adapters.bottlenecks import remove_bottlenecks
+from stages.lib.models.adapters.folders import (
+    LEAVING,
+    WEIGHTS,
+    adapter_config,
+    adapter_folder,
+    tokenizer_beside,
+    unreadable_adapter,
+)
+from stages.lib.models.adapters.methods import METHODS
+from stages.lib.models.adapters.params import AdapterBlock, AdapterParams, method_name
 from stages.lib.models.adapters.saving import own_method, put_weights_in, require_base
 from stages.lib.models.adapters.virtual import virtual_tokens_of
 from stages.lib.models.loading import require_vocabulary
@@ -76,6 +87,7 @@ class Adapted:
             home, _, name = path.rpartition(".")
             if path and getattr(self.layers[home], name) is not layer:
                 setattr(self.layers[home], name, layer)
+        remove_bottlenecks(self.base)
         if hasattr(self.base, "peft_config"):
             del self.base.peft_config
         own = dict(self.base.named_parameters())
@@ -136,9 +148,10 @@ def attached(model: PreTrainedModel, adapter: Path, where: str = "inputs.adapter
     Raises `ArtifactError` unless each of the adapter's weights finds its place, and none is lacking.
     """
     if own_method(adapter) is not None:
-        return put_weights_in(model, adapter, where)
+        return put_weights_in(extended(model, adapter, where), adapter, where)
     try:
-        adapted: Any = PeftModel.from_pretrained(model, str(adapter), torch_device=str(model.device))
+        with unwarned():
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter), torch_device=str(model.device))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         what = f"does not fit the model: {' '.join(str(error).split()):.300}"
         raise ArtifactError(Problem(where, what, OTHER_MODEL)) from error
@@ -146,6 +159,27 @@ def attached(model: PreTrainedModel, adapter: Path, where: str = "inputs.adapter
     if virtual := virtual_tokens_of(adapted):
         hide_virtual_tokens(adapted, virtual)
     return adapted
+
+
+def extended(model: PreTrainedModel, adapter: Path, where: str) -> PreTrainedModel:
+    """The model with the modules that an adapter of a method of our own adds to it, where it adds some.
+
+    Raises `ArtifactError` unless these have all the weights that the adapter has, and no others.
+    """
+    name = own_method(adapter)
+    method = next((method for params, method in METHODS.items() if method_name(params) == name), None)
+    if method is None or method.extend is None or method.choose is None:
+        return model
+    block: AdapterBlock = TypeAdapter(AdapterParams).validate_python(adapter_config(adapter)["params"])
+    try:
+        method.extend(block, model)
+    except DataError as error:
+        what = f"does not fit the model: {' '.join(str(error).split()):.300}"
+        raise ArtifactError(Problem(where, what, OTHER_MODEL)) from error
+    if names := sorted(set(method.choose(block, model)) ^ names_in(adapter)):
+        what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
+        raise ArtifactError(Problem(where, what, OTHER_MODEL))
+    return model.to(model.device, model.dtype)
 
 
 def require_same_layers(adapted: Any, adapter: Path, where: str) -> None:

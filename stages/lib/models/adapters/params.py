@@ -17,6 +17,15 @@ from stages.lib.formulas.bounds import Scale
 ADAPTER_FOLDER = "adapter"
 """Where an artifact with a whole model keeps the adapter alone."""
 
+
+def is_none(value: Any) -> bool:
+    """Whether a field that is left out of identities where it says nothing says nothing."""
+    return value is None
+
+
+ADDED_LAYERS = "added_layers"
+"""The field of a model's config that lists the layers which the stage `deepen` added to it."""
+
 ModuleNames = list[Annotated[str, Field(min_length=1)]]
 
 
@@ -38,24 +47,80 @@ class LoraMethod(AdapterBlock):
     """What they add is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of a layer's inputs that the matrices do not see in training."""
-    target_modules: ModuleNames | str | None = Field(default=None, min_length=1)
-    """The linear layers that get one: a list of their names (q_proj, self_attn.q_proj), or a regular expression that a whole path must match. null: all of them but the output layer."""
+    target_modules: ModuleNames | str | None = None
+    """The linear layers that get one: a list of their names (q_proj, self_attn.q_proj), or a regular expression that a whole path must match. null: all of them but the output layer; []: none, where target_parameters names what does."""
+    target_parameters: ModuleNames | None = Field(default=None, min_length=1, exclude_if=is_none)
+    """Names of weights that are no linear layer's and get one as well, a pair of matrices for each expert where they hold several: [experts.gate_up_proj, experts.down_proj] of a mixture of experts."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1, exclude_if=is_none)
+    """Other ranks of some layers: the end of a path, or a regular expression of one, as {v_proj: 32, layers.0.mlp.up_proj: 4}. Of several that match, the first decides."""
+    alpha_pattern: dict[str, Scale] | None = Field(default=None, min_length=1, exclude_if=is_none)
+    """Other alphas of some layers, named in the same way."""
     modules_to_save: ModuleNames | None = Field(default=None, min_length=1)
     """Names of modules that are trained whole beside the matrices, as embed_tokens and lm_head. New heads always are."""
     use_rslora: bool = False
     """Whether what is added is multiplied by alpha / sqrt(rank) instead, which keeps large ranks learning (Kalajdzievski, 2023)."""
     use_dora: bool = False
     """Whether the norm of each row of weights is learned apart from its direction (Liu et al., 2024). Slower, and better at small ranks."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """How the matrices begin; what they add is zero in any case. default: A as a linear layer does, B zero; gaussian: A normal with deviation 1 / rank, B zero; orthogonal: neither is zero, and the rows of A are orthogonal to what B reads, which needs an even rank."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """How the matrices begin; what they add is zero in any case. default: A as a linear layer does, B zero; gaussian: A normal with deviation 1 / rank, B zero; orthogonal: neither is zero, and the rows of A are orthogonal to what B reads, which needs an even rank; pissa: the largest singular values of the weight and their vectors, which are taken off the frozen weight (Meng et al., 2024). What is published of pissa is a LoRA of twice the rank on the weights as they were."""
+    init_iterations: int | None = Field(default=None, ge=1, exclude_if=is_none)
+    """With pissa: rounds of a randomized decomposition (Halko et al., 2011), which for large layers takes seconds in place of minutes; 16 is usual. null: an exact one."""
     learning_rate_ratio: Scale = 1.0
     """What the learning rate of B is a multiple of that of A (LoRA+, Hayou et al., 2024; 16 is usual)."""
+    quantize_base: Literal["nf4"] | None = Field(default=None, exclude_if=is_none)
+    """What the frozen linear layers are kept in while the matrices are trained (QLoRA, Dettmers et al., 2023): nf4, 4.5 bits a weight, in place of 32. What is published stands on the weights as they are on disk. null: as they are."""
+
+    @model_validator(mode="after")
+    def base_is_read_as_it_is(self) -> LoraMethod:
+        if self.quantize_base is not None and (self.use_dora or self.init == "pissa"):
+            other = "use_dora" if self.use_dora else "init: pissa"
+            raise ValueError(f"{other} needs the weights of the base as they are: remove it, or quantize_base")
+        return self
 
     @model_validator(mode="after")
     def rank_is_even(self) -> LoraMethod:
-        if self.init == "orthogonal" and self.rank % 2:
-            raise ValueError(f"init: orthogonal needs an even rank, not {self.rank}")
+        for rank in (self.rank, *(self.rank_pattern or {}).values()):
+            if self.init == "orthogonal" and rank % 2:
+                raise ValueError(f"init: orthogonal needs an even rank, not {rank}")
         return self
+
+    @model_validator(mode="after")
+    def something_gets_one(self) -> LoraMethod:
+        if self.target_modules is not None and not self.target_modules and self.target_parameters is None:
+            raise ValueError("target_modules names nothing: leave it out for all linear layers, or name some")
+        for field, wrong in (("use_dora", self.use_dora), ("dropout", self.dropout > 0)):
+            if wrong and self.target_parameters is not None:
+                raise ValueError(f"target_parameters have no {field}: remove one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def begins_with_principal_parts(self) -> LoraMethod:
+        if self.init != "pissa":
+            if self.init_iterations is not None:
+                raise ValueError(f"init_iterations has no effect with init: {self.init}: remove it")
+            return self
+        if self.use_dora:
+            raise ValueError("use_dora does not go with init: pissa, whose weights are a sum: remove one of the two")
+        if self.target_parameters is not None:
+            raise ValueError("target_parameters cannot begin with pissa: take init: default, or linear layers alone")
+        return self
+
+
+class VeraMethod(AdapterBlock):
+    """W + diag(b) B diag(d) A beside frozen linear layers: A and B are drawn once for all of them (Kopiczko et al., 2024)."""
+
+    method: Literal["vera"]
+    """Learned vectors around random matrices that all layers share."""
+    rank: int = Field(default=256, ge=1)
+    """Rank of the random matrices, and length of the vector d. Far larger than that of a lora."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a layer's inputs that the matrices do not see in training."""
+    target_modules: ModuleNames | str | None = Field(default=None, min_length=1)
+    """The linear layers that get one, as for lora. null: all of them but the output layer."""
+    initial_d: Scale = 0.1
+    """What the vector d begins with; b begins with zeros."""
+    projection_seed: int = Field(default=0, ge=0, lt=2**63)
+    """What the random matrices are drawn from. They are in the adapter's file as well."""
 
 
 class Ia3Method(AdapterBlock):
@@ -77,20 +142,41 @@ class Ia3Method(AdapterBlock):
         return self
 
 
-class VirtualTokens(AdapterBlock):
+class Unmergeable(AdapterBlock):
+    """Methods without weights that could become a part of the model's."""
+
+    @model_validator(mode="after")
+    def nothing_is_merged(self) -> Unmergeable:
+        if self.publish == "merged":
+            raise ValueError(
+                f"publish: merged is not possible: {no_weights(method_name(type(self)))} of the model. Set publish: adapter, or "
+                f"take a method whose weights can be merged ({mergeable_methods()})"
+            )
+        return self
+
+
+class VirtualTokens(Unmergeable):
     """Methods that put learned tokens before a text: there are no weights to merge them into."""
 
     num_virtual_tokens: int = Field(default=20, ge=1)
     """How many tokens stand before each text. They take their place in the model's context."""
 
-    @model_validator(mode="after")
-    def nothing_is_merged(self) -> VirtualTokens:
-        if self.publish == "merged":
-            raise ValueError(
-                "publish: merged is not possible: virtual tokens are no weights of the model. Set publish: adapter, or "
-                f"take a method whose weights can be merged ({mergeable_methods()})"
-            )
-        return self
+
+class BottleneckMethod(Unmergeable):
+    """Small networks at the attention and the MLP of each layer (Houlsby et al., 2019; He et al., 2022)."""
+
+    method: Literal["bottleneck"]
+    """Small networks at the attention and the MLP of each layer."""
+    size: int = Field(default=64, ge=1)
+    """Width of each network between its two matrices."""
+    placement: Literal["serial", "parallel"] = "serial"
+    """What a network reads. serial: what the attention or MLP makes (Houlsby et al.); parallel: what that reads (He et al.). What it makes is added to what the attention or MLP makes in either case."""
+    modules: ModuleNames | None = Field(default=None, min_length=1)
+    """Names of the parts of a layer that get one, as [mlp]. null: its attention and its MLP."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """What stands between the two matrices."""
+    scale: Scale = 1.0
+    """What the network makes is multiplied by it."""
 
 
 class PromptTuningMethod(VirtualTokens):
@@ -155,10 +241,16 @@ class FreezeMethod(AdapterBlock):
     modules: ModuleNames | None = Field(default=None, min_length=1)
     """Names of the modules that are trained, as mlp or lm_head; with last_layers, those of these layers only. null: whole layers."""
 
+    only_new: bool = Field(default=False, exclude_if=lambda new: not new)
+    """Whether only what is new in the model is trained: the layers that the stage `deepen` added to it (LLaMA Pro, Wu et al., 2024), and a new head."""
+
     @model_validator(mode="after")
     def something_is_trained(self) -> FreezeMethod:
-        if self.last_layers is None and self.modules is None:
-            raise ValueError("says nothing of what is trained: give last_layers, modules or both")
+        named = self.last_layers is not None or self.modules is not None
+        if self.only_new and named:
+            raise ValueError("only_new says already what is trained: remove it, or last_layers and modules")
+        if not named and not self.only_new:
+            raise ValueError("says nothing of what is trained: give last_layers, modules or both, or only_new")
         return self
 
 
@@ -166,7 +258,7 @@ class ContinuedMethod(AdapterBlock):
     """The adapter that the input `adapter` names, trained further; what is published is that adapter, of the same base."""
 
     method: Literal["continued"]
-    """The adapter of the input `adapter`, with its own rank and layers. For lora, ia3, bitfit and freeze. publish: null is `adapter` here."""
+    """The adapter of the input `adapter`, with its own rank and layers. For lora, vera, ia3, bottleneck, bitfit and freeze. publish: null is `adapter` here."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of a lora: share of a layer's inputs that the matrices do not see in training, whatever it was before."""
     learning_rate_ratio: Scale = 1.0
@@ -175,7 +267,9 @@ class ContinuedMethod(AdapterBlock):
 
 AnyMethod = (
     LoraMethod
+    | VeraMethod
     | Ia3Method
+    | BottleneckMethod
     | PromptTuningMethod
     | PrefixTuningMethod
     | PTuningMethod
@@ -190,9 +284,15 @@ def method_name(params: type[AdapterBlock]) -> str:
     return str(get_args(params.model_fields["method"].annotation)[0])
 
 
+def no_weights(method: str) -> str:
+    """What of a method is in the place of weights, as a sentence has it."""
+    modules = method == method_name(BottleneckMethod)
+    return "modules between those of the model are no weights" if modules else "virtual tokens are no weights"
+
+
 def mergeable_methods() -> str:
     """The names of the methods whose weights can become a part of the model's, as a sentence has them."""
-    fresh = [params for params in get_args(AnyMethod) if not issubclass(params, VirtualTokens | ContinuedMethod)]
+    fresh = [params for params in get_args(AnyMethod) if not issubclass(params, Unmergeable | ContinuedMethod)]
     names = [method_name(params) for params in fresh]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
@@ -213,11 +313,16 @@ AdapterParams = Annotated[AnyMethod, Field(discriminator="method"), BeforeValida
 """A block of `method` and the fields of that method."""
 
 
-def require_no_dropout(adapter: AdapterBlock | None) -> None:
-    """Raises `ValueError` for an adapter that drops inputs at random, where a policy is compared with its reference."""
+def require_comparable(adapter: AdapterBlock | None) -> None:
+    """Raises `ValueError` for an adapter under which a policy would differ from its reference before anything is learned."""
     if getattr(adapter, "dropout", 0.0):
         raise ValueError(
             "adapter: dropout must be 0: policy and reference are compared token by token, and would differ by chance"
+        )
+    if getattr(adapter, "quantize_base", None):
+        raise ValueError(
+            "adapter: quantize_base must be null: the reference is the model as it is on disk, and a policy on its weights "
+            "in four bits would begin apart from it"
         )
 
 
@@ -225,5 +330,5 @@ def publishes_adapter(adapter: AdapterBlock | None) -> bool:
     """Whether what is published is the adapter alone."""
     if adapter is None:
         return False
-    usual = "adapter" if isinstance(adapter, VirtualTokens | ContinuedMethod) else "merged"
+    usual = "adapter" if isinstance(adapter, Unmergeable | ContinuedMethod) else "merged"
     return (adapter.publish or usual) == "adapter"
