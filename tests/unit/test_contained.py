@@ -195,14 +195,17 @@ def test_an_interrupted_caller_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_caller_leaves_nothing(tmp_path: Path, mark: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(PREAMBLE + "os.setsid() if os.fork() == 0 else None\ntime.sleep(1000)")
+    (folders := tmp_path / "folders").mkdir()
     code = (
         "import os, pathlib, sys; from stages.lib.processes.contained import *;"
         f"run_contained(pathlib.Path({str(program)!r}), {{}}, 1, ProgramLimits(99, 99, 1 << 30), dict(os.environ))"
     )
     caller = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        [sys.executable, "-c", code],
+        cwd=CHECKOUT,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(folders)},
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while sum(str(program) in " ".join(each.command_line()[-3:-2]) for each in carrying(mark)) < 2:
         assert time.monotonic() < deadline and caller.poll() is None
         time.sleep(0.05)
@@ -213,3 +216,4 @@ def test_a_killed_caller_leaves_nothing(tmp_path: Path, mark: str) -> None:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
         time.sleep(0.05)
+    assert list(folders.iterdir()) == []

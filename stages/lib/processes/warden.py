@@ -2,8 +2,8 @@
 
 The command's output goes to the file descriptor `output`; it may write to `results` as well. Once it has ended, has become
 more than `most_processes`, takes more than `memory_bytes` with all that it started, or our standard input is closed (by
-whoever started us, or by Linux when that ends), all of it is ended with SIGKILL, in whatever session it is. Then one line
-tells how: `{"code": 0, "beyond": null}`, `beyond` being `memory` or `processes` where that was why.
+whoever started us, or by Linux when that ends), all of it is ended with SIGKILL, in whatever session it is. Then its `folder` is
+removed, and one line tells how: `{"code": 0, "beyond": null}`, `beyond` being `memory` or `processes` where that was why.
 
 Only the standard library, and `pipeline/processes.py`: it is started often.
 """
@@ -22,6 +22,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -66,6 +67,7 @@ def keep_within(terms: Mapping[str, Any]) -> dict[str, Any]:
     end_all(lambda: descendants(os.getpid()))
     code = process.wait()
     reap()
+    shutil.rmtree(terms["folder"], ignore_errors=True)  # whoever started us may be gone
     return {"code": code, "beyond": beyond}
 
 
