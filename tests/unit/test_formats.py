@@ -866,28 +866,28 @@ def test_every_reason_of_a_converter_has_a_row() -> None:
     assert of_converters <= {case[2] for case in DROPPED}
 
 
-PRM800K_ROW: Row = {
-    "question": {"problem": "a"},
-    "label": {
-        "steps": [{"completions": [{"text": "b", "rating": -1}, {"text": "c", "rating": 0}], "chosen_completion": 1}]
-    },
-}
+def chosen_step(*ratings: int, chosen: int) -> Row:
+    completions = [{"text": f"step {rating}", "rating": rating} for rating in ratings]
+    return {
+        "question": {"problem": "a"},
+        "label": {"steps": [{"completions": completions, "chosen_completion": chosen}]},
+    }
 
 
 REPAIRED: list[tuple[str, Row, str, int, Row]] = [
     (
         "prm800k",
-        PRM800K_ROW,
+        chosen_step(-1, 1, chosen=1),
         "steps_not_chosen_left_out",
         1,
-        {"prompt": [user("a")], "steps": [assistant("c")], "labels": [True]},
+        {"prompt": [user("a")], "steps": [assistant("step 1")], "labels": [True]},
     ),
     (
         "prm800k",
-        PRM800K_ROW,
+        chosen_step(0, chosen=0),
         "neutral_steps_called_right",
         1,
-        {"prompt": [user("a")], "steps": [assistant("c")], "labels": [True]},
+        {"prompt": [user("a")], "steps": [assistant("step 0")], "labels": [True]},
     ),
     (
         "messages",
