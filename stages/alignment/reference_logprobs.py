@@ -15,7 +15,7 @@ from pipeline.errors import Problem
 from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
-from stages.lib.models.adapters.folders import unreadable_adapter
+from stages.lib.models.adapters.folders import adapter_folder, unreadable_adapter
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
@@ -97,12 +97,16 @@ def check(forecast: Forecast) -> list[Problem]:
 
 @on_template_date
 def run(ctx: Context, params: ReferenceLogprobsParams) -> Result:
+    from stages.lib.models.adapters.saving import require_base
     from stages.lib.preferring.opening import tokenizer_of_policy
     from stages.lib.preferring.reference import identity_of
     from stages.lib.preferring.reference_artifact import ReferenceQuestion, pass_over, write_logprobs
     from stages.lib.processes.collectives import from_main
     from stages.lib.text.tokenizers import facts_of_tokenizer
 
+    model, adapter = ctx.inputs["model"], ctx.inputs.get("adapter")
+    if adapter is not None and (said := require_base(adapter_folder(adapter), model, ctx.origin("model")[0])):
+        ctx.journal.note(said)
     tokenizer, home = tokenizer_of_policy(ctx, params.max_length_tokens)
     single = params.take_apart or "unpaired_preferences" in ctx.inputs
     data, ledger = (open_single if single else open_paired)(ctx, params, tokenizer)
@@ -115,7 +119,6 @@ def run(ctx: Context, params: ReferenceLogprobsParams) -> Result:
         tail_weight=params.tail_weight,
         what="answers" if single else "pairs",
     )
-    model, adapter = ctx.inputs["model"], ctx.inputs.get("adapter")
     logprobs = pass_over(ctx, question, model, adapter)
     from_main(lambda: write_logprobs(ctx.out, question.made_of(ctx, identity_of(model, adapter)), logprobs))
     facts = Facts(

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ArtifactError
 from pipeline.settings.resources import Resources
@@ -79,6 +82,36 @@ def test_the_same_training_without_the_reference(
     assert "each process with the whole model" in notes(asked)
     assert "each process with the whole model" not in notes(given)
     assert not list(given.work.glob("reference_logprobs-*.npy"))
+
+
+def test_an_adapter_that_is_trained_further_is_a_part_of_the_reference(
+    world: PreferenceWorld, data: dict[str, Path], made: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the model says without it is refused, unless the model is named as the reference."""
+    base = AutoModelForCausalLM.from_pretrained(world.model)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.05)
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter)
+    inputs = {"model": world.model, "preferences": data["preferences"], "adapter": adapter}
+    under_it = run(STAGE, inputs, LENGTH, tmp_path / "made")[1].out
+    further = {"adapter": {"method": "continued"}}
+
+    def continued(name: str, **more: Path) -> Context:
+        given = {**inputs, **more}
+        return run(STAGES["dpo"], given, {**TRAINING, **further}, tmp_path / name)[1]
+
+    asked, given = continued("asked"), continued("given", reference_logprobs=under_it)
+    for name in ("adapter_model.safetensors", "reference_logprobs.npz"):
+        assert digest_file(given.out / name) == digest_file(asked.out / name), name
+    with pytest.raises(ArtifactError, match="with the adapter"):
+        continued("refused", reference_logprobs=made["dpo"])
+    off = continued("off", reference_logprobs=made["dpo"], reference=world.model)
+    assert digest_file(off.out / "reference_logprobs.npz") != digest_file(asked.out / "reference_logprobs.npz")
 
 
 def test_a_loss_without_mismatched_answers_needs_none(

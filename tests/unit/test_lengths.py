@@ -68,6 +68,7 @@ ASKED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "reward": ("model", "max_length_tokens", TRAINING),
     "dpo": ("model", "max_length_tokens", TRAINING),
     "kto": ("model", "max_length_tokens", TRAINING),
+    "reference_logprobs": ("model", "max_length_tokens", {}),
     "classify": ("encoder", "max_length_tokens", TRAINING),
     "extract": ("encoder", "max_length_tokens", {**TRAINING, "stride_tokens": 4}),
     "answer": ("encoder", "max_length_tokens", {**TRAINING, "stride_tokens": 4}),
