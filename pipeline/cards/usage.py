@@ -232,7 +232,7 @@ def adapter_usage(base: str, kind: Kind | None, *, critic: bool, own: str | None
     that are put into it.
     """
     if critic:
-        return (OWN_CRITIC if own_weights else ADAPTED_CRITIC).format(folder=FOLDER, base=base)
+        return (OWN_CRITIC if own is not None else ADAPTED_CRITIC).format(folder=FOLDER, base=base)
     auto_class = CLASSES.get(kind, "AutoModelForCausalLM") if kind else "AutoModelForCausalLM"
     lines = ADAPTER if own is None else OWN_MODULES if own == "bottleneck" else OWN_WEIGHTS
     return lines.format(folder=FOLDER, base=base, auto_class=auto_class)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.errors import DataError, Problem, did_you_mean
-from stages.lib.models.adapters.params import BottleneckMethod
 from stages.lib.models.adapters.gathering import gathered
+from stages.lib.models.adapters.params import BottleneckMethod
 
 NAME = "bottleneck"
 PARTS = (("self_attn", "attn", "attention", "self_attention"), ("mlp", "feed_forward", "ffn", "block_sparse_moe"))
