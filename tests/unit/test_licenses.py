@@ -67,6 +67,7 @@ def test_every_stage_that_publishes_a_model_takes_one() -> None:
         "annotate",
         "clean",
         "mix",
+        "sample_preferences",
     }
     taking = {kind for kind, stage in STAGES.items() if issubclass(stage.params, PublishedParams)}
     assert publishing == taking

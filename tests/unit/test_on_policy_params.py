@@ -130,8 +130,11 @@ def test_a_critic_beside_an_adapter_is_refused() -> None:
         ("ppo", {"kl_coefficient": 0, "kl_target": 0.1}, "kl_target cannot be reached from a kl_coefficient of 0"),
         ("ppo", {"kl_horizon": 80.0}, "kl_horizon has no effect without a kl_target"),
         ("grpo", {"learning_rate": float("inf")}, "params.learning_rate: input should be a finite number"),
-        ("ppo", {"adapter": {"method": "lora", "target_modules": []}}, "at least 1 item"),
+        ("ppo", {"adapter": {"method": "lora", "target_modules": []}}, "target_modules names nothing"),
         ("ppo", {"adapter": {"method": "lora", "dropout": 0.1}}, "adapter: dropout must be 0"),
+        ("grpo", {"adapter": {"method": "lora", "quantize_base": "nf4"}}, "adapter: quantize_base must be null"),
+        ("ppo", {"adapter": {"method": "lora", "init": "pissa"}}, "adapter: init must not be pissa"),
+        ("grpo", {"adapter": {"method": "bottleneck"}}, "adapter: bottleneck puts networks between the layers"),
         ("grpo", {"adapter": {"method": "prefix_tuning", "publish": "merged"}}, "Set publish: adapter"),
         (
             "rloo",

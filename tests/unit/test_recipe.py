@@ -178,7 +178,7 @@ def test_a_block_in_a_file_is_the_same_as_in_place_and_its_paths_start_at_that_f
 def test_a_model_folder_from_outside_is_known_by_its_config(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    (tmp_path / "m" / "model.safetensors").touch()
+    (tmp_path / "m" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     assert problems(tmp_path, GOOD.replace("data: first", "data: ./m")) == [
         "stages.first: no output needs this stage. Add it to `outputs`, or remove it.",
         "stages.joined.inputs.data: needs text, and the folder holds causal_lm. These stages would fit: first, second.",
