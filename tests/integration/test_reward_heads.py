@@ -26,6 +26,7 @@ from stages.lib.on_policy.scoring import RewardModelScorer
 from stages.lib.preferring.reward_models import fixed_prompt_scores, load_reward_model, score_chats
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_spans import encode_chat, encode_prompt
+from tests.integration.on_policy_world import align
 from tests.integration.preference_world import (
     PreferenceWorld,
     as_rated,
@@ -221,6 +222,27 @@ def test_completions_are_scored_as_chats_are(trained: Training, case: str, world
         ids = encode_chat(tokenizer, chat, mask_from=len(chat) - 1).input_ids
         of_heads_3 = logits_of(model, ids)[0].reshape(3, -1) @ weights
         assert score == pytest.approx(of_heads_3.mean() - 2 * of_heads_3.std(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("case", "source"), [("ratings", "reward model"), ("steps", "policy")])
+def test_a_policy_learns_from_it(
+    trained: Training, case: str, source: str, world: PreferenceWorld, tmp_path: Path
+) -> None:
+    """The reward of each completion is the score of its text; the critic begins with a backbone that judges whole answers."""
+    judge = trained(case)[1].out
+    inputs = {"model": world.model, "prompts": world.preferences, "reward": judge}
+    rewards = [{"kind": "reward_model", "uncertainty_penalty": 1.0 if case == "ratings" else 0.0}]
+    changes = {"rewards": rewards, "rollouts": 1, "max_prompt_tokens": 200}
+    seen = align("ppo", inputs, tmp_path, changes)
+    journal = (tmp_path / "journal.jsonl").read_text()
+    assert f"the critic starts from the {source} with a head of zeros" in journal
+    scorer = RewardModelScorer(judge, None, "fp32", torch.device("cpu"), 1, rewards[0]["uncertainty_penalty"])
+    rows = list(read_rows(world.preferences / "train.jsonl"))
+    for each in seen.experiences[0].episodes[:4]:
+        ids = each.ids[:-1] if each.ended else each.ids
+        text = world.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        chat = [*rows[each.row_index]["prompt"], {"role": "assistant", "content": text}]
+        assert each.rewards.tolist() == pytest.approx(scorer.score([chat]), abs=1e-5)
 
 
 def test_evaluate_reads_all_of_them(trained: Training, world: PreferenceWorld, tmp_path: Path) -> None:
