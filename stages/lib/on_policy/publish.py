@@ -44,7 +44,7 @@ def publish_policy(ctx: Context, params: OnPolicyParams, parts: Parts, formats: 
         trained = count_trained(policy)
         made = Made(parts.engine, policy, parts.rates, parts.policy_parameters, trained)
         home = tokenizer_to_train_with(ctx.inputs)
-        return publish_trained(ctx, params, made, lambda: load_policy(start), home, formats, None)
+        return publish_trained(ctx, params, made, lambda: load_policy(start), home, formats, None, keep_frozen=True)
     state = parts.engine.state_of(policy)
     options: dict[str, Any] = {"formats": formats, "may_be_zero": zeros_of(start)}
     dtype = from_main(lambda: publish(policy, state, start, ctx.out, **options))

@@ -32,11 +32,13 @@ def publish_trained(
     tokenizer: PreTrainedTokenizerBase | Path,
     formats: Formats,
     stop_ids: list[int] | None,
+    keep_frozen: bool = False,
 ) -> str:
     """Writes to `ctx.out` what was trained, and returns the number format of the weights. All processes call it.
 
     Under an adapter the weights of the base are those on disk, whatever the training's precision made of them: the main
     process calls `make_model` once more, and puts the adapter on that. A whole model has the adapter beside it in `adapter/`.
+    The frozen weights in memory are given up before, unless `keep_frozen`: others may share them.
     """
     if params.adapter is None:
         state = made.engine.state_of(made.model)
@@ -47,7 +49,8 @@ def publish_trained(
     trained = made.engine.state_of(made.model, trained_only=True)
     if ctx.world.is_main:
         adapter, trained = as_plain_lora(adapter, made.model, trained)
-    drop_frozen(made.model)
+    if not keep_frozen:
+        drop_frozen(made.model)
 
     def write() -> str:
         # A ZeRO-3 run in this process would have the model split while it is built, which needs all processes.
