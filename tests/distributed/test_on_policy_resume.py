@@ -161,7 +161,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     interrupted = [*KILLED, *STOPPED, OTHER_PROCESSES]
     wholes = list(dict.fromkeys(run.whole for run in interrupted))
     first = [run.job(world, die=run.die or None, stop=run.stop or None) for run in interrupted]
-    run_forked(folder, [*first, *(run.job(world) for run in wholes)], timeout_seconds=60 + 60 * len(interrupted))
+    jobs = [*first, *(run.job(world) for run in wholes)]
+    run_forked(folder, jobs, timeout_seconds=60 + 60 * len(jobs))
     for run in interrupted:
         world.saved[run.name] = steps_saved(run.job(world))
     again = [run.job(world) for run in interrupted[:-1]]
