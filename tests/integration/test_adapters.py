@@ -28,7 +28,7 @@ from stages.lib.models.adapters.four_bits import quantize_linears
 from stages.lib.models.adapters.opening import attached
 from stages.lib.models.adapters.saving import check_adapter
 from stages.lib.text.tokenizers import load_tokenizer
-from stages.lib.training import loop
+from stages.lib.training import adapted, loop
 from stages.lib.training.making import Made
 from tests.distributed.training_world import make_tokenizer, write_chats, write_model
 from tests.integration.tiny_encoder import request_encoder, request_rows, write_data
@@ -172,7 +172,7 @@ def with_biases(source: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
-    """What trained, engine and model, of the runs in a test."""
+    """What trained, engine and model, of the runs in a test. The models stay whole when they are published."""
     found: list[Made] = []
     make = loop.make_engine
 
@@ -181,6 +181,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
         return found[-1]
 
     monkeypatch.setattr(loop, "make_engine", watched)
+    monkeypatch.setattr(adapted, "drop_frozen", lambda model: None)
     return found
 
 
@@ -250,6 +251,25 @@ def test_the_matrix(
     with_head = {"config": auto_class.from_pretrained(ctx.out).config} if stage in HEADS else {}
     under = PeftModel.from_pretrained(auto_class.from_pretrained(base, **with_head), alone)
     assert agree(answer_of(under, base, virtual), said)
+
+
+def test_frozen_weights_are_given_up_before_the_base_is_read_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base would lie in memory twice."""
+    left: list[int] = []
+    write = adapted.write_adapter
+
+    def watched(adapter: Any, *arguments: Any) -> None:
+        left.extend(parameter.numel() for parameter in found[0].model.parameters() if not parameter.requires_grad)
+        write(adapter, *arguments)
+
+    found: list[Made] = []
+    make = loop.make_engine
+    monkeypatch.setattr(loop, "make_engine", lambda *arguments: found.append(make(*arguments)) or found[-1])
+    monkeypatch.setattr(adapted, "write_adapter", watched)
+    teach(world, "sft", {"method": "lora", "rank": 4}, tmp_path)
+    assert left and not any(left)
 
 
 def test_an_encoder_goes_on_under_an_adapter(world: World, tmp_path: Path, made: list[Made]) -> None:

@@ -117,7 +117,8 @@ def in_body(base: PreTrainedModel, target_modules: Any) -> Any:
     """Names of linear layers as the body has them; of a pattern, which is one of whole paths, the paths that it matches there."""
     home = f"{base.base_model_prefix}."
     if not isinstance(target_modules, str):
-        return [name.removeprefix(home) for name in sorted(target_modules)]
+        names = sorted(target_modules) if isinstance(target_modules, set) else target_modules
+        return [name.removeprefix(home) for name in names]
     linear = [name for name, layer in base.base_model.named_modules() if is_linear(layer)]
     return [name for name in linear if re.fullmatch(target_modules, f"{home}{name}")] or target_modules
 
