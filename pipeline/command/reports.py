@@ -124,10 +124,14 @@ def step_status(
         if last:
             entry |= {"at_step": last[-1].get("step"), "total_steps": last[-1].get("total_steps")}
     else:
-        entry["state"] = state
-        log = WorkFolder(work).log
-        if is_there(log):
-            entry["log"] = str(log)
+        files = WorkFolder(work)
+        outcome = files.outcome()
+        failed = outcome.get("status") in ("user_error", "crash")
+        entry["state"] = "failed" if failed else state
+        if is_there(files.log):
+            entry["log"] = str(files.log)
+        if failed:
+            entry["message"] = str(outcome.get("message", ""))
     return entry
 
 
@@ -184,7 +188,8 @@ def status_lines(entries: list[dict[str, Any]], store: Store) -> list[str]:
             who = f"process {entry['pid']} on {entry['host']}" if entry["pid"] else "just starting"
             detail = f"for {since}{at}; {who}; log {entry['log']}"
         elif entry["state"] != "made" and "log" in entry:
-            detail = f"log {entry['log']}"
+            said = entry.get("message", "").partition("\n")[0]
+            detail = f"{said:.120}; log {entry['log']}" if said else f"log {entry['log']}"
         recipe = entry.get("label", entry["recipe"])
         rows.append([recipe, entry["step"], entry["stage"], entry["state"], entry["artifact_id"][:8], detail])
     return table(rows, ("recipe", "step", "stage", "state", "artifact", ""))
