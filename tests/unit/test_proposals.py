@@ -449,7 +449,36 @@ def test_each_file_is_told_by_its_content(form: str, tmp_path: Path) -> None:
         ("euc_jp", "\u54c1\u8cea\u306f\u3068\u3066\u3082\u826f\u3044\u3067\u3059", "euc_jp"),
         ("euc_kr", "\ud488\uc9c8\uc774 \uc544\uc8fc \uc88b\uc544\uc694", "euc_kr"),
         ("cp1251", "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e", "cp1251"),
-        ("koi8_r", "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e", "koi8_r"),
+        (
+            "koi8_r",
+            "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e",
+            "koi8-u",
+        ),  # with Russian letters in the same places
+        (
+            "cp1250",
+            "Wszyscy ludzie rodz\u0105 si\u0119 wolni i r\xf3wni pod wzgl\u0119dem swej godno\u015bci i swych praw",
+            "cp1250",
+        ),
+        (
+            "cp1254",
+            "B\xfct\xfcn insanlar h\xfcr haysiyet ve haklar bak\u0131m\u0131ndan e\u015fit do\u011farlar; karde\u015flik zihniyeti ile hareket etmelidirler",
+            "cp1254",
+        ),
+        (
+            "cp1255",
+            "\u05db\u05dc \u05d1\u05e0\u05d9 \u05d4\u05d0\u05d3\u05dd \u05e0\u05d5\u05dc\u05d3\u05d5 \u05d1\u05e0\u05d9 \u05d7\u05d5\u05e8\u05d9\u05df \u05d5\u05e9\u05d5\u05d5\u05d9\u05dd \u05d1\u05e2\u05e8\u05db\u05dd \u05d5\u05d1\u05d6\u05db\u05d5\u05d9\u05d5\u05ea\u05d9\u05d4\u05dd",
+            "cp1255",
+        ),
+        (
+            "cp1256",
+            "\u064a\u0648\u0644\u062f \u062c\u0645\u064a\u0639 \u0627\u0644\u0646\u0627\u0633 \u0623\u062d\u0631\u0627\u0631\u0627 \u0645\u062a\u0633\u0627\u0648\u064a\u0646 \u0641\u064a \u0627\u0644\u0643\u0631\u0627\u0645\u0629 \u0648\u0627\u0644\u062d\u0642\u0648\u0642",
+            "cp1256",
+        ),
+        (
+            "cp874",
+            "\u0e21\u0e19\u0e38\u0e29\u0e22\u0e4c\u0e17\u0e31\u0e49\u0e07\u0e2b\u0e25\u0e32\u0e22\u0e40\u0e01\u0e34\u0e14\u0e21\u0e32\u0e21\u0e35\u0e2d\u0e34\u0e2a\u0e23\u0e30\u0e41\u0e25\u0e30\u0e40\u0e2a\u0e21\u0e2d\u0e20\u0e32\u0e04\u0e01\u0e31\u0e19\u0e43\u0e19\u0e40\u0e01\u0e35\u0e22\u0e23\u0e15\u0e34\u0e28\u0e31\u0e01\u0e14\u0e34\u0e4c\u0e41\u0e25\u0e30\u0e2a\u0e34\u0e17\u0e18\u0e34",
+            "cp874",
+        ),
         ("cp1253", "\u03c0\u03bf\u03bb\u03cd \u03ba\u03b1\u03bb\u03ac", "cp1253"),
         ("latin-1", "caf\u00e9 au lait", "cp1252"),
         ("utf-16", "caf\u00e9", "utf-16"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,10 @@ from stages.lib.sources.lines import Damaged, blocks_of
 TEXT_TYPES = frozenset({"jsonl", "json", "csv", "tsv", "text", "conll"})
 """The file types that are text."""
 
-HIGH_BYTES = re.compile(rb"[\x80-\xff]+")
+MOST_LOOKED_AT = 1 << 14
+"""Bytes that are looked at for their encoding, of the lines that are not ASCII."""
+SHORTER = {"cp949": "euc_kr", "cp932": "shift_jis"}
+"""What an encoding is called by people, where it is the same for nearly every text."""
 
 
 def known_encoding(name: str) -> str:
@@ -55,12 +57,14 @@ def likely_encoding(path: Path) -> str | None:
         return None
     if wide := wide_encoding(block):
         return wide
-    runs = [len(run) for run in HIGH_BYTES.findall(block)]
-    if not runs:
+    if block.isascii():
         return None
-    # Letters with accents stand alone; those of other alphabets stand together.
-    if found := likely_script(block, alphabets=sum(runs) / len(runs) > 2.5):
-        return found
+    from chardet import detect
+
+    lines = b"\n".join(line for line in block.splitlines() if not line.isascii())
+    found = detect(lines[:MOST_LOOKED_AT])["encoding"]
+    if found and reads(block, found):
+        return SHORTER.get(name := codecs.lookup(found).name, name)
     return "cp1252" if reads(block, "cp1252") else "latin-1"
 
 
@@ -73,52 +77,6 @@ def wide_encoding(block: bytes) -> str | None:
     if max(zeros) < 0.4 or min(zeros) > 0.05:
         return None
     return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
-
-
-KANA = re.compile(r"[\u3041-\u30ff]")
-JAPANESE = re.compile(r"[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e]")
-HANGUL = re.compile(r"[\uac00-\ud7a3]")
-CYRILLIC = re.compile(r"[\u0430-\u044f\u0451]")
-GREEK = re.compile(r"[\u03ac-\u03ce]")
-
-
-def likely_script(block: bytes, *, alphabets: bool) -> str | None:
-    """The encoding in which the block says what people of its script write most; None where it does in none. Those of
-    `alphabets` of one byte a letter read everything, and so are tried only where its letters stand together.
-    """
-    korean = share_of(HANGUL, block, "euc_kr")
-    if korean > 0.95:  # Chinese read as Korean is hanja in a fifth of its characters
-        return "euc_kr"
-    for encoding in ("euc_jp", "shift_jis"):
-        if share_of(KANA, block, encoding) > 0.15 and share_of(JAPANESE, block, encoding) > 0.95:
-            return encoding
-    shares = {
-        "gb18030": frequent_share(block, "gb18030", "gb2312", range(0xA1, 0xD8)),
-        "big5": frequent_share(block, "big5", "big5", range(0xA1, 0xC7)),
-        "euc_kr": korean,
-    }
-    if alphabets:
-        letters = {"cp1251": CYRILLIC, "koi8_r": CYRILLIC, "cp1253": GREEK}
-        shares |= {encoding: share_of(each, block, encoding) for encoding, each in letters.items()}
-    best = max(shares, key=lambda encoding: shares[encoding])
-    return best if shares[best] > 0.5 else None
-
-
-def share_of(letters: re.Pattern[str], block: bytes, encoding: str) -> float:
-    """The share of letters of one kind among the characters beyond ASCII, as the encoding reads them; 0 if it cannot."""
-    if not reads(block, encoding):
-        return 0.0
-    found = [character for character in codecs.getincrementaldecoder(encoding)().decode(block) if character > "\x7f"]
-    return sum(bool(letters.match(character)) for character in found) / max(len(found), 1)
-
-
-def frequent_share(block: bytes, encoding: str, rows_of: str, rows: range) -> float:
-    """The same of the characters in the rows of a table that hold its most frequent ones, by their first byte."""
-    if not reads(block, encoding):
-        return 0.0
-    found = [character for character in codecs.getincrementaldecoder(encoding)().decode(block) if character > "\x7f"]
-    frequent = sum(character.encode(rows_of, "replace")[0] in rows for character in found)
-    return frequent / max(len(found), 1)
 
 
 def reads(block: bytes, encoding: str) -> bool:
