@@ -54,7 +54,7 @@ SCORE_OF_ONE = "score = model(**inputs).logits[0, 0].item()"
 
 SCORE_OF_HEADS = """\
 reading = model.config.slipway_reward  # outputs head by head, of each the attributes
-    outputs = model(**inputs).logits[0].view(reading["heads"], len(reading["attributes"]))
+    outputs = model(**inputs).logits[0].float().view(reading["heads"], len(reading["attributes"]))
     scores = outputs @ torch.tensor(reading["weights"])  # one for each head
     score = scores.mean().item()  # how far the heads are apart: scores.std(correction=0)"""
 

@@ -96,6 +96,14 @@ def test_families(fields: dict[str, Any], tmp_path: Path) -> None:
     assert ahead.architecture is not None and ahead.architecture["added_layers"] == [2, 5]
 
 
+def test_layers_whose_kind_depends_on_their_place_are_refused(tmp_path: Path) -> None:
+    """Every other layer has experts: with layers put between them other ones would."""
+    fields = {"model_type": "qwen2_moe", "decoder_sparse_step": 2, "num_experts": 4, "moe_intermediate_size": 32}
+    model = write_model(tmp_path / "model", make_tokenizer(), num_hidden_layers=4, **fields)
+    with pytest.raises(DataError, match="makes layers of other kinds of some of the model's"):
+        run_stage(STAGES["deepen"], {"model": model}, {"num_new_layers": 2}, tmp_path / "run")
+
+
 def test_the_order_of_layers() -> None:
     assert order_of_layers(4, 2) == [0, 1, 1, 2, 3, 3]
     assert order_of_layers(3, 3) == [0, 0, 1, 1, 2, 2]

@@ -183,6 +183,11 @@ def test_holes_and_damage_are_refused(
     (said,) = refusal("dpo", world, data, tmp_path / "1", reference_logprobs=holes)
     assert "no reference log-probability for 1 of" in said and "the first of them [7]" in said
 
+    whole = (holes / "reference_logprobs.npz").read_bytes()
+    (holes / "reference_logprobs.npz").write_bytes(whole[: len(whole) // 2])
+    (said,) = refusal("dpo", world, data, tmp_path / "3", reference_logprobs=holes)
+    assert "reference_logprobs.npz: cannot be read: BadZipFile" in said
+
     (holes / "reference.json").write_text(json.dumps({"model": "x"}))
     (said,) = refusal("dpo", world, data, tmp_path / "2", reference_logprobs=holes)
     assert "reference.json: cannot be read" in said

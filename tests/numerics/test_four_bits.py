@@ -87,6 +87,18 @@ def test_a_layer_makes_its_weight_anew() -> None:
     assert layer.state_dict().keys() == {"bias"}
 
 
+def test_what_is_trained_whole_is_kept_with_all_that_stands_in_it() -> None:
+    model = model_of(ARCHITECTURES["llama"])
+    adapted = attach(
+        model,
+        block_of({"method": "lora", "quantize_base": "nf4", "target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+        0,
+    )
+    saved = [name for name in trained_state(adapted) if ".modules_to_save." in name]
+    assert len(saved) == 3 * model.config.num_hidden_layers
+    assert not any(isinstance(part, NF4Linear) for name, part in adapted.named_modules() if ".mlp" in name)
+
+
 def test_a_lora_learns_beside_it() -> None:
     """As beside a base whose weights were rounded to the same levels; the output layer and the embeddings are whole."""
     base = model_of(ARCHITECTURES["llama"])

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForTokenClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForTokenClassification, PreTrainedTokenizerFast
 
+from pipeline.errors import DataError
 from stages.lib.formulas.calibration import correlation
 from stages.lib.formulas.reward_losses import (
     binary_loss,
@@ -20,7 +24,7 @@ from stages.lib.formulas.reward_losses import (
     weighted_score,
 )
 from stages.lib.preferring.bootstrap import bootstrap_weights, mean_over_heads
-from stages.lib.preferring.labelled_steps import RIGHT, UNKNOWN, WRONG, StepsObjective
+from stages.lib.preferring.labelled_steps import RIGHT, UNKNOWN, WRONG, StepsObjective, require_seen
 from stages.lib.preferring.rated_objective import RatedObjective
 from stages.lib.preferring.reward_reading import RewardReading
 from stages.lib.preferring.scoring_params import ScoringParams
@@ -192,3 +196,15 @@ def test_correlation() -> None:
     assert correlation(values, torch.tensor([1.0, 3.0, 2.0])) == pytest.approx(0.5, abs=1e-12)
     assert correlation(values, torch.ones(3)) is None
     assert correlation(values[:1], values[:1]) is None
+
+
+def test_a_separator_that_the_tokenizer_takes_away_is_refused() -> None:
+    """Steps would be read where they do not end."""
+    core = Tokenizer(WordLevel({"a": 0, "<step>": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    with pytest.raises(
+        DataError, match=r"params.step_separator: is '\\n\\n', of which the model's tokenizer makes no token"
+    ):
+        require_seen(tokenizer, "\n\n")
+    require_seen(tokenizer, " <step> ")

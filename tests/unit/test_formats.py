@@ -746,6 +746,7 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("math_shepherd", {"input": "q Step 1: a", "label": "q Step 1: a"}, "bad_steps", "input does not end with the mark \u043a\u0438 of a step"),
     ("math_shepherd", {"input": "q Step 1: a \u043a\u0438", "label": "q Step 1: b +"}, "bad_steps", "label is not what input says, with + or - in the place of each mark"),
     ("math_shepherd", {"input": "Step 1: a \u043a\u0438", "label": "Step 1: a +"}, "bad_steps", "input has no question before Step 1:"),
+    ("prm800k", {"question": {"problem": "a"}, "label": {"steps": [{"completions": [{"text": "b"}], "chosen_completion": "0"}]}}, "bad_steps", "a step has no completion that was chosen, and none that was not"),
     ("prm800k", {"question": "a", "label": {}}, "missing_field", "question and label, which are mappings"),
     ("prm800k", {"question": {"problem": "a"}, "label": {"steps": [{"completions": []}]}}, "bad_steps", "a step has no completion that was chosen, and none that was not"),
     ("unpaired_preference", {"prompt": "a", "completion": "b"}, "missing_field", "label"),

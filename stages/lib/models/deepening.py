@@ -15,9 +15,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.errors import DataError, Problem
 from stages.lib.models.adapters.methods import layers_of
 from stages.lib.models.adapters.params import ADDED_LAYERS
+from stages.lib.models.lengths import longest_text
 
 BACK = ("o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "wo", "fc2", "w2")
 """What transformers calls the projections of attention and MLP back to the hidden states: layers, or tensors of experts."""
+
+
+OTHER_ARCHITECTURE = "Name a model of another architecture, as llama or gpt2."
+MOST_COMPARED = 4096
+"""Tokens of the text that both models read to be compared."""
 
 
 def deepened(model: Any, num_new_layers: int) -> PreTrainedModel:
@@ -28,7 +34,7 @@ def deepened(model: Any, num_new_layers: int) -> PreTrainedModel:
     names, params = layers_of(model), "params.num_new_layers"
     if not names:
         what = f"finds no list of layers in {type(model).__name__}"
-        raise DataError(Problem("inputs.model", what, "Name a model of another architecture, as llama or gpt2."))
+        raise DataError(Problem("inputs.model", what, OTHER_ARCHITECTURE))
     if len(names) % num_new_layers:
         fitting = [number for number in range(1, len(names) + 1) if len(names) % number == 0]
         what = f"is {num_new_layers}, and the model's {len(names)} layers do not fall into so many groups of one size"
@@ -37,7 +43,11 @@ def deepened(model: Any, num_new_layers: int) -> PreTrainedModel:
     added = [place for place in range(1, len(sources)) if sources[place] == sources[place - 1]]
     deeper = AutoModelForCausalLM.from_config(deeper_config(model.config, sources, added), dtype=torch.float32)
     home = names[0].rpartition(".")[0]
-    deeper.load_state_dict(deeper_weights(model.state_dict(), home, sources, added))
+    try:
+        deeper.load_state_dict(deeper_weights(model.state_dict(), home, sources, added))
+    except RuntimeError as error:
+        what = f"makes layers of other kinds of some of the model's: {' '.join(str(error).split()):.200}"
+        raise DataError(Problem(params, what, OTHER_ARCHITECTURE)) from error
     deeper.generation_config = model.generation_config
     require_unchanged(model.eval(), deeper.eval())
     return deeper
@@ -78,12 +88,14 @@ def deeper_weights(
 
 
 def require_unchanged(model: Any, deeper: Any) -> None:
-    """Raises `DataError` unless both say the same of a text, bit for bit."""
-    ids = torch.arange(16).remainder(int(model.config.get_text_config().vocab_size))[None]
+    """Raises `DataError` unless both say the same of a text, bit for bit; of one that is longer than a window, where there is one."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    longest = longest_text(config.to_dict()) or MOST_COMPARED
+    length = min(max(16, window + 8), longest, MOST_COMPARED)
+    ids = torch.arange(length).remainder(int(config.vocab_size))[None]
     with torch.no_grad():
         apart = (model(input_ids=ids).logits - deeper(input_ids=ids).logits).abs().max()
     if float(apart):
         what = f"are of a kind that changes what the model says, by up to {float(apart):.3g}, though they add nothing"
-        raise DataError(
-            Problem("params.num_new_layers", what, "Name a model of another architecture, as llama or gpt2.")
-        )
+        raise DataError(Problem("params.num_new_layers", what, OTHER_ARCHITECTURE))

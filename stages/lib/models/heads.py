@@ -51,6 +51,11 @@ def add_reward_head(
             Problem(str(folder), f"its body would not be loaded whole: it {what}", "Name a causal model.")
         )
     model.config.num_labels = num_outputs
+    if of_tokens and getattr(model.config, "classifier_dropout", None) is None:
+        # Else transformers drops a tenth of what the head reads, which nobody asked for, and no other head here does.
+        model.config.classifier_dropout = 0.0
+        if isinstance(getattr(model, "dropout", None), nn.Dropout):
+            model.dropout.p = 0.0
     for name, value in (config or {}).items():
         setattr(model.config, name, value)
     set_padding(model, padding_id)
@@ -166,7 +171,7 @@ def fresh_value(folder: Path, padding_id: int, *, is_reward_model: bool) -> PreT
     if model.config.num_labels != 1:
         model.score = nn.Linear(model.score.in_features, 1, bias=model.score.bias is not None)
         model.num_labels = model.config.num_labels = 1
-        vars(model.config).pop(REWARD_READING, None)
+    vars(model.config).pop(REWARD_READING, None)
     nn.init.zeros_(model.score.weight)
     if getattr(model.score, "bias", None) is not None:
         nn.init.zeros_(model.score.bias)

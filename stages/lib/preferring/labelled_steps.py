@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.formulas.calibration import area_under_roc, wins
 from stages.lib.formulas.reward_losses import binary_loss, score_of_steps
@@ -29,6 +30,7 @@ from stages.lib.text.chat_answers import Unlearnable
 from stages.lib.text.chat_fitting import TOO_LONG, reason_of
 from stages.lib.text.chat_template import RefusedChat
 from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
+from stages.lib.text.tokenizers import encode_texts
 from stages.lib.training.evaluating import Evaluator, Metrics
 
 WRONG, RIGHT, UNKNOWN = 1, 2, 3
@@ -78,10 +80,19 @@ def open_steps(ctx: Context, params: ScoringParams) -> Preferences[LabelledSteps
     Raises `DataError` if answers may be longer than the model takes, its chat template is not fit for training, or too large a
     share of the rows cannot be used.
     """
-    tokenizer, home = tokenizer_of_policy(ctx, params)
+    tokenizer, home = tokenizer_of_policy(ctx, params.max_length_tokens)
+    require_seen(tokenizer, params.step_separator)
     how = tokenizing_steps(tokenizer, params.max_length_tokens, params.step_separator)
     train, heldout, ledger = tokenize_input(ctx, "step_labels", how, params.max_dropped_fraction)
     return Preferences(tokenizer, LabelledSteps(train), LabelledSteps(heldout), ledger, home)
+
+
+def require_seen(tokenizer: PreTrainedTokenizerBase, separator: str) -> None:
+    """Raises `DataError` where the tokenizer takes the separator away: steps would be read where they do not end."""
+    alone, ended = encode_texts(tokenizer, ["a", f"a{separator}"])
+    if alone == ended or not encode_texts(tokenizer, [separator])[0]:
+        what = f"is {separator!r}, of which the model's tokenizer makes no token: it takes white space away"
+        raise DataError(Problem("params.step_separator", what, "Name one that is written, such as a line of its own."))
 
 
 def tokenizing_steps(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, separator: str) -> Tokenizing:

@@ -83,7 +83,7 @@ def open_rated(ctx: Context, params: ScoringParams, role: str) -> Preferences[Ra
     Raises `DataError` if answers may be longer than the model takes, its chat template is not fit for training, an
     attribute is not rated in either side, a rating is none of the levels, or too large a share of the rows cannot be used.
     """
-    tokenizer, home = tokenizer_of_policy(ctx, params)
+    tokenizer, home = tokenizer_of_policy(ctx, params.max_length_tokens)
     if role == "ratings":
         join_processes(ctx)
         from_main(lambda: require_attributes(ctx, params))

@@ -10,6 +10,8 @@ row, in the same number format. Otherwise they are refused.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -162,9 +164,9 @@ def read_made(folder: Path) -> ReferenceMade:
 def read_arrays(folder: Path, question: ReferenceQuestion) -> Logprobs:
     """The log-probabilities that are asked for. Raises `ArtifactError` where any is missing."""
     try:
-        with np.load(folder / LOGPROBS, allow_pickle=False) as file:
+        with (folder / LOGPROBS).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             found = {name: file[name] for name in question.data}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         what = f"cannot be read: {type(error).__name__}: {error}"
         hint = "`slipway verify` tells what is damaged; run its recipe again."
         raise ArtifactError(Problem(shown_path(folder / LOGPROBS), what, hint)) from None

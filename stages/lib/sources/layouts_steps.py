@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.lib.rows.canonical import Row
-from stages.lib.sources.conversion import TRUTHS, Conversion, Dropped, is_blank, list_of, text_of, truth_of, type_name
+from stages.lib.sources.conversion import (
+    TRUTHS,
+    Conversion,
+    Dropped,
+    is_blank,
+    is_whole,
+    list_of,
+    text_of,
+    truth_of,
+    type_name,
+)
 from stages.lib.sources.layouts_preferences import assistant
 from stages.lib.sources.layouts_unpaired import prompt_before
 from stages.lib.sources.turns import without_train
@@ -63,7 +73,8 @@ def prm800k(row: Row, conversion: Conversion) -> Row:
             labels.append(True)
             continue
         if (
-            not completions
+            not (chosen is None or is_whole(chosen))
+            or not completions
             or not 0 <= (chosen or 0) < len(completions)
             or not isinstance(completions[chosen or 0], dict)
         ):

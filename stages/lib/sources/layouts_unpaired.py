@@ -32,6 +32,8 @@ def rated_answer(row: Row, conversion: Conversion) -> Row:
     source's `rating_columns` names (HelpSteer). What is null, blank or N/A is not rated.
     """
     if conversion.rating_columns:
+        if missing := [name for name in conversion.rating_columns if name not in row]:
+            raise Dropped("missing_field", f"{missing[0]}, which rating_columns names")
         said: Any = {name: row.get(name) for name in conversion.rating_columns}
     else:
         said = row.get("ratings")

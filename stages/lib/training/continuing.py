@@ -77,6 +77,8 @@ def saved_config(home: Path, dropout: float = 0.0) -> Any:
     config.inference_mode, config.base_model_name_or_path = False, None  # the folder of the base may be another one
     if config.peft_type == "LORA":
         config.lora_dropout, config.init_lora_weights = dropout, True
+    if config.peft_type == "VERA":
+        config.vera_dropout = dropout
     return config
 
 

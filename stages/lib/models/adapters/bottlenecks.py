@@ -92,7 +92,8 @@ def change_output(part: Any, arguments: tuple[Any, ...], named: dict[str, Any], 
 
 
 def names_of_bottlenecks(params: BottleneckMethod, model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters() if f".{NAME}." in name]
+    homes = tuple(f"{path}." for path, part in model.named_modules() if isinstance(part, Bottleneck))
+    return [name for name, _ in model.named_parameters() if homes and name.startswith(homes)]
 
 
 def remove_bottlenecks(model: nn.Module) -> None:

@@ -86,7 +86,7 @@ class NF4Linear(nn.Linear):
 
 
 def quantize_linears(model: Any, kept: list[str]) -> int:
-    """Puts the model's linear layers in four bits, but for the output layer and those in `kept`, and returns how many these are.
+    """Puts the model's linear layers in four bits, but for the output layer and what stands in or under `kept`, and returns how many these are.
 
     Raises `DataError` where there are none.
     """
@@ -94,11 +94,13 @@ def quantize_linears(model: Any, kept: list[str]) -> int:
     found = [
         (path, layer)
         for path, layer in model.named_modules()
-        if type(layer) is nn.Linear and layer is not output and path not in kept
+        if type(layer) is nn.Linear
+        and layer is not output
+        and not f"{path}.".startswith(tuple(f"{each}." for each in kept))
     ]
     if not found:
         what = f"is nf4, and {type(model).__name__} has no linear layers of torch"
-        raise DataError(Problem("params.adapter.base", what, "Remove it: the base is then kept as it is."))
+        raise DataError(Problem("params.adapter.quantize_base", what, "Remove it: the base is then kept as it is."))
     for path, layer in found:
         home, _, name = path.rpartition(".")
         setattr(model.get_submodule(home), name, NF4Linear(layer))

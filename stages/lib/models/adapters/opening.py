@@ -179,7 +179,10 @@ def extended(model: PreTrainedModel, adapter: Path, where: str) -> PreTrainedMod
     if names := sorted(set(method.choose(block, model)) ^ names_in(adapter)):
         what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
         raise ArtifactError(Problem(where, what, OTHER_MODEL))
-    return model.to(model.device, model.dtype)
+    for name, parameter in model.named_parameters():
+        if name in names_in(adapter):
+            parameter.data = parameter.data.to(model.device, model.dtype)
+    return model
 
 
 def require_same_layers(adapted: Any, adapter: Path, where: str) -> None:
