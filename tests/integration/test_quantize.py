@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch import LAUNCHERS
@@ -298,11 +301,18 @@ def test_a_layer_that_does_not_fit_and_a_name_that_is_no_layer_are_refused_toget
 
 
 def test_gptq_that_cannot_be_solved_is_an_error(world: TinyWorld, tmp_path: Path) -> None:
-    """64 tokens give statistics of rank 64 at most; a layer with 160 columns cannot be solved without dampening.
+    """64 tokens give statistics of rank 64 at most; a layer with 160 columns cannot be solved without dampening. All tokens
+    have much in common, so that one direction outweighs the others, and rounding what the dampening adds to these.
 
     Rounding decides whether the inverse is not found, and llm-compressor falls back to rounding the weights to nearest, or
     found and of no use. Both are one error, and the same process can quantize again.
     """
+    alike = tmp_path / "alike"
+    shutil.copytree(world.model, alike)
+    weights = load_file(alike / "model.safetensors")
+    weights["model.embed_tokens.weight"] += 5.0
+    save_file(weights, alike / "model.safetensors", metadata={"format": "pt"})
+    world = replace(world, model=alike)
     for attempt in ("first", "second"):
         with pytest.raises(DataError, match=r"params.dampening: Hessian inversion failed.* Raise dampening"):
             quantize(world, tmp_path / attempt, bits=4, group_size=32, calibration_rows=1, dampening=1e-6)

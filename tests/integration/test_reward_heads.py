@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-from pipeline.cards.usage import usage
+from pipeline.cards.usage import SCORE_STEPS, usage
 from pipeline.errors import ArtifactError, DataError
 from pipeline.recipe.outside import kind_of_folder
 from pipeline.settings.resources import Resources
@@ -168,6 +168,9 @@ def test_steps_are_judged(trained: Training, data: dict[str, Path]) -> None:
         chat = [*row["prompt"], {"role": "assistant", "content": "\n\n".join(s["content"] for s in row["steps"])}]
         if all("\n\n" not in step["content"] for step in row["steps"]) and len(right) < 8:
             assert score_chats(*load_reward_model(context.out), [chat]) == pytest.approx([math.prod(said)], abs=1e-5)
+    said_by_card: dict[str, Any] = {}
+    exec(SCORE_STEPS.format(folder=f"folder = {str(context.out)!r}\n"), said_by_card)
+    assert len(said_by_card["right"]) == 2 and said_by_card["score"] == min(said_by_card["right"])
     assert result.metrics["heldout_accuracy"] == pytest.approx(np.mean(right), abs=1e-9)
     assert result.metrics["heldout_answer_accuracy"] == pytest.approx(np.mean(answers), abs=1e-9)
 

@@ -40,9 +40,10 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(mark: str) -> Iterator[None]:
+    before = {process.pid for process in descendants(os.getpid())}
     yield
     assert [process.command_line() for process in carrying(mark)] == []
-    assert descendants(os.getpid()) == []
+    assert [process for process in descendants(os.getpid()) if process.pid not in before] == []
 
 
 def ended(code: str, folder: Path, *, num_answers: int = 1, limits: ProgramLimits = LIMITS) -> Ended:
