@@ -60,7 +60,7 @@ def round_forward(module: nn.Module, rounding: Callable[[], contextlib.AbstractC
     module.register_forward_hook(leave, always_call=True)
 
 
-def with_penalty(make_loss: Callable[[], Tensor], companion: Companion) -> Tensor:
+def loss_with_companion(make_loss: Callable[[], Tensor], companion: Companion) -> Tensor:
     """A loss, and what its companion adds to that of the step."""
     loss = make_loss()
     return loss + companion.penalty().to(loss.device)
@@ -159,7 +159,7 @@ class Engine:
     def backward(self, make_loss: Callable[[], Tensor], *, last: bool) -> None:
         """Adds the gradients of `make_loss()`, which does the forward pass. `last`: no more follow before the step."""
         if last and self.companion is not None:
-            make_loss = partial(with_penalty, make_loss, self.companion)
+            make_loss = partial(loss_with_companion, make_loss, self.companion)
         if self.layout is not None:
             self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
             self.wrapped.backward(make_loss(), scale_wrt_gas=False)
