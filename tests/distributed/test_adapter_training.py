@@ -48,6 +48,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "nf4": {"method": "lora", "rank": 2, "quantize_base": "nf4"},
     "lora_alone": {"method": "lora", "rank": 2, "init": "orthogonal", "publish": "adapter"},
     "vera": {"method": "vera", "rank": 8},
+    "adalora": {"method": "adalora", "rank": 4, "target_rank": 2, "warmup_fraction": 0.2, "final_fraction": 0.2},
     "ia3": {"method": "ia3"},
     "bottleneck": {"method": "bottleneck", "size": 4},
     "prompt_tuning": {"method": "prompt_tuning", "num_virtual_tokens": 4},
@@ -66,9 +67,12 @@ RUNS: dict[str, tuple[int, str | None]] = {
     "zero2": (2, "zero2"),
     "zero3": (2, "zero3"),
 }
-WITHOUT_ZERO3 = ("dora",)
-"""It reads whole weights in every pass: `plan` refuses it."""
-SPREAD = {"two": ("lora", "prefix_projected"), "zero2": ("lora", "dora", "p_tuning", "freeze")}
+WITHOUT_ZERO3 = ("dora", "adalora")
+"""They read whole weights in every pass, or whole gradients: `plan` refuses them."""
+SPREAD = {
+    "two": ("lora", "adalora", "prefix_projected"),
+    "zero2": ("lora", "dora", "adalora", "p_tuning", "freeze"),
+}
 """Which methods run so; in one process and under ZeRO-3 all do that can."""
 CASES = [
     (name, run)
@@ -76,7 +80,11 @@ CASES = [
     for run in RUNS
     if name in SPREAD.get(run, ADAPTERS) and not (run == "zero3" and name in WITHOUT_ZERO3)
 ]
-KILLED = [("lora", "one"), *((name, "zero2" if name in WITHOUT_ZERO3 else "zero3") for name in ADAPTERS)]
+KILLED = [
+    ("lora", "one"),
+    ("adalora", "one"),
+    *((name, "zero2" if name in WITHOUT_ZERO3 else "zero3") for name in ADAPTERS),
+]
 
 
 @dataclass

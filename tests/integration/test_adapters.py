@@ -61,6 +61,7 @@ CAUSAL = {
         "modules_to_save": ["lm_head"],
     },
     "vera": {"method": "vera", "rank": 32, "initial_d": 1.0},
+    "adalora": {"method": "adalora", "rank": 6, "target_rank": 3},
     "ia3": {"method": "ia3"},
     "bitfit": {"method": "bitfit"},
     "freeze": {"method": "freeze", "last_layers": 1},
@@ -111,6 +112,7 @@ PARAMS: dict[str, dict[str, Any]] = {
 MATRIX = [
     *(("sft", name, block) for name, block in CAUSAL.items()),
     *((stage, name, CAUSAL[name]) for stage in ("dpo", "kto", "pretrain", "distill") for name in KINDS),
+    *((stage, "adalora", CAUSAL["adalora"]) for stage in ("dpo", "classify")),
     *(("reward", name, CAUSAL[name]) for name in KINDS if name in WITH_WEIGHTS),
     *((stage, name, block) for stage in ("classify", "extract", "answer") for name, block in ENCODING.items()),
 ]

@@ -18,6 +18,7 @@ from pipeline.store.artifact import Kind
 from stages import STAGES
 from stages.lib.models.arithmetic import state_bytes_per_rank
 from stages.lib.models.config import read_config
+from stages.lib.training.extension import extension_problems
 from tests.families import write_base_model
 
 COMMON = {"global_batch_size": 8, "max_steps": 5, "learning_rate": 1e-3}
@@ -128,6 +129,11 @@ def test_what_is_made(stage: str) -> None:
             {"method": "lora", "dropout": 0.1, "target_parameters": ["experts.down_proj"]},
             "target_parameters have no dropout: remove one of the two",
         ),
+        ({"method": "adalora", "rank": 8}, "target_rank 8 must be below rank 8: with as much, take lora"),
+        (
+            {"method": "adalora", "warmup_fraction": 0.5},
+            "warmup_fraction and final_fraction leave no steps to prune in: their sum must be below 1",
+        ),
         (
             {"method": "ia3", "target_modules": ["k_proj"]},
             "give both target_modules and feedforward_modules, or neither",
@@ -152,6 +158,25 @@ def test_what_is_made(stage: str) -> None:
 )
 def test_blocks_that_say_what_cannot_be(block: dict[str, Any], said: str) -> None:
     assert said in refused("sft", block)
+
+
+def test_ranks_need_steps_and_whole_gradients() -> None:
+    """Of 2 steps the first is the last that prunes, and there would be no step before it to score triplets by."""
+    assert "precision to bf16 or fp32" in refused("sft", {"method": "adalora"}, precision="fp16")
+    few = {"method": "adalora", "warmup_fraction": 0.0, "final_fraction": 0.5}
+    assert "no steps to prune in: of 2 steps 0 are before and 1 after" in refused("sft", few, max_steps=2)
+    for fields in ({"max_steps": 4}, {"max_steps": 10, "precision": "bf16"}):
+        assert params_of("sft", few, **fields).adapter is not None
+
+
+def test_ranks_that_were_found_over_some_steps_are_not_those_of_more() -> None:
+    """The way out is another step, which goes on from the lora that was published."""
+    for block, count in (({"method": "adalora"}, 1), ({"method": "lora"}, 0)):
+        found = extension_problems(params_of("sft", block, max_steps=20, schedule="constant"), 20, 10, 10)
+        assert len(found) == count
+        assert all(
+            "is adalora, whose ranks were found over the steps of what it extends" in str(each) for each in found
+        )
 
 
 def test_what_does_not_go_with_a_stage() -> None:
@@ -184,6 +209,11 @@ def test_what_does_not_go_with_a_stage() -> None:
             "params.adapter.use_dora: is true, and reads whole",
         ),
         (
+            {"method": "adalora"},
+            {"deepspeed": "zero3"},
+            "params.adapter: is adalora, which prunes by whole gradients and weights, and this layout does not keep them",
+        ),
+        (
             {"method": "prompt_tuning"},
             {},
             "which with the virtual tokens is 84 in all, and the model takes 80 tokens. Take 4 fewer of either.",
@@ -200,6 +230,8 @@ def test_the_ways_out_work() -> None:
         ({"method": "freeze", "last_layers": 2}, {}),
         ({"method": "lora", "use_dora": True}, {"deepspeed": "zero2"}),
         ({"method": "lora"}, {"deepspeed": "zero3"}),
+        ({"method": "adalora"}, {"deepspeed": "zero2"}),
+        ({"method": "adalora"}, {}),
         ({"method": "lora", "init": "pissa"}, {"deepspeed": "zero3"}),
     ):
         found = [problem for problem in STAGES["sft"].check(forecast(block, **resources)) if "chat" not in str(problem)]

@@ -134,6 +134,11 @@ def test_a_critic_beside_an_adapter_is_refused() -> None:
         ("ppo", {"adapter": {"method": "lora", "dropout": 0.1}}, "adapter: dropout must be 0"),
         ("grpo", {"adapter": {"method": "lora", "quantize_base": "nf4"}}, "adapter: quantize_base must be null"),
         ("ppo", {"adapter": {"method": "lora", "init": "pissa"}}, "adapter: init must not be pissa"),
+        (
+            "ppo",
+            {"adapter": {"method": "adalora"}},
+            "adapter: adalora finds its ranks in trainings on fixed data alone",
+        ),
         ("grpo", {"adapter": {"method": "bottleneck"}}, "adapter: bottleneck puts networks between the layers"),
         ("grpo", {"adapter": {"method": "prefix_tuning", "publish": "merged"}}, "Set publish: adapter"),
         (

@@ -14,6 +14,7 @@ from pipeline.settings.strict import Strict
 from pipeline.stage import Estimate, Forecast, Input, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.params import (
     BottleneckMethod,
     LoraMethod,
@@ -147,6 +148,11 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
         if isinstance(self.adapter, BottleneckMethod):
             raise ValueError(
                 "adapter: bottleneck puts networks between the layers that policy, critic and reference share: take lora"
+            )
+        if isinstance(self.adapter, AdaLoraMethod):
+            raise ValueError(
+                "adapter: adalora finds its ranks in trainings on fixed data alone: train it there, with publish: adapter, and "
+                "go on here with `method: continued`, or take lora"
             )
         if getattr(self.adapter, "init", None) == "pissa":
             raise ValueError(

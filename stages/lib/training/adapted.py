@@ -12,6 +12,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.stage import Context
 from stages.lib.models.adapters.attaching import trained_state
+from stages.lib.models.adapters.budget import as_pruned_lora
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.params import ADAPTER_FOLDER, AdapterBlock
 from stages.lib.models.adapters.principal import as_plain_lora
 from stages.lib.models.adapters.saving import write_adapter
@@ -48,7 +50,10 @@ def publish_trained(
     adapter: AdapterBlock = params.adapter
     trained = made.engine.state_of(made.model, trained_only=True)
     if ctx.world.is_main:
-        adapter, trained = as_plain_lora(adapter, made.model, trained)
+        if isinstance(adapter, AdaLoraMethod):
+            adapter, trained = as_pruned_lora(adapter, made.model, trained)
+        else:
+            adapter, trained = as_plain_lora(adapter, made.model, trained)
     if not keep_frozen:
         drop_frozen(made.model)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.stage import BASE_ROLES, Estimate, Forecast
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.counting import Counted
 from stages.lib.models.adapters.folders import adapter_config, no_continuing
 from stages.lib.models.adapters.methods import METHODS, count_ahead
@@ -53,6 +54,8 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
             problems.append(
                 Problem("params.adapter.use_dora", what, "Set it to false, or resources.deepspeed to zero2.")
             )
+    if isinstance(adapter, AdaLoraMethod):
+        problems += adapter_problems(architecture, adapter.target_modules) + budget_problems(forecast)
     if isinstance(adapter, ContinuedMethod) and (folder := forecast.inputs["adapter"].folder) is not None:
         problems += no_continuing(folder)
         if (
@@ -69,6 +72,17 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
     if isinstance(adapter, VirtualTokens):
         problems += room_for_virtual_tokens(forecast, adapter)
     return problems
+
+
+def budget_problems(forecast: Forecast) -> list[Problem]:
+    """What is wrong if gradients cannot be had whole, by which an adalora finds its ranks."""
+    layout = readable_layout(forecast.resources)
+    offloaded = (layout or {}).get("zero_optimization", {}).get("offload_optimizer")
+    if layout is None or (zero_stage_of(layout) in (1, 2) and not offloaded):
+        return []
+    what = "is adalora, which prunes by whole gradients and weights, and this layout does not keep them where it looks"
+    hint = "Set resources.deepspeed to zero2 or null; or take lora."
+    return [Problem("params.adapter", what, hint)]
 
 
 def continuing_problem(forecast: Forecast) -> Problem:

@@ -10,8 +10,9 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ def round_forward(module: nn.Module, rounding: Callable[[], contextlib.AbstractC
     module.register_forward_hook(leave, always_call=True)
 
 
+def loss_with_companion(make_loss: Callable[[], Tensor], companion: Companion) -> Tensor:
+    """A loss, and what its companion adds to that of the step."""
+    loss = make_loss()
+    return loss + companion.penalty().to(loss.device)
+
+
 class Stepped(NamedTuple):
     """How a step of the optimizer went."""
 
@@ -66,6 +73,27 @@ class Stepped(NamedTuple):
     """The gradients' L2 norm before clipping; infinite or NaN where they are not finite."""
     taken: bool
     """Whether the weights were changed. They never are by gradients that are not finite."""
+
+
+class Companion(Protocol):
+    """What goes along with the steps of a training. What it remembers are buffers of the module, which are in checkpoints."""
+
+    @property
+    def watched(self) -> Sequence[nn.Parameter]:
+        """The parameters whose gradients it wants."""
+
+    @property
+    def zeroed(self) -> Sequence[nn.Parameter]:
+        """The parameters in which `follow` may write zeros."""
+
+    def penalty(self) -> Tensor:
+        """What is added to a step's loss, once; the same in every process."""
+
+    def follow(self, gradients: Sequence[Tensor]) -> None:
+        """Called after each step that was taken, with the whole gradients of `watched`, averaged and clipped."""
+
+    def told(self) -> dict[str, float]:
+        """What a line of the journal says of it."""
 
 
 class Engine:
@@ -85,6 +113,7 @@ class Engine:
         self.device = device
         self.layout = layout
         self.max_gradient_norm = params.max_gradient_norm
+        self.companion: Companion | None = None
         self.autocast_dtype = DTYPES[params.precision] if layout is None and params.precision != "fp32" else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype is torch.float16)
         if self.autocast_dtype is not None:
@@ -129,6 +158,8 @@ class Engine:
 
     def backward(self, make_loss: Callable[[], Tensor], *, last: bool) -> None:
         """Adds the gradients of `make_loss()`, which does the forward pass. `last`: no more follow before the step."""
+        if last and self.companion is not None:
+            make_loss = partial(loss_with_companion, make_loss, self.companion)
         if self.layout is not None:
             self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
             self.wrapped.backward(make_loss(), scale_wrt_gas=False)
@@ -141,7 +172,32 @@ class Engine:
         """One step of the optimizer with a learning rate per group, unless the gradients are not finite."""
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
-        return self.step_plainly() if self.layout is None else self.step_split()
+        gradients = self.whole_gradients(self.companion.watched) if self.companion is not None else []
+        stepped = self.step_plainly() if self.layout is None else self.step_split()
+        if self.companion is not None and stepped.taken:
+            clipped = min(1.0, self.max_gradient_norm / (stepped.gradient_norm + 1e-6))
+            self.companion.follow([gradient * clipped for gradient in gradients])
+            self.keep_zeros(self.companion.zeroed)
+        return stepped
+
+    def whole_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The gradients of a step, averaged over the processes and not clipped; not for fp16 or under ZeRO-3."""
+        if self.layout is None:
+            return [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        from deepspeed.utils import safe_get_full_grad
+
+        return [safe_get_full_grad(p) for p in parameters]
+
+    @torch.no_grad()
+    def keep_zeros(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Zeros in parameters become zeros also in the float32 that ZeRO steps in their place."""
+        if self.layout is None:
+            return
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        for parameter in parameters:
+            stepped = safe_get_full_fp32_param(parameter)
+            safe_set_full_fp32_param(parameter, stepped.masked_fill(parameter == 0, 0.0))
 
     def step_plainly(self) -> Stepped:
         self.scaler.unscale_(self.optimizer)
@@ -165,6 +221,10 @@ class Engine:
         self.wrapped.step()
         norm = self.wrapped.get_global_grad_norm() if norm is None else norm
         return Stepped(float(norm) if norm is not None else 0.0, self.wrapped.was_step_applied())
+
+    def told(self) -> dict[str, float]:
+        """What a line of the journal says besides of a step."""
+        return self.companion.told() if self.companion is not None else {}
 
     # Checkpoints
 

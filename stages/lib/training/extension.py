@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.errors import Problem
 from pipeline.stage import Forecast
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.training.params import TrainingParams
 
 EXTENSION_PARAMS = frozenset(
@@ -25,6 +26,10 @@ EXTENSION_PARAMS = frozenset(
 def extension_problems(params: TrainingParams, steps: int, made: int, fell_over: int) -> list[Problem]:
     """Why a training of `steps` cannot go on from one that ended after `made`, and whose schedule was made for `fell_over`."""
     problems = []
+    if isinstance(params.adapter, AdaLoraMethod):
+        what = "is adalora, whose ranks were found over the steps of what it extends, and would be others over more"
+        hint = "Train it further as the input adapter, with `method: continued`; or train anew: leave out the input extends."
+        problems.append(Problem("params.adapter", what, hint))
     if made >= steps:
         where = "params.max_steps" if params.max_steps else "params.epochs"
         problems.append(Problem(where, f"makes {steps} steps, and what it extends has made {made}", "Raise it."))

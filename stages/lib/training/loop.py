@@ -238,6 +238,7 @@ class Training:
             gradient_norm=stepped.gradient_norm if math.isfinite(stepped.gradient_norm) else None,
             tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
             seconds=round(seconds, 3),
+            **self.engine.told(),
             **({} if stepped.taken else {"step_skipped": True}),
         )
 
@@ -320,7 +321,7 @@ def train(
     note_generation(ctx)
     ctx.journal.note(in_passes(len(data), steps, batch))
     randomness = Randomness(ctx, device, without_dropout)
-    made = make_engine(ctx, params, batch, make_model, device, randomness)
+    made = make_engine(ctx, params, batch, make_model, device, randomness, steps)
     if saved is not None:
         made.engine.load(saved.folder)
         write_receipt(ctx, params, batch, len(data), steps, saved)

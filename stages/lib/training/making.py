@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from pipeline.errors import DataError, Problem, RecipeError
 from pipeline.stage import Context
 from stages.lib.models.adapters.attaching import count_trained
+from stages.lib.models.adapters.budget import RankBudget
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.four_bits import count_quantized
 from stages.lib.models.adapters.methods import METHODS
 from stages.lib.models.adapters.params import ContinuedMethod
@@ -47,8 +49,14 @@ def make_engine(
     make_model: Callable[[], PreTrainedModel],
     device: torch.device,
     randomness: Randomness,
+    steps: int,
 ) -> Made:
-    """The model under its adapter, if it gets one, in an engine. Raises `DataError` where an adapter does not fit it."""
+    """The model under its adapter, if it gets one, in an engine that is to make so many steps.
+
+    Raises `DataError` where an adapter does not fit the model, `RecipeError` where it does not fit the steps.
+    """
+    if isinstance(params.adapter, AdaLoraMethod) and (problem := params.adapter.too_short(steps)):
+        raise RecipeError(Problem("params", problem))
     layout = complete_layout(ctx.resources, params, batch)
     with split_while_loading(layout):
         model = make_model()
@@ -58,6 +66,8 @@ def make_engine(
         adapted = put_adapter_on(model, ctx, params)
     groups, rates = parameter_groups([(adapted, params.learning_rate)], params.weight_decay, rate_factors(params))
     engine = Engine(ctx, adapted, groups, params, fit_to_width(layout, width), device)
+    if isinstance(params.adapter, AdaLoraMethod):
+        engine.companion = RankBudget(adapted, params.adapter, steps)
     use_threads(ctx.resources)
     return Made(engine, adapted, rates, parameters, count_trained(adapted))
 

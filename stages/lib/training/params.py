@@ -13,6 +13,7 @@ from pipeline.errors import Problem, RecipeError
 from pipeline.settings.resources import Resources
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import LearningRate, Scale, Weight
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.params import (
     AdapterParams,
     ContinuedMethod,
@@ -143,6 +144,15 @@ class TrainingParams(AdaptedParams):
                 "adapter: publish: adapter is for causal models alone, which `merge` takes: set publish: merged; the adapter "
                 "is then in the folder adapter/ of the artifact as well"
             )
+        return self
+
+    @model_validator(mode="after")
+    def ranks_can_be_found(self) -> TrainingParams:
+        if isinstance(self.adapter, AdaLoraMethod):
+            if self.precision == "fp16":
+                raise ValueError("adapter: adalora reads gradients, which fp16 scales: set precision to bf16 or fp32")
+            if self.max_steps is not None and (problem := self.adapter.too_short(self.max_steps)):
+                raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

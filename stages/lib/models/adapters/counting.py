@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.params import (
     ADDED_LAYERS,
     BitFitMethod,
@@ -87,6 +88,14 @@ def ranks_of(linears: list[Linear], params: LoraMethod) -> list[int] | None:
         return None
     named = ([rank for name, rank in patterns.items() if ending_with([each], [name])] for each in linears)
     return [found[0] if found else params.rank for found in named]
+
+
+def count_adalora(params: AdaLoraMethod, architecture: Architecture) -> Counted | None:
+    """Layers x sum of r (inputs + outputs + 1) over the linear layers that get one, with the r of the beginning."""
+    linears, layers = targeted(params.target_modules, architecture), layers_in(architecture)
+    if linears is None or not layers:
+        return None
+    return added_only(layers * sum(params.rank * (each.inputs + each.outputs + 1) for each in linears))
 
 
 def count_vera(params: VeraMethod, architecture: Architecture) -> Counted | None:

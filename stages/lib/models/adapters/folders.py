@@ -70,7 +70,7 @@ def no_continuing(folder: Path, where: str = "inputs.adapter") -> list[Problem]:
         return [Problem(where, what, "Train a new one: leave the input out, and name a method.")]
     begins, bias = config.get("init_lora_weights", True), config.get("bias", "none")
     if method not in ("lora", "vera", "ia3") and not config.get(OWN):
-        return [Problem(where, f"is of the method {method}, which no stage trains", GO_ON_MERGED)]
+        return [Problem(where, f"is of the method {method}, which no stage trains further", GO_ON_MERGED)]
     if bias != "none" or not any(begins is way or begins == way for way in LEAVING):
         what = f"changes weights of its base as well (init_lora_weights: {begins}, bias: {bias})"
         return [Problem(where, what, GO_ON_MERGED)]

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.counting import (
     Counted,
+    count_adalora,
     count_bitfit,
     count_bottleneck,
     count_continued,
@@ -84,6 +86,26 @@ def lora_config(params: LoraMethod, task: str | None, new: list[str]) -> Any:
 
 def lora_rate_factor(params: LoraMethod | ContinuedMethod, name: str) -> float:
     return params.learning_rate_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+
+
+def adalora_config(params: AdaLoraMethod, task: str | None, new: list[str]) -> Any:
+    """Of a training whose length is not known yet: `RankBudget` says it."""
+    from peft import AdaLoraConfig
+
+    return AdaLoraConfig(
+        init_r=params.rank,
+        target_r=params.target_rank,
+        lora_alpha=params.alpha,
+        lora_dropout=params.dropout,
+        target_modules="all-linear" if params.target_modules is None else params.target_modules,
+        deltaT=params.allocate_every_steps,
+        beta1=params.sensitivity_decay,
+        beta2=params.uncertainty_decay,
+        orth_reg_weight=0.0,  # which peft adds to losses of its own models alone: `RankBudget` has it
+        total_step=1,
+        modules_to_save=new or None,
+        task_type=task,
+    )
 
 
 def vera_config(params: VeraMethod, task: str | None, new: list[str]) -> Any:
@@ -194,6 +216,7 @@ def layers_of(model: Any) -> list[str]:
 
 METHODS: dict[type[AdapterBlock], Method] = {
     LoraMethod: Method(count_lora, "LORA", lora_config, rate_factor=lora_rate_factor),
+    AdaLoraMethod: Method(count_adalora, "ADALORA", adalora_config),
     VeraMethod: Method(count_vera, "VERA", vera_config),
     Ia3Method: Method(count_ia3, "IA3", ia3_config),
     BottleneckMethod: Method(

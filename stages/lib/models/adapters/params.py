@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import did_you_mean, shown
-from pipeline.settings.strict import Strict
 from stages.lib.formulas.bounds import Scale
+from stages.lib.models.adapters.block import AdapterBlock as AdapterBlock
+from stages.lib.models.adapters.block import ModuleNames
+from stages.lib.models.adapters.budget_params import AdaLoraMethod
 
 ADAPTER_FOLDER = "adapter"
 """Where an artifact with a whole model keeps the adapter alone."""
@@ -25,15 +27,6 @@ def is_none(value: Any) -> bool:
 
 ADDED_LAYERS = "added_layers"
 """The field of a model's config that lists the layers which the stage `deepen` added to it."""
-
-ModuleNames = list[Annotated[str, Field(min_length=1)]]
-
-
-class AdapterBlock(Strict):
-    """What the blocks of all methods have."""
-
-    publish: Literal["merged", "adapter"] | None = None
-    """merged: a whole model with the adapter in its weights, which every later stage takes, and the adapter alone beside it in `adapter/`. adapter: the adapter alone, of a few megabytes, which `merge` or peft puts on its base. null: merged, and adapter of a method that has no weights to merge into."""
 
 
 class LoraMethod(AdapterBlock):
@@ -268,6 +261,7 @@ class ContinuedMethod(AdapterBlock):
 AnyMethod = (
     LoraMethod
     | VeraMethod
+    | AdaLoraMethod
     | Ia3Method
     | BottleneckMethod
     | PromptTuningMethod
