@@ -376,6 +376,24 @@ def test_code_that_reads_and_prints() -> None:
     assert values(block, texts, tests=tests) == [1, 1, 0.5, 1]
 
 
+def test_code_stands_where_a_program_stands() -> None:
+    """Programs that print twice what they read, by descriptors, pickles, children and streams of their own; and a module."""
+    twice = "print(2 * int(input()))"
+    texts = [
+        "print(2 * int(open(0).read()))",
+        "import os\nos.write(1, b'%d' % (2 * int(os.read(0, 9))))",
+        f"import os, sys\nos.system(sys.executable + ' -c \"{twice}\"')",
+        "import pickle\nclass A:\n n = 2\nprint(pickle.loads(pickle.dumps(A)).n * int(input()))",
+        "from __main__ import __name__ as name\nimport io, sys\nout = open(1, 'w')\nout.write(str(2 * int(input())) * (name == '__main__'))",
+        "import sys\nsys.stdout = open(1, 'w', closefd=False)\nprint(2 * int(input()))\nsys.exit()",
+    ]
+    tests = json.dumps([{"input": "2\n", "output": "4\n"}, {"input": "5", "output": "10"}])
+    assert values({"kind": "code_tests", "column": "tests"}, texts, tests=tests) == [1.0] * len(texts)
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: ClassVar[int] = 1"
+    test = "import pickle\nassert pickle.loads(pickle.dumps(A())) == A()"
+    assert values({"kind": "code_tests", "column": "tests"}, [code], tests=test) == [1.0]
+
+
 def test_code_sees_none_of_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "1")
     code = "import os\nnames = {*os.environ} - {'LC_CTYPE'}"
