@@ -6,12 +6,14 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -22,10 +24,12 @@ from pipeline.settings.resources import Resources
 from pipeline.store.job import Job
 from stages.lib.models.adapters.attaching import hide_virtual_tokens
 from stages.lib.models.adapters.opening import open_adapted
+from stages.lib.models.adapters.params import ContinuedMethod, LoraMethod
 from stages.lib.models.adapters.saving import save_adapter
 from stages.lib.models.asking import innermost
 from stages.lib.models.loading import load_language_model
 from stages.lib.on_policy.actor_critic import read_in_place
+from stages.lib.on_policy.adapting import critic_body
 from tests.distributed.training_world import GPT2_WITH_DROPOUT, write_model
 from tests.integration.on_policy_world import OnPolicyWorld, Seen, align, make_on_policy_world, write_policy
 
@@ -248,6 +252,7 @@ CASES = {
     ),
     "lora, alone": Case("reinforce_plus_plus", {"method": "lora", "rank": 2, "publish": "adapter"}),
     "freeze": Case("ppo", {"method": "freeze", "last_layers": 1, "publish": "adapter"}),
+    "only_new": Case("ppo", {"method": "freeze", "only_new": True}, "deepened"),
     "bitfit": Case("grpo", {"method": "bitfit"}, "gpt2"),
     "prompt": Case("grpo", {"method": "prompt_tuning", "num_virtual_tokens": 3}),
     "p_tuning": Case("rloo", {"method": "p_tuning", "num_virtual_tokens": 3, "encoder_size": 8}),
@@ -257,8 +262,46 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def models(world: OnPolicyWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("gpt2") / "model"
-    return {"llama": world.model, "gpt2": write_model(folder, world.tokenizer, **GPT2_WITH_DROPOUT)}
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "llama": world.model,
+        "gpt2": write_model(folder / "gpt2", world.tokenizer, **GPT2_WITH_DROPOUT),
+        "deepened": write_policy(folder / "deepened", world.tokenizer, added_layers=[1]),
+    }
+
+
+def ranks_of(model: Any) -> dict[str, int]:
+    """Layer -> rank of its adapter, by the layer's path in the body."""
+    return {
+        name.removeprefix("base_model.model.").removeprefix("model."): layer.r["default"]
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+@pytest.mark.parametrize(
+    "pattern", ["model.layers.0.self_attn.q_proj", r"model\.layers\.0\..*q_proj", "0.self_attn.q_proj"]
+)
+def test_the_critics_adapter_has_the_form_of_the_policys(pattern: str, world: OnPolicyWorld, tmp_path: Path) -> None:
+    """Rank 2 in the first layer's q_proj and 4 elsewhere, whether the names begin at the model or at its body.
+
+    Of a foreign adapter that is continued, what it leaves out as well.
+    """
+    base = load_language_model(world.model)
+    context: Any = SimpleNamespace(seed=0, inputs={"adapter": tmp_path})
+    fields = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {pattern: 2}, "alpha_pattern": {pattern: 8}}
+    expected = {f"layers.{n}.self_attn.{kind}_proj": 4 for n in range(2) for kind in "qv"} | {
+        "layers.0.self_attn.q_proj": 2
+    }
+    block = LoraMethod.model_validate({"method": "lora", "rank": 4, **fields})
+    assert ranks_of(critic_body(base, context, block)) == expected
+    config = LoraConfig(r=4, exclude_modules=["model.layers.1.self_attn.v_proj"], task_type="CAUSAL_LM", **fields)
+    foreign = get_peft_model(load_language_model(world.model), config)
+    foreign.save_pretrained(tmp_path)
+    del expected["layers.1.self_attn.v_proj"]
+    assert ranks_of(foreign) == expected
+    continued = ContinuedMethod.model_validate({"method": "continued"})
+    assert ranks_of(critic_body(base, context, continued)) == expected
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,8 +16,9 @@ from pipeline.store.artifact import Kind, digest_file, read_manifest
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.journal import read_journal
 from stages.lib.on_policy import rewards as rewards_library
-from stages.lib.on_policy.samples import Completion
-from stages.lib.on_policy.scoring import RewardModelScorer
+from stages.lib.on_policy.reward_params import LearnedReward
+from stages.lib.on_policy.samples import Completion, Sample
+from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_spans import encode_prompt
 from stages.lib.text.tokenizers import tokenizer_digest
@@ -84,6 +85,22 @@ class FailsLate:
 
 def raises() -> float:
     raise ValueError("no answer was found")
+
+
+def test_a_reward_model_that_gives_no_number_is_told_after_the_last_chunk(
+    world: OnPolicyWorld, reward_model: Path
+) -> None:
+    """Each chunk of one chat begins with what all processes do together: 3 times, though the first score is none."""
+    judge = RewardModelScorer(reward_model, None, "fp32", torch.device("cpu"), 1)
+    with torch.no_grad():
+        judge.model.score.weight.fill_(math.nan)
+    scorer = Scorer([LearnedReward(kind="reward_model")], judge)
+    prompt = [{"role": "user", "content": "What?"}]
+    boundaries: list[int] = []
+    with pytest.raises(RewardError) as caught:
+        scorer.score([Sample(i, prompt, Completion("a", 1, True), {}) for i in range(3)], lambda: boundaries.append(1))
+    assert str(caught.value).startswith("rewards.reward_model: row 1: it gave nan")
+    assert len(boundaries) == 3
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,24 @@ def test_code_that_reads_and_prints() -> None:
     assert values(block, texts, tests=tests) == [1, 1, 0.5, 1]
 
 
+def test_code_stands_where_a_program_stands() -> None:
+    """Programs that print twice what they read, by descriptors, pickles, children and streams of their own; and a module."""
+    twice = "print(2 * int(input()))"
+    texts = [
+        "print(2 * int(open(0).read()))",
+        "import os\nos.write(1, b'%d' % (2 * int(os.read(0, 9))))",
+        f"import os, sys\nos.system(sys.executable + ' -c \"{twice}\"')",
+        "import pickle\nclass A:\n n = 2\nprint(pickle.loads(pickle.dumps(A)).n * int(input()))",
+        "from __main__ import __name__ as name\nimport io, sys\nout = open(1, 'w')\nout.write(str(2 * int(input())) * (name == '__main__'))",
+        "import sys\nsys.stdout = open(1, 'w', closefd=False)\nprint(2 * int(input()))\nsys.exit()",
+    ]
+    tests = json.dumps([{"input": "2\n", "output": "4\n"}, {"input": "5", "output": "10"}])
+    assert values({"kind": "code_tests", "column": "tests"}, texts, tests=tests) == [1.0] * len(texts)
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: ClassVar[int] = 1"
+    test = "import pickle\nassert pickle.loads(pickle.dumps(A())) == A()"
+    assert values({"kind": "code_tests", "column": "tests"}, [code], tests=test) == [1.0]
+
+
 def test_code_sees_none_of_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "1")
     code = "import os\nnames = {*os.environ} - {'LC_CTYPE'}"
@@ -391,6 +409,15 @@ def test_code_sees_none_of_our_variables(monkeypatch: pytest.MonkeyPatch) -> Non
         ('[{"input": "3"}]', "test 1 of the column 'tests' cannot be run: it is no program"),
         ("[]", "the column 'tests' holds no test"),
         (" ", "it is no program"),
+        ('{"input": "3", "output": "4"}', 'holds JSON that is no tests: \'{"input": "3", "output": "4"}\'. It holds'),
+        ('"assert add(1, 2) == 3"', "holds JSON that is no tests"),
+        ("3", "holds JSON that is no tests"),
+        ('{"inputs": ["3"], "outputs": []}', "the column 'tests' holds 1 inputs and 0 outputs"),
+        ('{"inputs": [["3"]], "outputs": ["4"]}', "test 1 of the column 'tests' cannot be run: it is no program"),
+        (
+            '{"fn_name": "f", "inputs": [[3]], "outputs": [4]}',
+            "holds calls of a function (fn_name), which are not read",
+        ),
     ],
 )
 def test_tests_that_are_none_are_found_before_the_training(column: str, what: str) -> None:
@@ -398,6 +425,36 @@ def test_tests_that_are_none_are_found_before_the_training(column: str, what: st
     with pytest.raises(RewardError) as caught:
         check_rows(rewards, [(0, "p", {"columns": {"tests": column}})])
     assert what in str(caught.value)
+
+
+def test_inputs_and_outputs_of_apps_are_tests() -> None:
+    """Twice the number, for 2 and for 5: as text, and as the object that a row carries."""
+    found = {"inputs": ["2\n", "5"], "outputs": ["4\n", "10"]}
+    texts = ["print(int(input()) * 2)", "print(4)", ""]
+    block = {"kind": "code_tests", "column": "tests", "partial_credit": True}
+    assert values(block, texts, tests=json.dumps(found)) == [1, 0.5, 0] == values(block, texts, tests=found)
+
+
+def test_tests_that_an_empty_program_passes_are_found_before_the_training() -> None:
+    """Three rows are sound: a test that hangs without code, one that ends its process, and two of which the first alone says nothing."""
+    sound = [
+        "while 'add' not in globals(): pass",
+        "import os\nif 'add' not in globals(): os._exit(0)",
+        '["import math", "add"]',
+    ]
+    empty = [
+        "def check(candidate):\n    assert candidate(1, 2) == 3",
+        "if __name__ == '__main__':\n    assert add(1, 2) == 3",
+        '["import math", "x = 1"]',
+        '[{"input": "3", "output": " \\n"}]',
+    ]
+    rows = [{"columns": {"tests": each}} for each in (*sound, *empty, "assert add(1, 2) == 3")]
+    rewards = read({"kind": "code_tests", "column": "tests", "max_seconds": 3})
+    with pytest.raises(RewardError) as caught:
+        check_rows(rewards, [(index, "p", row) for index, row in enumerate(rows)])
+    assert str(caught.value).startswith(
+        "rewards.code_tests: cannot score 4 of 8 rows: row 4: an empty program passes the tests of the column 'tests'"
+    )
 
 
 def test_limits_are_bounded() -> None:

@@ -9,6 +9,7 @@ method trains weights of the model itself (bitfit, freeze), each of the three ha
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from stages.lib.models.adapters.attaching import (
     own_weights,
     sharing_weights,
     trained_state,
+    unwarned,
 )
 from stages.lib.models.adapters.folders import adapter_folder
 from stages.lib.models.adapters.params import AdapterBlock, ContinuedMethod, FreezeMethod, method_name
@@ -66,6 +68,9 @@ def adapted(
     if reference == "beginning":
         bare = sharing_weights(policy, trained_state(policy)).requires_grad_(False)
     module = ActorCritic(policy, value, bare, **options)
+    if value is not None:
+        both = {id(weight) for weight in trained_state(policy).values()} & set(map(id, trained_state(value).values()))
+        assert not both, "policy and critic never train the same parameter"
     say_what_is_trained(ctx, adapter, module)
     return module
 
@@ -97,17 +102,28 @@ def critic_body(base: PreTrainedModel, ctx: Context, adapter: AdapterBlock) -> A
         config.task_type = BODY_TASK
         config.target_modules = in_body(base, config.target_modules)
         config.modules_to_save = modules_in_body(base, config.modules_to_save)
+        for field in ("exclude_modules", "target_parameters"):
+            if getattr(config, field, None):
+                setattr(config, field, in_body(base, getattr(config, field)))
+        for field in ("rank_pattern", "alpha_pattern"):
+            if getattr(config, field, None):
+                setattr(config, field, patterns_in_body(base, getattr(config, field)))
         torch.manual_seed(bounded_seed(seed, TORCH_BITS))
-        return get_peft_model(sharing_weights(base.base_model), config)
+        with unwarned():
+            return get_peft_model(sharing_weights(base.base_model), config)
     changes: dict[str, Any] = {}
-    for field in ("target_modules", "feedforward_modules"):
+    for field in ("target_modules", "feedforward_modules", "target_parameters"):
         if getattr(block, field, None):
             changes[field] = in_body(base, getattr(block, field))
     for field in ("modules_to_save", "modules"):
         if getattr(block, field, None):
             changes[field] = modules_in_body(base, getattr(block, field))
+    for field in ("rank_pattern", "alpha_pattern"):
+        if getattr(block, field, None):
+            changes[field] = patterns_in_body(base, getattr(block, field))
     fitting = block.model_copy(update=changes)
-    if isinstance(fitting, FreezeMethod) and fitting.modules is None and fitting.last_layers is None:
+    names_nothing = isinstance(fitting, FreezeMethod) and fitting.modules is None and fitting.last_layers is None
+    if names_nothing and not fitting.only_new:
         return sharing_weights(base.base_model).requires_grad_(False)
     body = sharing_weights(base.base_model, own_weights(base.base_model, fitting))
     return attach(body, fitting, seed, BODY_TASK)
@@ -121,6 +137,30 @@ def in_body(base: PreTrainedModel, target_modules: Any) -> Any:
         return [name.removeprefix(home) for name in names]
     linear = [name for name, layer in base.base_model.named_modules() if is_linear(layer)]
     return [name for name in linear if re.fullmatch(target_modules, f"{home}{name}")] or target_modules
+
+
+def patterns_in_body(base: PreTrainedModel, patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Patterns of ends of paths as the body has them, in their order, of which peft takes the first that matches.
+
+    One that only matches whole paths of the model becomes the paths that it matches there.
+    """
+    home = f"{base.base_model_prefix}."
+    body = base.base_model
+    paths = [*dict(body.named_modules()), *dict(body.named_parameters())]
+    found: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        near = pattern.removeprefix(home)
+        names = [near]
+        if not any(ends_like(near, path) for path in paths):
+            names = [re.escape(path) for path in paths if path and ends_like(pattern, f"{home}{path}")] or names
+        for name in names:
+            found.setdefault(name, value)
+    return found
+
+
+def ends_like(pattern: str, path: str) -> bool:
+    """Whether peft lets the pattern decide of the layer at this path."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def modules_in_body(base: PreTrainedModel, names: Any) -> list[str] | None:

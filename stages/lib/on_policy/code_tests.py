@@ -15,7 +15,7 @@ from stages.lib.on_policy.contained_calls import CALLER, Means, Scored, Trouble,
 from stages.lib.on_policy.reward_params import CodeTestsReward
 from stages.lib.on_policy.reward_values import Unscorable
 from stages.lib.on_policy.samples import Sample, column_text
-from stages.lib.processes.contained import run_contained, surroundings
+from stages.lib.processes.contained import Ended, run_contained, surroundings
 
 
 @dataclass
@@ -31,7 +31,26 @@ class CodeScorer:
         return {"code": extracted(self.params.extract, sample.completion.text), "tests": tests}
 
     def faults(self, prepared: Sequence[Any]) -> Iterator[tuple[int, Unscorable]]:
-        yield from ()
+        """Those whose tests an empty program passes, all of them: so would whatever a policy writes."""
+        passed = self.passed_by_nothing([test for each in prepared for test in each["tests"] if isinstance(test, str)])
+        for place, each in enumerate(prepared):
+            if all(test in passed if isinstance(test, str) else has_passed(test, NOTHING) for test in each["tests"]):
+                what = f"an empty program passes the tests of the column '{self.params.column}', so they test nothing"
+                hint = (
+                    "Have them call the code and raise where it is wrong (after a definition of `check` comes its call),"
+                    " and not below `if __name__ == '__main__'`; or leave the row out."
+                )
+                yield place, Unscorable(what, hint)
+
+    def passed_by_nothing(self, programs: Sequence[str]) -> set[str]:
+        """Those test programs that raise nothing without any code, each run once, as many in one process as it can bear."""
+        waiting, passed = list(dict.fromkeys(programs)), set()
+        while waiting:
+            ended = self.run("", waiting, "")
+            answers = ended.answers[1:]
+            passed |= {test for test, answer in zip(waiting, answers, strict=False) if has_passed(test, answer)}
+            waiting = waiting[len(answers) + (ended.trouble is not None) :]
+        return passed
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
         prepared = prepared_for(self, self.name, samples)
@@ -43,11 +62,7 @@ class CodeScorer:
         if prepared["code"] is None:
             return Scored(0.0)
         tests, secret = prepared["tests"], secrets.token_hex(16)
-        asked = [each if isinstance(each, str) else {"input": each["input"]} for each in tests]
-        request = {"code": prepared["code"], "tests": asked, "secret": secret}
-        ended = run_contained(
-            CALLER, request, 1 + len(tests), limits_of(self.params), bare_surroundings(), self.means.heard
-        )
+        ended = self.run(prepared["code"], tests, secret)
         answers = ended.answers[1:]
         if any(answer.get("secret") != secret for answer in answers):
             return Scored(0.0, Trouble("died", "it wrote where only its outcome belongs"))
@@ -57,6 +72,18 @@ class CodeScorer:
             troubles.append(Trouble(ended.trouble, ended.how))
         share = sum(passed) / len(tests)
         return Scored(share if self.params.partial_credit else float(share == 1), troubles[0] if troubles else None)
+
+    def run(self, code: str, tests: Sequence[Any], secret: str) -> Ended:
+        """Runs the code against the tests, which are told without the outputs that they ask for."""
+        asked = [each if isinstance(each, str) else {"input": each["input"]} for each in tests]
+        request = {"code": code, "tests": asked, "secret": secret}
+        return run_contained(
+            CALLER, request, 1 + len(tests), limits_of(self.params), bare_surroundings(), self.means.heard
+        )
+
+
+NOTHING = {"output": ""}
+"""What a program that does nothing answers to an input."""
 
 
 def has_passed(test: Any, answer: Mapping[str, Any]) -> bool:
@@ -75,18 +102,17 @@ def bare_surroundings() -> dict[str, str]:
     return surroundings({name: os.environ[name] for name in ("PATH", "LANG", "SLIPWAY_RUN") if name in os.environ})
 
 
+HINT = (
+    "It holds a Python program, a JSON list of programs or of {input, output}, or a JSON object {inputs, outputs} of two lists."
+    " Correct it, or leave the row out."
+)
+
+
 def tests_in(text: str, column: str) -> list[Any]:
     """The tests that a column holds: programs, or {"input", "output"}. Raises `Unscorable` if one of them is neither."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    tests = found if isinstance(found, list) else [text]
-    hint = (
-        "It holds a Python program, or a JSON list of programs or of {input, output}. Correct it, or leave the row out."
-    )
+    tests = listed_tests(text, column)
     if not tests:
-        raise Unscorable(f"the column '{column}' holds no test", hint)
+        raise Unscorable(f"the column '{column}' holds no test", HINT)
     for number, test in enumerate(tests, start=1):
         if (
             isinstance(test, dict)
@@ -101,5 +127,29 @@ def tests_in(text: str, column: str) -> list[Any]:
                 compile(test, "test", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             said = error.msg if isinstance(error, SyntaxError) else str(error)
-            raise Unscorable(f"test {number} of the column '{column}' cannot be run: {said}", hint) from None
+            raise Unscorable(f"test {number} of the column '{column}' cannot be run: {said}", HINT) from None
     return tests
+
+
+def listed_tests(text: str, column: str) -> list[Any]:
+    """What stands in a column's JSON, as a list; what is no JSON is one program.
+
+    {"inputs": [...], "outputs": [...]} is the form of APPS (Hendrycks et al., 2021) and TACO (Li et al., 2023). Raises
+    `Unscorable` for JSON that is neither: as a Python program it would be an expression, which every code passes.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return [text]
+    match found:
+        case list():
+            return found
+        case {"fn_name": _, **_others}:
+            what = f"the column '{column}' holds calls of a function (fn_name), which are not read"
+            raise Unscorable(what, "Write each as a program, such as `assert add(1, 2) == 3`, or leave the row out.")
+        case {"inputs": list(inputs), "outputs": list(outputs), **others} if not others:
+            if len(inputs) != len(outputs):
+                what = f"the column '{column}' holds {len(inputs)} inputs and {len(outputs)} outputs"
+                raise Unscorable(what, HINT)
+            return [{"input": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
+    raise Unscorable(f"the column '{column}' holds JSON that is no tests: {text.strip()[:80]!r}", HINT)

@@ -23,9 +23,10 @@ import linecache
 import os
 import random
 import sys
+import tempfile
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,37 +107,70 @@ def call_function(request: Mapping[str, Any], descriptor: int) -> None:
 # Code against tests
 
 
-class Written(io.BytesIO):
-    """What a program has printed; it may close its output, as `exit()` does."""
-
-    def close(self) -> None:
-        pass
+@contextlib.contextmanager
+def standing_as(name: str) -> Iterator[types.ModuleType]:
+    """An empty module that imports, pickle and dataclasses find under its name; afterwards what stood there does again."""
+    kept = sys.modules.get(name)
+    module = sys.modules[name] = types.ModuleType(name)
+    try:
+        yield module
+    finally:
+        vars(module).clear()  # files that it left open are written and closed
+        del sys.modules[name]
+        if kept is not None:
+            sys.modules[name] = kept
 
 
 def tested(code: str, test: str) -> dict[str, Any]:
     """Whether the test raises nothing after the code; an `AssertionError` says that it is not passed."""
-    names: dict[str, Any] = {"__name__": "completion"}
-    exec(compile(code, NAME, "exec", dont_inherit=True), names)
-    try:
-        exec(compile(test, "test", "exec", dont_inherit=True), names)
-    except AssertionError:
-        return {"passed": False}
+    with standing_as("completion") as module:
+        exec(compile(code, NAME, "exec", dont_inherit=True), vars(module))
+        try:
+            exec(compile(test, "test", "exec", dont_inherit=True), vars(module))
+        except AssertionError:
+            return {"passed": False}
     return {"passed": True}
 
 
 def printed_by(code: str, given: str) -> dict[str, Any]:
-    """What the code prints as a program of its own that reads `given`."""
+    """What the code prints as a program of its own that reads `given`, however it reads and writes its descriptors."""
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as written:
+        asked.write(given.encode())
+        asked.seek(0)
+        with standing_on(asked.fileno(), written.fileno()):
+            try:
+                with standing_as("__main__") as module:
+                    exec(compile(code, NAME, "exec", dont_inherit=True), vars(module))
+            except SystemExit:
+                pass
+        written.seek(0)
+        text = written.read(4 * (LONGEST_OUTPUT + 1)).decode("utf-8", errors="replace")
+    return {"output": text[: LONGEST_OUTPUT + 1]}
+
+
+@contextlib.contextmanager
+def standing_on(source: int, sink: int) -> Iterator[None]:
+    """Within it the descriptors 0 and 1, and what Python reads and prints, are these; afterwards nothing is read or kept."""
     kept = sys.stdin, sys.stdout
-    written = Written()
-    sys.stdin = io.TextIOWrapper(io.BytesIO(given.encode()), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(written, encoding="utf-8", errors="replace", write_through=True)
+    os.dup2(source, 0)
+    os.dup2(sink, 1)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
+    printing = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "replace", write_through=True
+    )
+    sys.stdout = printing
     try:
-        exec(compile(code, NAME, "exec", dont_inherit=True), {"__name__": "__main__"})
-    except SystemExit:
-        pass
+        yield
     finally:
+        for stream in (sys.stdout, printing):
+            with contextlib.suppress(Exception):  # the program may have closed it, or put something else in its place
+                stream.flush()
         sys.stdin, sys.stdout = kept
-    return {"output": written.getvalue().decode("utf-8", errors="replace")[: LONGEST_OUTPUT + 1]}
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, 0)
+        os.dup2(nowhere, 1)
+        if nowhere > 1:
+            os.close(nowhere)
 
 
 def outcome(code: str, test: Any) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class CodeTestsReward(ContainedReward):
     kind: Literal["code_tests"]
     """1 where the completion's Python code passes all tests in a column of its row, else 0. The code runs in a process of its own, without the variables of yours, as your user: it can read and write your files, and reach your network. What it prints is not kept."""
     column: str = Field(min_length=1)
-    """The column that holds the tests, one that the row's source names in `carry`: a Python program that raises where the code is wrong, such as `assert add(1, 2) == 3`; or a JSON list of such programs, or of objects {"input": text, "output": text} for code that reads and prints."""
+    """The column that holds the tests, one that the row's source names in `carry`: a Python program that raises where the code is wrong, such as `assert add(1, 2) == 3`; or a JSON list of such programs, or of objects {"input": text, "output": text} for code that reads and prints; or a JSON object {"inputs": [...], "outputs": [...]} of the same. Tests that an empty program passes are refused."""
     extract: Pattern | None = None
     """A regular expression that finds the code in the completion: the first group of its last match, or the whole match where it has no group. A completion without a match gets 0. null: the whole completion is code."""
     partial_credit: bool = False

@@ -126,6 +126,7 @@ class Scorer:
         return np.asarray([columns[name] for name in self.names], dtype=np.float64).T, troubles
 
     def learned_scores(self, samples: Sequence[Sample], at_boundary: Callable[[], None]) -> list[float]:
+        """Raises `RewardError` only after the last chunk: a process that stopped before would leave the others waiting."""
         assert self.model is not None
         found: list[float] = []
         for start in range(0, len(samples), self.model.batch_size):
@@ -133,8 +134,8 @@ class Scorer:
             chunk = samples[start : start + self.model.batch_size]
             assert not any(isinstance(each.prompt, str) for each in chunk), "a reward model scores conversations"
             chats = [[*each.prompt, {"role": "assistant", "content": each.completion.text}] for each in chunk]
-            found += check_scores(LEARNED, self.model.score(chats), chunk)
-        return found
+            found += self.model.score(chats)
+        return check_scores(LEARNED, found, samples)
 
     def total(self, values: NDArray[np.float64]) -> list[float]:
         """The weighted sum of each sample's rewards."""
