@@ -93,7 +93,7 @@ class Called:
 
     def texts(self, calls: Sequence[Mapping[str, Any]], *, goes_on: bool = True) -> Iterator[str | Trouble | None]:
         """The text that each call gives, or None, as `answers`."""
-        return (read_text(each) for each in self.answers(calls, goes_on=goes_on, gives="text"))
+        return (read_text_answer(each) for each in self.answers(calls, goes_on=goes_on, gives="text"))
 
     def answers(
         self, calls: Sequence[Mapping[str, Any]], *, goes_on: bool, gives: Literal["number", "text"] = "number"
@@ -154,7 +154,7 @@ def read_answer(answer: Mapping[str, Any]) -> float | Trouble:
     return Trouble("died", "it wrote where only its answers belong")
 
 
-def read_text(answer: Mapping[str, Any]) -> str | Trouble | None:
+def read_text_answer(answer: Mapping[str, Any]) -> str | Trouble | None:
     """What a call gave that is to give a text."""
     match answer:
         case {"text": str() | None as text}:
@@ -163,7 +163,7 @@ def read_text(answer: Mapping[str, Any]) -> str | Trouble | None:
     return found if isinstance(found, Trouble) else Trouble("died", "it wrote where only its answers belong")
 
 
-def arguments_of(
+def call_arguments(
     function: str, parameters: Parameters, given: Mapping[str, Any], columns: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the user's function is called with. Raises `Unscorable` where a row lacks, or names otherwise, what it asks for."""

@@ -21,7 +21,7 @@ from stages.lib.on_policy.contained_calls import (
     Means,
     Scored,
     Trouble,
-    arguments_of,
+    call_arguments,
     called_here,
     extracted,
     limits_of,
@@ -66,7 +66,7 @@ class FileScorer:
         }
         if sample.completion.turns is not None:
             given["turns"] = sample.completion.turns
-        return arguments_of(self.params.function, self.parameters, given, columns)
+        return call_arguments(self.params.function, self.parameters, given, columns)
 
     def faults(self, prepared: Sequence[Any]) -> Iterator[tuple[int, Unscorable]]:
         self.called.run([])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.errors import Problem, RewardError
-from stages.lib.on_policy.contained_calls import Called, Means, Trouble, arguments_of
+from stages.lib.on_policy.contained_calls import Called, Means, Trouble, call_arguments
 from stages.lib.on_policy.episode_params import EpisodeParams
 from stages.lib.on_policy.reward_values import Unscorable
 from stages.lib.on_policy.samples import problem_at
@@ -48,7 +48,7 @@ class Observer:
         """What the function is called with. Raises `Unscorable` where the row lacks something that it asks for."""
         columns = turn.row.row.get("columns", {})
         given = {"prompt": turn.row.prompt, "completion": turn.text, "turns": turn.turns, "columns": columns}
-        return arguments_of(self.params.function, self.parameters, given, columns)
+        return call_arguments(self.params.function, self.parameters, given, columns)
 
     def check(self, rows: Iterable[PromptRow]) -> None:
         """Raises `RewardError` if the file cannot be run, or with how many rows lack something and the first of them.

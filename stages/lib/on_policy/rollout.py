@@ -124,7 +124,7 @@ class Rollouts:
                 found[row].append(part)
                 texts[row], left[row] = texts[row] + part.ids.tolist(), left[row][len(part.ids) :]
             going = [row for row in going if not found[row][-1].ended and len(left[row])]
-        return [joined(parts) for parts in found]
+        return [as_one(parts) for parts in found]
 
     def judge(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Episode]:
         """The episodes with what policy, critic and reference say of each token."""
@@ -268,7 +268,7 @@ def at_most(sampled: Sampled, limit: int) -> Sampled:
     return Sampled(sampled.ids[:limit], sampled.logprobs[:limit], ended=False)
 
 
-def joined(parts: Sequence[Sampled]) -> Sampled:
+def as_one(parts: Sequence[Sampled]) -> Sampled:
     """What was written in several parts, as one."""
     if len(parts) == 1:
         return parts[0]

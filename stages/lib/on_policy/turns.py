@@ -30,7 +30,7 @@ from stages.lib.text.chat_continuing import TurnBetween, turn_between
 from stages.lib.text.prompts import PromptRow
 from stages.lib.text.tokenizers import decode_ids, stop_token_ids
 
-Sample = Callable[[Sequence[Sequence[int]], Sequence[NDArray[np.float64]], int], list[Sampled]]
+SampleTurn = Callable[[Sequence[Sequence[int]], Sequence[NDArray[np.float64]], int], list[Sampled]]
 """(what is continued, the numbers of what each may write, number of the turn) -> what was written. All processes together."""
 
 
@@ -105,7 +105,7 @@ class Unfolding:
     text_of: Callable[[Sampled], str]
     """What the policy says in a turn, without the token that ends it."""
 
-    def unfold(self, episodes: Sequence[OpenEpisode], sample: Sample) -> None:
+    def unfold(self, episodes: Sequence[OpenEpisode], sample: SampleTurn) -> None:
         """Lets all episodes come to their end. All processes call it together, each with its own, of whatever number.
 
         Raises `RewardError`, in all of them, with what was wrong in any.
