@@ -1,7 +1,8 @@
 """The mathematics of on-policy alignment: rewards per token, advantages, clipped losses, KL estimators and controllers.
 
 N: completions of a rollout, B: of a micro batch, K: tokens of the longest completion, V: vocabulary. `mask_NK` is 1 for
-each token that the policy wrote, the one that ends its turn included, and 0 for padding; everything is 0 outside it.
+each token that the policy wrote, the one that ends its turn included, and 0 for padding and for what the policy only read
+between two turns; everything is 0 outside it.
 
 PPO as Ziegler et al. (2019), Stiennon et al. (2020) and Ouyang et al. (2022) use it, with the details of Huang et al.
 (2024, "The N+ implementation details of RLHF with PPO"). Nothing here knows of processes or micro batches: what is a
@@ -105,7 +106,7 @@ def token_rewards(scores_N: Tensor, kl_NK: Tensor, mask_NK: Tensor, *, kl_coeffi
     Ziegler et al. (2019), equation 2, spread over tokens as by Stiennon et al. (2020).
     """
     rewards_NK = -kl_coefficient * kl_NK * mask_NK
-    last_N = mask_NK.sum(dim=1).long() - 1
+    last_N = mask_NK.shape[1] - 1 - mask_NK.flip(1).argmax(dim=1)
     rows_N = torch.arange(len(scores_N))
     rewards_NK[rows_N, last_N] += scores_N.to(rewards_NK.dtype)
     return rewards_NK
@@ -117,17 +118,19 @@ def generalized_advantages(
     """Advantages and returns, each N x K (Schulman et al., 2016, equation 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lambda A_{t+1}, return_t = A_t + V_t. The episode ends with
-    the completion: V and A behind its last token are 0, also where it was cut off.
+    the completion: V and A behind its last token are 0, also where it was cut off. Where tokens within it are not the policy's,
+    t + 1 is the next that is: what it reads between two turns takes no time.
     """
     values_NK, rewards_NK = values_NK * mask_NK, rewards_NK * mask_NK
     advantages_NK = torch.zeros_like(rewards_NK)
     following_N = torch.zeros_like(rewards_NK[:, 0])
     next_value_N = torch.zeros_like(following_N)
     for place in reversed(range(rewards_NK.shape[1])):
+        is_said_N = mask_NK[:, place] > 0
         delta_N = rewards_NK[:, place] + gamma * next_value_N - values_NK[:, place]
-        following_N = (delta_N + gamma * lam * following_N) * mask_NK[:, place]
-        next_value_N = values_NK[:, place]
-        advantages_NK[:, place] = following_N
+        following_N = torch.where(is_said_N, delta_N + gamma * lam * following_N, following_N)
+        next_value_N = torch.where(is_said_N, values_NK[:, place], next_value_N)
+        advantages_NK[:, place] = following_N * mask_NK[:, place]
     return advantages_NK, (advantages_NK + values_NK) * mask_NK
 
 

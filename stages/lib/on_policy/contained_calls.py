@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pipeline.errors import Problem, RewardError
 from stages.lib.on_policy import reward_caller
 from stages.lib.on_policy.reward_params import ContainedReward
 from stages.lib.on_policy.reward_values import Unscorable, last_match
 from stages.lib.on_policy.samples import Sample, problem_of
-from stages.lib.on_policy.user_functions import text_of_program
+from stages.lib.on_policy.user_functions import Parameters, arguments_for, text_of_program
 from stages.lib.processes.contained import Ended, ProgramLimits, run_contained, surroundings
 
 LOADING_SECONDS = 60.0
@@ -28,7 +28,7 @@ class Trouble(NamedTuple):
     """What went wrong with one completion."""
 
     word: str
-    """raised, not_a_number, timeout, memory, processes or died."""
+    """raised, not_a_number, not_a_text, timeout, memory, processes or died."""
     what: str
     """As a sentence that begins with `it`."""
 
@@ -77,8 +77,8 @@ def limits_of(params: ContainedReward, first_seconds: float = LOADING_SECONDS) -
 class Called:
     """A function in a file."""
 
-    name: str
-    """What the reward is called in messages."""
+    where: str
+    """What it is called in messages: rewards.NAME, or another place of a recipe."""
     path: str
     source: str
     function: str
@@ -88,29 +88,40 @@ class Called:
     """A function of the file that is called first, in the time for loading."""
 
     def each(self, calls: Sequence[Mapping[str, Any]], *, goes_on: bool = True) -> Iterator[float | Trouble]:
+        """The number that each call gives, as `answers`."""
+        return (read_answer(each) for each in self.answers(calls, goes_on=goes_on))
+
+    def texts(self, calls: Sequence[Mapping[str, Any]], *, goes_on: bool = True) -> Iterator[str | Trouble | None]:
+        """The text that each call gives, or None, as `answers`."""
+        return (read_text_answer(each) for each in self.answers(calls, goes_on=goes_on, gives="text"))
+
+    def answers(
+        self, calls: Sequence[Mapping[str, Any]], *, goes_on: bool, gives: Literal["number", "text"] = "number"
+    ) -> Iterator[Mapping[str, Any]]:
         """What each call gives, one after the other, in a process that is started anew after one that had to be ended.
 
         Without `goes_on`, nothing comes after the first trouble. Raises `RewardError` if the file itself cannot be run.
         """
         done = 0
         while done < len(calls):
-            ended = self.run(calls[done:])
-            found = [read_answer(answer) for answer in ended.answers[1:]]
+            ended = self.run(calls[done:], gives)
+            found = ended.answers[1:]
             if ended.trouble is not None:
-                found.append(Trouble(ended.trouble, ended.how))
+                found.append({"trouble": ended.trouble, "what": ended.how})
             for each in found:
                 yield each
-                if isinstance(each, Trouble) and not goes_on:
+                if "trouble" in each and not goes_on:
                     return
             done += len(found)
 
-    def run(self, calls: Sequence[Mapping[str, Any]]) -> Ended:
+    def run(self, calls: Sequence[Mapping[str, Any]], gives: Literal["number", "text"] = "number") -> Ended:
         """Runs the file, and calls the function until it has to be ended. Raises `RewardError` if the file cannot be run."""
         request = {
             "source": self.source,
             "path": self.path,
             "function": self.function,
             "warm_up": self.warm_up,
+            "gives": gives,
             "calls": calls,
         }
         ended = run_contained(CALLER, request, 1 + len(calls), self.limits, surroundings(os.environ), self.heard)
@@ -123,16 +134,14 @@ class Called:
         first = ended.answers[0] if ended.answers else {"trouble": ended.trouble, "what": ended.how}
         if "trouble" in first:
             what = f"{self.path} cannot be run: {first['what']}"
-            raise RewardError(Problem(f"rewards.{self.name}", what, "Correct the file, or what it imports."))
+            raise RewardError(Problem(self.where, what, "Correct the file, or what it imports."))
 
     def show_prints(self, ended: Ended) -> None:
         """Shows what was printed in this process's own output, which is the step's log."""
         if ended.printed_bytes:
             more = f", of which the first {len(ended.printed):,}" if ended.printed_bytes > len(ended.printed) else ""
             text = ended.printed.decode("utf-8", errors="replace")
-            print(
-                f"rewards.{self.name} printed {ended.printed_bytes:,} bytes{more}:\n{text}", file=sys.stderr, flush=True
-            )
+            print(f"{self.where} printed {ended.printed_bytes:,} bytes{more}:\n{text}", file=sys.stderr, flush=True)
 
 
 def read_answer(answer: Mapping[str, Any]) -> float | Trouble:
@@ -143,6 +152,31 @@ def read_answer(answer: Mapping[str, Any]) -> float | Trouble:
         case {"value": float(value)}:
             return value
     return Trouble("died", "it wrote where only its answers belong")
+
+
+def read_text_answer(answer: Mapping[str, Any]) -> str | Trouble | None:
+    """What a call gave that is to give a text."""
+    match answer:
+        case {"text": str() | None as text}:
+            return text
+    found = read_answer(answer)
+    return found if isinstance(found, Trouble) else Trouble("died", "it wrote where only its answers belong")
+
+
+def call_arguments(
+    function: str, parameters: Parameters, given: Mapping[str, Any], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the user's function is called with. Raises `Unscorable` where a row lacks, or names otherwise, what it asks for."""
+    if hidden := sorted(given.keys() & columns.keys()):
+        what = f"the column '{hidden[0]}' has the name of something else that {function} may ask for"
+        raise Unscorable(what, "Rename the column in the source of the rows.")
+    try:
+        return arguments_for(parameters, given, columns)
+    except KeyError as error:
+        has = f"the row has {', '.join(columns)}" if columns else "the row has no columns"
+        what = f"{function} asks for '{error.args[0]}', and {has}"
+        hint = f"Name it in `carry` of the source of the rows, or ask for {', '.join(given)}."
+        raise Unscorable(what, hint) from None
 
 
 def prepared_for(scorer: ContainedScorer, name: str, samples: Sequence[Sample]) -> list[Any]:
@@ -159,7 +193,9 @@ def prepared_for(scorer: ContainedScorer, name: str, samples: Sequence[Sample]) 
 def called_here(name: str, module: Any, function: str, warm_up: str, params: ContainedReward, means: Means) -> Called:
     """A function of this project that is called as a user's is, once another of its module has loaded what it needs."""
     path = Path(str(module.__file__))
-    return Called(name, str(path), text_of_program(path), function, limits_of(params), means.heard, warm_up)
+    return Called(
+        f"rewards.{name}", str(path), text_of_program(path), function, limits_of(params), means.heard, warm_up
+    )
 
 
 def or_zero(found: Iterable[float | Trouble]) -> list[Scored]:

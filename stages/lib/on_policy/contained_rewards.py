@@ -21,6 +21,7 @@ from stages.lib.on_policy.contained_calls import (
     Means,
     Scored,
     Trouble,
+    call_arguments,
     called_here,
     extracted,
     limits_of,
@@ -36,7 +37,7 @@ from stages.lib.on_policy.reward_params import (
 )
 from stages.lib.on_policy.reward_values import Unscorable
 from stages.lib.on_policy.samples import Sample, column_text, problem_of
-from stages.lib.on_policy.user_functions import arguments_for, parameters_of, text_of_program
+from stages.lib.on_policy.user_functions import parameters_of, text_of_program
 
 
 @dataclass
@@ -52,7 +53,7 @@ class FileScorer:
         source = text_of_program(path)
         self.parameters = parameters_of(source, self.params.function, str(path))
         limits = limits_of(self.params, self.params.max_load_seconds)
-        self.called = Called(self.name, str(path), source, self.params.function, limits, self.means.heard)
+        self.called = Called(f"rewards.{self.name}", str(path), source, self.params.function, limits, self.means.heard)
 
     def prepare(self, sample: Sample) -> dict[str, Any]:
         columns = sample.row.get("columns", {})
@@ -63,16 +64,9 @@ class FileScorer:
             "num_tokens": sample.completion.num_tokens,
             "columns": columns,
         }
-        if hidden := sorted(given.keys() & columns.keys()):
-            what = f"the column '{hidden[0]}' has the name of something else that {self.params.function} may ask for"
-            raise Unscorable(what, "Rename the column in the source of the rows.")
-        try:
-            return arguments_for(self.parameters, given, columns)
-        except KeyError as error:
-            has = f"the row has {', '.join(columns)}" if columns else "the row has no columns"
-            what = f"{self.params.function} asks for '{error.args[0]}', and {has}"
-            hint = f"Name it in `carry` of the source of the rows, or ask for {', '.join(given)}."
-            raise Unscorable(what, hint) from None
+        if sample.completion.turns is not None:
+            given["turns"] = sample.completion.turns
+        return call_arguments(self.params.function, self.parameters, given, columns)
 
     def faults(self, prepared: Sequence[Any]) -> Iterator[tuple[int, Unscorable]]:
         self.called.run([])

@@ -26,6 +26,27 @@ PER_TOKEN = ("generator_logprobs", "logprobs", "ref_logprobs", "values", "advant
 
 
 @dataclass(frozen=True)
+class Unfolded:
+    """How an episode of several turns went. Told once, and in no checkpoint."""
+
+    turns: tuple[Mapping[str, str], ...]
+    """The messages between the prompt and the last turn."""
+    last: str
+    """The text of the last turn."""
+    troubles: tuple[Trouble, ...] = ()
+    """What went wrong with the function that observes."""
+    num_cut: int = 0
+    """Observations of which the end was cut off."""
+    is_cut_short: bool = False
+    """Whether it ended because what was observed did not fit."""
+
+    @property
+    def num_turns(self) -> int:
+        """Those of the policy."""
+        return 1 + len(self.turns) // 2
+
+
+@dataclass(frozen=True)
 class Episode:
     """One completion. Its position in the schedule decides its prompt and its random numbers."""
 
@@ -44,6 +65,19 @@ class Episode:
     returns: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
     """What went wrong with it, by the name of the reward. Told once, and in no checkpoint."""
+    observed: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    """Which of `ids` the policy did not write, but read between two turns; empty where it wrote them all."""
+    unfolded: Unfolded | None = None
+    """None where the stage has no episodes of several turns."""
+
+    @property
+    def said(self) -> NDArray[np.float64]:
+        """1 for each token that the policy wrote, and 0 for those that it read."""
+        return np.ones(len(self.ids)) if not len(self.observed) else 1.0 - self.observed
+
+    @property
+    def num_said(self) -> int:
+        return len(self.ids) - int(self.observed.sum())
 
 
 class Experience:
@@ -61,12 +95,13 @@ class Experience:
 
     @property
     def mask(self) -> Tensor:
-        """N x K in double precision: 1 for the tokens of completions."""
-        return padded([np.ones(len(each.ids)) for each in self.episodes], dtype=np.float64)
+        """N x K in double precision: 1 for the tokens of completions that the policy wrote."""
+        return padded([each.said for each in self.episodes], dtype=np.float64)
 
     @property
     def lengths(self) -> Tensor:
-        return torch.tensor([len(each.ids) for each in self.episodes], dtype=torch.float64)
+        """How many tokens the policy wrote of each. N."""
+        return torch.tensor([each.num_said for each in self.episodes], dtype=torch.float64)
 
     @property
     def ended(self) -> Tensor:
@@ -109,6 +144,8 @@ class Experience:
             "ids": np.concatenate([each.ids for each in self.episodes]),
         }
         arrays |= {name: np.concatenate([getattr(each, name) for each in self.episodes]) for name in PER_TOKEN}
+        if any(len(each.observed) for each in self.episodes):
+            arrays["observed"] = np.concatenate([each.said == 0 for each in self.episodes])
         np.savez(path, **{name: np.asarray(array) for name, array in arrays.items()})
 
     @classmethod
@@ -118,6 +155,10 @@ class Experience:
             arrays = {name: file[name] for name in file.files}
         prompt_ids = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
         split = {name: np.split(arrays[name], np.cumsum(arrays["lengths"])[:-1]) for name in ("ids", *PER_TOKEN)}
+        observed = [np.zeros(0, dtype=np.bool_)] * len(arrays["positions"])
+        if "observed" in arrays:
+            parts = np.split(arrays["observed"], np.cumsum(arrays["lengths"])[:-1])
+            observed = [each if each.any() else each[:0] for each in parts]
         return cls(
             [
                 Episode(
@@ -126,6 +167,7 @@ class Experience:
                     prompt_ids=prompt_ids[index],
                     ended=bool(arrays["ended"][index]),
                     rewards=arrays["rewards"][index],
+                    observed=observed[index],
                     **{name: parts[index] for name, parts in split.items()},
                 )
                 for index in range(len(arrays["positions"]))
@@ -136,7 +178,8 @@ class Experience:
 def collate_episodes(episodes: Sequence[Episode], padding_id: int) -> Tensors:
     """`input_ids` and `attention_mask`, B x (P + K), and B x K in float32: `mask` and every field of `PER_TOKEN` there is.
 
-    Prompts are padded on the left and completions on the right, so that all completions begin at the same place.
+    Prompts are padded on the left and completions on the right, so that all completions begin at the same place. `mask` is 1
+    for the tokens that the policy wrote; all tokens are attended to.
     """
     prompt_length = max(len(each.prompt_ids) for each in episodes)
     new_length = max(len(each.ids) for each in episodes)
@@ -147,7 +190,8 @@ def collate_episodes(episodes: Sequence[Episode], padding_id: int) -> Tensors:
         ids_BT[row, begin:prompt_length] = torch.from_numpy(each.prompt_ids)
         ids_BT[row, prompt_length:end] = torch.from_numpy(each.ids)
         attended_BT[row, begin:end] = 1
-    batch = {"input_ids": ids_BT, "attention_mask": attended_BT, "mask": attended_BT[:, prompt_length:].float()}
+    batch = {"input_ids": ids_BT, "attention_mask": attended_BT}
+    batch["mask"] = padded([each.said for each in episodes], dtype=np.float32)
     for name in PER_TOKEN:
         rows = [getattr(each, name) for each in episodes]
         if all(len(row) == len(each.ids) for row, each in zip(rows, episodes, strict=True)):

@@ -72,8 +72,8 @@ class Learner:
         return stats
 
     def learned_tokens(self, episode: Episode) -> int:
-        """How many of its tokens are in the loss: all, or none where it was cut off and such completions are left out."""
-        return 0 if self.params.mask_truncated_completions and not episode.ended else len(episode.ids)
+        """How many of its tokens are in the loss: all that the policy wrote, or none where it was cut off and such completions are left out."""
+        return 0 if self.params.mask_truncated_completions and not episode.ended else episode.num_said
 
     def collate(self, episodes: Sequence[Episode]) -> Tensors:
         """A micro batch, whose mask covers the tokens that are in the loss; as behind an end, all is 0 outside of it."""

@@ -25,6 +25,7 @@ from stages.lib.models.adapters.params import (
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
+from stages.lib.on_policy.episode_params import EpisodeParams
 from stages.lib.on_policy.loss_params import PolicyLossParams
 from stages.lib.on_policy.reward_params import Rewards, learned, reward_names
 from stages.lib.text.template_date import TemplateDateParams
@@ -77,7 +78,7 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
     max_prompt_tokens: int = Field(ge=1)
     """Longest prompt, in tokens. A longer one is dropped and counted, never cut."""
     max_new_tokens: int = Field(ge=1)
-    """Longest completion, in tokens, the one that ends it included."""
+    """Longest completion, in tokens, the one that ends it included; with `episodes`, of all turns and the observations between them."""
     max_dropped_fraction: float = Field(default=0.5, ge=0, lt=1)
     """The stage stops if a larger share of the prompts than this cannot be used."""
     temperature: Temperature = 1.0
@@ -112,6 +113,8 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
     """Rollouts between measurements on held-out prompts. null: only before the first and after the last."""
     heldout_prompts: int = Field(default=64, ge=1)
     """Held-out prompts that the policy completes at each measurement: the first so many."""
+    episodes: EpisodeParams | None = Field(default=None, exclude_if=lambda block: block is None)
+    """Episodes of several turns: what a function of your own gives where the policy ends a turn, the policy reads, and writes on; it is in no loss, no divergence and no length. Rewards see the last turn, and in your own file all of them. null: a completion is one turn."""
     journal_samples: int = Field(default=2, ge=0)
     """Completions per rollout that are written to the journal, for reading."""
     lora: Annotated[None, BeforeValidator(told_of_adapter)] = None
@@ -159,6 +162,12 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
                 "adapter: init must not be pissa, which is known to stages on fixed data alone: train it there and go on here "
                 "with `method: continued`, or take init: default"
             )
+        return self
+
+    @model_validator(mode="after")
+    def episodes_can_be_written(self) -> OnPolicyParams:
+        if self.episodes is not None:
+            self.episodes.require_fit(self.rendering, self.generation, self.max_new_tokens)
         return self
 
     @model_validator(mode="after")

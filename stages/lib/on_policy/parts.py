@@ -17,6 +17,7 @@ from stages.lib.on_policy.actor_critic import ActorCritic, Judged
 from stages.lib.on_policy.experience import Experience
 from stages.lib.on_policy.ptx import ChatMixture
 from stages.lib.on_policy.scoring import Scorer
+from stages.lib.on_policy.turns import Unfolding
 from stages.lib.text.batches import padding_of
 from stages.lib.text.prompts import Prompts
 from stages.lib.training.engine import Engine
@@ -127,6 +128,8 @@ class Parts:
     """Of all that is in memory for training."""
     policy_parameters: int
     """Of the policy alone, as it is published."""
+    unfolding: Unfolding | None = None
+    """What makes episodes of several turns; None where a completion is one turn."""
 
     @property
     def padding_id(self) -> int:

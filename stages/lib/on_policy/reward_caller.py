@@ -1,7 +1,8 @@
 """Runs what others wrote, in a process of its own: `python reward_caller.py REQUEST_FILE FD`. See `processes/contained.py`.
 
 A user's function for each completion: the request holds `source` and `path` of a Python file, the `function` in it, and
-`calls`, the arguments of each; `warm_up` is a function that is called before, or null. The first answer says that the function is there, each further one `{"value": 1.0}`.
+`calls`, the arguments of each; `warm_up` is a function that is called before, or null; `gives` says what a call gives: number or
+text. The first answer says that the function is there, each further one `{"value": 1.0}`, or `{"text": "..."}` or null in it.
 
 A completion's code against tests: the request holds `code`, `tests` (each a Python program, or `{"input": ...}` for what the
 code is to read) and `secret`. The first answer says that it begins; then comes one for each test with the secret, which the
@@ -64,12 +65,13 @@ def seed_generators() -> None:
         numpy.random.seed(0)
 
 
-def answer_of(values: types.ModuleType, compute: Callable[[], Any]) -> dict[str, Any]:
+def answer_of(values: types.ModuleType, compute: Callable[[], Any], gives: str = "number") -> dict[str, Any]:
     """The value, or what went wrong."""
     try:
-        return {"value": values.number_of(compute())}
+        value = compute()
+        return {"text": values.text_of_value(value)} if gives == "text" else {"value": values.number_of(value)}
     except values.Unscorable as error:
-        return {"trouble": "not_a_number", "what": error.what[:LONGEST_WHAT]}
+        return {"trouble": f"not_a_{gives}", "what": error.what[:LONGEST_WHAT]}
     except MemoryError as error:
         return {"trouble": "memory", "what": values.raised(error)[:LONGEST_WHAT]}
     except BaseException as error:  # SystemExit as well: it is the function's, and not ours
@@ -101,7 +103,7 @@ def call_function(request: Mapping[str, Any], descriptor: int) -> None:
     reply(descriptor, answer_of(values, load))
     for arguments in request["calls"] if found else ():
         seed_generators()
-        reply(descriptor, answer_of(values, functools.partial(found[0], **arguments)))
+        reply(descriptor, answer_of(values, functools.partial(found[0], **arguments), request["gives"]))
 
 
 # Code against tests

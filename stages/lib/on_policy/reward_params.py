@@ -126,7 +126,7 @@ class FileReward(ContainedReward):
     path: OutsideFile
     """The Python file. Its content is part of what the step's result is known by; what else it reads or imports is not."""
     function: str
-    """The function, a `def` at the top level of the file. It is given, by name, what its parameters ask for: `prompt` (messages, or a text), `completion` (its text), `ended` (whether the policy ended it itself), `num_tokens`, `columns` (all that the row carries, by name), and single columns by their own names. It gives one finite number."""
+    """The function, a `def` at the top level of the file. It is given, by name, what its parameters ask for: `prompt` (messages, or a text), `completion` (its text), `ended` (whether the policy ended it itself), `num_tokens`, `columns` (all that the row carries, by name), and single columns by their own names; with `episodes`, where `completion` is the last turn, also `turns` (the messages between it and the prompt). It gives one finite number."""
     max_load_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Most seconds for the file itself to run, with all that it imports."""
     on_error: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None

@@ -32,8 +32,27 @@ def number_of(value: Any) -> float:
     return float(value)
 
 
+LONGEST_TEXT = 1 << 18
+"""Characters of what a function may give: more is no observation that a model reads."""
+
+
+def text_of_value(value: Any) -> str | None:
+    """The value, if it is a text or None. Raises `Unscorable` otherwise, and for a text that cannot be written as UTF-8."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise Unscorable(f"it gave {described(value)} instead of a text or None", "An observation is one text.")
+    if len(value) > LONGEST_TEXT:
+        raise Unscorable(f"it gave a text of {len(value):,} characters, and {LONGEST_TEXT:,} are the most")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Unscorable(f"it gave a text with half of a character at {error.start:,}") from None
+    return str(value)
+
+
 def described(value: Any) -> str:
-    """What a value that is no number is."""
+    """What a value that is not what was wanted is."""
     if value is None or isinstance(value, bool | str):
         return reprlib.repr(value)
     kind = type(value).__name__

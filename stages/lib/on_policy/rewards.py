@@ -32,7 +32,7 @@ from stages.lib.on_policy.reward_params import (
 from stages.lib.on_policy.reward_values import Unscorable, described, last_match, number_of, raised
 from stages.lib.on_policy.samples import Completion, Sample, column_text, problem_of
 from stages.lib.rows.canonical import Row
-from stages.lib.text.chat_template import Prompt
+from stages.lib.text.chat_template import Messages, Prompt
 
 RewardFunction = Callable[[Prompt, Completion, Row], float]
 
@@ -150,11 +150,13 @@ def score_programmatic(rewards: Sequence[ProgrammaticReward], samples: Sequence[
     return values
 
 
-def check_rows(rewards: Iterable[Reward], prompts: Iterable[tuple[int, Prompt, Row]]) -> None:
+def check_rows(
+    rewards: Iterable[Reward], prompts: Iterable[tuple[int, Prompt, Row]], turns: Messages | None = None
+) -> None:
     """Raises `RewardError` if a reward cannot score some of the (row index, prompt, row), with how many and the first.
 
     It tries every function of ours on an empty completion, and prepares what is handed to processes, so that a row that lacks a
-    column is found before anything is trained. A user's function is not called.
+    column is found before anything is trained. A user's function is not called. `turns`: those of an empty episode, or None.
     """
     rewards = list(rewards)
     functions = [REWARDS[params.kind](params) for params in programmatic(rewards)]
@@ -171,7 +173,7 @@ def check_rows(rewards: Iterable[Reward], prompts: Iterable[tuple[int, Prompt, R
 
     for row_index, prompt, row in prompts:
         total += 1
-        sample = Sample(row_index, prompt, Completion(text="", num_tokens=0, ended=True), row)
+        sample = Sample(row_index, prompt, Completion(text="", num_tokens=0, ended=True, turns=turns), row)
         for name, function in zip(names, functions, strict=True):
             try:
                 value_of(function, sample)

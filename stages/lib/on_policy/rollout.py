@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DataError, Problem, RewardError
 from pipeline.stage import Context
 from stages.lib.formulas import policy_gradient as pg
+from stages.lib.generating.generator import Sampler
 from stages.lib.generating.sampling import Sampled, uniforms_for
 from stages.lib.on_policy.actor_critic import Judged
+from stages.lib.on_policy.episode_params import EpisodeParams
 from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
 from stages.lib.on_policy.params import OnPolicyParams
 from stages.lib.on_policy.parts import Parts
 from stages.lib.on_policy.samples import Completion, Sample
+from stages.lib.on_policy.turns import OpenEpisode
 from stages.lib.processes.collectives import any_process, from_all
 from stages.lib.text.prompts import PromptRow
 from stages.lib.text.tokenizers import decode_ids
@@ -45,10 +50,7 @@ class Rollouts:
         share = math.ceil(len(rows) / world.size)
         mine = [index % len(rows) for index in range(world.rank * share, (world.rank + 1) * share)]
         my_rows, my_positions = [rows[index] for index in mine], [positions[index] for index in mine]
-        sampled = self.write(my_rows, my_positions, seed)
-        written = [
-            unjudged(position, row, each) for position, row, each in zip(my_positions, my_rows, sampled, strict=True)
-        ]
+        written = self.write(my_rows, my_positions, seed)
         episodes: list[Episode] = []
         size = self.ctx.resources.micro_batch_size or share
         for start in range(0, share, size):
@@ -66,25 +68,63 @@ class Rollouts:
             raise RewardError(*dict.fromkeys(problem for error in wrong for problem in error.problems))
         return {each.position: each for part in reversed(parts) for each in reversed(part)}
 
-    def write(self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> list[Sampled]:
-        """A completion of each prompt, in as many batches as the generator wants. All processes call it together."""
-        generator = self.parts.generator
-        starts = range(0, len(rows), generator.chunk_size)
+    def write(self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> list[Episode]:
+        """A completion of each prompt, of which nothing is known but what its generator says. All processes call it together."""
+        numbers = [uniforms_for(seed, place, self.params.max_new_tokens) for place in positions]
+        with self.parts.generator.ready() as sampler:
+            if self.parts.unfolding is not None:
+                opened = [OpenEpisode(row, each) for row, each in zip(rows, numbers, strict=True)]
+                self.parts.unfolding.unfold(opened, functools.partial(self.sample, sampler))
+                return [each.closed(position) for each, position in zip(opened, positions, strict=True)]
+            sampled = self.sample(sampler, [row.ids for row in rows], numbers)
+        return [unjudged(position, row, each) for position, row, each in zip(positions, rows, sampled, strict=True)]
+
+    def sample(
+        self, sampler: Sampler, prompts: Sequence[Sequence[int]], numbers: Sequence[NDArray[np.float64]], turn: int = 0
+    ) -> list[Sampled]:
+        """What follows each prompt, of at most as many tokens as it has numbers, in batches as the generator wants them.
+
+        All processes call it together, in turns after the first each with as many prompts as it has left.
+        """
+        size = self.parts.generator.chunk_size
+        starts = range(0, max(from_all(len(prompts))) if turn else len(prompts), size)
         sampled: list[Sampled] = []
-        with generator.ready() as sampler:
-            for done, start in enumerate(starts):
-                require_going_on(self.ctx)
-                chunk = slice(start, start + generator.chunk_size)
-                numbers = [uniforms_for(seed, place, self.params.max_new_tokens) for place in positions[chunk]]
-                sampled += sampler.sample(
-                    [row.ids for row in rows[chunk]],
-                    np.stack(numbers),
-                    stop_ids=self.parts.stop_ids,
-                    temperature=self.params.temperature,
-                )
-                if len(starts) > 1:
-                    self.ctx.journal.write("progress", what="chunks of completions", done=done + 1, total=len(starts))
+        for done, start in enumerate(starts):
+            require_going_on(self.ctx)
+            chunk = slice(start, start + size)
+            sampled += self.sample_in_room(sampler, prompts[chunk], numbers[chunk])
+            if len(starts) > 1:
+                what = f"chunks of turn {turn + 1}" if turn else "chunks of completions"
+                self.ctx.journal.write("progress", what=what, done=done + 1, total=len(starts))
         return sampled
+
+    def sample_in_room(
+        self, sampler: Sampler, prompts: Sequence[Sequence[int]], numbers: Sequence[NDArray[np.float64]]
+    ) -> list[Sampled]:
+        """What follows each prompt of a batch, though no row is read beyond the places that the model was checked to have.
+
+        A row that has ended is read on with padding until the last of its batch has ended. Where that would be too far for
+        one, the others are asked once more without it; of first turns none is, because all may write as much.
+        """
+        room = self.params.max_prompt_tokens + self.params.max_new_tokens
+        found: list[list[Sampled]] = [[] for _ in prompts]
+        texts, left = [list(each) for each in prompts], list(numbers)
+        going = list(range(len(prompts)))
+        while going:
+            width = min(max(len(left[row]) for row in going), *(room - len(texts[row]) for row in going))
+            uniforms_BK = np.stack([np.pad(left[row], (0, max(0, width - len(left[row]))))[:width] for row in going])
+            written = sampler.sample(
+                [texts[row] for row in going],
+                uniforms_BK,
+                stop_ids=self.parts.stop_ids,
+                temperature=self.params.temperature,
+            )
+            for row, each in zip(going, written, strict=True):
+                part = at_most(each, len(left[row]))
+                found[row].append(part)
+                texts[row], left[row] = texts[row] + part.ids.tolist(), left[row][len(part.ids) :]
+            going = [row for row in going if not found[row][-1].ended and len(left[row])]
+        return [as_one(parts) for parts in found]
 
     def judge(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Episode]:
         """The episodes with what policy, critic and reference say of each token."""
@@ -101,14 +141,14 @@ class Rollouts:
             fields["ref_logprobs"] = judged.logprobs
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in fields.items()}
         return [
-            replace(each, **{name: array[index, : len(each.ids)] for name, array in arrays.items()})
+            replace(each, **{name: said_only(each, array[index, : len(each.ids)]) for name, array in arrays.items()})
             for index, each in enumerate(episodes)
         ]
 
     def reward(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Episode] | RewardError:
         """The episodes with what they are worth; or why one of them cannot be scored, which the others are to know too."""
         samples = [
-            Sample(row.index, row.prompt, Completion(self.text_of(each), len(each.ids), each.ended), row.row)
+            Sample(row.index, row.prompt, self.completion_of(each), row.row)
             for each, row in zip(episodes, rows, strict=True)
         ]
         try:
@@ -132,8 +172,32 @@ class Rollouts:
                     f" row {row_index + 1}: {first.what}"
                 )
 
+        if self.params.episodes is not None:
+            self.say_troubles_of_turns(experience)
+
+    def say_troubles_of_turns(self, experience: Experience) -> None:
+        """Says what went wrong where episodes went on."""
+        unfolded = [(each.row_index, each.unfolded) for each in experience.episodes if each.unfolded is not None]
+        found = [(row_index, trouble) for row_index, each in unfolded for trouble in each.troubles]
+        if found:
+            words = ", ".join(f"{count} {word}" for word, count in Counter(each.word for _, each in found).items())
+            self.ctx.journal.note(
+                f"episodes: trouble with {len(found)} observations ({words}), for example of row {found[0][0] + 1}:"
+                f" {found[0][1].what}"
+            )
+        if short := sum(each.is_cut_short for _, each in unfolded):
+            self.ctx.journal.note(
+                f"episodes: {short} of {len(unfolded)} ended because what was observed did not fit in max_new_tokens"
+            )
+
+    def completion_of(self, episode: Episode) -> Completion:
+        """What rewards see: of an episode of several turns the last one, with those before it."""
+        if episode.unfolded is None:
+            return Completion(self.text_of(episode), len(episode.ids), episode.ended)
+        return Completion(episode.unfolded.last, episode.num_said, episode.ended, episode.unfolded.turns)
+
     def text_of(self, episode: Episode) -> str:
-        """What the policy wrote, without the token that ends it. Other special tokens stand in it as they are spelled."""
+        """What the policy wrote, and read, without the token that ends it. Other special tokens stand in it as they are spelled."""
         ids = episode.ids[:-1] if episode.ended else episode.ids
         return decode_ids(self.parts.tokenizer, ids.tolist())
 
@@ -163,6 +227,7 @@ class Rollouts:
             "ended": float(experience.ended.mean()),
             "generator_logprob_gap": float(gap.sum() / mask.sum()),
             "generator_logprob_gap_max": float(gap.max()),
+            **metrics_of_turns(experience, self.params.episodes),
         }
 
     def samples(self, experience: Experience) -> list[dict[str, Any]]:
@@ -194,6 +259,41 @@ def unjudged(position: int, row: PromptRow, sampled: Sampled) -> Episode:
         ref_logprobs=sampled.logprobs,
         values=np.zeros_like(sampled.logprobs),
     )
+
+
+def at_most(sampled: Sampled, limit: int) -> Sampled:
+    """The first `limit` tokens of it."""
+    if len(sampled.ids) <= limit:
+        return sampled
+    return Sampled(sampled.ids[:limit], sampled.logprobs[:limit], ended=False)
+
+
+def as_one(parts: Sequence[Sampled]) -> Sampled:
+    """What was written in several parts, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, logprobs = (np.concatenate([getattr(each, name) for each in parts]) for name in ("ids", "logprobs"))
+    return Sampled(ids, logprobs, parts[-1].ended)
+
+
+def said_only(episode: Episode, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The numbers of the episode's tokens, 0 for those that the policy only read."""
+    return np.where(episode.observed, np.float32(0), numbers) if len(episode.observed) else numbers
+
+
+def metrics_of_turns(experience: Experience, params: EpisodeParams | None) -> Metrics:
+    """Means over episodes of the policy's turns and of the tokens that it read; and how many episodes or observations were cut."""
+    if params is None:
+        return {}
+    unfolded = [each.unfolded for each in experience.episodes if each.unfolded is not None]
+    return {
+        "turns": float(np.mean([each.num_turns for each in unfolded])),
+        "observation_tokens": float(np.mean([len(each.ids) - each.num_said for each in experience.episodes])),
+        "observations_cut": float(sum(each.num_cut for each in unfolded)),
+        "episodes_cut_short": float(sum(each.is_cut_short for each in unfolded)),
+        "episodes_of_max_turns": float(sum(each.num_turns == params.max_turns for each in unfolded)),
+        "errors_episodes": float(sum(len(each.troubles) for each in unfolded)),
+    }
 
 
 def require_going_on(ctx: Context) -> None:

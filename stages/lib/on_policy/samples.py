@@ -9,19 +9,21 @@ from typing import NamedTuple
 from pipeline.errors import Problem
 from stages.lib.on_policy.reward_values import Unscorable
 from stages.lib.rows.canonical import Row
-from stages.lib.text.chat_template import Prompt
+from stages.lib.text.chat_template import Messages, Prompt
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the policy wrote."""
+    """What the policy wrote; of an episode of several turns, its last one."""
 
     text: str
     """Its text, without the token that ends it."""
     num_tokens: int
-    """How many tokens the policy made, the one that ends it included."""
+    """How many tokens the policy made, in all turns, those that end them included."""
     ended: bool
     """Whether the policy ended it itself, with a stop token, rather than being cut off at the limit."""
+    turns: Messages | None = None
+    """Of an episode, the messages between the prompt and the last turn. None where the stage has no episodes."""
 
 
 class Sample(NamedTuple):
@@ -45,6 +47,10 @@ def column_text(row: Row, column: str) -> str:
 
 
 def problem_of(name: str, row_index: int, row: Row, error: Unscorable) -> Problem:
+    return problem_at(f"rewards.{name}", row_index, row, error)
+
+
+def problem_at(where: str, row_index: int, row: Row, error: Unscorable) -> Problem:
     known = [f"{field} {row[field]!r}" for field in ("id", "source") if field in row]
     place = f"row {row_index + 1}" + (f" ({', '.join(known)})" if known else "")
-    return Problem(f"rewards.{name}", f"{place}: {error.what}", error.hint)
+    return Problem(where, f"{place}: {error.what}", error.hint)

@@ -133,7 +133,10 @@ class Scorer:
             at_boundary()
             chunk = samples[start : start + self.model.batch_size]
             assert not any(isinstance(each.prompt, str) for each in chunk), "a reward model scores conversations"
-            chats = [[*each.prompt, {"role": "assistant", "content": each.completion.text}] for each in chunk]
+            chats = [
+                [*each.prompt, *(each.completion.turns or ()), {"role": "assistant", "content": each.completion.text}]
+                for each in chunk
+            ]
             found += self.model.score(chats)
         return check_scores(LEARNED, found, samples)
 

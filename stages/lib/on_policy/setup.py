@@ -37,6 +37,7 @@ from stages.lib.on_policy.quiet import switch_dropout_off
 from stages.lib.on_policy.reward_params import learned
 from stages.lib.on_policy.rewards import check_rows
 from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
+from stages.lib.on_policy.turns import Unfolding, unfolding_of
 from stages.lib.preferring.reward_reading import RewardReading, reading_in
 from stages.lib.text.batches import padding_of
 from stages.lib.text.chat_check import check_chat_template
@@ -74,7 +75,9 @@ def run_on_policy(
     prompts, heldout, ledger = open_prompts(
         ctx, tokenizer, params.rendering, params.max_prompt_tokens, params.max_dropped_fraction
     )
-    check_rows(params.rewards, ((row.index, row.prompt, row.row) for row in (*prompts.rows, *heldout.rows)))
+    rows = (*prompts.rows, *heldout.rows)
+    turns = None if params.episodes is None else ()
+    check_rows(params.rewards, ((row.index, row.prompt, row.row) for row in rows), turns)
     opened = Opened(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -82,6 +85,7 @@ def run_on_policy(
         mixture=mixture_of(ctx, params, tokenizer),
         critic=critic_folder(ctx, params, tokenizer),
         value_learning_rate=value_learning_rate,
+        unfolding=unfolding_of(ctx, params.episodes, tokenizer, rows),
     )
     build = functools.partial(build_parts, ctx, params, opened)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
@@ -171,6 +175,7 @@ class Opened:
     critic: Path | None
     """Where the critic is loaded from."""
     value_learning_rate: float | None
+    unfolding: Unfolding | None
 
 
 def build_parts(ctx: Context, params: OnPolicyParams, opened: Opened, device: torch.device, batch: Batch) -> Parts:
@@ -207,6 +212,7 @@ def build_parts(ctx: Context, params: OnPolicyParams, opened: Opened, device: to
         mixture=opened.mixture,
         parameters=count_parameters(module),
         policy_parameters=policy_parameters,
+        unfolding=opened.unfolding,
     )
 
 
