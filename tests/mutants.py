@@ -139,6 +139,16 @@ MUTATIONS = (
         ("tests/numerics/test_policy_gradient.py::test_advantages_do_not_see_padding",),
     ),
     Mutation(
+        "the worst completion of a prompt preferred to its best",
+        "stages/lib/formulas/policy_gradient.py",
+        "(signs_GS * ~all_equal(groups_GS)).flatten()",
+        "(-signs_GS * ~all_equal(groups_GS)).flatten()",
+        (
+            "tests/numerics/test_online_dpo_loss.py::test_loss_and_gradient_are_those_of_the_formula",
+            "tests/numerics/test_online_dpo_loss.py::test_the_best_of_each_prompt_stands_against_its_worst",
+        ),
+    ),
+    Mutation(
         "the critic learns from padding",
         "stages/lib/on_policy",
         'self.algorithm.value_coefficient * terms["value_loss"] * mask',

@@ -247,6 +247,7 @@ CASES = {
         },
     ),
     "lora, alone": Case("reinforce_plus_plus", {"method": "lora", "rank": 2, "publish": "adapter"}),
+    "pairs": Case("online_dpo", {"method": "lora", "rank": 2}),
     "freeze": Case("ppo", {"method": "freeze", "last_layers": 1, "publish": "adapter"}),
     "bitfit": Case("grpo", {"method": "bitfit"}, "gpt2"),
     "prompt": Case("grpo", {"method": "prompt_tuning", "num_virtual_tokens": 3}),
