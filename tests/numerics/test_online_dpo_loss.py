@@ -19,7 +19,7 @@ from stages.alignment.online_dpo import OnlineDPO, OnlineDPOParams
 from stages.lib.formulas.policy_gradient import best_against_worst
 from stages.lib.on_policy.actor_critic import Judged
 from stages.lib.on_policy.experience import Episode, Experience
-from stages.lib.on_policy.pair_learning import PairLearner
+from stages.lib.on_policy.pair_learning import PairLearner, wins_beyond_rounding
 from stages.lib.training.params import Batch
 from tests.numerics.test_on_policy_loss import COMMON, PADDING, actor_critic, episode, float32, make_context
 
@@ -182,3 +182,10 @@ def test_pairs_go_through_a_pass_together_in_an_order_of_their_own() -> None:
         assert sorted(flat) == list(range(16))
         assert all(flat[place] + 1 == flat[place + 1] and flat[place] % 2 == 0 for place in range(0, 16, 2))
     assert passes[0] == passes[2] != passes[1]
+
+
+def test_a_policy_that_is_its_reference_wins_one_half() -> None:
+    """The first two pairs differ by 4e-6 of 160 nats, which is rounding; the others by 0.01, one way and the other."""
+    zeros_N = torch.zeros(4)
+    moved_N = torch.tensor([4e-6, -4e-6, 0.01, -0.01])
+    assert wins_beyond_rounding([moved_N - 40, zeros_N - 40, zeros_N - 40, zeros_N - 40]).tolist() == [0.5, 0.5, 1, 0]

@@ -88,7 +88,7 @@ class PairLearner(Learner):
             terms = {
                 "loss": loss_N,
                 "margin": margin_N,
-                "accuracy": (margin_N > 0).float(),
+                "accuracy": wins_beyond_rounding(sums),
                 "chosen_logprob_change": sums[0] - sums[2],
                 "rejected_logprob_change": sums[1] - sums[3],
                 "pairs": torch.ones_like(margin_N),
@@ -99,6 +99,15 @@ class PairLearner(Learner):
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double().sum()
         return loss_N.sum() / pairs * self.ctx.world.size
+
+
+def wins_beyond_rounding(sums: Sequence[Tensor]) -> Tensor:
+    """1 where the implicit reward of the chosen completion is the higher one, 0 where it is the lower one, and one half where
+    they differ by nothing but how log-probabilities were added up, as under a policy that is still its reference.
+    """
+    margin_N = implicit_margin(*sums, beta=1.0)
+    apart_N = margin_N.abs() > pg.ROUNDING * torch.stack(list(sums)).abs().sum(dim=0)
+    return torch.where(apart_N, (margin_N > 0).float(), 0.5)
 
 
 def chosen_and_rejected(sign_B: Tensor, logp_B: Tensor, ref_B: Tensor) -> list[Tensor]:
