@@ -172,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "completions that were cut off counted among the tokens of a step that leaves them out",
         "stages/lib/on_policy",
-        "tokens = float(sum(self.learned_tokens(experience.episodes[index]) for index in chosen))",
-        "tokens = float(sum(len(experience.episodes[index].ids) for index in chosen))",
+        "return float(sum(self.learned_tokens(each) for each in episodes))",
+        "return float(sum(len(each.ids) for each in episodes))",
         ("tests/numerics/test_policy_loss_options.py::test_a_truncated_completion_is_left_out",),
     ),
     Mutation(
