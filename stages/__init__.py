@@ -25,6 +25,7 @@ GROUPS = {
     "grpo": "alignment",
     "rloo": "alignment",
     "reinforce_plus_plus": "alignment",
+    "online_dpo": "alignment",
     "distill": "compression",
     "quantize": "compression",
     "evaluate": "evaluation",

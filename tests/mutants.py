@@ -139,6 +139,16 @@ MUTATIONS = (
         ("tests/numerics/test_policy_gradient.py::test_advantages_do_not_see_padding",),
     ),
     Mutation(
+        "the worst completion of a prompt preferred to its best",
+        "stages/lib/formulas/policy_gradient.py",
+        "(signs_GS * ~all_equal(groups_GS)).flatten()",
+        "(-signs_GS * ~all_equal(groups_GS)).flatten()",
+        (
+            "tests/numerics/test_online_dpo_loss.py::test_loss_and_gradient_are_those_of_the_formula",
+            "tests/numerics/test_online_dpo_loss.py::test_the_best_of_each_prompt_stands_against_its_worst",
+        ),
+    ),
+    Mutation(
         "the critic learns from padding",
         "stages/lib/on_policy",
         'self.algorithm.value_coefficient * terms["value_loss"] * mask',
@@ -162,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "completions that were cut off counted among the tokens of a step that leaves them out",
         "stages/lib/on_policy",
-        "tokens = float(sum(self.learned_tokens(experience.episodes[index]) for index in chosen))",
-        "tokens = float(sum(len(experience.episodes[index].ids) for index in chosen))",
+        "return float(sum(self.learned_tokens(each) for each in episodes))",
+        "return float(sum(len(each.ids) for each in episodes))",
         ("tests/numerics/test_policy_loss_options.py::test_a_truncated_completion_is_left_out",),
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Whether PPO, GRPO and RLOO learn a form that a program checks: `python -m tests.benchmarks.learns_a_format`.
+"""Whether PPO, GRPO, RLOO and online DPO learn a form that a program checks: `python -m tests.benchmarks.learns_a_format`.
 
 A Llama of 50,000 random weights must write an opening and a closing bracket, in this order, and end by itself. One of the
 three gives a third of the reward. At random, about one in ten is fulfilled. Each algorithm must come from under 0.2 to over
@@ -49,6 +49,14 @@ OWN: dict[str, dict[str, Any]] = {
         "epochs_per_rollout": 2,
     },
     "rloo": {"rollouts": 120, "kl_coefficient": 0.02, "completions_per_prompt": 8, "epochs_per_rollout": 2},
+    # As many completions as in grpo, of which a quarter is learned from: 16 pairs a rollout.
+    "online_dpo": {
+        "rollouts": 120,
+        "rollout_batch_size": 128,
+        "global_batch_size": 8,
+        "kl_coefficient": 0.1,
+        "completions_per_prompt": 8,
+    },
 }
 
 

@@ -246,7 +246,8 @@ def test_options_of_trl_are_called_as_trl_calls_them() -> None:
     named = {name for row in cells_of_options() for name in re.findall(r"`(\w+)`", row[3])}
     code = (
         "import dataclasses, trl; configs = [getattr(trl, f'{name}Config') for name in ('SFT', 'DPO', 'KTO', 'Reward', "
-        "'GRPO', 'RLOO')]; print(*{field.name for each in configs for field in dataclasses.fields(each)})"
+        "'GRPO', 'RLOO')]; from trl.experimental.online_dpo import OnlineDPOConfig; configs.append(OnlineDPOConfig); "
+        "print(*{field.name for each in configs for field in dataclasses.fields(each)})"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

@@ -32,7 +32,7 @@ WORLD = World(
     size=int(os.environ.get("WORLD_SIZE", "1")),
     local_rank=int(os.environ.get("LOCAL_RANK", "0")),
 )
-ON_POLICY = tuple(f"stages.alignment.{kind}" for kind in ("ppo", "grpo", "rloo", "reinforce_plus_plus"))
+ON_POLICY = tuple(f"stages.alignment.{kind}" for kind in ("ppo", "grpo", "rloo", "reinforce_plus_plus", "online_dpo"))
 SAMPLING = "stages.alignment.sample_preferences"
 
 

@@ -133,6 +133,7 @@ def test_without_scaling_advantages_are_differences(world: OnPolicyWorld, tmp_pa
         ("grpo", {"policy_loss": "cispo", "clip_ratio_high": 4.0}),
         ("grpo", {"policy_loss": "sapo"}),
         ("grpo", {"dynamic_sampling": {}, "clip_ratio_high": 0.28}),
+        ("online_dpo", {}),
     ],
     ids=lambda each: each if isinstance(each, str) else "-".join(map(str, each.values())),
 )

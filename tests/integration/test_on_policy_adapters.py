@@ -251,6 +251,7 @@ CASES = {
         },
     ),
     "lora, alone": Case("reinforce_plus_plus", {"method": "lora", "rank": 2, "publish": "adapter"}),
+    "pairs": Case("online_dpo", {"method": "lora", "rank": 2}),
     "freeze": Case("ppo", {"method": "freeze", "last_layers": 1, "publish": "adapter"}),
     "only_new": Case("ppo", {"method": "freeze", "only_new": True}, "deepened"),
     "bitfit": Case("grpo", {"method": "bitfit"}, "gpt2"),

@@ -327,6 +327,7 @@ def test_every_day_is_the_same_day() -> None:
         "grpo",
         "rloo",
         "reinforce_plus_plus",
+        "online_dpo",
         "evaluate",
         "quantize",
     ],

@@ -59,7 +59,7 @@ ON_POLICY = {
     "rewards": [{"kind": "length_penalty", "target_tokens": 2, "per_token": 0.1}],
     "rollouts": 1,
     "rollout_batch_size": 8,
-    "global_batch_size": 8,
+    "global_batch_size": 4,
     "learning_rate": 1e-3,
     "max_prompt_tokens": 100,
 }
@@ -91,7 +91,7 @@ def test_plan_refuses_what_is_longer_than_the_model(kind: str, config: dict[str,
         assert found == [f"{each} Lower it to 128." for each in expected]
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo", "reinforce_plus_plus"])
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo", "reinforce_plus_plus", "online_dpo"])
 def test_plan_refuses_completions_beyond_the_model(kind: str) -> None:
     stage = STAGES[kind]
     for new, expected in ((28, []), (29, ["100 and max_new_tokens 29 are 129, and the model takes 128 tokens"])):

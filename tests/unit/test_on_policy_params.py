@@ -37,7 +37,7 @@ ARCHITECTURE = {
 }
 MODEL = Estimate(parameters=1000, architecture=ARCHITECTURE, vocabulary_size=100)
 LORA = {"adapter": {"method": "lora"}}
-ALL = ("ppo", "grpo", "rloo", "reinforce_plus_plus")
+ALL = ("ppo", "grpo", "rloo", "reinforce_plus_plus", "online_dpo")
 
 
 def problems(

@@ -159,6 +159,18 @@ def leave_one_out_advantages(scores_N: Tensor, group_size: int) -> Tensor:
     return ((groups_GS - others_GS) * ~all_equal(groups_GS)).flatten()
 
 
+def best_against_worst(scores_N: Tensor, group_size: int) -> Tensor:
+    """N: 1 for the best completion of each group, -1 for its worst, 0 for all others, and for all of a group of equal scores.
+
+    Groups stand together. Of equal scores the first counts, on either side.
+    """
+    groups_GS = scores_N.view(-1, group_size)
+    signs_GS = torch.zeros_like(groups_GS)
+    signs_GS.scatter_(1, groups_GS.argmin(dim=1, keepdim=True), -1.0)
+    signs_GS.scatter_(1, groups_GS.argmax(dim=1, keepdim=True), 1.0)
+    return (signs_GS * ~all_equal(groups_GS)).flatten()
+
+
 # Losses
 
 

@@ -125,10 +125,16 @@ class Experience:
             ]
         )
 
-    def minibatches(self, seed: int, rollout: int, epoch: int, size: int) -> list[list[int]]:
-        """The episodes of each minibatch of a pass: an order that is a function of (seed, rollout, epoch)."""
-        order = np.random.Generator(np.random.PCG64(seed_of(seed, rollout, epoch))).permutation(len(self))
-        return [[int(index) for index in order[start : start + size]] for start in range(0, len(order), size)]
+    def minibatches(
+        self, seed: int, rollout: int, epoch: int, size: int, *, completions_per_row: int = 1
+    ) -> list[list[int]]:
+        """The episodes of each minibatch of a pass, `size` rows of so many successive episodes: an order that is a function of
+        (seed, rollout, epoch).
+        """
+        num_rows = len(self) // completions_per_row
+        order = np.random.Generator(np.random.PCG64(seed_of(seed, rollout, epoch))).permutation(num_rows)
+        rows = [range(int(row) * completions_per_row, (int(row) + 1) * completions_per_row) for row in order]
+        return [[index for row in rows[start : start + size] for index in row] for start in range(0, num_rows, size)]
 
     def save(self, path: Path) -> None:
         """Writes the episodes as arrays: those of all completions one after the other, and where each begins."""

@@ -44,15 +44,14 @@ class Learner:
         """
         started = time.monotonic()
         params, ctx, engine = self.params, self.ctx, self.parts.engine
-        tokens = float(sum(self.learned_tokens(experience.episodes[index]) for index in chosen))
+        episodes = [experience.episodes[index] for index in chosen]
+        tokens = float(sum(self.learned_tokens(each) for each in episodes))
+        # There are none where all completions were cut off, and those are left out.
+        counted = max(self.counted(episodes), 1.0)
         share = len(chosen) // ctx.world.size
-        mine = chosen[ctx.world.rank * share : (ctx.world.rank + 1) * share]
-        micro = self.batch.micro_batch_size
-        batches = [
-            self.parts.to_device(self.collate([experience.episodes[i] for i in mine[start : start + micro]]))
-            for start in range(0, share, micro)
-        ]
-        counted = max(tokens, 1.0)  # there are none where all completions were cut off, and those are left out
+        mine = episodes[ctx.world.rank * share : (ctx.world.rank + 1) * share]
+        micro = self.batch.micro_batch_size * params.completions_per_row
+        batches = [self.parts.to_device(self.collate(mine[start : start + micro])) for start in range(0, share, micro)]
         torch.manual_seed(seed_of(ctx.seed, step))  # for what is drawn without being seen in what comes out
         totals: Tensors = {}
         if self.parts.mixture is not None:
@@ -61,14 +60,27 @@ class Learner:
             engine.backward(partial(self.loss, batch, counted, totals), last=number == len(batches) - 1)
         names = sorted(totals)
         sums = dict(zip(names, all_reduce_sum([float(totals[name]) for name in names]), strict=True))
-        stats = {name: value if name == "ptx_loss" else value / counted for name, value in sums.items()}
-        deviation = max(0.0, stats.pop("ratio_squares") - stats["ratio"] ** 2) ** 0.5
-        stats["ratio_deviation"] = deviation
+        stats = self.means(sums, counted, tokens)
         require_finite(stats, f"step {step + 1}", HINT)
         factor = learning_rate_factor(params, step, params.total_steps)
         stats["gradient_norm"] = engine.step([rate * factor for rate in self.parts.rates]).gradient_norm
         require_finite(stats, f"step {step + 1}", HINT)
         stats |= {"tokens": tokens, "seconds": time.monotonic() - started}
+        return stats
+
+    def taught_by(self, experience: Experience) -> Experience:
+        """Those episodes of a rollout that the passes go over: all."""
+        return experience
+
+    def counted(self, episodes: Sequence[Episode]) -> float:
+        """What the loss of a step is divided by: its tokens."""
+        return float(sum(self.learned_tokens(each) for each in episodes))
+
+    def means(self, sums: Metrics, counted: float, tokens: float) -> Metrics:
+        """What is logged of a step, from the sums that `loss` added up over all micro batches."""
+        stats = {name: value if name == "ptx_loss" else value / counted for name, value in sums.items()}
+        deviation = max(0.0, stats.pop("ratio_squares") - stats["ratio"] ** 2) ** 0.5
+        stats["ratio_deviation"] = deviation
         return stats
 
     def learned_tokens(self, episode: Episode) -> int:

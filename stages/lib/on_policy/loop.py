@@ -24,9 +24,11 @@ from pipeline.errors import Preempted
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas import policy_gradient as pg
+from stages.lib.formulas.calibration import wins
 from stages.lib.on_policy.dynamic_sampling import Drawn, draw_groups
 from stages.lib.on_policy.experience import Experience
-from stages.lib.on_policy.learning import Learner
+from stages.lib.on_policy.pair_learning import make_learner
+from stages.lib.on_policy.pair_params import PairParams
 from stages.lib.on_policy.params import GroupParams, OnPolicyParams
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts, Progress
 from stages.lib.on_policy.rollout import Rollouts, require_going_on, require_like_generator
@@ -40,6 +42,9 @@ from stages.lib.training.state import Saved, find_measured, find_saved, save_che
 
 HELDOUT = 1
 """Keeps the random numbers of held-out completions apart from those of training."""
+
+FIRST_SCORES = "scores"
+"""Of the first held-out measurement of pairs, what each completion was worth: what later ones are compared with."""
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Aligner:
         num_prompts = self.params.rollouts * self.params.rollout_batch_size // self.params.group_size
         self.schedule = ScheduledData(self.parts.train, self.ctx.seed, num_prompts)
         self.rollouts = Rollouts(self.ctx, self.params, self.parts)
-        self.learner = Learner(self.ctx, self.params, self.algorithm, self.parts, self.batch)
+        self.learner = make_learner(self.ctx, self.params, self.algorithm, self.parts, self.batch)
         self.saved_at = self.progress.step
 
     def run(self) -> Aligned:
@@ -102,7 +107,7 @@ class Aligner:
             scores_N = scores_N.clamp(-params.reward_clip, params.reward_clip)
         coefficient = progress.controller.coefficient
         advantages_NK, returns_NK, logged = self.algorithm.advantages(experience, scores_N, coefficient)
-        progress.experience = experience.with_advantages(advantages_NK, returns_NK)
+        progress.experience = self.learner.taught_by(experience.with_advantages(advantages_NK, returns_NK))
         progress.drawn += drawn.num_completions
         progress.sums = {}
         seconds = time.monotonic() - started
@@ -161,7 +166,14 @@ class Aligner:
         while progress.step < end:
             require_going_on(self.ctx)
             epoch, number = divmod(progress.step - rollout * params.rollout_steps, params.passes_steps)
-            chosen = progress.experience.minibatches(self.ctx.seed, rollout, epoch, params.global_batch_size)[number]
+            minibatches = progress.experience.minibatches(
+                self.ctx.seed,
+                rollout,
+                epoch,
+                params.global_batch_size,
+                completions_per_row=params.completions_per_row,
+            )
+            chosen = minibatches[number]
             stats = self.learner.optimize(progress.experience, chosen, progress.step)
             progress.step += 1
             self.log_step(stats)
@@ -230,14 +242,31 @@ class Aligner:
         """What the policy makes of held-out prompts, from the journal if it stands there. Raises `StopRequested`."""
         step = self.progress.step
         if measured := from_main(lambda: find_measured(self.ctx.journal, step)):
-            return measured
+            return {name: value for name, value in measured.items() if name != FIRST_SCORES}
         rows = self.parts.heldout.rows[: self.params.heldout_prompts]
         experience = self.rollouts.complete(rows, list(range(len(rows))), seed_of(self.ctx.seed, HELDOUT))
         described = self.rollouts.describe(experience)
         metrics = {f"heldout_{name}": value for name, value in described.items() if not name.startswith("generator")}
+        first: dict[str, Any] = {}
+        if isinstance(self.params, PairParams):
+            scores_N = self.rollouts.scores(experience)
+            if step == 0:
+                first[FIRST_SCORES] = scores_N.tolist()
+            else:
+                metrics["heldout_win_rate"] = self.win_rate(scores_N)
         require_finite(metrics, f"step {step}", "Lower the learning rate, or look at the rewards.")
-        self.ctx.journal.write("heldout", step=step, total_steps=self.params.total_steps, **metrics)
+        self.ctx.journal.write("heldout", step=step, total_steps=self.params.total_steps, **metrics, **first)
         return metrics
+
+    def win_rate(self, scores_N: Tensor) -> float:
+        """How often a held-out completion is worth more than that of the policy that training began with, of the same prompt
+        and drawn with the same random numbers; ties count one half.
+        """
+
+        def first_scores() -> list[float]:
+            return next(event[FIRST_SCORES] for event in self.ctx.journal.events("heldout") if event["step"] == 0)
+
+        return float(wins(scores_N, torch.tensor(from_main(first_scores), dtype=scores_N.dtype)).mean())
 
     def save_if_due(self) -> None:
         """Saves if a multiple of `save_every_steps` has been passed since the last time, or this is the last step."""

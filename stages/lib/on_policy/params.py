@@ -132,9 +132,19 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
         return False
 
     @property
+    def completions_per_row(self) -> int:
+        """Completions in each of what `global_batch_size` and `micro_batch_size` count."""
+        return 1
+
+    @property
+    def rollout_rows(self) -> int:
+        """How many of these a rollout has."""
+        return self.rollout_batch_size
+
+    @property
     def passes_steps(self) -> int:
         """Optimizer steps of one pass over a rollout."""
-        return self.rollout_batch_size // self.global_batch_size
+        return self.rollout_rows // self.global_batch_size
 
     @property
     def rollout_steps(self) -> int:
@@ -172,10 +182,10 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
 
     @model_validator(mode="after")
     def sizes_fit(self) -> OnPolicyParams:
-        if self.rollout_batch_size % self.global_batch_size:
-            raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} is not a multiple of global_batch_size {self.global_batch_size}"
-            )
+        if self.rollout_rows % self.global_batch_size:
+            pairs = f" gives {self.rollout_rows} pairs, which" if self.completions_per_row == 2 else ""
+            sizes = f"rollout_batch_size {self.rollout_batch_size}{pairs}"
+            raise ValueError(f"{sizes} is not a multiple of global_batch_size {self.global_batch_size}")
         if self.rollout_batch_size % self.group_size:
             raise ValueError(
                 f"rollout_batch_size {self.rollout_batch_size} is not a multiple of completions_per_prompt {self.group_size}"
@@ -293,16 +303,19 @@ def estimate_on_policy(forecast: Forecast) -> Estimate:
     """Steps, batch, and memory: policy and critic in training, reference and reward model frozen beside them."""
     params: OnPolicyParams = forecast.params
     model = forecast.inputs.get("model", Estimate())
+    length = params.max_prompt_tokens + params.max_new_tokens
     known = estimate_training(
         forecast,
         architecture=model.architecture,
         parameters=model.parameters,
         num_rows=forecast.inputs.get("prompts", Estimate()).train_rows,
-        sequence_length=params.max_prompt_tokens + params.max_new_tokens,
+        # In memory a pair is as much as one sequence of twice the length.
+        sequence_length=params.completions_per_row * length,
         vocabulary_size=model.vocabulary_size,
         total_steps=params.total_steps,
         without_dropout=True,
     )
+    known = replace(known, sequence_length=length)
     if known.memory_bytes_per_rank is None or known.parameters is None:
         return known
     width = BYTES[params.precision] if forecast.resources.deepspeed else BYTES["fp32"]

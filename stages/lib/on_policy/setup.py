@@ -123,6 +123,9 @@ def last_of(aligned: Aligned) -> dict[str, float]:
         "kl_coefficient",
         "entropy",
         "clipped",
+        "accuracy",
+        "margin",
+        "pairs_left_out",
         "explained_variance",
         "generator_logprob_gap",
     )

@@ -29,8 +29,12 @@ def on_policy_stage(
     run: Callable[[Context, Any], Result],
     inputs: Mapping[str, Input] = INPUTS,
     check: Callable[[Forecast], list[Problem]] = check_on_policy,
+    headline: tuple[str, ...] = (),
 ) -> Stage:
-    """A stage that makes a causal model of a causal model, or an adapter of it, by what its completions are worth."""
+    """A stage that makes a causal model of a causal model, or an adapter of it, by what its completions are worth.
+
+    `headline`: metrics of its own to show beside those that all have.
+    """
     return Stage(
         kind=kind,
         version=version,
@@ -45,6 +49,7 @@ def on_policy_stage(
             "heldout_reward_deviation_base",
             "heldout_kl",
             "heldout_ended",
+            *headline,
         ),
         distributed=True,
         estimate=estimate_on_policy,
