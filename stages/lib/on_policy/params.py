@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pipeline.errors import Problem, RecipeError, did_you_mean, shown
 from pipeline.settings.strict import Strict
 from pipeline.stage import Estimate, Forecast, Input, accepts
-from pipeline.store.artifact import Kind
+from pipeline.store.artifact import REWARD_READING, Kind
 from stages.lib.formulas.bounds import Scale, Temperature, Weight
 from stages.lib.models.adapters.params import (
     BottleneckMethod,
@@ -224,7 +224,9 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     roles = set(forecast.inputs)
     if learned(params.rewards) and "reward" not in roles:
         problems.append(Problem("inputs.reward", "is missing, and params.rewards asks for reward_model", "Add it."))
-    critic_starts_from_it = params.has_critic and params.adapter is None
+    reward = forecast.inputs.get("reward", Estimate()).architecture or {}
+    judges_steps = "step_separator" in (reward.get(REWARD_READING) or {})
+    critic_starts_from_it = params.has_critic and params.adapter is None and not judges_steps
     if "reward" in roles and not learned(params.rewards) and not critic_starts_from_it:
         problems.append(
             Problem("inputs.reward", "is given, and no reward uses it", "Add {kind: reward_model} to params.rewards.")
