@@ -24,7 +24,8 @@ from pipeline.errors import Problem
 from pipeline.stage import Context, Forecast, Result, accepts
 from pipeline.store.artifact import Kind
 from stages.lib.formulas.bounds import LearningRate, Scale
-from stages.lib.on_policy.params import INPUTS, OnPolicyParams, check_on_policy
+from stages.lib.on_policy.forecast import check_on_policy
+from stages.lib.on_policy.params import INPUTS, OnPolicyParams
 from stages.lib.on_policy.stage import on_policy_stage
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def run(ctx: Context, params: PPOParams) -> Result:
 
 STAGE = on_policy_stage(
     kind="ppo",
-    version=5,
+    version=6,
     summary="proximal policy optimization of a causal model, from a reward model or programmatic rewards",
     params=PPOParams,
     inputs={**INPUTS, "value": accepts(Kind.REWARD_MODEL, optional=True)},

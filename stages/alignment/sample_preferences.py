@@ -17,7 +17,7 @@ from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.formulas.bounds import Nucleus, Temperature, Weight
-from stages.lib.models.adapters.folders import tokenizer_to_train_with, unreadable_adapter
+from stages.lib.models.adapters.folders import tokenizer_to_train_with, unreadable_adapter, virtual_tokens_in
 from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import length_problems, require_length
 from stages.lib.models.noise import noise_problems
@@ -104,10 +104,13 @@ def check(forecast: Forecast) -> list[Problem]:
     if "reward" in forecast.inputs and not learned(params.rewards):
         hint = "Add {kind: reward_model} to params.rewards."
         problems.append(Problem("inputs.reward", "is given, and no reward uses it", hint))
+    virtual = 0
     if (adapter := forecast.inputs.get("adapter", Estimate()).folder) is not None:
-        problems += unreadable_adapter(adapter)
+        unreadable = unreadable_adapter(adapter)
+        problems += unreadable
+        virtual = 0 if unreadable else virtual_tokens_in(adapter)
     architecture = forecast.inputs.get("model", Estimate()).architecture or {}
-    problems += length_problems(architecture, params.max_prompt_tokens + params.max_new_tokens, **room_said(params))
+    problems += length_problems(architecture, longest_asked(params, virtual), **room_said(params, virtual))
     problems += noise_problems(architecture) + untaught_problems(forecast)
     return problems + untemplated_problems(forecast, ["reward"] if learned(params.rewards) else [])
 
@@ -128,9 +131,8 @@ def run(ctx: Context, params: SamplePreferencesParams) -> Result:
     # Nothing is trained: there is no state to divide among processes.
     ctx = replace(ctx, resources=ctx.resources.model_copy(update={"deepspeed": None}))
     device = join_processes(ctx)
-    require_length(
-        read_config(ctx.inputs["model"]), params.max_prompt_tokens + params.max_new_tokens, **room_said(params)
-    )
+    virtual = virtual_tokens_in(ctx.inputs["adapter"]) if "adapter" in ctx.inputs else 0
+    require_length(read_config(ctx.inputs["model"]), longest_asked(params, virtual), **room_said(params, virtual))
     home = tokenizer_to_train_with(ctx.inputs)
     tokenizer = load_tokenizer(home)
     check_chat_template(tokenizer, str(home))
@@ -149,12 +151,15 @@ def run(ctx: Context, params: SamplePreferencesParams) -> Result:
 
 STAGE = Stage(
     kind="sample_preferences",
-    version=1,
+    version=2,
     summary="preferences, or best answers, of a policy's own completions, ranked by a reward model or rewards in code",
     params=SamplePreferencesParams,
     inputs={
         "model": accepts(Kind.CAUSAL_LM),
-        "prompts": accepts(Kind.PROMPTS, Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.TEXT),
+        "prompts": accepts(
+            *(Kind.PROMPTS, Kind.CHATS, Kind.PREFERENCES, Kind.UNPAIRED_PREFERENCES, Kind.RATINGS, Kind.STEP_LABELS),
+            Kind.TEXT,
+        ),
         "reward": accepts(Kind.REWARD_MODEL, Kind.PROCESS_REWARD_MODEL, optional=True),
         "adapter": accepts(Kind.ADAPTER, Kind.CAUSAL_LM, optional=True),
     },
@@ -171,9 +176,15 @@ HELDOUT_SEED = 1
 """Keeps the random numbers of held-out completions apart from those of training."""
 
 
-def room_said(params: SamplePreferencesParams) -> dict[str, str]:
+def longest_asked(params: SamplePreferencesParams, virtual: int) -> int:
+    """Tokens of the longest prompt and completion, behind the virtual ones of the policy's adapter."""
+    return params.max_prompt_tokens + params.max_new_tokens + virtual
+
+
+def room_said(params: SamplePreferencesParams, virtual: int) -> dict[str, str]:
     """How a prompt and completion that are longer than the model takes are told."""
-    what = f"{params.max_prompt_tokens} and max_new_tokens {params.max_new_tokens} are {{tokens}}"
+    behind = f" behind {virtual} virtual tokens" if virtual else ""
+    what = f"{params.max_prompt_tokens} and max_new_tokens {params.max_new_tokens}{behind} are {{tokens}}"
     return {"where": "params.max_prompt_tokens", "what": what, "hint": "Lower one of them."}
 
 

@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import DataError
 from pipeline.stage import Context
 from stages.alignment.sample_preferences import HELDOUT_SEED, STAGE
-from stages.lib.generating.sampling import uniforms_for
+from stages.lib.generating.sampling import Sampled, uniforms_for
+from stages.lib.on_policy.candidates import CandidateWriter, Worth
+from stages.lib.on_policy.ranking import REPEATED
 from stages.lib.preferring.reward_models import load_reward_model, score_chats
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_spans import encode_prompt
-from stages.lib.text.prompts import prompt_of
+from stages.lib.text.prompts import PromptRow, prompt_of
 from stages.lib.text.tokenizers import stop_token_ids
 from stages.lib.training.scheduling import seed_of
+from tests.distributed.training_world import make_tokenizer
 from tests.integration.on_policy_world import OnPolicyWorld, make_on_policy_world, write_reward_model
 from tests.integration.preference_world import run
 
@@ -166,3 +169,18 @@ def test_nothing_to_write_is_told_with_the_reasons(world: OnPolicyWorld, tmp_pat
     with pytest.raises(DataError) as caught:
         run(STAGE, world.inputs, {**params, "skip_prompts": 1000}, tmp_path / "2", seed=SEED)
     assert "params.skip_prompts: 1,000 leaves none of the 42 prompts" in str(caught.value)
+
+
+def test_answers_that_are_the_same_tokens_are_the_same() -> None:
+    """Under a template that drops whitespace around an answer; under one that keeps it they are two."""
+    tokenizer = make_tokenizer()
+    prompt = [{"role": "user", "content": "What?"}]
+    row = PromptRow(0, tokenizer.encode("What?"), prompt, {})
+    texts, worth = ["files", " files\n", "trees"], Worth((1.0,), 1.0, {})
+    ids = [np.asarray([*tokenizer.encode(text), tokenizer.eos_token_id]) for text in texts]
+    sampled = [Sampled(each, np.zeros(len(each)), True) for each in ids]
+    for ending, expected in ((" | trim", ["", REPEATED, ""]), ("", ["", "", ""])):
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content']ENDING + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}".replace("m['content']ENDING", f"(m['content']{ending})")  # fmt: skip
+        unused: Any = None
+        writer = CandidateWriter(unused, unused, tokenizer, [], unused, 3, 8, 1, 1.0, 1.0)
+        assert [each.unusable for each in writer.judged(row, sampled, texts, [worth] * 3)] == expected

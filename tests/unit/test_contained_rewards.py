@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from stages.lib.on_policy.contained_calls import Means, Scored
 from stages.lib.on_policy.contained_rewards import contained_scorers
 from stages.lib.on_policy.rewards import check_rows
 from stages.lib.on_policy.samples import Completion, Sample
+from stages.lib.processes.contained import Listener, ProgramLimits
 from tests.unit.running_stages import params_of, problems_of
 from tests.unit.test_rewards import Params, read, told
 
@@ -455,6 +458,26 @@ def test_tests_that_an_empty_program_passes_are_found_before_the_training() -> N
     assert str(caught.value).startswith(
         "rewards.code_tests: cannot score 4 of 8 rows: row 4: an empty program passes the tests of the column 'tests'"
     )
+
+
+def test_many_open_files_are_no_hindrance() -> None:
+    """What a process answered just before its end is read from a descriptor above 1,024, which `select` cannot look at."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+    opened = [*os.pipe(), *os.pipe()]
+    try:
+        while opened[-1] <= 1024:
+            opened.append(os.dup(opened[0]))
+        os.write(opened[1], b'{"value": 1.0}\n')
+        with subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
+            keeper.wait()
+            listener = Listener(keeper, opened[-1], opened[2], 2, ProgramLimits(9, 9, 1 << 30), lambda: None)
+            listener.listen()
+    finally:
+        for each in opened:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (listener.answers, listener.is_late) == ([{"value": 1.0}], False)
 
 
 def test_limits_are_bounded() -> None:

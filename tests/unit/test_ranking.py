@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Reading, validate
 from pipeline.stage import Estimate, Forecast
-from pipeline.store.artifact import Kind
+from pipeline.store.artifact import REWARD_READING, Kind
 from stages import STAGES
 from stages.lib.on_policy.ranking import (
     ALIKE,
@@ -28,6 +29,7 @@ from stages.lib.on_policy.ranking import (
 from stages.lib.on_policy.sampled_rows import RETOKENIZED, SampledRows, faults_of
 from stages.lib.rows.ledger import Ledger
 from stages.lib.text.prompts import PromptRow
+from tests.unit.running_stages import params_of
 
 STAGE = STAGES["sample_preferences"]
 
@@ -198,3 +200,43 @@ def test_all_problems_with_the_inputs_are_told_at_once() -> None:
     learned = STAGE.params(**{**PARAMS, "rewards": [{"kind": "reward_model"}], "max_new_tokens": 4})
     (missing,) = STAGE.check(Forecast(learned, Resources(), {"model": model}))
     assert missing.where == "inputs.reward"
+
+
+def test_virtual_tokens_stand_before_the_prompt(tmp_path: Path) -> None:
+    """8 + 8 tokens are what the model takes; with three virtual ones they are 19."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    model = Estimate(architecture={"model_type": "llama", "max_position_embeddings": 16}, parameters=10)
+    inputs = {"model": model, "adapter": Estimate(folder=tmp_path)}
+    assert STAGE.check(Forecast(STAGE.params(**PARAMS), Resources(), {"model": model})) == []
+    assert [str(problem) for problem in STAGE.check(Forecast(STAGE.params(**PARAMS), Resources(), inputs))] == [
+        (
+            "params.max_prompt_tokens: 8 and max_new_tokens 8 behind 3 virtual tokens are 19, and the model takes 16 tokens."
+            " Lower one of them."
+        )
+    ]
+
+
+def test_prompts_of_every_kind_that_training_takes_are_taken() -> None:
+    assert STAGE.inputs["prompts"] == STAGES["grpo"].inputs["prompts"]
+
+
+def test_a_process_reward_model_that_no_reward_asks_is_refused() -> None:
+    """A critic may start from a reward model; from one that judges steps it does not."""
+    params = params_of(
+        STAGES["ppo"].params,
+        {
+            "rewards": [{"kind": "length_penalty", "target_tokens": 2, "per_token": 0.1}],
+            "rollouts": 1,
+            "rollout_batch_size": 8,
+            "global_batch_size": 8,
+            "learning_rate": 1e-3,
+            "max_prompt_tokens": 8,
+            "max_new_tokens": 8,
+        },
+        Path(),
+    )
+    for reading, refused in (({"step_separator": "\n"}, True), (None, False)):
+        inputs = {"model": Estimate(), "reward": Estimate(architecture={REWARD_READING: reading})}
+        found = [str(problem) for problem in STAGES["ppo"].check(Forecast(params, Resources(), inputs))]
+        assert any(each.startswith("inputs.reward: is given, and no reward uses it") for each in found) is refused

@@ -152,14 +152,17 @@ class CandidateWriter:
     ) -> list[Candidate]:
         """The completions of one prompt, with what keeps each from becoming training data."""
         found: list[Candidate] = []
-        seen: set[str] = set()
+        seen: set[tuple[int, ...]] = set()
         for each, text, worth in zip(sampled, texts, scored, strict=True):
             unusable, retokenized = self.fault_of(each, text), False
-            if not unusable and text in seen:
-                unusable = REPEATED
-            elif not unusable:
-                unusable, retokenized = self.as_message(row, each, text)
-                seen.add(text)
+            if not unusable:
+                unusable, ids = self.as_message(row, text)
+                if not unusable and ids in seen:
+                    unusable = REPEATED
+                elif not unusable:
+                    drawn = (*row.ids, *each.ids.tolist())
+                    retokenized = ids[: len(drawn)] != drawn
+                    seen.add(ids)
             found.append(Candidate(text, len(each.ids), each.ended, *worth[:2], unusable, retokenized, worth.troubles))
         return found
 
@@ -173,14 +176,16 @@ class CandidateWriter:
             return BROKEN
         return SPECIAL if set(said_ids(sampled)) & set(self.tokenizer.all_special_ids) else ""
 
-    def as_message(self, row: PromptRow, sampled: Sampled, text: str) -> tuple[str, bool]:
-        """Why the chat template cannot write the answer, if so; and whether it becomes other tokens than were drawn."""
+    def as_message(self, row: PromptRow, text: str) -> tuple[str, tuple[int, ...]]:
+        """Why the chat template cannot write the answer, if so; and the tokens of the chat that ends with it.
+
+        Many a template drops whitespace around an answer: two that differ in nothing else are the same tokens.
+        """
         assert not isinstance(row.prompt, str), "the stage asks conversations"
         fitted = fit_answers(self.tokenizer, row.prompt, [[answer_message(text)]], 2**31)
         if not fitted.answers:
-            return fitted.reason, False
-        drawn = [*row.ids, *sampled.ids.tolist()]
-        return "", fitted.answers[0].input_ids[: len(drawn)] != drawn
+            return fitted.reason, ()
+        return "", tuple(fitted.answers[0].input_ids)
 
 
 def answer_message(text: str) -> dict[str, Any]:

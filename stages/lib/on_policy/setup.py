@@ -28,8 +28,9 @@ from stages.lib.models.loading import count_parameters, initial_weights
 from stages.lib.on_policy.actor_critic import ActorCritic, Judged
 from stages.lib.on_policy.adapting import ReferenceOnBackbone, adapted
 from stages.lib.on_policy.contained_calls import Means
+from stages.lib.on_policy.forecast import room_problems
 from stages.lib.on_policy.loop import align
-from stages.lib.on_policy.params import OnPolicyParams, room_problems
+from stages.lib.on_policy.params import OnPolicyParams
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts
 from stages.lib.on_policy.ptx import ChatMixture
 from stages.lib.on_policy.publish import publish_critic, publish_policy

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.errors import Problem
 from pipeline.stage import Context, Forecast, Input, Result, Stage
-from stages.lib.on_policy.params import INPUTS, GroupParams, OnPolicyParams, check_on_policy, estimate_on_policy
+from stages.lib.on_policy.forecast import check_on_policy, estimate_on_policy
+from stages.lib.on_policy.params import INPUTS, GroupParams, OnPolicyParams
 from stages.lib.text.template_date import on_template_date
 from stages.lib.training.params import causal_lm_or_adapter
 

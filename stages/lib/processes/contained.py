@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import selectors
 import subprocess
 import sys
@@ -181,7 +180,7 @@ class Listener:
                 if self.results in ready and not self.take_answers():
                     return
                 if self.keeper.stdout.fileno() in ready:  # all of it has ended: what was answered before is there
-                    while select.select([self.results], [], [], 0)[0] and self.take_answers():
+                    while self.results in {key.fd for key, _ in selector.select(0)} and self.take_answers():
                         pass
                     return
                 if len(self.answers) > before:
