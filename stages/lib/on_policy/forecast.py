@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import Estimate, Forecast
+from pipeline.store.artifact import REWARD_READING
 from stages.lib.models.adapters.params import (
     VirtualTokens,
     mergeable_methods,
