@@ -343,7 +343,8 @@ def test_every_method(name: str, world: OnPolicyWorld, models: dict[str, Path], 
     opened = open_adapted(base, {"mine": out}, load_language_model).use("mine")
     torch.testing.assert_close(logits(opened, world), policy, rtol=0, atol=1e-5)
     if not alone:
-        torch.testing.assert_close(logits(load_language_model(out), world), policy, rtol=0, atol=1e-5)
+        # Merging rounds; logits that a training has made large differ by as much more.
+        torch.testing.assert_close(logits(load_language_model(out), world), policy, rtol=2e-5, atol=1e-5)
 
     assert (out / "value").exists() is (case.stage == "ppo")
     if case.stage == "ppo":

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.errors import RewardError
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import require_length
 from stages.lib.models.loading import load_model
@@ -129,6 +130,7 @@ class Scorer:
         """Raises `RewardError` only after the last chunk: a process that stopped before would leave the others waiting."""
         assert self.model is not None
         found: list[float] = []
+        wrong: list[RewardError] = []
         for start in range(0, len(samples), self.model.batch_size):
             at_boundary()
             chunk = samples[start : start + self.model.batch_size]
@@ -137,8 +139,14 @@ class Scorer:
                 [*each.prompt, *(each.completion.turns or ()), {"role": "assistant", "content": each.completion.text}]
                 for each in chunk
             ]
-            found += self.model.score(chats)
-        return check_scores(LEARNED, found, samples)
+            values = self.model.score(chats)
+            try:
+                found += check_scores(LEARNED, values, chunk)
+            except RewardError as error:
+                wrong.append(error)
+        if wrong:
+            raise wrong[0]
+        return found
 
     def total(self, values: NDArray[np.float64]) -> list[float]:
         """The weighted sum of each sample's rewards."""
