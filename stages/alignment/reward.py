@@ -108,7 +108,7 @@ def run(ctx: Context, params: RewardParams) -> Result:
 
 STAGE = Stage(
     kind="reward",
-    version=6,
+    version=5,
     summary="a reward model: how good an answer is, or how right each of its steps",
     params=RewardParams,
     inputs={
