@@ -50,7 +50,7 @@ def run(ctx: Context, params: GRPOParams) -> Result:
 
 STAGE = on_policy_stage(
     kind="grpo",
-    version=6,
+    version=5,
     summary="group relative policy optimization of a causal model: no critic, completions of a prompt compared",
     params=GRPOParams,
     run=run,

@@ -97,7 +97,7 @@ def run(ctx: Context, params: PPOParams) -> Result:
 
 STAGE = on_policy_stage(
     kind="ppo",
-    version=6,
+    version=5,
     summary="proximal policy optimization of a causal model, from a reward model or programmatic rewards",
     params=PPOParams,
     inputs={**INPUTS, "value": accepts(Kind.REWARD_MODEL, optional=True)},

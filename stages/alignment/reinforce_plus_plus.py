@@ -70,7 +70,7 @@ def run(ctx: Context, params: ReinforcePlusPlusParams) -> Result:
 
 STAGE = on_policy_stage(
     kind="reinforce_plus_plus",
-    version=2,
+    version=1,
     summary="REINFORCE++ of a causal model: no critic, advantages normalized over the whole rollout",
     params=ReinforcePlusPlusParams,
     run=run,

@@ -34,7 +34,7 @@ def run(ctx: Context, params: RLOOParams) -> Result:
 
 STAGE = on_policy_stage(
     kind="rloo",
-    version=6,
+    version=5,
     summary="REINFORCE with a leave-one-out baseline: no critic, completions of a prompt compared",
     params=RLOOParams,
     run=run,

@@ -151,7 +151,7 @@ def run(ctx: Context, params: SamplePreferencesParams) -> Result:
 
 STAGE = Stage(
     kind="sample_preferences",
-    version=2,
+    version=1,
     summary="preferences, or best answers, of a policy's own completions, ranked by a reward model or rewards in code",
     params=SamplePreferencesParams,
     inputs={
