@@ -14,24 +14,27 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from pipeline.cards.card import write_cards
 from pipeline.errors import DataError
 from pipeline.running.worker import hub_inputs
 from pipeline.settings.resources import Resources
+from pipeline.stage import Estimate, Forecast
 from pipeline.store.job import Job
-from stages.lib.models.adapters.attaching import hide_virtual_tokens
+from stages import STAGES
+from stages.lib.models.adapters.attaching import attach, hide_virtual_tokens, trained_state
+from stages.lib.models.adapters.folders import CONFIG, OWN, WEIGHTS
 from stages.lib.models.adapters.opening import open_adapted
-from stages.lib.models.adapters.params import ContinuedMethod, LoraMethod
+from stages.lib.models.adapters.params import BottleneckMethod, ContinuedMethod, LoraMethod
 from stages.lib.models.adapters.saving import save_adapter
 from stages.lib.models.asking import innermost
 from stages.lib.models.loading import load_language_model
 from stages.lib.on_policy.actor_critic import read_in_place
 from stages.lib.on_policy.adapting import critic_body
 from tests.distributed.training_world import GPT2_WITH_DROPOUT, write_model
-from tests.integration.on_policy_world import OnPolicyWorld, Seen, align, make_on_policy_world, write_policy
+from tests.integration.on_policy_world import PARAMS, OnPolicyWorld, Seen, align, make_on_policy_world, write_policy
 
 pytestmark = pytest.mark.slow
 
@@ -399,3 +402,21 @@ def test_an_adapter_is_trained_further(name: str, world: OnPolicyWorld, tmp_path
     assert named.lines("rollout")[0]["kl"] != 0
     bare = logits(AutoModelForCausalLM.from_pretrained(world.model), world)
     assert torch.equal(logits(named.parts.module.reference, world), bare)
+
+
+def test_bottlenecks_are_not_trained_further_here(world: OnPolicyWorld, tmp_path: Path) -> None:
+    """As fresh ones are not; `plan` says it where the adapter is there already."""
+    block = BottleneckMethod(method="bottleneck", size=4)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    trained = trained_state(attach(AutoModelForCausalLM.from_pretrained(world.model), block, 0))
+    save_file({name: weight.detach().contiguous() for name, weight in trained.items()}, folder / WEIGHTS)
+    said = {OWN: "bottleneck", "base_model_name_or_path": str(world.model), "params": block.model_dump(mode="json")}
+    (folder / CONFIG).write_text(json.dumps(said))
+    changes = {"adapter": {"method": "continued"}}
+    with pytest.raises(DataError, match=r"inputs\.adapter: is bottleneck, which puts networks between"):
+        align("ppo", {**world.inputs, "adapter": folder}, tmp_path / "run", changes)
+    params = STAGES["ppo"].params(**{**PARAMS, **changes})
+    known = {"model": Estimate(), "prompts": Estimate(), "adapter": Estimate(folder=folder)}
+    problems = STAGES["ppo"].check(Forecast(params, Resources(device="cpu"), known))
+    assert any("is bottleneck, which puts networks between" in str(problem) for problem in problems)

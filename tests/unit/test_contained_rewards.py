@@ -165,8 +165,8 @@ def test_a_file_that_cannot_be_run_is_found_before_the_training(source: str, wha
 def test_a_file_is_read_once(file: Path) -> None:
     """What is edited while the step runs counts for the next one, whose id is another."""
     rewards = read({"kind": "file", "path": str(file), "function": "reward"})
-    (scorer,) = contained_scorers(rewards, Means()).values()
     file.write_text("def reward(completion): return 100")
+    (scorer,) = contained_scorers(rewards, Means()).values()
     assert [each.value for each in scorer.score([Sample(0, "p", Completion("abc", 1, True), {})])] == [3.0]
 
 

@@ -139,7 +139,11 @@ def test_a_critic_beside_an_adapter_is_refused() -> None:
             {"adapter": {"method": "adalora"}},
             "adapter: adalora finds its ranks in trainings on fixed data alone",
         ),
-        ("grpo", {"adapter": {"method": "bottleneck"}}, "adapter: bottleneck puts networks between the layers"),
+        (
+            "grpo",
+            {"adapter": {"method": "bottleneck"}},
+            "adapter: is bottleneck, which puts networks between the layers",
+        ),
         ("grpo", {"adapter": {"method": "prefix_tuning", "publish": "merged"}}, "Set publish: adapter"),
         (
             "rloo",

@@ -17,6 +17,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.formulas.seeds import TORCH_BITS, bounded_seed
 from stages.lib.models.adapters.attaching import (
@@ -29,9 +30,10 @@ from stages.lib.models.adapters.attaching import (
     unwarned,
 )
 from stages.lib.models.adapters.folders import adapter_folder
-from stages.lib.models.adapters.params import AdapterBlock, ContinuedMethod, FreezeMethod, method_name
+from stages.lib.models.adapters.params import AdapterBlock, BottleneckMethod, ContinuedMethod, FreezeMethod, method_name
 from stages.lib.models.loading import count_parameters
 from stages.lib.on_policy.actor_critic import ActorCritic, SharedCritic
+from stages.lib.on_policy.params import WITHOUT_BOTTLENECKS
 from stages.lib.training.continuing import (
     block_of,
     require_base_of_adapter,
@@ -61,6 +63,8 @@ def adapted(
     """
     if isinstance(adapter, ContinuedMethod):
         require_base_of_adapter(ctx)
+        if isinstance(block_of(ctx, adapter), BottleneckMethod):
+            raise DataError(Problem("inputs.adapter", WITHOUT_BOTTLENECKS, "Name a lora, or a model without adapter."))
     own = own_weights(base, block_of(ctx, adapter))
     bare = sharing_weights(base, own).requires_grad_(False) if reference == "bare" else None
     value = SharedCritic(critic_body(base, ctx, adapter), width_of_body(base)) if critic else None

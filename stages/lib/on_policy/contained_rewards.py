@@ -37,20 +37,19 @@ from stages.lib.on_policy.reward_params import (
 )
 from stages.lib.on_policy.reward_values import Unscorable
 from stages.lib.on_policy.samples import Sample, column_text, problem_of
-from stages.lib.on_policy.user_functions import parameters_of, text_of_program
+from stages.lib.on_policy.user_functions import parameters_of
 
 
 @dataclass
 class FileScorer:
-    """A user's function. Its file is read once: what becomes of it during the step changes nothing."""
+    """A user's function, as its file was when the params were read: what becomes of it during the step changes nothing."""
 
     name: str
     params: FileReward
     means: Means
 
     def __post_init__(self) -> None:
-        path = self.params.path
-        source = text_of_program(path)
+        path, source = self.params.path, self.params.source
         self.parameters = parameters_of(source, self.params.function, str(path))
         limits = limits_of(self.params, self.params.max_load_seconds)
         self.called = Called(f"rewards.{self.name}", str(path), source, self.params.function, limits, self.means.heard)

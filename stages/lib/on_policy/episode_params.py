@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from pipeline.settings.strict import OutsideFile, Strict
 from stages.lib.on_policy.user_functions import parameters_of, text_of_program
@@ -32,9 +32,17 @@ class EpisodeParams(Strict):
     on_error: str | None = None
     """What the policy reads where the function hangs, raises, takes too much or gives neither a text nor None; each is counted. null: the stage stops, and says for which row."""
 
+    _source: str = PrivateAttr()
+
+    @property
+    def source(self) -> str:
+        """What the file said when these params were read: before its digest was compared with the step's."""
+        return self._source
+
     @model_validator(mode="after")
     def check_function(self) -> EpisodeParams:
-        parameters_of(text_of_program(self.path), self.function, str(self.path))
+        self._source = text_of_program(self.path)
+        parameters_of(self._source, self.function, str(self.path))
         return self
 
     def require_fit(self, rendering: str, generation: str, max_new_tokens: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import REWARD_READING
+from stages.lib.models.adapters.folders import adapter_folder, method_in, unreadable_adapter
 from stages.lib.models.adapters.params import (
     VirtualTokens,
     mergeable_methods,
@@ -16,7 +17,7 @@ from stages.lib.models.adapters.params import (
 from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.noise import noise_problems
-from stages.lib.on_policy.params import OnPolicyParams
+from stages.lib.on_policy.params import WITHOUT_BOTTLENECKS, OnPolicyParams
 from stages.lib.on_policy.reward_params import learned
 from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
@@ -45,6 +46,9 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
             f"is vllm, which is given the policy's weights, and the virtual tokens of {params.adapter.method} are none"
         )
         problems.append(Problem("params.generation", what, f"Write transformers, or take {mergeable_methods()}."))
+    given = forecast.inputs.get("adapter", Estimate()).folder
+    if given is not None and not unreadable_adapter(given) and method_in(adapter_folder(given)) == "bottleneck":
+        problems.append(Problem("inputs.adapter", WITHOUT_BOTTLENECKS, "Name a lora, or a model without adapter."))
     if learned(params.rewards) and params.rendering == "raw":
         problems.append(Problem("params.rendering", "is raw, and a reward model scores conversations", "Write chat."))
     if ("chats" in roles) != bool(params.ptx_coefficient):

@@ -10,7 +10,7 @@ from stages.lib.on_policy.contained_calls import Called, Means, Trouble, call_ar
 from stages.lib.on_policy.episode_params import EpisodeParams
 from stages.lib.on_policy.reward_values import Unscorable
 from stages.lib.on_policy.samples import problem_at
-from stages.lib.on_policy.user_functions import parameters_of, text_of_program
+from stages.lib.on_policy.user_functions import parameters_of
 from stages.lib.processes.contained import ProgramLimits
 from stages.lib.text.chat_template import Messages
 from stages.lib.text.prompts import PromptRow
@@ -35,10 +35,10 @@ class Observed(NamedTuple):
 
 
 class Observer:
-    """The user's function. Its file is read once: what becomes of it during the step changes nothing."""
+    """The user's function, as its file was when the params were read: what becomes of it during the step changes nothing."""
 
     def __init__(self, params: EpisodeParams, means: Means) -> None:
-        source, path = text_of_program(params.path), str(params.path)
+        source, path = params.source, str(params.path)
         self.params = params
         self.parameters = parameters_of(source, params.function, path)
         limits = ProgramLimits(params.max_seconds, params.max_load_seconds, int(params.max_memory_gib * (1 << 30)))

@@ -41,6 +41,9 @@ default the artifact of the policy itself. `chats`: what ptx_coefficient mixes i
 trained further."""
 
 
+WITHOUT_BOTTLENECKS = "is bottleneck, which puts networks between the layers that policy, critic and reference share"
+
+
 def told_of_adapter(given: Any) -> None:
     """Raises `ValueError`, with the block to write, for low-rank adapters by the name that they had."""
     if given is None:
@@ -150,9 +153,7 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
     def adapter_shares_a_backbone(self) -> OnPolicyParams:
         require_comparable(self.adapter)
         if isinstance(self.adapter, BottleneckMethod):
-            raise ValueError(
-                "adapter: bottleneck puts networks between the layers that policy, critic and reference share: take lora"
-            )
+            raise ValueError(f"adapter: {WITHOUT_BOTTLENECKS}: take lora")
         if isinstance(self.adapter, AdaLoraMethod):
             raise ValueError(
                 "adapter: adalora finds its ranks in trainings on fixed data alone: train it there, with publish: adapter, and "

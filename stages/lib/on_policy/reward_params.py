@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.errors import did_you_mean
 from pipeline.settings.strict import OutsideFile, Strict
@@ -132,9 +132,17 @@ class FileReward(ContainedReward):
     on_error: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
     """What a completion gets for which the function hangs, raises, takes too much or gives no finite number; each is counted. null: the stage stops, and says for which row."""
 
+    _source: str = PrivateAttr()
+
+    @property
+    def source(self) -> str:
+        """What the file said when these params were read: before its digest was compared with the step's."""
+        return self._source
+
     @model_validator(mode="after")
     def check_function(self) -> FileReward:
-        parameters_of(text_of_program(self.path), self.function, str(self.path))
+        self._source = text_of_program(self.path)
+        parameters_of(self._source, self.function, str(self.path))
         return self
 
 
