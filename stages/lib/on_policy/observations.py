@@ -56,7 +56,8 @@ class Observer:
         The function is not called.
         """
         total, failed, first = 0, 0, None
-        for total, row in enumerate(rows, start=1):  # noqa: B007 - their number is asked for
+        for row in rows:
+            total += 1
             try:
                 self.arguments(EndedTurn(row, (), ""))
             except Unscorable as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from itertools import pairwise
 from typing import Literal
 
@@ -116,9 +117,9 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^0-9a-zA-Z]+", "_", name)
 
 
-def reward_role(inputs: object) -> str:
+def reward_role(inputs: Container[str]) -> str:
     """The input that has what is learned."""
-    return next(role for role in REWARD_ROLES if role in inputs)  # type: ignore[operator]
+    return next(role for role in REWARD_ROLES if role in inputs)
 
 
 def reward_input_problems(forecast: Forecast) -> list[Problem]:
