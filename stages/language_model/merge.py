@@ -110,7 +110,7 @@ def with_adapter_merged(model: PreTrainedModel, adapter: Path) -> PreTrainedMode
         what = f"is of the kind {kind}, which cannot be added to a model's weights"
         hint = f"Name an adapter with weights: {mergeable_methods()}."
         raise ArtifactError(Problem("inputs.adapter", what, hint))
-    merged: PreTrainedModel = merge(safe_merge=True)
+    merged: PreTrainedModel = merge()  # in place; what becomes of the weights is looked at once they are written
     return merged
 
 

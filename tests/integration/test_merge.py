@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch import LAUNCHERS
@@ -86,7 +86,9 @@ def test_the_merged_model_computes_what_the_two_compute(
         model.save_pretrained(tmp_path / "adapter")
         changed += 1
     assert kind_of_folder(tmp_path / "adapter") is Kind.ADAPTER
+    weights = (base / "model.safetensors").read_bytes()
     result, out = merged(base, tmp_path / "adapter", tmp_path / "merge")
+    assert (base / "model.safetensors").read_bytes() == weights  # the model's memory is a map of that file
     assert result.metrics["changed_weights"] == changed and result.metrics["relative_change"] > 0
     ids = torch.tensor([[1, 5, 9]])
     found = AutoModelForCausalLM.from_pretrained(out)(ids).logits
@@ -181,10 +183,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
     adapted(other, tmp_path / "of_other")
     adapted(deeper, tmp_path / "of_deeper")
     model = adapted(base, tmp_path / "zero", init_lora_weights=True)
+    adapted(base, tmp_path / "broken")
+    broken = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    next(iter(broken.values())).fill_(torch.nan)
+    save_file(broken, tmp_path / "broken" / "adapter_model.safetensors", {"format": "pt"})
     for adapter, what in (
         ("of_other", "inputs.adapter: does not fit the model: .*size mismatch"),
         ("of_deeper", "inputs.adapter: and the model do not have the same layers: .*layers.1"),
         ("zero", "inputs.adapter: changes no weight of the model"),
+        ("broken", "weights are not fit to publish: .* holds values that are not finite"),
         ("base", "base holds no adapter: there is no adapter_config.json"),
     ):
         with pytest.raises(ArtifactError, match=what):

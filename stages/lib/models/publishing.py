@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -105,6 +105,17 @@ def zeros_of(folder: Path) -> Callable[[str], bool]:
     return is_zero
 
 
+def tensors_in(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The names and tensors of all safetensors in `folder`, of which one at a time is in memory: it is used before the next."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            # Opened for each anew: what has been read of a file stays in memory while it is open.
+            with safe_open(path, framework="pt") as file:
+                yield name, file.get_tensor(name)
+
+
 def check_weights(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], may_be_zero: Callable[[str], bool] = lambda name: False
 ) -> None:
@@ -115,17 +126,14 @@ def check_weights(
     """
     problems = []
     found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                tensor = file.get_tensor(name)
-                found[name] = tuple(tensor.shape)
-                if tensor.numel() == 0:
-                    problems.append(f"{name} is empty")
-                elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    problems.append(f"{name} holds values that are not finite")
-                elif tensor.dim() >= 2 and not bool(tensor.any()) and not may_be_zero(name):
-                    problems.append(f"{name} is all zero")
+    for name, tensor in tensors_in(folder):
+        found[name] = tuple(tensor.shape)
+        if tensor.numel() == 0:
+            problems.append(f"{name} is empty")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{name} holds values that are not finite")
+        elif tensor.dim() >= 2 and not bool(tensor.any()) and not may_be_zero(name):
+            problems.append(f"{name} is all zero")
     # Some architectures are stored under other names than they have in memory: then only the total can be compared.
     if set(found) >= set(shapes):
         wrong = [name for name, shape in shapes.items() if found[name] != shape]

@@ -69,7 +69,8 @@ def publish_trained(
         if params.publishes_adapter:
             write_tokenizer(tokenizer, ctx.out)
             return "fp32"
-        merged = adapted.merge_and_unload(safe_merge=True) if hasattr(adapted, "peft_config") else adapted
+        # In place: a copy of each weight that is merged would make the base the second in memory.
+        merged = adapted.merge_and_unload() if hasattr(adapted, "peft_config") else adapted
         options: dict[str, Any] = {"formats": formats, "stop_ids": stop_ids, "may_be_zero": zeros.__contains__}
         return publish(merged, merged.state_dict(), tokenizer, ctx.out, **options)
 
