@@ -64,6 +64,8 @@ class Estimate:
     """Those of the trained ones that are an adapter's, and not the model's."""
     adapter: str | None = None
     """Of an artifact that is an adapter alone: its method."""
+    adapter_weights: int | None = None
+    """Of an artifact that is an adapter, or has one beside its model: how many weights the adapter has."""
     architecture: Mapping[str, Any] | None = None
     """The transformers config of the model, as a flat mapping."""
     vocabulary_size: int | None = None
@@ -141,7 +143,9 @@ class Context:
     journal: Journal
     world: World
     stop_requested: Callable[[], bool]
-    """True once this process was asked to save and stop. Ranks must agree before they act on it."""
+    """True once this process was asked to save and stop. Ranks must agree before they act on it. All come to the same calls."""
+    going_on_alone: Callable[[], bool] = lambda: False
+    """The same answer, asked within what this process does by itself for long: that it goes on is news."""
     hub: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Role -> (repository, revision) of the inputs that were brought from the hub."""
     extends: Path | None = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from launch import LAUNCHERS
 from pipeline.command.reports import arithmetic
@@ -289,6 +293,56 @@ def test_checkpoints_of_an_adapter_take_what_is_trained() -> None:
         forecast({"method": "prefix_tuning", "num_virtual_tokens": 8}, keep_checkpoints=3)
     )
     assert estimate.disk_bytes == 768 * (4 + 18 * 4)
+
+
+def test_memory_of_a_base_in_four_bits() -> None:
+    """Linear layers of 3 layers: q, o 32 x 32; k, v 32 x 16; three of 32 x 80. Half a byte and 4 / 64 of one instead of 4.
+
+    The largest is made anew in float32, with 4 bytes for two of its weights.
+    """
+    weights = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80)
+    whole, four_bits = (
+        STAGES["sft"].estimate(forecast({"method": "lora", **more})).memory_bytes_per_rank
+        for more in ({}, {"quantize_base": "nf4"})
+    )
+    assert whole - four_bits == 4 * weights - (weights // 2 + weights // 16 + 32 * 80 * 6)
+
+
+def test_models_without_linear_layers_of_torch_are_not_put_in_four_bits() -> None:
+    inputs = {"model": Estimate(architecture={"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "vocab_size": 100})}
+    for block, refused in (({"quantize_base": "nf4"}, True), ({}, False)):
+        given = Forecast(params_of("sft", {"method": "lora", **block}), Resources(device="cpu"), inputs)
+        said = " ".join(map(str, STAGES["sft"].check(given)))
+        assert ("params.adapter.quantize_base: is nf4, and models of the type gpt2" in said) is refused
+
+
+def test_a_pissa_is_published_with_twice_the_rank() -> None:
+    """Rank 2 on q: 3 x 2 (32 + 32) trained; the artifact has as much again, which takes off what it began with."""
+    block = {"method": "lora", "rank": 2, "target_modules": ["q_proj"], "init": "pissa"}
+    trained = 3 * 2 * (32 + 32)
+    for publish, kept in (("adapter", 0), ("merged", 40_000)):
+        found = STAGES["sft"].estimate(forecast({**block, "publish": publish}, keep_checkpoints=1))
+        assert found.disk_bytes == 4 * (kept + 2 * trained) + 18 * 2 * trained
+        assert found.adapter_weights == 2 * trained
+
+
+def test_an_adapter_that_is_trained_further_is_counted(tmp_path: Path) -> None:
+    """By its file where there is one, without what a VeRA only drew; else by what the step before will make."""
+    shapes = {"q_proj.vera_lambda_b": (32,), "q_proj.vera_lambda_d": (4,), "base_model.vera_A": (4, 32)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "adapter_model.safetensors")
+    for config, given, expected in (
+        ({"peft_type": "VERA"}, None, (36, 36)),
+        ({"slipway_method": "bitfit"}, None, (36, 0)),
+        (None, Estimate(adapter_weights=72, added_parameters=36), (72, 72)),
+        (None, Estimate(adapter_weights=72, added_parameters=0), (72, 0)),
+        (None, Estimate(), (None, None)),
+    ):
+        if config:
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        plain = forecast({"method": "continued"})
+        inputs = {**plain.inputs, "adapter": given or Estimate(folder=tmp_path)}
+        found = STAGES["sft"].estimate(replace(plain, inputs=inputs))
+        assert (found.trained_parameters, found.added_parameters) == expected
 
 
 RECIPE = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 COMMON_FIELDS = frozenset(
     {"pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "use_cache", "tie_word_embeddings"}
@@ -284,6 +284,22 @@ def field_of(architecture: Mapping[str, Any], name: str) -> Any:
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
+class Quantized(NamedTuple):
+    """Frozen weights that are kept in four bits: how many, and those of the largest layer among them."""
+
+    weights: int
+    largest: int
+
+    def bytes_per_rank(self, width: int) -> int:
+        """What they take in each process, in every layout, where a number of the training has `width` bytes.
+
+        Half a byte each, and 4 bytes for a block of 64. A pass makes the weights of one layer anew: in float32, with 4 bytes
+        for each pair of them, and once more as the training has them.
+        """
+        made_anew = self.largest * (4 + 2 + (width if width != BYTES["fp32"] else 0))
+        return self.weights // 2 + self.weights // 16 + made_anew
+
+
 def memory_bytes_per_rank(
     *,
     parameters: int,
@@ -298,6 +314,7 @@ def memory_bytes_per_rank(
     gradient_checkpointing: bool,
     dropped_heads: int = 0,
     trained: int | None = None,
+    quantized: Quantized | None = None,
 ) -> int:
     """What one process needs at most on its device while it trains, in bytes; the libraries' own share is not in it.
 
@@ -312,12 +329,15 @@ def memory_bytes_per_rank(
     gradient.
 
     `trained`: how many of the parameters are trained, None for all. The others have weights only: neither gradients nor
-    what the optimizer keeps, and no float32 copy of DeepSpeed.
+    what the optimizer keeps, and no float32 copy of DeepSpeed. `quantized`: those of them that are kept in four bits.
     """
     width = BYTES[precision]
+    kept = parameters - (quantized.weights if quantized else 0)
     states = state_bytes_per_rank(
-        parameters=parameters, layout=layout, world_size=world_size, precision=precision, trained=trained
+        parameters=kept, layout=layout, world_size=world_size, precision=precision, trained=trained
     )
+    if quantized:
+        states += quantized.bytes_per_rank(width)
     tokens = micro_batch * sequence_length
     kept_layers = 1 + layers / 17 if gradient_checkpointing else layers
     activations = tokens * hidden * 17 * width * kept_layers

@@ -30,6 +30,10 @@ def layer_linears(architecture: Mapping[str, Any]) -> list[Linear] | None:
     return neox_linears(config) if family == "gpt_neox" else None
 
 
+WITHOUT_TORCHS_LINEARS = frozenset({"gpt2", "openai-gpt"})
+"""Model types whose layers are linear in a class of transformers' own (Conv1D)."""
+
+
 def llama_linears(c: Mapping[str, Any]) -> list[Linear]:
     hidden, heads, inner = c["hidden_size"], c["num_attention_heads"], c["intermediate_size"]
     head_dim = c.get("head_dim") or hidden // heads

@@ -9,7 +9,12 @@ from pipeline.errors import Problem
 from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.counting import Counted
-from stages.lib.models.adapters.folders import adapter_config, no_continuing
+from stages.lib.models.adapters.folders import (
+    adapter_config,
+    no_continuing,
+    unreadable_adapter,
+    weights_trained_in,
+)
 from stages.lib.models.adapters.methods import METHODS, count_ahead
 from stages.lib.models.adapters.params import (
     ContinuedMethod,
@@ -21,6 +26,7 @@ from stages.lib.models.adapters.params import (
 )
 from stages.lib.models.families import adapter_problems
 from stages.lib.models.lengths import length_problems
+from stages.lib.models.linears import WITHOUT_TORCHS_LINEARS
 from stages.lib.training.layouts import readable_layout, zero_stage_of
 
 
@@ -49,6 +55,9 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
         problems.append(Problem("params.adapter", f"{adapter.method} {what}", "Take lora, or freeze with last_layers."))
     if isinstance(adapter, LoraMethod):
         problems += adapter_problems(architecture, adapter.target_modules)
+        if adapter.quantize_base and architecture.get("model_type") in WITHOUT_TORCHS_LINEARS:
+            what = f"is {adapter.quantize_base}, and models of the type {architecture['model_type']} have no linear layers of torch"
+            problems.append(Problem("params.adapter.quantize_base", what, "Remove it: the base is then kept as it is."))
         if adapter.use_dora and zero_stage_of(readable_layout(forecast.resources)) == 3:
             what = "is true, and reads whole weights in every pass, which ZeRO-3 has split"
             problems.append(
@@ -112,10 +121,20 @@ def room_for_virtual_tokens(forecast: Forecast, adapter: VirtualTokens) -> list[
     )
 
 
-def counted_ahead(params: Any, architecture: Mapping[str, Any] | None) -> Counted | None:
+def counted_ahead(forecast: Forecast, architecture: Mapping[str, Any] | None) -> Counted | None:
     """What the adapter that the params ask for trains of a causal model; None where all is trained, or that is not known."""
-    adapter = getattr(params, "adapter", None)
+    adapter = getattr(forecast.params, "adapter", None)
+    if isinstance(adapter, ContinuedMethod):
+        return counted_before(forecast.inputs.get("adapter", Estimate()))
     return count_ahead(adapter, architecture) if adapter is not None and architecture else None
+
+
+def counted_before(given: Estimate) -> Counted | None:
+    """What is trained of an adapter that is trained further: all of it, read from its file, or what the step before will make."""
+    if given.folder is None or unreadable_adapter(given.folder):
+        weights = given.adapter_weights
+        return Counted(weights, weights if given.added_parameters else 0) if weights is not None else None
+    return Counted(*weights_trained_in(given.folder))
 
 
 def published_method(params: Any) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import BASE_ROLES, Estimate, Forecast
+from stages.lib.models.adapters.counting import count_published, count_quantized_ahead
 from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
 from stages.lib.models.generation import generation_notes
 from stages.lib.models.noise import dropped_heads, noise_notes
@@ -66,8 +67,9 @@ def estimate_training(
     if parameters is None and architecture is not None and architecture.get("vocab_size"):
         parameters = parameter_count(architecture)
     config = architecture or {}
-    counted = counted_ahead(params, architecture)
+    counted = counted_ahead(forecast, architecture)
     trained = counted.trained if counted else None
+    adapter_weights = count_published(getattr(params, "adapter", None), trained)
     memory = None
     if parameters and batch and sequence_length:
         memory = memory_of_training(
@@ -84,6 +86,7 @@ def estimate_training(
         trained_parameters=trained,
         added_parameters=counted.added if counted else None,
         adapter=published_method(params),
+        adapter_weights=adapter_weights,
         architecture=architecture,
         vocabulary_size=vocabulary_size,
         train_rows=num_rows,
@@ -94,7 +97,7 @@ def estimate_training(
         micro_batch_size=batch.micro_batch_size if batch else None,
         accumulation=batch.accumulation if batch else None,
         memory_bytes_per_rank=memory,
-        disk_bytes=disk_bytes_of(params, parameters, trained, most_checkpoints(forecast)),
+        disk_bytes=disk_bytes_of(params, parameters, trained, adapter_weights, most_checkpoints(forecast)),
         notes=notes_of(forecast, config, without_dropout=without_dropout) or None,
     )
 
@@ -134,15 +137,19 @@ def memory_of_training(
         vocabulary=sizes[2],
         gradient_checkpointing=resources.gradient_checkpointing,
         dropped_heads=0 if without_dropout else dropped_heads(architecture),
+        quantized=count_quantized_ahead(getattr(forecast.params, "adapter", None), architecture),
     )
 
 
-def disk_bytes_of(params: Any, parameters: int | None, trained: int | None, checkpoints: int) -> int | None:
-    """What is published, and the checkpoints: these hold what is trained only."""
+def disk_bytes_of(
+    params: Any, parameters: int | None, trained: int | None, adapter_weights: int | None, checkpoints: int
+) -> int | None:
+    """What is published, an adapter alone, beside its model, or none; and the checkpoints: these hold what is trained only."""
     if not parameters:
         return None
     learned = parameters if trained is None else trained
-    published = learned if published_method(params) is not None else parameters
+    beside = 0 if published_method(params) is not None else parameters
+    published = beside + (adapter_weights if adapter_weights is not None else learned if not beside else 0)
     return 4 * published + CHECKPOINT_BYTES_PER_PARAMETER * checkpoints * learned
 
 

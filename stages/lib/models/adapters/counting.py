@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from stages.lib.models.adapters.budget_params import AdaLoraMethod
 from stages.lib.models.adapters.params import (
     ADDED_LAYERS,
+    AdapterBlock,
     BitFitMethod,
     BottleneckMethod,
     ContinuedMethod,
@@ -20,8 +21,8 @@ from stages.lib.models.adapters.params import (
     PTuningMethod,
     VeraMethod,
 )
-from stages.lib.models.arithmetic import completed, field_of, parameter_count
-from stages.lib.models.linears import Linear, layer_biases, layer_linears, other_biases
+from stages.lib.models.arithmetic import Quantized, completed, field_of, parameter_count
+from stages.lib.models.linears import WITHOUT_TORCHS_LINEARS, Linear, layer_biases, layer_linears, other_biases
 
 Architecture = Mapping[str, Any]
 
@@ -210,3 +211,23 @@ def count_continued(params: ContinuedMethod, architecture: Architecture) -> Coun
 
 def added_only(parameters: int) -> Counted:
     return Counted(parameters, parameters)
+
+
+def count_published(adapter: AdapterBlock | None, trained: int | None) -> int | None:
+    """How many weights the adapter has that is published, of which `trained` are trained; None where that is not known."""
+    if isinstance(adapter, AdaLoraMethod):
+        return None  # training tells which ranks are left
+    # A PiSSA is published as a low-rank adapter of twice the rank: what it began with is taken off.
+    doubled = isinstance(adapter, LoraMethod) and adapter.init == "pissa"
+    return 2 * trained if doubled and trained is not None else trained
+
+
+def count_quantized_ahead(adapter: AdapterBlock | None, architecture: Architecture) -> Quantized | None:
+    """The weights that a base in four bits keeps so; None where it is not, or where that is not known."""
+    linears, layers = layer_linears(architecture), layers_in(architecture)
+    if getattr(adapter, "quantize_base", None) is None or linears is None or not layers:
+        return None
+    if architecture["model_type"] in WITHOUT_TORCHS_LINEARS:
+        return None
+    sizes = [each.inputs * each.outputs for each in linears]
+    return Quantized(layers * sum(sizes), max(sizes))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.settings.paths import holds_file, read_json
-from stages.lib.models.adapters.methods import METHODS, UNMERGEABLE
+from stages.lib.models.adapters.methods import IN_PLACE, METHODS, UNMERGEABLE
 from stages.lib.models.adapters.params import ADAPTER_FOLDER, mergeable_methods, method_name, no_weights
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
@@ -53,6 +54,21 @@ def method_in(folder: Path) -> str:
     config = adapter_config(folder)
     own = {str(method.peft_type): method_name(params) for params, method in METHODS.items() if method.peft_type}
     return str(config.get(OWN) or own.get(str(config.get("peft_type")), config.get("peft_type")))
+
+
+def weights_trained_in(folder: Path) -> tuple[int, int]:
+    """How many weights an adapter that can be read has to be trained further, and how many of them no base has."""
+    from safetensors import safe_open
+
+    home = adapter_folder(folder)
+    with safe_open(home / WEIGHTS, framework="np") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+    trained = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(SHARED_BY_VERA))
+    return trained, 0 if method_in(home) in IN_PLACE else trained
+
+
+SHARED_BY_VERA = ("vera_A", "vera_B")
+"""What the layers of a VeRA have in common, which is as it was drawn."""
 
 
 def virtual_tokens_in(folder: Path) -> int:

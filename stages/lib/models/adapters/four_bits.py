@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import embedding, linear, pad
 
 from pipeline.errors import DataError, Problem
 from stages.lib.models.adapters.gathering import gathered
@@ -43,8 +43,10 @@ def quantized_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantized_nf4(codes: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
     """The weight of this shape, in float32."""
-    pairs = torch.stack([codes // 16, codes % 16], dim=1).long()
-    blocks = nf4_levels().to(codes.device)[pairs].view(-1, BLOCK) * largest[:, None]
+    # A byte's two levels are looked up at once: as few numbers as can be lie beside the weight meanwhile.
+    levels = nf4_levels().to(codes.device)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    blocks = embedding(codes.int(), pairs).view(-1, BLOCK).mul_(largest[:, None])
     return blocks.flatten()[: shape.numel()].view(shape)
 
 

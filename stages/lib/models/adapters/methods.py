@@ -242,6 +242,10 @@ UNMERGEABLE = frozenset(
 """What recipes and what peft call the methods that have no weights to merge."""
 
 
+IN_PLACE = frozenset(method_name(params) for params, method in METHODS.items() if method.choose and not method.extend)
+"""The methods that train weights which the model has, and add none."""
+
+
 def count_ahead(adapter: AdapterBlock, architecture: Mapping[str, Any]) -> Counted | None:
     """How much of a causal model of this architecture is trained; None where that is not known before it is there."""
     return METHODS[type(adapter)].count(adapter, architecture)
