@@ -65,6 +65,8 @@ class Lifeline:
     every_poll: Callable[[], None] = lambda: None
     boundaries: int = 0
     """How many boundaries the rank has come to; whoever asks whether to stop counts one."""
+    signs: int = 0
+    """How many signs of life it gave between them."""
     mark: Mark = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -94,26 +96,34 @@ class Lifeline:
         """The rank came to a boundary."""
         self.boundaries += 1
 
+    def sign(self) -> None:
+        """The rank goes on with something that the others do not do."""
+        self.signs += 1
+
     def commit(self) -> None:
         """The rank's result is whole. Putting it into the store is not to be interrupted, however long that takes."""
         self.every_poll = lambda: None
         with self.lock:
-            self.mark = replace(self.mark, boundaries=self.boundaries, is_committing=True)
+            self.mark = replace(self.now(), is_committing=True)
             write_mark(self.work, self.mark)
 
     def show(self) -> None:
         """Writes the mark if there is news."""
         with self.lock:
-            if self.mark.ended is None and self.mark.boundaries != self.boundaries:
-                self.mark = replace(self.mark, boundaries=self.boundaries)
+            if self.mark.ended is None and self.mark != self.now():
+                self.mark = self.now()
                 write_mark(self.work, self.mark)
 
     def end(self, status: str) -> None:
         """Says how the rank ended; the first word counts."""
         with self.lock:
             if self.mark.ended is None:
-                self.mark = replace(self.mark, boundaries=self.boundaries, ended=status)
+                self.mark = replace(self.now(), ended=status)
                 write_mark(self.work, self.mark)
+
+    def now(self) -> Mark:
+        """The mark with what has been counted."""
+        return replace(self.mark, boundaries=self.boundaries, signs=self.signs)
 
 
 def end_itself() -> None:

@@ -1,7 +1,8 @@
 """Marks: what each rank of a job leaves in the work folder about itself, and what can be read from them.
 
 `ranks/<rank>.json` says which process the rank is, how many boundaries (steps, batches, rounds) it has come to, and in
-the end how it ended. All ranks come to the same boundaries, so the one that is behind is the one the others wait for.
+the end how it ended. All ranks come to the same boundaries, so the one that is behind is the one the others wait for. What a
+rank does by itself for long gives signs of life, which are news and no boundaries.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Mark:
     rank: int
     process: Identity
     boundaries: int = 0
+    signs: int = 0
+    """Signs of life within what the rank does by itself, of which another may give more or none."""
     ended: str | None = None
     is_committing: bool = False
     """Whether its result is whole and is being hashed and put into the store."""

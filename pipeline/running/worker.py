@@ -165,6 +165,10 @@ def run_locked(
         lifeline.boundary()
         return stop()
 
+    def going_on_alone() -> bool:
+        lifeline.sign()
+        return stop()
+
     device = "cpu" if job.resources.uses_cpu else "cuda"
     environment = machine(device)
     checkpoints = store.checkpoints(
@@ -187,6 +191,7 @@ def run_locked(
         journal=journal,
         world=world,
         stop_requested=stop_requested,
+        going_on_alone=going_on_alone,
         hub=hub_inputs(job.inputs),
         extends=extends,
     )

@@ -231,7 +231,7 @@ def open_writer(
         model=model,
         tokenizer=tokenizer,
         stop_ids=sorted({*stop_ids_of(model, tokenizer), *stop_token_ids(tokenizer)}),
-        scorer=Scorer(params.rewards, judge, Means(ctx.resources.threads_per_process, ctx.stop_requested)),
+        scorer=Scorer(params.rewards, judge, Means(ctx.resources.threads_per_process, ctx.going_on_alone)),
         completions_per_prompt=params.completions_per_prompt,
         max_new_tokens=params.max_new_tokens,
         min_new_tokens=params.min_new_tokens,

@@ -61,6 +61,10 @@ class World:
 
 DEATH = {"during": "update", "step": 4, "micro_batch": 0, "rank": 0}
 """In the second rollout, whose completions are in the checkpoint of step 3, with their rewards."""
+ASKED = {"during": "scoring", "asked": 18}
+"""One of two processes is, while it scores its eight completions of the second rollout: it was asked once for each that it
+scored, and more often where a process had to be started anew.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "strict.py").write_text(STRICT)
     inputs = {"model": write_policy(folder / "model", make_tokenizer()), "prompts": write_chats(folder / "chats")}
     world = World(folder, inputs)
-    first = [world.job("whole"), world.job("killed", die=DEATH), world.job("by two", processes=2)]
+    stopped = world.job("stopped", stop=ASKED, processes=2)
+    first = [world.job("whole"), world.job("killed", die=DEATH), world.job("by two", processes=2), stopped]
     run_forked(folder, first)
-    run_forked(folder, [world.job("killed")])
+    assert (stopped.work / "preempted").is_file() and not stopped.events("resume")
+    run_forked(folder, [world.job("killed"), world.job("stopped", processes=2)])
     return world
 
 
@@ -80,6 +86,11 @@ def test_killed_and_started_again(world: World) -> None:
     job = world.job("killed")
     assert [line["step"] for line in job.events("resume")] == [3]
     assert_same_end(job, world.job("whole"))
+
+
+def test_stopped_by_one_process_while_it_scores(world: World) -> None:
+    """The other has scored its own by then, or waits: both end together, and go on from what was saved."""
+    assert_same_end(world.job("stopped"), world.job("by two"))
 
 
 def test_troubles_are_counted_and_said(world: World) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -121,6 +122,11 @@ def run(job: dict[str, Any]) -> None:
         late = Steps.now >= stop.get("step", sys.maxsize)
         return is_last() and (late or Steps.measured == stop.get("heldout_at_step"))
 
+    asked = itertools.count(1)
+
+    def going_on_alone() -> bool:
+        return is_last() and stop.get("during") == "scoring" and next(asked) >= stop["asked"]
+
     context = Context(
         inputs={role: Path(path) for role, path in job["inputs"].items()},
         out=out,
@@ -132,6 +138,7 @@ def run(job: dict[str, Any]) -> None:
         journal=Journal(work / "journal.jsonl", writes=WORLD.is_main),
         world=WORLD,
         stop_requested=stop_requested,
+        going_on_alone=going_on_alone,
         extends=Path(job["extends"]) if job["extends"] else None,
     )
     try:

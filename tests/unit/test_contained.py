@@ -17,7 +17,15 @@ import pytest
 
 from pipeline.processes import carrying, descendants, look_up
 from pipeline.settings.strict import CHECKOUT
-from stages.lib.processes.contained import KEPT_BYTES, OF_THE_JOB, Ended, ProgramLimits, run_contained, surroundings
+from stages.lib.processes.contained import (
+    KEPT_BYTES,
+    OF_THE_JOB,
+    Abandoned,
+    Ended,
+    ProgramLimits,
+    run_contained,
+    surroundings,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -191,6 +199,21 @@ def test_an_interrupted_caller_leaves_nothing(tmp_path: Path) -> None:
     finally:
         timer.join()
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_program_is_abandoned_where_its_caller_is_to_stop(tmp_path: Path) -> None:
+    """Though it answers nothing, within seconds of the wish; and none is started after it."""
+    program = tmp_path / "program.py"
+    program.write_text(PREAMBLE + "answer(a=1); time.sleep(1000)")
+    wishes = iter([False] * 3)
+    limits = ProgramLimits(seconds=500.0, first_seconds=500.0, memory_bytes=256 << 20)
+    started = time.monotonic()
+    with pytest.raises(Abandoned):
+        run_contained(program, {}, 2, limits, surroundings(os.environ), lambda: next(wishes, True))
+    assert time.monotonic() - started < SECONDS
+    program.write_text("open('was_here', 'w')")
+    with pytest.raises(Abandoned):
+        run_contained(program, {}, 1, limits, surroundings(os.environ), lambda: True)
 
 
 def test_a_killed_caller_leaves_nothing(tmp_path: Path, mark: str) -> None:

@@ -139,6 +139,10 @@ def test_the_mark_counts_boundaries_and_keeps_the_first_word_of_the_end(tmp_path
     lifeline.show()
     mark = read_marks(tmp_path, 2)[1]
     assert (mark.boundaries, mark.ended, mark.process.pid) == (2, None, os.getpid())
+    lifeline.sign()
+    lifeline.show()
+    mark = read_marks(tmp_path, 2)[1]
+    assert (mark.boundaries, mark.signs) == (2, 1)  # news, though the others come to no such boundary
     lifeline.boundary()
     lifeline.end("preempted")
     lifeline.end("done")

@@ -7,6 +7,7 @@ and several write the same, to the byte; another batch size may change the last 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from stages.lib.on_policy.ranking import BROKEN, CUT_OFF, REPEATED, SPECIAL, TOO
 from stages.lib.on_policy.samples import Completion, Sample
 from stages.lib.on_policy.scoring import Scorer
 from stages.lib.processes.collectives import any_process, barrier, from_main
+from stages.lib.processes.contained import Abandoned
 from stages.lib.text.chat_fitting import fit_answers
 from stages.lib.text.prompts import PromptRow
 from stages.lib.text.tokenizers import decode_ids
@@ -88,10 +90,15 @@ class CandidateWriter:
             mine = done * world.size + world.rank
             if mine < len(waiting):
                 number = waiting[mine]
-                found = self.complete(chunks[number], seed)
-                write_json(paths[number], [[asdict(each) for each in of_prompt] for of_prompt in found])
+                with contextlib.suppress(
+                    Abandoned
+                ):  # the next round, or what is left then, tells that the step is to stop
+                    found = self.complete(chunks[number], seed)
+                    write_json(paths[number], [[asdict(each) for each in of_prompt] for of_prompt in found])
             self.ctx.journal.write("progress", what=f"chunks of {split} completions", done=done + 1, total=rounds)
         barrier()
+        if left := from_main(lambda: sum(not path.exists() for path in paths)):
+            raise Preempted(f"after {len(chunks) - left:,} of {len(chunks):,} chunks of {split} prompts")
         return from_main(lambda: read_chunks(chunks, paths))
 
     def complete(self, rows: Sequence[PromptRow], seed: int) -> list[list[Candidate]]:

@@ -78,7 +78,7 @@ class CodeScorer:
         asked = [each if isinstance(each, str) else {"input": each["input"]} for each in tests]
         request = {"code": code, "tests": asked, "secret": secret}
         return run_contained(
-            CALLER, request, 1 + len(tests), limits_of(self.params), bare_surroundings(), self.means.heard
+            CALLER, request, 1 + len(tests), limits_of(self.params), bare_surroundings(), self.means.asked_to_stop
         )
 
 

@@ -17,7 +17,8 @@ from stages.lib.on_policy.reward_params import ContainedReward
 from stages.lib.on_policy.reward_values import Unscorable, last_match
 from stages.lib.on_policy.samples import Sample, problem_of
 from stages.lib.on_policy.user_functions import Parameters, arguments_for, text_of_program
-from stages.lib.processes.contained import Ended, ProgramLimits, run_contained, surroundings
+from stages.lib.processes.contained import Abandoned, Ended, ProgramLimits, going_on, run_contained, surroundings
+from stages.lib.training.evaluating import StopRequested
 
 LOADING_SECONDS = 60.0
 """For what of ours is loaded before the first completion: packages that lie on a slow disk take their time."""
@@ -46,8 +47,8 @@ class Means:
 
     at_a_time: int = 1
     """Processes that may run completions' code at once."""
-    heard: Callable[[], object] = lambda: None
-    """Called whenever a process has answered, so that a long rollout is not taken for a hang."""
+    asked_to_stop: Callable[[], bool] = going_on
+    """Called while a process runs: so that a long rollout is not taken for a hang, and ends where the step is to stop."""
 
 
 class ContainedScorer(Protocol):
@@ -63,7 +64,7 @@ class ContainedScorer(Protocol):
         """(place, why) of those prepared rows that no completion can be scored for, found out in a process."""
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
-        """One a sample. Raises `RewardError` with the first that cannot be scored."""
+        """One a sample. Raises `RewardError` with the first that cannot be scored, `Abandoned` where the step is to stop."""
 
 
 def limits_of(params: ContainedReward, first_seconds: float = LOADING_SECONDS) -> ProgramLimits:
@@ -83,7 +84,7 @@ class Called:
     source: str
     function: str
     limits: ProgramLimits
-    heard: Callable[[], object]
+    asked_to_stop: Callable[[], bool]
     warm_up: str | None = None
     """A function of the file that is called first, in the time for loading."""
 
@@ -124,7 +125,9 @@ class Called:
             "gives": gives,
             "calls": calls,
         }
-        ended = run_contained(CALLER, request, 1 + len(calls), self.limits, surroundings(os.environ), self.heard)
+        ended = run_contained(
+            CALLER, request, 1 + len(calls), self.limits, surroundings(os.environ), self.asked_to_stop
+        )
         self.show_prints(ended)
         self.require_loaded(ended)
         return ended
@@ -194,8 +197,19 @@ def called_here(name: str, module: Any, function: str, warm_up: str, params: Con
     """A function of this project that is called as a user's is, once another of its module has loaded what it needs."""
     path = Path(str(module.__file__))
     return Called(
-        f"rewards.{name}", str(path), text_of_program(path), function, limits_of(params), means.heard, warm_up
+        f"rewards.{name}", str(path), text_of_program(path), function, limits_of(params), means.asked_to_stop, warm_up
     )
+
+
+def require_all_scored(found: Iterable[object]) -> None:
+    """Raises, in all processes, what is wrong in any, where `found` has what each of them met: `RewardError` with all of it; or
+    `StopRequested`, where nothing is wrong and one was asked to stop.
+    """
+    met = list(found)
+    if problems := [problem for each in met if isinstance(each, RewardError) for problem in each.problems]:
+        raise RewardError(*dict.fromkeys(problems))
+    if any(isinstance(each, Abandoned) for each in met):
+        raise StopRequested
 
 
 def or_zero(found: Iterable[float | Trouble]) -> list[Scored]:

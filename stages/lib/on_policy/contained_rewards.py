@@ -52,7 +52,9 @@ class FileScorer:
         path, source = self.params.path, self.params.source
         self.parameters = parameters_of(source, self.params.function, str(path))
         limits = limits_of(self.params, self.params.max_load_seconds)
-        self.called = Called(f"rewards.{self.name}", str(path), source, self.params.function, limits, self.means.heard)
+        self.called = Called(
+            f"rewards.{self.name}", str(path), source, self.params.function, limits, self.means.asked_to_stop
+        )
 
     def prepare(self, sample: Sample) -> dict[str, Any]:
         columns = sample.row.get("columns", {})

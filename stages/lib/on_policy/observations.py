@@ -42,7 +42,7 @@ class Observer:
         self.params = params
         self.parameters = parameters_of(source, params.function, path)
         limits = ProgramLimits(params.max_seconds, params.max_load_seconds, int(params.max_memory_gib * (1 << 30)))
-        self.called = Called(WHERE, path, source, params.function, limits, means.heard)
+        self.called = Called(WHERE, path, source, params.function, limits, means.asked_to_stop)
 
     def arguments(self, turn: EndedTurn) -> dict[str, Any]:
         """What the function is called with. Raises `Unscorable` where the row lacks something that it asks for."""

@@ -20,6 +20,7 @@ from stages.lib.formulas import policy_gradient as pg
 from stages.lib.generating.generator import Sampler
 from stages.lib.generating.sampling import Sampled, uniforms_for
 from stages.lib.on_policy.actor_critic import Judged
+from stages.lib.on_policy.contained_calls import require_all_scored
 from stages.lib.on_policy.episode_params import EpisodeParams
 from stages.lib.on_policy.experience import Episode, Experience, collate_episodes
 from stages.lib.on_policy.params import OnPolicyParams
@@ -27,6 +28,7 @@ from stages.lib.on_policy.parts import Parts
 from stages.lib.on_policy.samples import Completion, Sample
 from stages.lib.on_policy.turns import OpenEpisode
 from stages.lib.processes.collectives import any_process, from_all
+from stages.lib.processes.contained import Abandoned
 from stages.lib.text.prompts import PromptRow
 from stages.lib.text.tokenizers import decode_ids
 from stages.lib.training.evaluating import Metrics, StopRequested
@@ -61,12 +63,11 @@ class Rollouts:
         self.say_troubles(experience)
         return experience
 
-    def together(self, mine: list[Episode] | RewardError) -> dict[int, Episode]:
+    def together(self, mine: list[Episode] | RewardError | Abandoned) -> dict[int, Episode]:
         """Position -> episode, of all processes. Raises in all of them what is wrong in any."""
         parts = from_all(mine)
-        if wrong := [part for part in parts if isinstance(part, RewardError)]:
-            raise RewardError(*dict.fromkeys(problem for error in wrong for problem in error.problems))
-        return {each.position: each for part in reversed(parts) for each in reversed(part)}
+        require_all_scored(parts)
+        return {each.position: each for part in reversed(parts) if isinstance(part, list) for each in reversed(part)}
 
     def write(self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> list[Episode]:
         """A completion of each prompt, of which nothing is known but what its generator says. All processes call it together."""
@@ -145,15 +146,15 @@ class Rollouts:
             for index, each in enumerate(episodes)
         ]
 
-    def reward(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Episode] | RewardError:
-        """The episodes with what they are worth; or why one of them cannot be scored, which the others are to know too."""
+    def reward(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Episode] | RewardError | Abandoned:
+        """The episodes with what they are worth; or why one of them is not scored, which the others are to know too."""
         samples = [
             Sample(row.index, row.prompt, self.completion_of(each), row.row)
             for each, row in zip(episodes, rows, strict=True)
         ]
         try:
             rewards, troubles = self.parts.scorer.score(samples, lambda: require_going_on(self.ctx))
-        except RewardError as error:
+        except (RewardError, Abandoned) as error:
             return error
         return [
             replace(each, rewards=worth, troubles=found)

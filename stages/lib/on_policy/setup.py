@@ -233,7 +233,7 @@ def start_vllm(ctx: Context, params: OnPolicyParams, device: torch.device) -> Vl
 
 
 def make_scorer(ctx: Context, params: OnPolicyParams, layout: Mapping[str, Any] | None, device: torch.device) -> Scorer:
-    means = Means(at_a_time=ctx.resources.threads_per_process, heard=ctx.stop_requested)
+    means = Means(at_a_time=ctx.resources.threads_per_process, asked_to_stop=ctx.going_on_alone)
     reward = learned(params.rewards)
     if reward is None:
         return Scorer(params.rewards, None, means)

@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError, RewardError
 from pipeline.stage import Context
 from stages.lib.generating.sampling import Sampled
-from stages.lib.on_policy.contained_calls import Means, Trouble
+from stages.lib.on_policy.contained_calls import Means, Trouble, require_all_scored
 from stages.lib.on_policy.episode_params import EpisodeParams
 from stages.lib.on_policy.experience import Episode, Unfolded
 from stages.lib.on_policy.observations import EndedTurn, Observed, Observer
 from stages.lib.processes.collectives import any_process, from_all
+from stages.lib.processes.contained import Abandoned
 from stages.lib.text.chat_continuing import TurnBetween, turn_between
 from stages.lib.text.prompts import PromptRow
 from stages.lib.text.tokenizers import decode_ids, stop_token_ids
@@ -125,15 +126,14 @@ class Unfolding:
     def observe(self, ended: Sequence[OpenEpisode]) -> None:
         """Adds what is observed to the episodes whose turn has ended, or lets them end."""
         turns = [EndedTurn(each.row, tuple(each.turns), each.text) for each in ended]
-        wrong = None
+        wrong: RewardError | Abandoned | None = None
         try:
             observed = self.observer.observe(turns) if turns else []
             for each, turn, found in zip(ended, turns, observed, strict=True):
                 self.add(each, turn, found)
-        except RewardError as error:
+        except (RewardError, Abandoned) as error:
             wrong = error
-        if problems := [problem for error in from_all(wrong) if error is not None for problem in error.problems]:
-            raise RewardError(*dict.fromkeys(problems))
+        require_all_scored(from_all(wrong))
 
     def add(self, episode: OpenEpisode, turn: EndedTurn, found: Observed) -> None:
         """Lets the policy read what was observed, if there is something, and room for it and a token after it."""
@@ -177,6 +177,6 @@ def unfolding_of(
     between = turn_between(tokenizer, params.role)
     if params.on_error is not None:
         between.encode(params.on_error)
-    observer = Observer(params, Means(heard=ctx.stop_requested))
+    observer = Observer(params, Means(asked_to_stop=ctx.going_on_alone))
     observer.check(rows)
     return Unfolding(observer, between, text_of)

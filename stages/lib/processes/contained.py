@@ -50,6 +50,15 @@ class ProgramLimits:
     """Of memory and swap for all its processes together; of data for each of them; of each file that it writes."""
 
 
+class Abandoned(Exception):
+    """A program was ended because whoever waited for it is to stop."""
+
+
+def going_on() -> bool:
+    """What is asked while a program runs where nobody may be told to stop."""
+    return False
+
+
 @dataclass
 class Ended:
     """How a program ended. All of its processes have."""
@@ -69,18 +78,20 @@ def run_contained(
     num_answers: int,
     limits: ProgramLimits,
     environment: Mapping[str, str],
-    heard: Callable[[], object] = lambda: None,
+    asked_to_stop: Callable[[], bool] = going_on,
 ) -> Ended:
     """Runs `python PROGRAM REQUEST_FILE FD` until it has written `num_answers` JSON objects, a line each, to the descriptor FD.
 
-    The program stands in an empty folder, which is removed; it removes the file of its request itself. `heard` is called with
-    each answer: the program goes on.
+    The program stands in an empty folder, which is removed; it removes the file of its request itself. `asked_to_stop` is called
+    at least once a second, and with each answer. Raises `Abandoned`, once the program has ended, where it says so.
     """
+    if asked_to_stop():
+        raise Abandoned
     with tempfile.TemporaryDirectory(prefix="slipway-", ignore_cleanup_errors=True) as folder:
         asked = Path(folder) / "request.json"
         asked.write_text(json.dumps(request, allow_nan=False), encoding="utf-8")
         with started(program, asked, limits, environment) as (keeper, results, output):
-            listener = Listener(keeper, results, output, num_answers, limits, heard)
+            listener = Listener(keeper, results, output, num_answers, limits, asked_to_stop)
             listener.listen()
             verdict = listener.finish()
     return ended_by(listener, verdict, limits)
@@ -153,7 +164,7 @@ class Listener:
     output: int
     num_answers: int
     limits: ProgramLimits
-    heard: Callable[[], object]
+    asked_to_stop: Callable[[], bool]
     answers: list[dict[str, Any]] = field(default_factory=list)
     printed: bytes = b""
     printed_bytes: int = 0
@@ -163,7 +174,7 @@ class Listener:
     is_garbled: bool = False
 
     def listen(self) -> None:
-        """Returns once all answers are here, or no more will come."""
+        """Returns once all answers are here, or no more will come. Raises `Abandoned` where nobody waits for them any more."""
         assert self.keeper.stdout is not None
         spent, looked_at = 0.0, time.monotonic()
         with selectors.DefaultSelector() as selector:
@@ -183,9 +194,10 @@ class Listener:
                     while self.results in {key.fd for key, _ in selector.select(0)} and self.take_answers():
                         pass
                     return
+                if self.asked_to_stop():
+                    raise Abandoned
                 if len(self.answers) > before:
                     spent = 0.0
-                    self.heard()
                 elif spent >= limit:
                     self.is_late = True
                     return
