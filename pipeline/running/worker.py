@@ -20,9 +20,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from pipeline.cards.card import write_cards
@@ -43,6 +42,7 @@ from pipeline.running.extending import checkpoint_to_extend
 from pipeline.running.lifeline import Lifeline, StopAtOnce
 from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
+from pipeline.running.stopping import Asking, Stopped, StopSignals
 from pipeline.settings.strict import Reading, validate
 from pipeline.stage import EXTENDS, Context, Stage, World
 from pipeline.store.checkpoints import Checkpoints
@@ -55,9 +55,6 @@ from pipeline.store.provenance import changes, library_versions, machine
 from pipeline.store.store import Store
 from pipeline.store.work_folder import InUseError, WorkFolder
 
-STOP_POLL_SECONDS = 0.5
-
-
 PREPARATION_TIMEOUT_SECONDS = 3600.0
 """How long other ranks wait while rank 0 hashes the checkpoint to resume from."""
 
@@ -69,51 +66,6 @@ def world_of(environment: Mapping[str, str]) -> World:
         size=int(environment.get("WORLD_SIZE", "1")),
         local_rank=int(environment.get("LOCAL_RANK", "0")),
     )
-
-
-class Stopped(BaseException):
-    """A signal asked the job to stop while there was nothing to save. No `except Exception` on the way may swallow it."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
-        super().__init__(f"received {signal.Signals(number).name} while there was nothing to save")
-
-
-@dataclass
-class StopSignals:
-    """Turns signals into a flag that the stage asks for at its boundaries.
-
-    While `at_once` holds there is nothing to save (before a stage with state runs, and in one without), and they end the
-    job: the first of them, for the end itself must not be disturbed.
-    """
-
-    files: WorkFolder
-    is_main: bool
-    at_once: bool = True
-    asked: bool = False
-    looked_at: float = field(default=0.0)
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.asked = not self.asked, True
-        if self.at_once and first:
-            raise Stopped(number)
-
-    def __call__(self) -> bool:
-        """True once this rank was signalled, or the work folder holds a request to stop (which rank 0 looks for).
-
-        Raises `Stopped` instead where there is nothing to save.
-        """
-        now = time.monotonic()
-        if self.is_main and not self.asked and now - self.looked_at > STOP_POLL_SECONDS:
-            self.looked_at = now
-            self.asked = self.files.stop_is_requested()
-        if self.asked and self.at_once:
-            raise Stopped(signal.SIGTERM)
-        return self.asked
 
 
 def fetch(place: str) -> Path:
@@ -161,14 +113,7 @@ def run_locked(
     if not stage.distributed:
         lifeline.every_poll = StopAtOnce(files, lambda number: report(files, lifeline, Stopped(number)))
 
-    def stop_requested() -> bool:
-        lifeline.boundary()
-        return stop()
-
-    def going_on_alone() -> bool:
-        lifeline.sign()
-        return stop()
-
+    asking = Asking(stop, lifeline)
     device = "cpu" if job.resources.uses_cpu else "cuda"
     environment = machine(device)
     checkpoints = store.checkpoints(
@@ -190,8 +135,8 @@ def run_locked(
         resources=job.resources,
         journal=journal,
         world=world,
-        stop_requested=stop_requested,
-        going_on_alone=going_on_alone,
+        stop_requested=asking.at_boundary,
+        going_on_alone=asking.within,
         hub=hub_inputs(job.inputs),
         extends=extends,
     )

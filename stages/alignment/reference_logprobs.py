@@ -16,8 +16,8 @@ from pipeline.settings.strict import Strict
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.models.adapters.folders import adapter_folder, unreadable_adapter
-from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import length_problems
+from stages.lib.models.memory import BYTES
 from stages.lib.models.noise import noise_problems
 from stages.lib.preferring.unpaired_params import input_problems
 from stages.lib.text.template_date import TemplateDateParams, on_template_date

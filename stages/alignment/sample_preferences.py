@@ -18,8 +18,8 @@ from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.formulas.bounds import Nucleus, Temperature, Weight
 from stages.lib.models.adapters.folders import tokenizer_to_train_with, unreadable_adapter, virtual_tokens_in
-from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import length_problems, require_length
+from stages.lib.models.memory import BYTES
 from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.rows.canonical import write_rows

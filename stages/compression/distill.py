@@ -20,8 +20,8 @@ from stages.lib.models.architectures import (
     starting_problems,
     vocabulary_problems,
 )
-from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.families import mixing_problems
+from stages.lib.models.memory import BYTES
 from stages.lib.text.template_forecast import unembedded_problems
 from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training

@@ -20,8 +20,8 @@ from pipeline.settings.strict import content_of, validate
 from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Kind
 from stages import STAGES
-from stages.lib.models.arithmetic import state_bytes_per_rank
 from stages.lib.models.config import read_config
+from stages.lib.models.memory import state_bytes_per_rank
 from stages.lib.training.extension import extension_problems
 from tests.families import write_base_model
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from stages.lib.models.arithmetic import FAMILIES, completed, field_of, memory_bytes_per_rank, parameter_count
+from stages.lib.models.arithmetic import FAMILIES, completed, field_of, parameter_count
+from stages.lib.models.memory import memory_bytes_per_rank
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {

@@ -13,7 +13,7 @@ from pipeline.command import reports
 from pipeline.command.naming import model_folder
 from pipeline.errors import ArtifactError
 from pipeline.running.proving import prove_inputs
-from pipeline.running.worker import Stopped, StopSignals
+from pipeline.running.stopping import Stopped, StopSignals
 from pipeline.store import proofs as module
 from pipeline.store.artifact import MANIFEST, read_manifest, would_be_read
 from pipeline.store.job import Job

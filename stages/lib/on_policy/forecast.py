@@ -14,8 +14,8 @@ from stages.lib.models.adapters.params import (
     VirtualTokens,
     mergeable_methods,
 )
-from stages.lib.models.arithmetic import BYTES, state_bytes_per_rank
 from stages.lib.models.lengths import length_problems
+from stages.lib.models.memory import BYTES, state_bytes_per_rank
 from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.params import WITHOUT_BOTTLENECKS, OnPolicyParams
 from stages.lib.on_policy.reward_params import learned

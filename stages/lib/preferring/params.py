@@ -10,8 +10,8 @@ from pipeline.errors import Problem
 from pipeline.stage import Estimate, Forecast
 from stages.lib.models.adapters.params import require_comparable
 from stages.lib.models.architectures import vocabulary_problems
-from stages.lib.models.arithmetic import BYTES
 from stages.lib.models.lengths import length_problems
+from stages.lib.models.memory import BYTES
 from stages.lib.models.noise import noise_problems
 from stages.lib.text.template_date import TemplateDateParams
 from stages.lib.text.template_forecast import untaught_problems

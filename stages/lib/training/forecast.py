@@ -9,8 +9,9 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError
 from pipeline.stage import BASE_ROLES, Estimate, Forecast
 from stages.lib.models.adapters.counting import count_published, count_quantized_ahead
-from stages.lib.models.arithmetic import field_of, memory_bytes_per_rank, parameter_count
+from stages.lib.models.arithmetic import field_of, parameter_count
 from stages.lib.models.generation import generation_notes
+from stages.lib.models.memory import memory_bytes_per_rank
 from stages.lib.models.noise import dropped_heads, noise_notes
 from stages.lib.training.adapter_forecast import (
     adapter_notes,

@@ -21,8 +21,9 @@ from stages.lib.models.adapters.params import (
     PTuningMethod,
     VeraMethod,
 )
-from stages.lib.models.arithmetic import Quantized, completed, field_of, parameter_count
+from stages.lib.models.arithmetic import completed, field_of, parameter_count
 from stages.lib.models.linears import WITHOUT_TORCHS_LINEARS, Linear, layer_biases, layer_linears, other_biases
+from stages.lib.models.memory import Quantized
 
 Architecture = Mapping[str, Any]
 
