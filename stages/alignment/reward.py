@@ -44,12 +44,15 @@ def estimate(forecast: Forecast) -> Estimate:
     role = next((role for role in REWARD_ROLES if role in forecast.inputs), "preferences")
     rows, sequences = forecast.inputs.get(role, Estimate()).train_rows, 2 if role == "preferences" else 1
     known = estimate_preference_training(forecast, num_rows=rows, sequences=sequences)
+    reading = forecast.params.reading_of(role)
+    if known.architecture:
+        known = replace(known, architecture={**known.architecture, **reading.config})
     architecture = known.architecture or {}
     hidden, vocabulary = field_of(architecture, "hidden_size"), field_of(architecture, "vocab_size")
     if known.parameters is None or hidden is None or vocabulary is None:
         return known
     language_head = 0 if (completed(architecture) or architecture).get("tie_word_embeddings") else hidden * vocabulary
-    outputs = forecast.params.reading_of(role).num_outputs
+    outputs = reading.num_outputs
     head = hidden * outputs + (outputs if role == "step_labels" else 0)  # heads of tokens have a bias
     trained = None if known.trained_parameters is None else known.trained_parameters + head
     return replace(known, parameters=known.parameters - language_head + head, trained_parameters=trained)

@@ -21,6 +21,7 @@ from stages.lib.models.adapters.folders import tokenizer_to_train_with, unreadab
 from stages.lib.models.lengths import length_problems, require_length
 from stages.lib.models.memory import BYTES
 from stages.lib.models.noise import noise_problems
+from stages.lib.on_policy.forecast import reward_model_problems
 from stages.lib.on_policy.reward_params import Rewards, learned
 from stages.lib.rows.canonical import write_rows
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
@@ -98,12 +99,7 @@ def estimate(forecast: Forecast) -> Estimate:
 def check(forecast: Forecast) -> list[Problem]:
     """What is wrong with inputs and lengths, found before the step runs."""
     params: SamplePreferencesParams = forecast.params
-    problems = []
-    if learned(params.rewards) and "reward" not in forecast.inputs:
-        problems.append(Problem("inputs.reward", "is missing, and params.rewards asks for reward_model", "Add it."))
-    if "reward" in forecast.inputs and not learned(params.rewards):
-        hint = "Add {kind: reward_model} to params.rewards."
-        problems.append(Problem("inputs.reward", "is given, and no reward uses it", hint))
+    problems = reward_model_problems(forecast, params.rewards)
     virtual = 0
     if (adapter := forecast.inputs.get("adapter", Estimate()).folder) is not None:
         unreadable = unreadable_adapter(adapter)
@@ -120,7 +116,7 @@ def run(ctx: Context, params: SamplePreferencesParams) -> Result:
     from dataclasses import replace
 
     from stages.lib.models.config import read_config
-    from stages.lib.on_policy.rewards import check_rows
+    from stages.lib.on_policy.scoring import require_scorable
     from stages.lib.processes.collectives import from_main
     from stages.lib.processes.joining import join_processes
     from stages.lib.text.chat_check import check_chat_template
@@ -141,8 +137,7 @@ def run(ctx: Context, params: SamplePreferencesParams) -> Result:
         "train": asked_of(train, params.skip_prompts, params.max_prompts, "skip_prompts", ledger),
         "heldout": asked_of(heldout, 0, params.max_heldout_prompts, "max_heldout_prompts", ledger),
     }
-    rows = [(row.index, row.prompt, row.row) for side in asked.values() for row in side]
-    check_rows(params.rewards, rows)
+    require_scorable(ctx, params.rewards, [row for side in asked.values() for row in side])
     writer = open_writer(ctx, params, tokenizer, device)
     seeds = {"train": ctx.seed, "heldout": seed_of(ctx.seed, HELDOUT_SEED)}
     sides = [sample_side(ctx, params, writer, split, side, seeds[split], ledger) for split, side in asked.items()]

@@ -461,6 +461,18 @@ def test_tests_that_an_empty_program_passes_are_found_before_the_training() -> N
     )
 
 
+@pytest.mark.parametrize("partial_credit", [False, True])
+def test_a_test_that_an_empty_program_passes_earns_no_part(partial_credit: bool) -> None:
+    """Where all must pass it does no harm; where parts are paid for, it would pay for nothing."""
+    row = {"columns": {"tests": '["import math", "assert add(1, 2) == 3"]'}}
+    rewards = read({"kind": "code_tests", "column": "tests", "partial_credit": partial_credit})
+    if not partial_credit:
+        check_rows(rewards, [(0, "p", row)])
+        return
+    with pytest.raises(RewardError, match=r"an empty program passes test 1 of the column 'tests', and partial_credit"):
+        check_rows(rewards, [(0, "p", row)])
+
+
 def test_many_open_files_are_no_hindrance() -> None:
     """What a process answered just before its end is read from a descriptor above 1,024, which `select` cannot look at."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -472,7 +484,7 @@ def test_many_open_files_are_no_hindrance() -> None:
         os.write(opened[1], b'{"value": 1.0}\n')
         with subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
             keeper.wait()
-            listener = Listener(keeper, opened[-1], opened[2], 2, ProgramLimits(9, 9, 1 << 30), lambda: None)
+            listener = Listener(keeper, opened[-1], opened[2], 2, ProgramLimits(9, 9, 1 << 30), lambda: False)
             listener.listen()
     finally:
         for each in opened:

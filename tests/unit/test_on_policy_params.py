@@ -86,6 +86,34 @@ def test_a_recipe_that_cannot_run_is_refused_by_plan(
     assert problem.where == where and what in str(problem) and problem.hint
 
 
+def reward_made_by(role: str, **params: Any) -> Estimate:
+    """What `plan` knows of a reward model that a step is to make."""
+    stage = STAGES["reward"]
+    fields = {"global_batch_size": 2, "max_length_tokens": 32, "max_steps": 1, "learning_rate": 1e-3, **params}
+    return stage.estimate(Forecast(stage.params(**fields), Resources(), {"model": MODEL, role: Estimate(train_rows=9)}))
+
+
+def test_reward_models_that_are_not_made_yet_are_known_for_what_they_judge() -> None:
+    """A critic starts from no model of steps, and one head is not apart from itself."""
+
+    def found(kind: str, made: Estimate, rewards: list[dict[str, Any]]) -> list[str]:
+        stage = STAGES[kind]
+        known = {"model": MODEL, "prompts": Estimate(train_rows=50), "reward": made}
+        params = stage.params(**{**PARAMS, "rewards": rewards})
+        return [
+            str(each) for each in stage.check(Forecast(params, Resources(), known)) if each.where == "inputs.reward"
+        ]
+
+    programmatic = PARAMS["rewards"]
+    careful = [{**LEARNED, "uncertainty_penalty": 0.5}]
+    plain, steps = reward_made_by("preferences"), reward_made_by("step_labels")
+    assert found("ppo", plain, programmatic) == found("ppo", steps, [LEARNED]) == found("grpo", plain, [LEARNED]) == []
+    assert "no reward uses it" in found("ppo", steps, programmatic)[0]
+    for made in (plain, steps):
+        assert "has one head, and uncertainty_penalty is 0.5" in found("grpo", made, careful)[0]
+    assert found("grpo", reward_made_by("preferences", heads=4), careful) == []
+
+
 def test_a_rollout_must_be_shared_by_the_processes() -> None:
     """The batch of a step, a divisor of the rollout's, cannot be shared either: both are told."""
     found = {problem.where: str(problem) for problem in problems("grpo", {}, processes=3)}

@@ -31,10 +31,15 @@ class CodeScorer:
         return {"code": extracted(self.params.extract, sample.completion.text), "tests": tests}
 
     def faults(self, prepared: Sequence[Any]) -> Iterator[tuple[int, Unscorable]]:
-        """Those whose tests an empty program passes, all of them: so would whatever a policy writes."""
+        """Those whose tests an empty program passes, all of them, or with `partial_credit` one: so would whatever a policy writes."""
         passed = self.passed_by_nothing([test for each in prepared for test in each["tests"] if isinstance(test, str)])
         for place, each in enumerate(prepared):
-            if all(test in passed if isinstance(test, str) else has_passed(test, NOTHING) for test in each["tests"]):
+            empty = [test in passed if isinstance(test, str) else has_passed(test, NOTHING) for test in each["tests"]]
+            if self.params.partial_credit and any(empty) and not all(empty):
+                which = f"test {empty.index(True) + 1} of the column '{self.params.column}'"
+                what = f"an empty program passes {which}, and partial_credit pays for it"
+                yield place, Unscorable(what, "Take that test out, leave the row out, or set partial_credit: false.")
+            elif all(empty):
                 what = f"an empty program passes the tests of the column '{self.params.column}', so they test nothing"
                 hint = (
                     "Have them call the code and raise where it is wrong (after a definition of `check` comes its call),"

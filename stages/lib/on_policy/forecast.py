@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.errors import Problem, RecipeError
+from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.stage import Estimate, Forecast
-from pipeline.store.artifact import REWARD_READING
 from stages.lib.models.adapters.folders import adapter_folder, method_in, unreadable_adapter
 from stages.lib.models.adapters.params import (
     VirtualTokens,
@@ -18,7 +17,8 @@ from stages.lib.models.lengths import length_problems
 from stages.lib.models.memory import BYTES, state_bytes_per_rank
 from stages.lib.models.noise import noise_problems
 from stages.lib.on_policy.params import WITHOUT_BOTTLENECKS, OnPolicyParams
-from stages.lib.on_policy.reward_params import learned
+from stages.lib.on_policy.reward_params import Reward, learned
+from stages.lib.preferring.reward_reading import StepsReading, reading_in, with_penalty
 from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.layouts import readable_layout
@@ -30,15 +30,7 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     params: OnPolicyParams = forecast.params
     problems = check_training(forecast)
     roles = set(forecast.inputs)
-    if learned(params.rewards) and "reward" not in roles:
-        problems.append(Problem("inputs.reward", "is missing, and params.rewards asks for reward_model", "Add it."))
-    reward = forecast.inputs.get("reward", Estimate()).architecture or {}
-    judges_steps = "step_separator" in (reward.get(REWARD_READING) or {})
-    critic_starts_from_it = params.has_critic and params.adapter is None and not judges_steps
-    if "reward" in roles and not learned(params.rewards) and not critic_starts_from_it:
-        problems.append(
-            Problem("inputs.reward", "is given, and no reward uses it", "Add {kind: reward_model} to params.rewards.")
-        )
+    problems += reward_model_problems(forecast, params.rewards, critic=params.has_critic and params.adapter is None)
     if params.generation == "vllm" and forecast.resources.device == "cpu":
         problems.append(Problem("params.generation", "is vllm, and resources.device is cpu", "Write transformers."))
     if params.generation == "vllm" and isinstance(params.adapter, VirtualTokens):
@@ -76,6 +68,28 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     except RecipeError as error:
         problems += [replace(p, where="params.ptx_batch_size") for p in error.problems if isinstance(p, Problem)]
     return problems
+
+
+def reward_model_problems(forecast: Forecast, rewards: Sequence[Reward], *, critic: bool = False) -> list[Problem]:
+    """What is wrong if the input `reward` and the rewards do not go together. `critic`: whether one may start from it."""
+    asked = learned(rewards)
+    if "reward" not in forecast.inputs:
+        what = "is missing, and params.rewards asks for reward_model"
+        return [Problem("inputs.reward", what, "Add it.")] if asked else []
+    try:
+        reading = reading_in(forecast.inputs["reward"].architecture or {}, "inputs.reward")
+        if asked is None and (isinstance(reading, StepsReading) or not critic):
+            return [
+                Problem(
+                    "inputs.reward", "is given, and no reward uses it", "Add {kind: reward_model} to params.rewards."
+                )
+            ]
+        # Of a reward model that another step makes from a model not known yet, its heads are not known.
+        if asked is not None and forecast.inputs["reward"].architecture:
+            with_penalty(reading, asked.uncertainty_penalty, "inputs.reward")
+    except ArtifactError as error:
+        return [problem for problem in error.problems if isinstance(problem, Problem)]
+    return []
 
 
 def room_problems(architecture: Mapping[str, Any], params: OnPolicyParams) -> list[Problem]:
@@ -146,8 +160,6 @@ def with_shared_backbone(forecast: Forecast, known: Estimate, beside: int, width
         )
         memory += memory - frozen
         if disk is not None:
-            learned = known.parameters if trained is None else trained
-            whole = 0 if params.publishes_adapter else 4 * (known.parameters - learned)
-            disk += disk - whole
+            disk += disk - (0 if params.publishes_adapter else 4 * known.parameters)
     copied = in_place * width if params.kl_coefficient and "reference" not in forecast.inputs else 0
     return replace(known, memory_bytes_per_rank=memory + copied + beside, disk_bytes=disk)

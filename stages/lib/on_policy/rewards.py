@@ -151,7 +151,10 @@ def score_programmatic(rewards: Sequence[ProgrammaticReward], samples: Sequence[
 
 
 def check_rows(
-    rewards: Iterable[Reward], prompts: Iterable[tuple[int, Prompt, Row]], turns: Messages | None = None
+    rewards: Iterable[Reward],
+    prompts: Iterable[tuple[int, Prompt, Row]],
+    turns: Messages | None = None,
+    means: Means | None = None,
 ) -> None:
     """Raises `RewardError` if a reward cannot score some of the (row index, prompt, row), with how many and the first.
 
@@ -161,7 +164,7 @@ def check_rows(
     rewards = list(rewards)
     functions = [REWARDS[params.kind](params) for params in programmatic(rewards)]
     names = reward_names(programmatic(rewards))
-    scorers = list(contained_scorers(rewards, Means()).values())
+    scorers = list(contained_scorers(rewards, means or Means()).values())
     prepared: list[list[tuple[int, Row, Any]]] = [[] for _ in scorers]
     failed: Counter[str] = Counter()
     first: dict[str, Problem] = {}

@@ -16,23 +16,38 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import RewardError
+from pipeline.errors import Preempted, RewardError
+from pipeline.stage import Context
 from stages.lib.models.config import read_config
 from stages.lib.models.lengths import require_length
 from stages.lib.models.loading import load_model
 from stages.lib.on_policy.contained_calls import Means, Trouble
 from stages.lib.on_policy.contained_rewards import contained_scorers
 from stages.lib.on_policy.reward_params import LEARNED, Reward, learned, programmatic, reward_names
-from stages.lib.on_policy.rewards import check_scores, combine, score_programmatic
+from stages.lib.on_policy.rewards import check_rows, check_scores, combine, score_programmatic
 from stages.lib.on_policy.samples import Sample
 from stages.lib.preferring.reward_models import encode_scored, load_reward_model, scored_class, scores
 from stages.lib.preferring.reward_reading import reading_in, with_penalty
 from stages.lib.processes.collectives import from_main
+from stages.lib.processes.contained import Abandoned
 from stages.lib.text.batches import attention_mask, padded
 from stages.lib.text.chat_template import Messages
+from stages.lib.text.prompts import PromptRow
 from stages.lib.text.tokenizers import load_tokenizer
 from stages.lib.training.engine import freeze
 from stages.lib.training.layouts import split_while_loading, zero_stage_of
+
+
+def require_scorable(
+    ctx: Context, rewards: Sequence[Reward], rows: Sequence[PromptRow], turns: Messages | None = None
+) -> None:
+    """`check_rows` of the prompts, once for all processes, in which it raises alike; `Preempted` where it is to stop meanwhile."""
+    means = Means(ctx.resources.threads_per_process, ctx.going_on_alone)
+    prompts = ((row.index, row.prompt, row.row) for row in rows)
+    try:
+        from_main(lambda: check_rows(rewards, prompts, turns, means))
+    except Abandoned:
+        raise Preempted("while the rewards were tried on the rows") from None
 
 
 class RewardModelScorer:

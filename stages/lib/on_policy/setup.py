@@ -36,8 +36,7 @@ from stages.lib.on_policy.ptx import ChatMixture
 from stages.lib.on_policy.publish import publish_critic, publish_policy
 from stages.lib.on_policy.quiet import switch_dropout_off
 from stages.lib.on_policy.reward_params import learned
-from stages.lib.on_policy.rewards import check_rows
-from stages.lib.on_policy.scoring import RewardModelScorer, Scorer
+from stages.lib.on_policy.scoring import RewardModelScorer, Scorer, require_scorable
 from stages.lib.on_policy.turns import Unfolding, unfolding_of
 from stages.lib.preferring.reward_reading import RewardReading, reading_in
 from stages.lib.text.batches import padding_of
@@ -78,7 +77,7 @@ def run_on_policy(
     )
     rows = (*prompts.rows, *heldout.rows)
     turns = None if params.episodes is None else ()
-    check_rows(params.rewards, ((row.index, row.prompt, row.row) for row in rows), turns)
+    require_scorable(ctx, params.rewards, rows, turns)
     opened = Opened(
         tokenizer=tokenizer,
         prompts=prompts,
