@@ -8,7 +8,7 @@ what it is, training or held-out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from stages.lib.on_policy.candidates import CandidateWriter
+    from stages.lib.on_policy.candidates import CandidateWriter, Drawn
     from stages.lib.on_policy.sampled_rows import SampledRows
     from stages.lib.rows.ledger import Ledger
     from stages.lib.text.prompts import PromptRow, Prompts
@@ -140,8 +140,16 @@ def run(ctx: Context, params: SamplePreferencesParams) -> Result:
     require_scorable(ctx, params.rewards, [row for side in asked.values() for row in side])
     writer = open_writer(ctx, params, tokenizer, device)
     seeds = {"train": ctx.seed, "heldout": seed_of(ctx.seed, HELDOUT_SEED)}
-    sides = [sample_side(ctx, params, writer, split, side, seeds[split], ledger) for split, side in asked.items()]
-    return from_main(lambda: write_sampled(ctx, sides, ledger))
+    drawn = {split: writer.draw(split, side, seeds[split]) for split, side in asked.items()}
+    names = writer.scorer.names
+    # One process alone holds all completions.
+    return from_main(
+        lambda: write_sampled(
+            ctx,
+            [side_of(ctx, params, names, split, side, drawn[split], ledger) for split, side in asked.items()],
+            ledger,
+        )
+    )
 
 
 STAGE = Stage(
@@ -235,13 +243,13 @@ def open_writer(
     )
 
 
-def sample_side(
+def side_of(
     ctx: Context,
     params: SamplePreferencesParams,
-    writer: CandidateWriter,
+    names: Sequence[str],
     split: str,
     prompts: list[PromptRow],
-    seed: int,
+    drawn: Drawn,
     ledger: Ledger,
 ) -> SampledRows:
     """The rows that one side's prompts become, in their order; what gives none is in the ledger.
@@ -251,9 +259,9 @@ def sample_side(
     from stages.lib.on_policy.sampled_rows import SampledRows
     from stages.lib.preferring.reference import identity_of
 
-    found = writer.all_of(split, prompts, seed)
+    found = drawn.read()
     adapter = ctx.inputs.get("adapter")
-    side = SampledRows(split, identity_of(ctx.inputs["model"], adapter), writer.scorer.names)
+    side = SampledRows(split, identity_of(ctx.inputs["model"], adapter), names)
     for row in prompts:
         if params.write == "pairs":
             side.add_pair(row, found[row.index], params.min_margin, params.min_score, ledger)

@@ -45,6 +45,22 @@ class Worth(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Completions that are drawn and scored, and lie in files."""
+
+    chunks: Sequence[Sequence[PromptRow]]
+    paths: Sequence[Path]
+
+    def read(self) -> dict[int, list[Candidate]]:
+        """Number of the prompt's row -> its completions in the order of their numbers."""
+        found: dict[int, list[Candidate]] = {}
+        for chunk, path in zip(self.chunks, self.paths, strict=True):
+            for row, written in zip(chunk, read_json(path), strict=True):
+                found[row.index] = [Candidate(**{**each, "rewards": tuple(each["rewards"])}) for each in written]
+        return found
+
+
+@dataclass(frozen=True)
 class CandidateWriter:
     """Draws completions of prompts and scores them."""
 
@@ -71,8 +87,8 @@ class CandidateWriter:
         size = max(1, self.batch_size // self.completions_per_prompt)
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def all_of(self, split: str, prompts: Sequence[PromptRow], seed: int) -> dict[int, list[Candidate]]:
-        """Number of the prompt's row -> its completions in the order of their numbers; the same in every process.
+    def draw(self, split: str, prompts: Sequence[PromptRow], seed: int) -> Drawn:
+        """Draws and scores the completions of all prompts: where they lie.
 
         Raises `Preempted` if asked to stop: the chunks that are done lie in the work folder.
         """
@@ -90,16 +106,15 @@ class CandidateWriter:
             mine = done * world.size + world.rank
             if mine < len(waiting):
                 number = waiting[mine]
-                with contextlib.suppress(
-                    Abandoned
-                ):  # the next round, or what is left then, tells that the step is to stop
+                # Where it is abandoned, the next round, or what is left in the end, tells that the step is to stop.
+                with contextlib.suppress(Abandoned):
                     found = self.complete(chunks[number], seed)
                     write_json(paths[number], [[asdict(each) for each in of_prompt] for of_prompt in found])
             self.ctx.journal.write("progress", what=f"chunks of {split} completions", done=done + 1, total=rounds)
         barrier()
         if left := from_main(lambda: sum(not path.exists() for path in paths)):
             raise Preempted(f"after {len(chunks) - left:,} of {len(chunks):,} chunks of {split} prompts")
-        return from_main(lambda: read_chunks(chunks, paths))
+        return Drawn(chunks, paths)
 
     def complete(self, rows: Sequence[PromptRow], seed: int) -> list[list[Candidate]]:
         """The completions of each prompt, scored."""
@@ -207,12 +222,3 @@ def said_ids(sampled: Sampled) -> list[int]:
 def chunk_digest(chunk: Sequence[PromptRow], seed: int) -> str:
     """Changes with which prompts are in the chunk, in their order, and with the seed."""
     return digest_bytes(canonical_json([seed, [[row.index, row.ids] for row in chunk]]))[:16]
-
-
-def read_chunks(chunks: Sequence[Sequence[PromptRow]], paths: Sequence[Path]) -> dict[int, list[Candidate]]:
-    """What was written of all chunks, by the number of the prompt's row."""
-    found: dict[int, list[Candidate]] = {}
-    for chunk, path in zip(chunks, paths, strict=True):
-        for row, written in zip(chunk, read_json(path), strict=True):
-            found[row.index] = [Candidate(**{**each, "rewards": tuple(each["rewards"])}) for each in written]
-    return found
