@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from stages.lib.on_policy.candidates import CandidateWriter, Drawn
+    from stages.lib.on_policy.candidates import CandidateWriter, DrawnCandidates
     from stages.lib.on_policy.sampled_rows import SampledRows
     from stages.lib.rows.ledger import Ledger
     from stages.lib.text.prompts import PromptRow, Prompts
@@ -249,7 +249,7 @@ def side_of(
     names: Sequence[str],
     split: str,
     prompts: list[PromptRow],
-    drawn: Drawn,
+    drawn: DrawnCandidates,
     ledger: Ledger,
 ) -> SampledRows:
     """The rows that one side's prompts become, in their order; what gives none is in the ledger.

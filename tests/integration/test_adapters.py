@@ -312,6 +312,22 @@ def test_merge_makes_of_an_adapter_what_training_would_have_published(world: Wor
         assert (ctx.out / "chat_template.jinja").read_bytes() == (whole.out / "chat_template.jinja").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_an_output_layer_that_is_that_of_the_embeddings(tmp_path: Path, made: list[Made]) -> None:
+    """What is learned in it is not put into the embeddings: the published model is the one that was trained."""
+    base = write_model(tmp_path / "base", make_tokenizer(), tie_word_embeddings=True)
+    block = {"method": "lora", "rank": 4, "target_modules": ["lm_head"]}
+    params = {**COMMON, "max_length_tokens": 56, "adapter": block}
+    _, ctx = run_stage(
+        STAGES["sft"], {"model": base, "chats": write_chats(tmp_path / "chats")}, params, tmp_path / "run"
+    )
+    found = AutoModelForCausalLM.from_pretrained(ctx.out)
+    assert agree(answer_of(found, base), answer_of(made[0].model, base))
+    start = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(found.get_input_embeddings().weight, start)
+    assert not torch.equal(found.get_output_embeddings().weight, start)
+
+
 def test_beside_a_base_in_four_bits(world: World, tmp_path: Path, made: list[Made]) -> None:
     """What trains is the adapter on a base of NF4; what is published is that adapter, which peft puts on the base as it is on
     disk, and that merged. Read with a base in four bits, it says what the trained model said.

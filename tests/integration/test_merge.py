@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch import LAUNCHERS
-from pipeline.errors import ArtifactError, RecipeError
+from pipeline.errors import ArtifactError, DataError, RecipeError
 from pipeline.recipe.outside import kind_of_folder
 from pipeline.recipe.reader import load_recipe
 from pipeline.running.plan import make_plan
+from pipeline.settings.resources import Resources
+from pipeline.stage import Estimate, Forecast
 from pipeline.store.artifact import Kind
 from pipeline.store.store import Store
 from stages import STAGES
@@ -175,6 +177,132 @@ def test_another_base_than_the_adapter_says_is_told(tmp_path: Path, base: Path) 
         notes = (tmp_path / model.name / "merge" / "journal.jsonl").read_text(encoding="utf-8")
         told = f"the adapter says that it was trained on {base}, and is put on {other}"
         assert (told in notes) == (model == other)
+
+
+def mixed(base: Path, adapters: dict[str, Path], folder: Path, **params: Any) -> tuple[Any, Path]:
+    inputs = {"model": base, **{f"adapters.{name}": path for name, path in adapters.items()}}
+    result, context = run_stage(STAGES["merge"], inputs, params, folder)
+    return result, context.out
+
+
+@pytest.fixture
+def three(tmp_path: Path, base: Path) -> dict[str, Path]:
+    """Adapters of one base: two LoRAs that share a layer, and one that scales keys."""
+    for name, targets, factor in (("one", ["q_proj", "v_proj"], 1.0), ("two", ["v_proj", "up_proj"], -2.0)):
+        model = adapted(base, tmp_path / name, target_modules=targets)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if "lora_B" in key:
+                    weight.mul_(factor)
+        model.save_pretrained(tmp_path / name)
+    torch.manual_seed(3)
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False)
+    scaled = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    scaled.peft_config["default"].base_model_name_or_path = str(base)
+    scaled.save_pretrained(tmp_path / "three")
+    return {name: tmp_path / name for name in ("one", "two", "three")}
+
+
+def test_a_mixture_adds_what_each_adapter_adds(tmp_path: Path, base: Path, three: dict[str, Path]) -> None:
+    """W + 0.5 B_1 A_1 alpha / r - 2 B_2 A_2 alpha / r + 1 (l - 1) W, each by its own layers; the mean without weights."""
+    start = load_file(base / "model.safetensors")
+    files = {name: load_file(path / "adapter_model.safetensors") for name, path in three.items()}
+
+    def expected(weights: dict[str, float]) -> dict[str, torch.Tensor]:
+        found = {key: tensor.double() for key, tensor in start.items()}
+        for key in found:
+            path = key.removesuffix(".weight")
+            for name in ("one", "two"):
+                if (a := files[name].get(f"base_model.model.{path}.lora_A.weight")) is not None:
+                    b = files[name][f"base_model.model.{path}.lora_B.weight"]
+                    found[key] = found[key] + weights[name] * 8 / 2 * b.double() @ a.double()
+            if (scale := files["three"].get(f"base_model.model.{path}.ia3_l")) is not None:
+                found[key] = found[key] + weights["three"] * (scale.double() - 1) * start[key].double()
+        return found
+
+    for number, given in enumerate(({"one": 0.5, "two": -2.0, "three": 1.0}, None)):
+        result, out = mixed(base, three, tmp_path / f"mixed_{number}", **({"weights": given} if given else {}))
+        wanted = expected(given or dict.fromkeys(three, 1 / 3))
+        found = load_file(out / "model.safetensors")
+        assert result.metrics["changed_weights"] == sum(not torch.equal(found[key], start[key]) for key in start) == 4
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, wanted[key].float(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_mixture_of_one_is_that_adapter_merged(tmp_path: Path, base: Path, three: dict[str, Path]) -> None:
+    _, alone = merged(base, three["one"], tmp_path / "alone")
+    _, out = mixed(base, {"one": three["one"]}, tmp_path / "mixture")
+    found, expected = (load_file(each / "model.safetensors") for each in (out, alone))
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-8)
+
+
+TIED = {
+    "head": {"target_modules": ["lm_head"]},
+    "embeddings": {"target_modules": ["embed_tokens"]},
+    "both": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "head, whole": {"modules_to_save": ["lm_head"]},
+    "embeddings, whole": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_layers_that_share_their_weight_get_their_own(tmp_path: Path, name: str) -> None:
+    """The output layer is that of the embeddings, and the adapter is on one of them: so is what it adds, also in a mixture."""
+    base = write_base_model(tmp_path / "base", "llama-3", tie_word_embeddings=True)
+    model = adapted(base, tmp_path / "adapter", **TIED[name])
+    if "modules_to_save" in TIED[name]:
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if ".modules_to_save." in key:
+                    weight.mul_(1.5)
+        model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 5, 9]])
+    _, alone = merged(base, tmp_path / "adapter", tmp_path / "alone")
+    _, mixture = mixed(base, {"one": tmp_path / "adapter"}, tmp_path / "mixture")
+    for out in (alone, mixture):
+        found = AutoModelForCausalLM.from_pretrained(out)
+        assert not found.config.tie_word_embeddings and "lm_head.weight" in load_file(out / "model.safetensors")
+        torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-5, atol=2e-5)
+
+
+def test_shared_weights_that_no_adapter_is_on_stay_shared(tmp_path: Path) -> None:
+    base = write_base_model(tmp_path / "base", "llama-3", tie_word_embeddings=True)
+    adapted(base, tmp_path / "adapter")
+    _, alone = merged(base, tmp_path / "adapter", tmp_path / "alone")
+    _, mixture = mixed(base, {"one": tmp_path / "adapter"}, tmp_path / "mixture")
+    for out in (alone, mixture):
+        assert AutoModelForCausalLM.from_pretrained(out).config.tie_word_embeddings
+        assert "lm_head.weight" not in load_file(out / "model.safetensors")
+
+
+def test_mixtures_that_are_none_are_refused(tmp_path: Path, base: Path, three: dict[str, Path]) -> None:
+    stage = STAGES["merge"]
+
+    def problems(roles: tuple[str, ...], **params: Any) -> list[str]:
+        inputs = {role: Estimate() for role in ("model", *roles)}
+        return [str(each) for each in stage.check(Forecast(stage.params(**params), Resources(device="cpu"), inputs))]
+
+    both = ("adapters.one", "adapters.two")
+    assert problems(("adapter",)) == problems(both) == problems(both, weights={"one": 1, "two": -1}) == []
+    assert problems(both, tokenizer_of="two") == []
+    assert "is missing, and so is adapters" in problems(())[0]
+    assert "both given" in problems(("adapter", *both))[0]
+    assert "three, two stand on one side only" in problems(both, weights={"one": 1, "three": 1})[0]
+    assert "is none of `adapters`" in problems(both, tokenizer_of="tow")[0]
+    assert "weights" in problems(("adapter",), weights={"one": 1})[0]
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(three["two"])
+    two = {name: three[name] for name in ("one", "two")}
+    with pytest.raises(DataError, match=r"different tokenizers or chat templates: one and two.*tokenizer_of: one"):
+        mixed(base, two, tmp_path / "refused")
+    _, out = mixed(base, two, tmp_path / "kept", tokenizer_of="two")
+    assert load_tokenizer(out).chat_template == "{{ messages }}"
+    with pytest.raises(ArtifactError, match="changes no weight"):
+        mixed(base, dict.fromkeys("ab", three["one"]), tmp_path / "none", weights={"a": 1, "b": -1})
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pipeline.errors import ArtifactError, Problem
 from stages.lib.models.formats import Formats, that_hold
-from stages.lib.models.loading import DTYPES, parameter_shapes
+from stages.lib.models.loading import DTYPES, head_stands_alone, parameter_shapes
 from stages.lib.text.tokenizers import copy_left_out, copy_tokenizer, load_tokenizer, stop_token_ids
 
 
@@ -38,7 +38,7 @@ def publish(
     formats = that_hold(formats or Formats(), state)
     opened = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     # Gathering clones tied weights: each is written once, under the name that owns it, whatever the layout.
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_names(model)
     weights = {
         name: (
             tensor.detach().to("cpu", formats.dtype_of(name))
@@ -63,6 +63,15 @@ def publish(
     shapes = {name: shape for name, shape in parameter_shapes(model).items() if name not in tied}
     check_weights(out, shapes, may_be_zero)
     return formats.main
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """The names of weights that are another one under a second name. Where the head has become one of its own, the config says so."""
+    if head_stands_alone(model):
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    claimed = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name for name, source in claimed.items() if weights.get(name) is weights.get(source)}
 
 
 def complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:

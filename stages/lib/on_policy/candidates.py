@@ -45,7 +45,7 @@ class Worth(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnCandidates:
     """Completions that are drawn and scored, and lie in files."""
 
     chunks: Sequence[Sequence[PromptRow]]
@@ -87,7 +87,7 @@ class CandidateWriter:
         size = max(1, self.batch_size // self.completions_per_prompt)
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def draw(self, split: str, prompts: Sequence[PromptRow], seed: int) -> Drawn:
+    def draw(self, split: str, prompts: Sequence[PromptRow], seed: int) -> DrawnCandidates:
         """Draws and scores the completions of all prompts: where they lie.
 
         Raises `Preempted` if asked to stop: the chunks that are done lie in the work folder.
@@ -114,7 +114,7 @@ class CandidateWriter:
         barrier()
         if left := from_main(lambda: sum(not path.exists() for path in paths)):
             raise Preempted(f"after {len(chunks) - left:,} of {len(chunks):,} chunks of {split} prompts")
-        return Drawn(chunks, paths)
+        return DrawnCandidates(chunks, paths)
 
     def complete(self, rows: Sequence[PromptRow], seed: int) -> list[list[Candidate]]:
         """The completions of each prompt, scored."""

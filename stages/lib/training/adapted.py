@@ -14,6 +14,7 @@ from pipeline.stage import Context
 from stages.lib.models.adapters.attaching import trained_state
 from stages.lib.models.adapters.budget import as_pruned_lora
 from stages.lib.models.adapters.budget_params import AdaLoraMethod
+from stages.lib.models.adapters.merging import merged_in_place
 from stages.lib.models.adapters.params import ADAPTER_FOLDER, AdapterBlock
 from stages.lib.models.adapters.principal import as_plain_lora
 from stages.lib.models.adapters.saving import write_adapter
@@ -69,8 +70,7 @@ def publish_trained(
         if params.publishes_adapter:
             write_tokenizer(tokenizer, ctx.out)
             return "fp32"
-        # In place: a copy of each weight that is merged would make the base the second in memory.
-        merged = adapted.merge_and_unload() if hasattr(adapted, "peft_config") else adapted
+        merged = merged_in_place(adapted) if hasattr(adapted, "peft_config") else adapted
         options: dict[str, Any] = {"formats": formats, "stop_ids": stop_ids, "may_be_zero": zeros.__contains__}
         return publish(merged, merged.state_dict(), tokenizer, ctx.out, **options)
 

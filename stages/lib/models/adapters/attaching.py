@@ -89,6 +89,9 @@ def unwarned() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         # It says so of the patterns that it adds itself for experts, which do match; a recipe's own are looked at by us.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        # Of an adapter on one of two layers that share their weight: `merged_in_place` gives each its own.
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
         yield
 
 

@@ -105,18 +105,18 @@ def tokenizer_to_train_with(inputs: Mapping[str, Path]) -> Path:
     return tokenizer_beside(inputs["adapter"], inputs["model"]) if "adapter" in inputs else inputs["model"]
 
 
-def nothing_to_merge(method: str) -> Problem:
+def nothing_to_merge(method: str, where: str = "inputs.adapter") -> Problem:
     """That an adapter of virtual tokens, or of modules, cannot become a part of a model's weights."""
     what = f"is of the method {method}, whose {no_weights(method)} that could be added to a model's"
     readers = "Read it where adapters are read as they are (evaluate, chat, peft)"
     hint = f"{readers}; or train one with weights: {mergeable_methods()}."
-    return Problem("inputs.adapter", what, hint)
+    return Problem(where, what, hint)
 
 
-def unmergeable_adapter(folder: Path) -> list[Problem]:
+def unmergeable_adapter(folder: Path, where: str = "inputs.adapter") -> list[Problem]:
     """What is wrong if no adapter can be read from the folder, or none that has weights to merge."""
-    if problems := unreadable_adapter(folder):
+    if problems := unreadable_adapter(folder, where):
         return problems
     config = adapter_config(folder)
     method = str(config.get(OWN) or config.get("peft_type"))
-    return [nothing_to_merge(method)] if method in UNMERGEABLE else []
+    return [nothing_to_merge(method, where)] if method in UNMERGEABLE else []
