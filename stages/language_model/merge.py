@@ -122,7 +122,7 @@ def run(ctx: Context, params: MergeParams) -> Result:
 
 STAGE = Stage(
     kind="merge",
-    version=2,
+    version=3,
     summary="a causal model with the weights of an adapter, or of a mixture of several, added",
     params=MergeParams,
     inputs={
