@@ -401,6 +401,30 @@ MUTATIONS = (
         "marks_BT > 0",
         ("tests/numerics/test_reward_losses.py::test_steps_are_learned_as_transformers_learns_labels_of_tokens",),
     ),
+    Mutation(
+        "an adapter of the output layer merged into the embeddings too",
+        "stages/lib/models/adapters",
+        "if adds and head is not None and head.weight is embeddings.weight:",
+        "if False:",
+        (
+            "tests/integration/test_merge.py::test_layers_that_share_their_weight_get_their_own[head]",
+            "tests/integration/test_merge.py::test_layers_that_share_their_weight_get_their_own[embeddings]",
+        ),
+    ),
+    Mutation(
+        "a mixture whose weights are left out",
+        "stages/lib/models/adapters",
+        "before[key].detach().double()) * weight",
+        "before[key].detach().double())",
+        ("tests/integration/test_merge.py::test_a_mixture_adds_what_each_adapter_adds",),
+    ),
+    Mutation(
+        "a wish to stop that nobody hears while rewards score",
+        "stages/lib/processes",
+        "                if self.asked_to_stop():\n                    raise Abandoned\n",
+        "",
+        ("tests/unit/test_contained.py::test_a_program_is_abandoned_where_its_caller_is_to_stop",),
+    ),
 )
 
 

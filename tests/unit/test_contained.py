@@ -206,7 +206,7 @@ def test_a_program_is_abandoned_where_its_caller_is_to_stop(tmp_path: Path) -> N
     program = tmp_path / "program.py"
     program.write_text(PREAMBLE + "answer(a=1); time.sleep(1000)")
     wishes = iter([False] * 3)
-    limits = ProgramLimits(seconds=500.0, first_seconds=500.0, memory_bytes=256 << 20)
+    limits = ProgramLimits(seconds=15.0, first_seconds=15.0, memory_bytes=256 << 20)
     started = time.monotonic()
     with pytest.raises(Abandoned):
         run_contained(program, {}, 2, limits, surroundings(os.environ), lambda: next(wishes, True))
