@@ -114,15 +114,24 @@ def zeros_of(folder: Path) -> Callable[[str], bool]:
     return is_zero
 
 
+READ_AT_ONCE_BYTES = 16 << 20
+
+
 def tensors_in(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names and tensors of all safetensors in `folder`, of which one at a time is in memory: it is used before the next."""
+    """The names and tensors of all safetensors in `folder`, each to be used before the next: few of them are in memory at once."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        for name in names:
-            # Opened for each anew: what has been read of a file stays in memory while it is open.
+            waiting = list(reversed(file.keys()))
+        while waiting:
+            # Opened anew now and then: what has been read of a file stays in memory while it is open.
             with safe_open(path, framework="pt") as file:
-                yield name, file.get_tensor(name)
+                read = 0
+                while waiting and read < READ_AT_ONCE_BYTES:
+                    name = waiting.pop()
+                    tensor = file.get_tensor(name)
+                    read += tensor.nbytes
+                    yield name, tensor
+                del tensor
 
 
 def check_weights(
