@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,13 @@ def test_what_an_adapter_does_not_go_with_is_refused_by_plan() -> None:
     assert problems("grpo", shorter) == []
     (problem,) = problems("grpo", {**shorter, "generation": "vllm"}, device="cuda")
     assert problem.where == "params.generation" and "or take lora" in str(problem)
+    head = {"adapter": {"method": "lora", "target_modules": ["q_proj", "lm_head"]}, "generation": "vllm"}
+    assert problems("grpo", head, device="cuda") == []
+    tied = {"model": replace(MODEL, architecture={**ARCHITECTURE, "tie_word_embeddings": True})}
+    stage, known = STAGES["grpo"], {**tied, "prompts": Estimate(train_rows=50)}
+    for generation, expected in (("vllm", ["params.adapter.target_modules"]), ("transformers", [])):
+        params = stage.params(**{**PARAMS, **head, "generation": generation})
+        assert [each.where for each in stage.check(Forecast(params, Resources(device="cuda"), known))] == expected
     (problem,) = problems("ppo", shorter, gradient_checkpointing=True)
     assert problem.where == "resources.gradient_checkpointing"
     (problem,) = problems("ppo", {"adapter": {"method": "bitfit"}})

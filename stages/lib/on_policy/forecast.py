@@ -13,6 +13,7 @@ from stages.lib.models.adapters.params import (
     VirtualTokens,
     mergeable_methods,
 )
+from stages.lib.models.arithmetic import completed
 from stages.lib.models.lengths import length_problems
 from stages.lib.models.memory import BYTES, state_bytes_per_rank
 from stages.lib.models.noise import noise_problems
@@ -31,13 +32,7 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     problems = check_training(forecast)
     roles = set(forecast.inputs)
     problems += reward_model_problems(forecast, params.rewards, critic=params.has_critic and params.adapter is None)
-    if params.generation == "vllm" and forecast.resources.device == "cpu":
-        problems.append(Problem("params.generation", "is vllm, and resources.device is cpu", "Write transformers."))
-    if params.generation == "vllm" and isinstance(params.adapter, VirtualTokens):
-        what = (
-            f"is vllm, which is given the policy's weights, and the virtual tokens of {params.adapter.method} are none"
-        )
-        problems.append(Problem("params.generation", what, f"Write transformers, or take {mergeable_methods()}."))
+    problems += vllm_problems(forecast) if params.generation == "vllm" else []
     given = forecast.inputs.get("adapter", Estimate()).folder
     if given is not None and not unreadable_adapter(given) and method_in(adapter_folder(given)) == "bottleneck":
         problems.append(Problem("inputs.adapter", WITHOUT_BOTTLENECKS, "Name a lora, or a model without adapter."))
@@ -68,6 +63,27 @@ def check_on_policy(forecast: Forecast) -> list[Problem]:
     except RecipeError as error:
         problems += [replace(p, where="params.ptx_batch_size") for p in error.problems if isinstance(p, Problem)]
     return problems
+
+
+def vllm_problems(forecast: Forecast) -> list[Problem]:
+    """What is wrong if completions are to be written by vLLM, which is given the policy's weights with what adapters add."""
+    adapter, problems = forecast.params.adapter, []
+    if forecast.resources.device == "cpu":
+        problems.append(Problem("params.generation", "is vllm, and resources.device is cpu", "Write transformers."))
+    if isinstance(adapter, VirtualTokens):
+        what = f"is vllm, which is given the policy's weights, and the virtual tokens of {adapter.method} are none"
+        problems.append(Problem("params.generation", what, f"Write transformers, or take {mergeable_methods()}."))
+    config = completed(forecast.inputs.get("model", Estimate()).architecture or {}) or {}
+    named = getattr(adapter, "target_modules", None)
+    head = OUTPUT_LAYERS & set(named if isinstance(named, list) else [])
+    if head and config.get("tie_word_embeddings"):
+        what = f"names {min(head)}, which in this model is the embeddings: vLLM has no place for one that is another"
+        hint = "Leave it out, or write `generation: transformers`."
+        problems.append(Problem("params.adapter.target_modules", what, hint))
+    return problems
+
+
+OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})
 
 
 def reward_model_problems(forecast: Forecast, rewards: Sequence[Reward], *, critic: bool = False) -> list[Problem]:
