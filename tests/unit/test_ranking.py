@@ -236,7 +236,7 @@ def test_a_process_reward_model_that_no_reward_asks_is_refused() -> None:
         },
         Path(),
     )
-    for reading, refused in (({"step_separator": "\n"}, True), (None, False)):
+    for reading, refused in (({"step_separator": "\n", "answer_score": "min"}, True), (None, False)):
         inputs = {"model": Estimate(), "reward": Estimate(architecture={REWARD_READING: reading})}
         found = [str(problem) for problem in STAGES["ppo"].check(Forecast(params, Resources(), inputs))]
         assert any(each.startswith("inputs.reward: is given, and no reward uses it") for each in found) is refused
