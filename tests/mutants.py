@@ -132,10 +132,10 @@ MUTATIONS = (
         ("tests/numerics/test_policy_gradient.py", "tests/numerics/test_on_policy_loss.py::test_the_advantages_of_ppo"),
     ),
     Mutation(
-        "advantages see what the critic says of padding",
+        "advantages that depend on how wide the padding is",
         "stages/lib/formulas/policy_gradient.py",
-        "values_NK, rewards_NK = values_NK * mask_NK, rewards_NK * mask_NK",
-        "rewards_NK = rewards_NK * mask_NK",
+        "next_value_N = torch.where(is_said_N, values_NK[:, place], next_value_N)",
+        "next_value_N = torch.where(is_said_N, values_NK[:, place], place - next_value_N)",
         ("tests/numerics/test_policy_gradient.py::test_advantages_do_not_see_padding",),
     ),
     Mutation(
