@@ -57,11 +57,14 @@ def mix_adapters(
             if not torch.equal(tensor, before[key]):
                 move = (tensor.detach().double() - before[key].detach().double()) * weight
                 moves[key] = moves[key] + move if key in moves else move
+    sharing: dict[int, list[str]] = {}
+    for key, weight in before.items():
+        sharing.setdefault(id(weight), []).append(key)
     apart = {
         key
-        for key, weight in before.items()
-        for other, same in before.items()
-        if same is weight and other != key and not same_move(moves.get(key), moves.get(other))
+        for keys in sharing.values()
+        if not all(same_move(moves.get(keys[0]), moves.get(key)) for key in keys[1:])
+        for key in keys
     }
     with torch.no_grad():
         for key, move in moves.items():
