@@ -296,8 +296,9 @@ def packed_tokens(ctx: Context, split: Split) -> PackedTokens:
 
 def modifier_of(params: QuantizeParams) -> Any:
     """How llm-compressor quantizes the linear layers. Must be called where its log goes to a file."""
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    from stages.lib.models.compressing import strict_gptq
 
     weights = {
         "num_bits": params.bits,
@@ -310,7 +311,7 @@ def modifier_of(params: QuantizeParams) -> Any:
     if params.method == "round_to_nearest":
         return QuantizationModifier(config_groups=groups, ignore=params.ignore)
     order = "static" if params.activation_order else None
-    return GPTQModifier(config_groups=groups, ignore=params.ignore, dampening_frac=params.dampening, actorder=order)
+    return strict_gptq(config_groups=groups, ignore=params.ignore, dampening_frac=params.dampening, actorder=order)
 
 
 def copy_generation_config(source: Path, out: Path) -> None:

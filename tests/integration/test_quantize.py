@@ -300,23 +300,45 @@ def test_a_layer_that_does_not_fit_and_a_name_that_is_no_layer_are_refused_toget
 def test_gptq_that_cannot_be_solved_is_an_error(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llm-compressor then rounds the weights to nearest, with a warning. The same process can quantize again.
+    """llm-compressor then rounds the weights to nearest. The same process can quantize again.
 
-    Which statistics have no inverse depends on the machine, so they are made negative here.
+    Which statistics have no inverse depends on the machine, so linear algebra is made to say of all that they have none.
     """
-    from llmcompressor.modifiers.gptq import gptq_quantize
+    import torch
 
-    factorize = gptq_quantize.factorize_hessian
+    factorize = torch.linalg.cholesky_ex
 
-    def of_negative(weight: Any, hessian: Any, *more: Any) -> Any:
-        return factorize(weight, -hessian, *more)
+    def without_factors(matrix: Any, *, out: Any, **options: Any) -> None:
+        factorize(matrix, out=out, **options)
+        out[1].fill_(1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gptq_quantize, "factorize_hessian", of_negative)
+        patch.setattr(torch.linalg, "cholesky_ex", without_factors)
         for attempt in ("first", "second"):
-            with pytest.raises(DataError, match=r"params.dampening: Hessian inversion failed.* Raise dampening"):
+            with pytest.raises(
+                DataError, match=r"params.dampening: Hessian inversion failed: 14 of 14 layers .*q_proj"
+            ):
                 quantize(world, tmp_path / attempt, bits=4, group_size=32, calibration_rows=1)
     quantize(world, tmp_path / "again", bits=4, group_size=32, calibration_rows=1)
+
+
+def test_a_layer_that_no_calibration_text_reaches_is_an_error_and_can_be_ignored(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llm-compressor rounds such a layer to nearest without a word. Here the gate of one block is never called."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    calibrate = GPTQModifier.calibrate_module
+
+    def but_one(self: Any, module: Any, *more: Any) -> None:
+        if self._module_names[module] != "model.layers.1.mlp.gate_proj":
+            calibrate(self, module, *more)
+
+    monkeypatch.setattr(GPTQModifier, "calibrate_module", but_one)
+    with pytest.raises(DataError, match=r"params\.calibration_rows: .* reached 13 of 14 layers"):
+        quantize(world, tmp_path / "unreached", bits=4, group_size=32, calibration_rows=1)
+    ignore = ["lm_head", "model.layers.1.mlp.gate_proj"]
+    quantize(world, tmp_path / "ignored", bits=4, group_size=32, calibration_rows=1, ignore=ignore)
 
 
 def test_an_inverse_without_factors_is_an_error_of_the_same_kind(

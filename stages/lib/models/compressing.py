@@ -28,7 +28,7 @@ def compress(
     `batches` are what it is calibrated with; None where nothing is. Raises `DataError` where gptq could not be carried
     out, whether llm-compressor rounded to nearest instead or gave up.
     """
-    with quiet_compressor(log) as warned:
+    with quiet_compressor(log):
         from llmcompressor import oneshot, reset_session
 
         try:
@@ -41,23 +41,45 @@ def compress(
             )
         except torch.linalg.LinAlgError as error:
             # A Hessian that has an inverse by a hair, whose inverse then has no factors.
-            warned.append(f"Hessian inversion failed: {error}")
+            raise unsolved(str(error)) from error
         else:
             with left_as_saved():
                 model.save_pretrained(out, save_compressed=True)
         finally:
             reset_session()
-    failed = [sentence for sentence in warned if sentence.startswith("Hessian inversion failed")]
-    if failed:
-        raise DataError(
-            Problem(
-                "params.dampening",
-                failed[0].split(". ")[0],
-                "Raise dampening or calibration_rows, or round to nearest.",
-            )
-        )
     # Says nothing that config.json does not say.
     (out / "recipe.yaml").unlink(missing_ok=True)
+
+
+def strict_gptq(**options: Any) -> Any:
+    """llm-compressor's `GPTQModifier` of these options, where a layer that GPTQ did not quantize is a `DataError`.
+
+    Its own answer to such a layer is to round it to nearest: with a line in its log where the statistics have no inverse,
+    without one where no calibration text reached the layer.
+    """
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    class StrictGPTQ(GPTQModifier):  # type: ignore[misc, unused-ignore]
+        def on_finalize(self, state: Any, **more: Any) -> bool:
+            rounded, reached, wanted = self._rtn_fallback_module_names, self._num_compressed_modules, self._module_names
+            if rounded:
+                raise unsolved(f"{len(rounded)} of {reached} layers ({', '.join(rounded[:5])})")
+            if reached < len(wanted):
+                raise DataError(
+                    Problem(
+                        "params.calibration_rows",
+                        f"the calibration text reached {reached} of {len(wanted)} layers",
+                        "Raise calibration_rows, ignore the layers that no text reaches, or round to nearest.",
+                    )
+                )
+            return bool(super().on_finalize(state, **more))
+
+    return StrictGPTQ(**options)
+
+
+def unsolved(what: str) -> DataError:
+    hint = "Raise dampening or calibration_rows, or round to nearest."
+    return DataError(Problem("params.dampening", f"Hessian inversion failed: {what}", hint))
 
 
 @contextlib.contextmanager
@@ -76,14 +98,13 @@ def left_as_saved() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_compressor(path: Path) -> Iterator[list[str]]:
-    """Sends what llm-compressor and the libraries below it say to the file at `path`; yields the warnings among it.
+def quiet_compressor(path: Path) -> Iterator[None]:
+    """Sends what llm-compressor and the libraries below it say to the file at `path`.
 
     Must be entered before llm-compressor is imported, which sets up a log on the console.
     """
     tracing = logging.getLogger("torch.fx._symbolic_trace")
     level = tracing.level
-    warned: list[str] = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("w", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(file))
@@ -99,5 +120,4 @@ def quiet_compressor(path: Path) -> Iterator[list[str]]:
         logger.remove()
         stack.callback(logger.remove)
         logger.add(file, level="INFO")
-        logger.add(lambda message: warned.append(message.record["message"]), level="WARNING")
-        yield warned
+        yield
