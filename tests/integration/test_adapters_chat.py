@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.command.naming import adapters_to_talk_to, model_to_talk_to
 from pipeline.errors import ArtifactError
 from pipeline.settings.strict import CHECKOUT
+from stages.lib.generating import side_by_side
 from stages.lib.generating.chat import chat
 from stages.lib.generating.replies import stop_ids_of, write_reply
+from stages.lib.generating.sampling import sample
 from stages.lib.models.adapters.opening import open_adapted
 from stages.lib.models.loading import load_language_model
 from stages.lib.text.tokenizers import load_tokenizer
@@ -94,6 +96,54 @@ def test_each_answers_in_its_turn_and_the_conversation_goes_on(home: Path) -> No
         "The conversation is forgotten.\n",
         f"{first}\n",
     ]
+
+
+def test_all_are_asked_in_one_batch_and_the_conversation_is_as_it_was(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRAs of other layers and ranks, and the model: one batch. Others are put on by themselves."""
+    more = {
+        "low": peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["down_proj"]),
+        "whole": peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]),
+        "dora": peft.LoraConfig(task_type="CAUSAL_LM", r=2, use_dora=True, target_modules="all-linear"),
+    }
+    adapters = {name: home / name for name in CONFIGS}
+    for name, config in more.items():
+        under = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(home / "model"), config)
+        with torch.no_grad():
+            for key, weight in under.named_parameters():
+                if weight.requires_grad and "magnitude" not in key:
+                    weight.add_(torch.randn_like(weight) / (1 if "lora" in key else 20))
+        under.save_pretrained(home / name)
+        adapters[name] = home / name
+    batches: list[list[str]] = []
+
+    def counted(*arguments: Any, adapter_names: list[str], **options: Any) -> Any:
+        batches.append(adapter_names)
+        return sample(*arguments, adapter_names=adapter_names, **options)
+
+    monkeypatch.setattr(side_by_side, "sample", counted)
+    said = talk(home / "model", adapters, "What is open?", "/all And read?", "And read?", "/all")
+    first = reply(home, "one", "What is open?")
+    names = [*adapters, None]
+    expected = {name: reply(home, name, "What is open?", first, "And read?") for name in names}
+    assert len(set(expected.values())) == 6
+    assert said[2] == "".join(f"{name or 'none'}: {expected[name]}\n" for name in names)
+    assert batches == [["adapter_0", "adapter_1", "__base__"]]
+    assert said[3] == f"{expected['one']}\n"
+    assert said[4].startswith("Write what they are to answer")
+
+
+def test_one_whose_template_refuses_does_not_keep_the_others_from_answering(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "one", tmp_path / "strict")
+    tokenizer = load_tokenizer(home / "model")
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    tokenizer.save_pretrained(tmp_path / "strict")
+    said = talk(home / "model", {"one": home / "one", "strict": tmp_path / "strict"}, "/all What is open?")
+    expected = {name: reply(home, name, "What is open?") for name in ("one", None)}
+    assert said[1].startswith(f"one: {expected['one']}\nstrict: ") and said[1].endswith(f"\nnone: {expected[None]}\n")
+    assert "never" in said[1]
+    assert talk(home / "model", {}, "/all Hello")[1].startswith("There are no adapters: begin with")
 
 
 def test_a_name_that_there_is_not_changes_nothing(home: Path) -> None:

@@ -14,12 +14,15 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import ArtifactError, DataError, Problem
 from stages.lib.formulas.bounds import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
 from stages.lib.generating.replies import write_reply
+from stages.lib.generating.side_by_side import SameForAll, replies_of_all
 from stages.lib.models.adapters.opening import Adapted, open_adapted
 from stages.lib.models.loading import load_language_model
 from stages.lib.text.tokenizers import load_tokenizer
 
 NO_ADAPTER = "none"
 """What a user writes for the model without an adapter."""
+
+NO_ADAPTERS = "There are no adapters: begin with `slipway chat MODEL --adapter PLACE`"
 
 
 def load_chat_model(
@@ -69,8 +72,8 @@ def chat(
     """Holds a conversation of several turns with the model in `folder`, until `/exit` or the end of the input.
 
     `read_line` returns the user's next line, None at the end. `/reset` forgets the conversation. Of `adapters` the first is on
-    the model; `/adapter NAME` has another one answer, `/adapter none` the model alone, and the conversation goes on. `options`
-    are those of a `Conversation`.
+    the model; `/adapter NAME` has another one answer, `/adapter none` the model alone, and the conversation goes on. `/all TEXT`
+    shows what each of them would answer to that, and the conversation is as it was. `options` are those of a `Conversation`.
     """
     if temperature and not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
         raise DataError(
@@ -83,7 +86,7 @@ def chat(
         adapted = load_adapted_chat_model(folder, adapters, device, write)
         first = next(iter(adapters))
         model, tokenizer = adapted.use(first), adapted.tokenizers[first]
-        write(f"{who_talks(adapted)}; /adapter NAME changes that, /adapter none takes it off.\n")
+        write(f"{who_talks(adapted)}; /adapter NAME changes that, /adapter none takes it off, /all TEXT asks all.\n")
     else:
         model, tokenizer = load_chat_model(folder, device)
     conversation = Conversation(model, tokenizer, write, temperature=temperature, **options)
@@ -97,6 +100,8 @@ def chat(
             write("The conversation is forgotten.\n")
         elif line.split(" ")[0] == "/adapter":
             write(f"{change_adapter(conversation, adapted, line.removeprefix('/adapter').strip())}.\n")
+        elif line.split(" ")[0] == "/all":
+            write(f"{answers_of_all(conversation, adapted, line.removeprefix('/all').strip())}\n")
         elif line:
             conversation.answer(line)
 
@@ -107,7 +112,7 @@ def change_adapter(conversation: Conversation, adapted: Adapted | None, name: st
     Returns what is to be said of it. A name that there is not changes nothing.
     """
     if adapted is None:
-        return "There are no adapters: begin with `slipway chat MODEL --adapter PLACE`"
+        return NO_ADAPTERS
     if name:
         wanted = None if name == NO_ADAPTER else name
         try:
@@ -118,6 +123,31 @@ def change_adapter(conversation: Conversation, adapted: Adapted | None, name: st
             return f"{error} {who_talks(adapted)}"
         conversation.tokenizer = adapted.tokenizers[wanted]
     return who_talks(adapted)
+
+
+def answers_of_all(conversation: Conversation, adapted: Adapted | None, line: str) -> str:
+    """What each adapter, and the model alone, would answer to the line at this point of the conversation."""
+    if adapted is None:
+        return f"{NO_ADAPTERS}."
+    if not line:
+        return "Write what they are to answer behind it: /all What is open?"
+    messages = [*conversation.messages, {"role": "user", "content": line}]
+    drawn = SameForAll(
+        conversation.turns,
+        conversation.max_new_tokens,
+        conversation.temperature,
+        conversation.top_p,
+        conversation.seed,
+    )
+    try:
+        said = replies_of_all(adapted, messages, drawn)
+    except KeyboardInterrupt:
+        return "Interrupted; the conversation is as it was."
+    finally:
+        conversation.model = adapted.model
+    return "\n".join(
+        f"{name or NO_ADAPTER}: {reply if isinstance(reply, DataError) else reply.text}" for name, reply in said.items()
+    )
 
 
 def who_talks(adapted: Adapted) -> str:

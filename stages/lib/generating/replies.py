@@ -64,17 +64,7 @@ def write_reply(
     What `write_replies` writes with the same seed and position, but for where the conversation leaves less room than
     `max_new_tokens` in the model's context: then it ends there. Raises `DataError` if none is left.
     """
-    prompt = encode_prompt(tokenizer, messages)
-    limit = context_of(model)
-    if limit is not None and len(prompt) >= limit:
-        raise DataError(
-            Problem(
-                "conversation",
-                f"is {len(prompt):,} tokens long, and the model reads {limit:,} in all",
-                "Start a new one, or shorten it.",
-            )
-        )
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    prompt, room = prompt_and_room(model, tokenizer, messages, max_new_tokens)
     stops = stop_ids_of(model, tokenizer)
     decoder = IncrementalDecoder(tokenizer)
 
@@ -87,6 +77,23 @@ def write_reply(
     if piece := decoder.rest():
         show(piece)
     return Reply(decoder.given, len(decoder.ids), truncated=not written.ended)
+
+
+def prompt_and_room(
+    model: Any, tokenizer: PreTrainedTokenizerBase, messages: Messages, max_new_tokens: int
+) -> tuple[list[int], int]:
+    """The ids that the assistant's next turn follows, and how many tokens it may have. Raises `DataError` if that is none."""
+    prompt = list(encode_prompt(tokenizer, messages))
+    limit = context_of(model)
+    if limit is not None and len(prompt) >= limit:
+        raise DataError(
+            Problem(
+                "conversation",
+                f"is {len(prompt):,} tokens long, and the model reads {limit:,} in all",
+                "Start a new one, or shorten it.",
+            )
+        )
+    return prompt, max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
 
 
 def write_replies(

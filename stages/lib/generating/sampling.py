@@ -108,11 +108,13 @@ def sample(
     temperature: float,
     top_p: float = 1.0,
     on_token: Callable[[int], Any] | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[Sampled]:
     """A completion of each prompt, of at most K tokens with K numbers in each row of `uniforms_BK`.
 
     All text that models of transformers write is written here, by `generate`, greedily, because `DrawByUniforms` leaves
-    one token to choose. Of a single prompt's completion `on_token` is told each token as it comes.
+    one token to choose. Of a single prompt's completion `on_token` is told each token as it comes. `adapter_names`: which
+    adapter of peft's model each row is written under (`models/adapters/rows.py`).
     """
     stops, length = sorted(stop_ids), max(map(len, prompts))
     ids_BT = torch.tensor([[PADDING_ID] * (length - len(prompt)) + list(prompt) for prompt in prompts])
@@ -131,6 +133,7 @@ def sample(
             **read,
             logits_processor=LogitsProcessorList([drawing]),
             streamer=TokenStream(on_token) if on_token else None,
+            **({"adapter_names": list(adapter_names)} if adapter_names is not None else {}),
         )
     new_BK = output_BT[:, length:].cpu().numpy()
     logp_BK = torch.stack(drawing.logprobs, dim=1).float().cpu().numpy()

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.settings.paths import holds_file, read_json
-from stages.lib.models.adapters.methods import IN_PLACE, METHODS, UNMERGEABLE
+from stages.lib.models.adapters.methods import GOING_ON, IN_PLACE, METHODS, UNMERGEABLE
 from stages.lib.models.adapters.params import ADAPTER_FOLDER, mergeable_methods, method_name, no_weights
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
@@ -85,7 +85,7 @@ def no_continuing(folder: Path, where: str = "inputs.adapter") -> list[Problem]:
         what = f"is of the method {method}, whose virtual tokens are kept without what they came out of"
         return [Problem(where, what, "Train a new one: leave the input out, and name a method.")]
     begins, bias = config.get("init_lora_weights", True), config.get("bias", "none")
-    if method not in ("lora", "vera", "ia3") and not config.get(OWN):
+    if method not in GOING_ON:
         return [Problem(where, f"is of the method {method}, which no stage trains further", GO_ON_MERGED)]
     if bias != "none" or not any(begins is way or begins == way for way in LEAVING):
         what = f"changes weights of its base as well (init_lora_weights: {begins}, bias: {bias})"

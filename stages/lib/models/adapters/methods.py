@@ -60,6 +60,8 @@ class Method:
     """Of its params and the model: puts modules into it, of which `choose` then names the parameters."""
     can_be_merged: bool = True
     """Whether there are weights of the model that it can be added to."""
+    goes_on: bool = True
+    """Whether what it published is trained further by `method: continued`."""
     rate_factor: Callable[[Any, str], float] = lambda params, name: 1.0
     """Of its params and a parameter's name: what the learning rate of this is a multiple of the stage's."""
 
@@ -216,15 +218,19 @@ def layers_of(model: Any) -> list[str]:
 
 METHODS: dict[type[AdapterBlock], Method] = {
     LoraMethod: Method(count_lora, "LORA", lora_config, rate_factor=lora_rate_factor),
-    AdaLoraMethod: Method(count_adalora, "ADALORA", adalora_config),
+    AdaLoraMethod: Method(count_adalora, "ADALORA", adalora_config, goes_on=False),
     VeraMethod: Method(count_vera, "VERA", vera_config),
     Ia3Method: Method(count_ia3, "IA3", ia3_config),
     BottleneckMethod: Method(
         count_bottleneck, choose=choose_bottlenecks, extend=add_bottlenecks_to, can_be_merged=False
     ),
-    PromptTuningMethod: Method(count_prompt_tuning, "PROMPT_TUNING", prompt_tuning_config, can_be_merged=False),
-    PrefixTuningMethod: Method(count_prefix_tuning, "PREFIX_TUNING", prefix_tuning_config, can_be_merged=False),
-    PTuningMethod: Method(count_p_tuning, "P_TUNING", p_tuning_config, can_be_merged=False),
+    PromptTuningMethod: Method(
+        count_prompt_tuning, "PROMPT_TUNING", prompt_tuning_config, can_be_merged=False, goes_on=False
+    ),
+    PrefixTuningMethod: Method(
+        count_prefix_tuning, "PREFIX_TUNING", prefix_tuning_config, can_be_merged=False, goes_on=False
+    ),
+    PTuningMethod: Method(count_p_tuning, "P_TUNING", p_tuning_config, can_be_merged=False, goes_on=False),
     BitFitMethod: Method(count_bitfit, choose=choose_biases),
     FreezeMethod: Method(count_freeze, choose=choose_parts),
     ContinuedMethod: Method(count_continued, rate_factor=lora_rate_factor),
@@ -244,6 +250,10 @@ UNMERGEABLE = frozenset(
 
 IN_PLACE = frozenset(method_name(params) for params, method in METHODS.items() if method.choose and not method.extend)
 """The methods that train weights which the model has, and add none."""
+
+
+GOING_ON = frozenset(method_name(params) for params, method in METHODS.items() if method.goes_on)
+"""The methods whose adapters are trained further."""
 
 
 def count_ahead(adapter: AdapterBlock, architecture: Mapping[str, Any]) -> Counted | None:

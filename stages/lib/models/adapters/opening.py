@@ -185,11 +185,14 @@ def extended(model: PreTrainedModel, adapter: Path, where: str) -> PreTrainedMod
     return model
 
 
-def require_same_layers(adapted: Any, adapter: Path, where: str) -> None:
+def require_same_layers(adapted: Any, adapter: Path, where: str, peft_name: str = "default") -> None:
     """Raises `ArtifactError` unless peft's model has a place for each of the adapter's weights, and lacks none."""
     kept = names_in(adapter)
     # peft saves whole embeddings beside an adapter, or does not, by what it adapts.
-    ways = [set(get_peft_model_state_dict(adapted, save_embedding_layers=whole)) for whole in (False, True)]
+    ways = [
+        set(get_peft_model_state_dict(adapted, adapter_name=peft_name, save_embedding_layers=whole))
+        for whole in (False, True)
+    ]
     if kept not in ways:
         names = sorted(min((kept ^ expected for expected in ways), key=len))
         what = f"and the model do not have the same layers: {', '.join(names[:3])} stand on one side only"
