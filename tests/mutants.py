@@ -213,6 +213,16 @@ MUTATIONS = (
     ),
     # From here on tests train.
     Mutation(
+        "weights in training written with in the background",
+        "stages/lib/generating/transformers.py",
+        "return TransformersSampler(self.replica,",
+        "return TransformersSampler(self.policy,",
+        (
+            "tests/integration/test_on_policy_options.py"
+            "::test_rollouts_in_the_background_are_those_of_the_policy_one_rollout_ago",
+        ),
+    ),
+    Mutation(
         "reference swapped",
         "stages/lib/preferring/objective.py",
         "*(ref_2N.chunk(2) if",

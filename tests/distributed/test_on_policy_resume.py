@@ -49,6 +49,8 @@ PARAMS: dict[str, dict[str, Any]] = {
     "ppo": PPO,
     "ppo_lora": {**PPO, "adapter": {"method": "lora", "rank": 4}},
     "grpo": COMMON,
+    # What is written in the background is restored as well: the weights that wrote it are gone.
+    "grpo_background": {**COMMON, "background_rollouts": True, "mismatch_cap": 2.0},
     "grpo_prefix": {**COMMON, "learning_rate": 3e-2, "adapter": {"method": "prefix_tuning", "num_virtual_tokens": 4}},
     "rloo": {**COMMON, "ptx_coefficient": 0.5, "ptx_batch_size": 4},
     # 16 pairs of each rollout, 8 in each step.
@@ -99,6 +101,7 @@ class Run:
 ALONE = [Run("ppo", 1, None), Run("ppo_lora", 1, None), Run("rloo", 1, "zero1"), Run("grpo_prefix", 1, "zero2")]
 TOGETHER = [Run("ppo", 2, "zero2"), Run("grpo", 2, None), Run("ppo_lora", 2, "zero3"), Run("ppo", 2, "zero3")]
 PAIRS = Run("online_dpo", 2, "zero2")
+BACKGROUND = (Run("grpo_background", 1, None), Run("grpo_background", 2, "zero3"))
 PHASES = ("generation", "update", "checkpoint")
 
 
@@ -138,12 +141,17 @@ KILLED = [
     *drawn_kills(KILLS_PER_PHASE),
     # Within the passes over a rollout, whose pairs are then read from the checkpoint.
     replace(PAIRS, die={"during": "update", "step": 10, "micro_batch": 0, "rank": 1}),
+    # The completions of the third rollout are then those of the first rollout's policy, and stand in the checkpoint of step 8.
+    replace(BACKGROUND[1], die={"during": "update", "step": 10, "micro_batch": 0, "rank": 1}),
 ]
 STOPPED_IN_GENERATION = [
     replace(TOGETHER[0], stop={"rollout": 1, "chunk": 1}),
     replace(ALONE[0], stop={"rollout": 2, "chunk": 3}),
 ]
-STOPPED_IN_PASSES = [replace(TOGETHER[2], stop={"step": 9}), replace(ALONE[1], stop={"step": 17})]
+STOPPED_IN_PASSES = [
+    *(replace(TOGETHER[2], stop={"step": 9}), replace(ALONE[1], stop={"step": 17})),
+    replace(BACKGROUND[0], stop={"step": 7}),
+]
 STOPPED = STOPPED_IN_GENERATION + STOPPED_IN_PASSES
 OTHER_PROCESSES = replace(TOGETHER[1], stop={"step": 10})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.errors import DataError
 from stages import STAGES
 from stages.lib.generating.sampling import Sampled
 from stages.lib.generating.transformers import TransformersSampler
+from stages.lib.on_policy.learning import Learner
 from stages.lib.rows.canonical import read_rows
 from stages.lib.text.chat_spans import EncodedChat, encode_chat
 from stages.lib.training.params import learning_rate_factor
@@ -143,6 +145,72 @@ def test_the_mismatch_is_corrected_up_to_its_cap(
     assert abs(first["without"]) > 1e-3
     assert first["whole"] == pytest.approx(2 * first["without"], rel=1e-5)
     assert first["capped"] == pytest.approx(1.5 * first["without"], rel=1e-5)
+
+
+def test_rollouts_in_the_background_are_those_of_the_policy_one_rollout_ago(
+    world: OnPolicyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two rollouts are written by the policy that training began with, the third by that of one rollout later.
+
+    So they are what trainings that learn nothing, and that learn from one rollout alone, write at these positions: token by
+    token, and with the very log-probabilities, that training meanwhile has moved away from.
+    """
+    threads: list[str] = []
+    sample = TransformersSampler.sample
+
+    def noted(*arguments: Any, **options: Any) -> list[Sampled]:
+        threads.append(threading.current_thread().name)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(TransformersSampler, "sample", noted)
+    common = {"rollouts": 3, "mismatch_cap": 2.0, "learning_rate": 3e-3, "schedule": "constant"}
+    background = align("grpo", world.inputs, tmp_path / "background", {**common, "background_rollouts": True})
+    assert threads.count("background rollout") == 2 * 16 // 4
+    ahead = align("grpo", world.inputs, tmp_path / "ahead", common)
+    still = align("grpo", world.inputs, tmp_path / "still", {**common, "learning_rate": 1e-12})
+    one, two, three = (rollout.episodes for rollout in background.experiences)
+    for found, expected in zip(
+        [*one, *two], [*still.experiences[0].episodes, *still.experiences[1].episodes], strict=True
+    ):
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.generator_logprobs == pytest.approx(expected.generator_logprobs, abs=1e-5)
+    assert [each.ids.tolist() for each in two] != [each.ids.tolist() for each in ahead.experiences[1].episodes]
+    assert all(each.logprobs == pytest.approx(each.generator_logprobs, abs=1e-5) for each in one)
+    assert any(each.logprobs != pytest.approx(each.generator_logprobs, abs=1e-3) for each in two)
+    # The policy after the first rollout, which is the same in both, writes the third one here and the second one there.
+    first = align("grpo", world.inputs, tmp_path / "first", {**common, "rollouts": 1})
+    after = {"model": first.context.out, "prompts": world.chats}
+    again = align("grpo", after, tmp_path / "after", {**common, "learning_rate": 1e-12})
+    assert [each.ids.tolist() for each in three] == [each.ids.tolist() for each in again.experiences[2].episodes]
+    lines = background.lines("rollout")
+    assert ["background_seconds" in line for line in lines] == [True, True, False]
+    assert ["rollout_tokens_per_second" in line for line in lines] == [True, False, False]
+
+
+def test_an_error_while_completions_are_written_in_the_background_ends_the_run(
+    world: OnPolicyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in the thread is told; one in learning does not wait for what the thread writes, and leaves no thread."""
+    changes = {"rollouts": 2, "background_rollouts": True, "mismatch_cap": 2.0}
+    sample = TransformersSampler.sample
+
+    def failing(*arguments: Any, **options: Any) -> list[Sampled]:
+        if threading.current_thread().name == "background rollout":
+            raise RuntimeError("no memory is left")
+        return sample(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersSampler, "sample", failing)
+        with pytest.raises(RuntimeError, match="no memory is left"):
+            align("grpo", world.inputs, tmp_path / "thread", changes)
+
+    def unlearned(*_: Any, **__: Any) -> None:
+        raise DataError("the loss is no number")
+
+    monkeypatch.setattr(Learner, "optimize", unlearned)
+    with pytest.raises(DataError, match="the loss is no number"):
+        align("grpo", world.inputs, tmp_path / "learning", {**changes, "max_new_tokens": 24})
+    assert not [each for each in threading.enumerate() if each.name == "background rollout"]
 
 
 # Prompts of other kinds

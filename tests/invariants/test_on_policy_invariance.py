@@ -55,6 +55,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "ppo_lora": {**PPO, "adapter": {"method": "lora", "rank": 4}},
     "ppo_freeze": {**PPO, "adapter": {"method": "freeze", "last_layers": 1}},
     "grpo": COMMON,
+    "grpo_background": {**COMMON, "background_rollouts": True, "mismatch_cap": 2.0},
     # Two pairs a step.
     "online_dpo": {
         **{name: value for name, value in COMMON.items() if name != "normalize_rewards"},
@@ -99,6 +100,7 @@ CLASSES: dict[str, list[Spread]] = {
     "ppo_lora": [Spread(1, None, 4), Spread(2, None, 1), Spread(2, "zero2", 4, True), Spread(2, "zero3", 4)],
     "ppo_freeze": [Spread(1, None, 4), Spread(2, "zero2", 4), Spread(2, "zero3", 4)],
     "grpo": [Spread(1, None, 4), Spread(2, None, 1)],
+    "grpo_background": [Spread(1, None, 4), Spread(2, "zero2", 1), Spread(2, "zero3", 4)],
     "online_dpo": [Spread(1, None, 2), Spread(2, None, 1), Spread(2, "zero2", 1), Spread(2, "zero3", 1)],
     "grpo_prefix": [Spread(1, None, 4), Spread(2, None, 1), Spread(2, "zero3", 4)],
 }
@@ -151,7 +153,8 @@ def test_numbers_do_not_depend_on_how_a_step_is_spread(
     job, reference = runs[name, spread], runs[name, CLASSES[name][0]]
     for line, expected in zip(job.events("rollout"), reference.events("rollout"), strict=True):
         assert line["samples"] == expected["samples"] and len(line["samples"]) == 16
-        assert max(line[noise] for noise in NOISE) < 1e-5
+        behind = "background" in name and line["rollout"] == 2
+        assert (max(line[noise] for noise in NOISE) < 1e-5) != behind
     for event, count in (("step", 8), ("rollout", 2), ("heldout", 2)):
         lines, expected_lines = job.events(event), reference.events(event)
         assert len(lines) == len(expected_lines) == count
@@ -171,7 +174,16 @@ def test_all_publish_the_same_tensors(runs: dict[tuple[str, Spread], Job], name:
     assert files == sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
     assert (
         len(files)
-        == {"ppo": 2, "ppo_ptx": 2, "ppo_lora": 4, "ppo_freeze": 4, "grpo": 1, "online_dpo": 1, "grpo_prefix": 1}[name]
+        == {
+            "ppo": 2,
+            "ppo_ptx": 2,
+            "ppo_lora": 4,
+            "ppo_freeze": 4,
+            "grpo": 1,
+            "grpo_background": 1,
+            "online_dpo": 1,
+            "grpo_prefix": 1,
+        }[name]
     )
     for file in files:
         found, expected = load_file(folder / file), load_file(reference / file)

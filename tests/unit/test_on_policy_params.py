@@ -287,3 +287,45 @@ def test_what_was_made_without_an_adapter_keeps_its_identity(kind: str) -> None:
     """Its params say as ever that there is no `lora`, and nothing of an adapter."""
     content = content_of(STAGES[kind].params(**PARAMS, lora=None), str)
     assert content["lora"] is None and "adapter" not in content
+
+
+BACKGROUND = {"background_rollouts": True, "mismatch_cap": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "what"),
+    [
+        ("ppo", {"mismatch_cap": None}, "mismatch_cap must be given"),
+        ("ppo", {"max_logprob_mismatch": 0.1}, "max_logprob_mismatch would count what the policy has learned"),
+        ("ppo", {"generation": "vllm"}, "generation vllm has a GPU for itself only while nothing is learned"),
+        (
+            "ppo",
+            {"episodes": {"path": __file__, "function": "problems"}, "max_new_tokens": 512},
+            "episodes of several turns are not written",
+        ),
+        ("grpo", {"dynamic_sampling": {}}, "dynamic_sampling draws by what completions are worth"),
+        ("ppo", {"rollouts": 1}, "rollouts is 1, and there is no next one"),
+        ("online_dpo", {"mismatch_cap": None}, "background_rollouts has completions of an earlier policy"),
+    ],
+)
+def test_what_is_not_written_in_the_background(kind: str, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        STAGES[kind].params(**{**PARAMS, **BACKGROUND, **changes})
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo", "reinforce_plus_plus"])
+def test_a_copy_of_the_policy_that_writes_is_reckoned_with(kind: str) -> None:
+    """4000 bytes of 1000 weights in fp32; under ZeRO-3 there is such a copy in any case."""
+    assert problems(kind, BACKGROUND) == []
+
+    def memory(changes: dict[str, Any], **resources: Any) -> int:
+        known = {"model": MODEL, "prompts": Estimate(train_rows=50)}
+        stage = STAGES[kind]
+        forecast = Forecast(stage.params(**{**PARAMS, **changes}), Resources(**resources), known)
+        assert stage.estimate is not None
+        bytes_ = stage.estimate(forecast).memory_bytes_per_rank
+        assert bytes_ is not None
+        return bytes_
+
+    assert memory(BACKGROUND) - memory({"mismatch_cap": 2.0}) == 4000
+    assert memory(BACKGROUND, deepspeed="zero3") == memory({"mismatch_cap": 2.0}, deepspeed="zero3")

@@ -27,6 +27,7 @@ WRONG: dict[str, Any] = {
     "loss_options": {"discopop_temperature": 0.1},
     "entropy_coefficient": 0.01,
     "mismatch_cap": 2.0,
+    "background_rollouts": True,
     "mask_truncated_completions": True,
     "normalize_rewards": True,
     "reward_clip": 1.0,

@@ -22,7 +22,7 @@ from stages.lib.on_policy.reward_params import Reward, learned
 from stages.lib.preferring.reward_reading import StepsReading, reading_in, with_penalty
 from stages.lib.text.template_forecast import untaught_problems, untemplated_problems
 from stages.lib.training.forecast import check_training, estimate_training
-from stages.lib.training.layouts import readable_layout
+from stages.lib.training.layouts import readable_layout, zero_stage_of
 from stages.lib.training.params import derive_batch
 
 
@@ -137,7 +137,7 @@ def estimate_on_policy(forecast: Forecast) -> Estimate:
     if known.memory_bytes_per_rank is None or known.parameters is None:
         return known
     width = BYTES[params.precision] if forecast.resources.deepspeed else BYTES["fp32"]
-    beside = frozen_beside(forecast, known.parameters) * width
+    beside = (frozen_beside(forecast, known.parameters) + replicated(forecast, known.parameters)) * width
     if params.adapter is not None:
         return with_shared_backbone(forecast, known, beside, width)
     memory, disk = known.memory_bytes_per_rank, known.disk_bytes
@@ -154,6 +154,13 @@ def frozen_beside(forecast: Forecast, parameters: int) -> int:
     reward = forecast.inputs.get("reward", Estimate()).parameters or 0
     own_reference = params.adapter is None or "reference" in forecast.inputs
     return reward + (parameters if params.kl_coefficient and own_reference else 0)
+
+
+def replicated(forecast: Forecast, parameters: int) -> int:
+    """The parameters of the copy of the policy that writes completions; 0 where the policy that is trained writes them itself."""
+    params: OnPolicyParams = forecast.params
+    split = zero_stage_of(readable_layout(forecast.resources)) == 3
+    return parameters if params.background_rollouts or (split and params.generation == "transformers") else 0
 
 
 def with_shared_backbone(forecast: Forecast, known: Estimate, beside: int, width: int) -> Estimate:

@@ -25,20 +25,22 @@ from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas import policy_gradient as pg
 from stages.lib.formulas.calibration import wins
+from stages.lib.on_policy.background import background_of
 from stages.lib.on_policy.dynamic_sampling import Drawn, draw_groups
 from stages.lib.on_policy.experience import Experience
 from stages.lib.on_policy.pair_learning import make_learner
 from stages.lib.on_policy.pair_params import PairParams
 from stages.lib.on_policy.params import GroupParams, OnPolicyParams
 from stages.lib.on_policy.parts import Algorithm, Aligned, Parts, Progress
+from stages.lib.on_policy.restoring import identity, say_what_was_restored
 from stages.lib.on_policy.rollout import Rollouts, require_going_on, require_like_generator
 from stages.lib.processes.collectives import barrier, from_main
 from stages.lib.processes.joining import join_processes, use_threads
-from stages.lib.text.prompts import Prompts
+from stages.lib.text.prompts import PromptRow, Prompts
 from stages.lib.training.evaluating import Metrics, StopRequested
 from stages.lib.training.params import Batch, derive_batch, learning_rate_factor
-from stages.lib.training.scheduling import ScheduledData, fingerprint, seed_of
-from stages.lib.training.state import Saved, find_measured, find_saved, save_checkpoint
+from stages.lib.training.scheduling import ScheduledData, seed_of
+from stages.lib.training.state import find_measured, find_saved, save_checkpoint
 
 HELDOUT = 1
 """Keeps the random numbers of held-out completions apart from those of training."""
@@ -62,6 +64,7 @@ class Aligner:
         num_prompts = self.params.rollouts * self.params.rollout_batch_size // self.params.group_size
         self.schedule = ScheduledData(self.parts.train, self.ctx.seed, num_prompts)
         self.rollouts = Rollouts(self.ctx, self.params, self.parts)
+        self.background = background_of(self.ctx, self.params, self.parts, self.rollouts)
         self.learner = make_learner(self.ctx, self.params, self.algorithm, self.parts, self.batch)
         self.saved_at = self.progress.step
 
@@ -76,12 +79,17 @@ class Aligner:
                         measured = self.heldout()
                         progress.before = measured if rollout == 0 else progress.before
                     self.collect(rollout)
+                self.begin_next(rollout)
                 self.learn(rollout)
+                self.keep_next()
                 last = self.finish_rollout(rollout)
             after = self.heldout()
         except StopRequested:
             self.save()
             raise Preempted(f"at step {progress.step} of {params.total_steps}") from None
+        finally:
+            if self.background is not None:
+                self.background.abandon()
         assert progress.before is not None
         return Aligned(progress.before, after, last or self.logged_rollout(), params.total_steps)
 
@@ -95,6 +103,7 @@ class Aligner:
         """The experience of a rollout, with advantages, and what to log of it."""
         params, progress = self.params, self.progress
         started = time.monotonic()
+        written_before = progress.written is not None
         drawn = self.draw(rollout)
         experience = drawn.experience
         require_like_generator(experience, params.max_logprob_mismatch)
@@ -109,7 +118,7 @@ class Aligner:
         advantages_NK, returns_NK, logged = self.algorithm.advantages(experience, scores_N, coefficient)
         progress.experience = self.learner.taught_by(experience.with_advantages(advantages_NK, returns_NK))
         progress.drawn += drawn.num_completions
-        progress.sums = {}
+        progress.sums, progress.written = {}, None
         seconds = time.monotonic() - started
         progress.collected = {
             **self.rollouts.describe(experience),
@@ -120,7 +129,9 @@ class Aligner:
             **logged,
             **drawn.logged,
             "rollout_seconds": round(seconds, 3),
-            "rollout_tokens_per_second": round(drawn.num_tokens / max(seconds, 1e-9), 1),
+            **(
+                {} if written_before else {"rollout_tokens_per_second": round(drawn.num_tokens / max(seconds, 1e-9), 1)}
+            ),
             "samples": self.rollouts.samples(experience),
         }
         if params.mask_truncated_completions:
@@ -131,8 +142,7 @@ class Aligner:
         params = self.params
         sampling = getattr(params, "dynamic_sampling", None)
         if sampling is None:
-            first = rollout * params.rollout_batch_size
-            experience = self.complete(range(first, first + params.rollout_batch_size))
+            experience = self.complete(self.positions_of(rollout), self.progress.written)
             return Drawn(experience, len(experience), float(experience.lengths.sum()))
         assert isinstance(params, GroupParams)
         scorer, scores = self.parts.scorer, self.rollouts.scores
@@ -141,12 +151,30 @@ class Aligner:
             self.ctx.journal.note(f"rollout {rollout + 1}: {drawn.note}")
         return drawn
 
-    def complete(self, positions: Sequence[int]) -> Experience:
-        """The completions at these positions of training: of the prompts that stand there, with random numbers of their own."""
-        rows = [
-            self.parts.train.rows[self.schedule.index(position // self.params.group_size)] for position in positions
-        ]
-        return self.rollouts.complete(rows, list(positions), self.ctx.seed)
+    def positions_of(self, rollout: int) -> range:
+        """Where the completions of a rollout stand in training."""
+        size = self.params.rollout_batch_size
+        return range(rollout * size, (rollout + 1) * size)
+
+    def rows_at(self, positions: Sequence[int]) -> list[PromptRow]:
+        """The prompts that stand at these positions of training."""
+        group = self.params.group_size
+        return [self.parts.train.rows[self.schedule.index(position // group)] for position in positions]
+
+    def complete(self, positions: Sequence[int], before: Experience | None = None) -> Experience:
+        """The completions at these positions: of the prompts that stand there, with random numbers of their own, if not from before."""
+        return self.rollouts.complete(self.rows_at(positions), list(positions), self.ctx.seed, before)
+
+    def begin_next(self, rollout: int) -> None:
+        """Has the completions of the next rollout written in the background, unless they are there or there is none."""
+        if self.background is not None and self.progress.written is None and rollout + 1 < self.params.rollouts:
+            positions = self.positions_of(rollout + 1)
+            self.background.begin(self.rows_at(positions), list(positions), self.ctx.seed)
+
+    def keep_next(self) -> None:
+        """Waits for what is written in the background, and keeps it for the next rollout."""
+        if self.background is not None and (written := self.background.finish()) is not None:
+            self.progress.written, self.progress.collected["background_seconds"] = written
 
     def say_if_equal(self, rollout: int, scores_N: Tensor) -> None:
         """Says where no completion is better than another: only the KL penalty is left to learn from, if there is one."""
@@ -280,20 +308,11 @@ class Aligner:
         progress, total = self.progress, self.params.total_steps
         if progress.step == 0:
             return
+        self.keep_next()
         content = {**identity(self.ctx, self.params, self.parts.train), **progress.as_dict()}
         save_checkpoint(
             self.ctx, self.parts.engine, progress.step, total, self.parts.parameters, content, progress.save
         )
-
-
-def identity(ctx: Context, params: OnPolicyParams, prompts: Prompts) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that resumes from it."""
-    return {
-        "total_steps": params.total_steps,
-        "global_batch_size": params.global_batch_size,
-        "seed": ctx.seed,
-        "data": fingerprint(prompts),
-    }
 
 
 def align(
@@ -321,30 +340,3 @@ def align(
     )
     aligner = Aligner(ctx, params, algorithm, parts, progress, batch)
     return aligner.run(), parts
-
-
-def say_what_was_restored(ctx: Context, params: OnPolicyParams, progress: Progress, saved: Saved) -> None:
-    """Says what was restored."""
-    within = progress.experience is not None
-    ctx.journal.write(
-        "resume",
-        step=progress.step,
-        total_steps=params.total_steps,
-        checkpoint=str(saved.folder),
-        restored=[
-            "weights of policy and critic",
-            "optimizer",
-            "schedule",
-            "prompt position",
-            "KL coefficient",
-            "reward statistics",
-            *(["completions of the rollout"] if within else []),
-        ],
-        processes=saved.state["world_size"],
-        kl_coefficient=progress.controller.coefficient,
-    )
-    where = "within a rollout, whose completions were restored" if within else "between two rollouts"
-    ctx.journal.note(
-        f"resumed at step {progress.step} of {params.total_steps}, {where}: weights, optimizer, schedule, prompt position,"
-        f" KL coefficient {progress.controller.coefficient:.4g}, reward statistics"
-    )

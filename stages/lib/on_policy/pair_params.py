@@ -24,6 +24,7 @@ UNUSED: Mapping[str, str] = {
     "policy_loss": "is another stage's: the loss over pairs is `loss`",
     **dict.fromkeys(("loss_aggregation", "clip_ratio", "clip_ratio_high", "dual_clip", "loss_options"), OF_GRADIENTS),
     **dict.fromkeys(("entropy_coefficient", "mismatch_cap"), OF_GRADIENTS),
+    "background_rollouts": "has completions of an earlier policy learned from, and a loss over pairs has no weights for that",
     "mask_truncated_completions": f"{OF_GRADIENTS}: missing_end_penalty ranks what was cut off behind what ended",
     **dict.fromkeys(("normalize_rewards", "reward_clip"), OF_RANKS),
 }

@@ -103,6 +103,8 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
     """Stops the run if the log-probabilities of generation and training differ by more than this on average, in nats per token."""
     mismatch_cap: Scale | None = None
     """Corrects that difference by weighting each token with the ratio of both probabilities, at most this. null: no correction."""
+    background_rollouts: bool = Field(default=False, exclude_if=lambda asked: not asked)
+    """Whether the completions of a rollout are written while the policy learns from the one before, by a copy of it as it was when that began: one rollout off-policy, which `mismatch_cap` corrects and must be given for. For completions of one turn, by transformers. A copy of the policy more lies in memory."""
     evaluate_every_rollouts: int | None = Field(default=None, ge=1)
     """Rollouts between measurements on held-out prompts. null: only before the first and after the last."""
     heldout_prompts: int = Field(default=64, ge=1)
@@ -170,6 +172,25 @@ class OnPolicyParams(TemplateDateParams, PolicyLossParams, AdaptedParams):
     def episodes_can_be_written(self) -> OnPolicyParams:
         if self.episodes is not None:
             self.episodes.require_fit(self.rendering, self.generation, self.max_new_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def background_fits(self) -> OnPolicyParams:
+        if not self.background_rollouts:
+            return self
+        wrong = {
+            "mismatch_cap must be given, which weights tokens by how far the policy has moved since they were written: such"
+            " as 2.0": self.mismatch_cap is None,
+            "max_logprob_mismatch would count what the policy has learned since: remove it": self.max_logprob_mismatch,
+            "generation vllm has a GPU for itself only while nothing is learned: write transformers": self.generation
+            == "vllm",
+            "episodes of several turns are not written in the background: remove one of the two": self.episodes,
+            "dynamic_sampling draws by what completions are worth, which is not known while others are learned from: remove"
+            " one of the two": getattr(self, "dynamic_sampling", None),
+            "rollouts is 1, and there is no next one to write: remove background_rollouts": self.rollouts == 1,
+        }
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise ValueError(f"background_rollouts: {'; '.join(found)}")
         return self
 
     @model_validator(mode="after")

@@ -24,8 +24,9 @@ from stages.lib.training.engine import Engine
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.state import Saved
 
-EXPERIENCE = "experience.npz"
-"""The file of a checkpoint with the completions of the rollout that is being learned from."""
+EXPERIENCE, WRITTEN = "experience.npz", "written.npz"
+"""The files of a checkpoint with the completions of the rollout that is being learned from, and those of the next one where
+they are written in the background."""
 
 
 class Algorithm(Protocol):
@@ -62,6 +63,8 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     """What its optimizer steps so far add up to."""
     experience: Experience | None = None
+    written: Experience | None = None
+    """The completions of the next rollout, where they are written in the background: neither judged nor scored."""
     drawn: int = 0
     """Completions written so far in training, those left out counted as well: where the next rollout begins."""
 
@@ -78,7 +81,11 @@ class Progress:
     @classmethod
     def of(cls, saved: Saved) -> Progress:
         """Where the run stood that wrote the checkpoint."""
-        path, state = saved.folder / EXPERIENCE, saved.state
+        state = saved.state
+        experience, written = (
+            Experience.load(path) if path.exists() else None
+            for path in (saved.folder / EXPERIENCE, saved.folder / WRITTEN)
+        )
         return cls(
             step=state["step"],
             controller=pg.KLController(**state["controller"]),
@@ -86,14 +93,17 @@ class Progress:
             before=state["before"],
             collected=state["collected"],
             sums=state["sums"],
-            experience=Experience.load(path) if path.exists() else None,
+            experience=experience,
+            written=written,
             drawn=state.get("drawn", 0),  # checkpoints of earlier versions are of runs that left nothing out
         )
 
     def save(self, folder: Path) -> None:
-        """Adds the completions that are being learned from to a checkpoint; the rest is `as_dict`."""
+        """Adds completions to a checkpoint: those that are being learned from, and the next; the rest is `as_dict`."""
         if self.experience is not None:
             self.experience.save(folder / EXPERIENCE)
+        if self.written is not None:
+            self.written.save(folder / WRITTEN)
 
 
 @dataclass

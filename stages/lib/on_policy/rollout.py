@@ -42,26 +42,40 @@ class Rollouts:
     params: OnPolicyParams
     parts: Parts
 
-    def complete(self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> Experience:
+    def complete(
+        self, rows: Sequence[PromptRow], positions: Sequence[int], seed: int, before: Experience | None = None
+    ) -> Experience:
         """A completion of each prompt, judged and scored, each process its share; the same in all of them.
 
-        Where the processes cannot share evenly, the first prompts are completed once more: under ZeRO-3 all must do the
-        same number of forward passes. What counts is the first time, so that the number of processes changes nothing.
+        `before`: the completions, where they were written before. What counts of a share is the first time that a prompt is
+        completed, so that the number of processes changes nothing.
         """
-        world = self.ctx.world
-        share = math.ceil(len(rows) / world.size)
-        mine = [index % len(rows) for index in range(world.rank * share, (world.rank + 1) * share)]
+        mine = self.share_of(len(rows))
         my_rows, my_positions = [rows[index] for index in mine], [positions[index] for index in mine]
-        written = self.write(my_rows, my_positions, seed)
+        if before is None:
+            written = self.write(my_rows, my_positions, seed)
+        else:
+            known = {each.position: each for each in before.episodes}
+            written = [known[position] for position in my_positions]
         episodes: list[Episode] = []
-        size = self.ctx.resources.micro_batch_size or share
-        for start in range(0, share, size):
+        size = self.ctx.resources.micro_batch_size or len(mine)
+        for start in range(0, len(mine), size):
             require_going_on(self.ctx)
             episodes += self.judge(written[start : start + size], my_rows[start : start + size])
         found = self.together(self.reward(episodes, my_rows))
         experience = Experience([found[position] for position in positions])
         self.say_troubles(experience)
         return experience
+
+    def share_of(self, count: int) -> list[int]:
+        """Which of so many prompts this process completes.
+
+        Where the processes cannot share evenly, the first ones are completed once more: under ZeRO-3 all must do the same
+        number of forward passes.
+        """
+        world = self.ctx.world
+        share = math.ceil(count / world.size)
+        return [index % count for index in range(world.rank * share, (world.rank + 1) * share)]
 
     def together(self, mine: list[Episode] | RewardError | Abandoned) -> dict[int, Episode]:
         """Position -> episode, of all processes. Raises in all of them what is wrong in any."""
@@ -78,6 +92,18 @@ class Rollouts:
                 self.parts.unfolding.unfold(opened, functools.partial(self.sample, sampler))
                 return [each.closed(position) for each, position in zip(opened, positions, strict=True)]
             sampled = self.sample(sampler, [row.ids for row in rows], numbers)
+        return [unjudged(position, row, each) for position, row, each in zip(positions, rows, sampled, strict=True)]
+
+    def write_alone(
+        self, sampler: Sampler, rows: Sequence[PromptRow], positions: Sequence[int], seed: int
+    ) -> list[Episode]:
+        """What `write` gives, of completions of one turn, without a word to the other processes."""
+        numbers = [uniforms_for(seed, place, self.params.max_new_tokens) for place in positions]
+        size = self.parts.generator.chunk_size
+        sampled: list[Sampled] = []
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
+            sampled += self.sample_in_room(sampler, [row.ids for row in rows[chunk]], numbers[chunk])
         return [unjudged(position, row, each) for position, row, each in zip(positions, rows, sampled, strict=True)]
 
     def sample(

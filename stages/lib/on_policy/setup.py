@@ -268,7 +268,7 @@ def make_generator(
         replica = load_policy(ctx.inputs["model"])
         return replica if params.adapter is None else with_adapter_to_train(replica, ctx, params.adapter)
 
-    return TransformersGenerator(engine, module.policy, make_replica)
+    return TransformersGenerator(engine, module.policy, make_replica, beside_training=params.background_rollouts)
 
 
 def reference_of(
