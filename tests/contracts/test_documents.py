@@ -247,6 +247,7 @@ def test_options_of_trl_are_called_as_trl_calls_them() -> None:
     code = (
         "import dataclasses, trl; configs = [getattr(trl, f'{name}Config') for name in ('SFT', 'DPO', 'KTO', 'Reward', "
         "'GRPO', 'RLOO')]; from trl.experimental.online_dpo import OnlineDPOConfig; configs.append(OnlineDPOConfig); "
+        "from trl.experimental.async_grpo import AsyncGRPOConfig; configs.append(AsyncGRPOConfig); "
         "print(*{field.name for each in configs for field in dataclasses.fields(each)})"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
