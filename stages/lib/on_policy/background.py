@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -62,7 +63,10 @@ class Background:
         def write() -> None:
             started = time.monotonic()
             try:
-                use_threads(self.ctx.resources)  # both are a thread's own
+                # What a process sets up of these is its first thread's alone.
+                use_threads(self.ctx.resources)
+                if self.generator.engine.device.type == "cuda":
+                    torch.cuda.set_device(self.generator.engine.device)
                 with self.heeding(sampler.model):
                     self.written = self.rollouts.write_alone(sampler, my_rows, my_positions, seed)
             except BaseException as error:  # told in the thread that waits
