@@ -12,6 +12,8 @@ from pipeline.store.job import Job
 FIRST_PORT = 29500
 PORTS = 1000
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+HIDE_ALL = ("-1", "NoDevFiles")
+"""Names of no GPU: CUDA passes over what comes behind one."""
 
 
 class DeepSpeedOptions(Strict):
@@ -56,11 +58,15 @@ def on_this_node(job: Job) -> list[str]:
     """As many processes as the job has, on the GPUs that CUDA_VISIBLE_DEVICES allows: with `--num_gpus` the launcher passes
     over it and takes the first ones, which may be other people's.
     """
-    resources = job.resources
-    allowed = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
-    if not allowed or resources.uses_cpu:
+    resources, said = job.resources, os.environ.get(VISIBLE)
+    if said is None or resources.uses_cpu:
         return ["--num_nodes=1", f"--num_gpus={resources.processes}"]
-    where = launcher_field(job)
+    where, allowed = launcher_field(job), [name.strip() for name in said.split(",") if name.strip()]
+    if not allowed or allowed[0] in HIDE_ALL:
+        what = f"{VISIBLE} is {said!r}, which hides all GPUs, and deepspeed would pass over it"
+        raise LaunchError(Problem(where, what, f"Name GPUs there, `unset {VISIBLE}`, or write `device: cpu`."))
+    if twice := [name for name in dict.fromkeys(allowed) if allowed.count(name) > 1]:
+        raise LaunchError(Problem(where, f"{VISIBLE} names {', '.join(twice)} twice", "Name each GPU once."))
     if len(allowed) < resources.processes:
         what = f"{VISIBLE} allows {', '.join(allowed)}, and the step has {resources.processes} processes"
         raise LaunchError(Problem(where, what, "Lower resources.processes, or allow as many GPUs."))

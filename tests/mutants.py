@@ -218,8 +218,10 @@ MUTATIONS = (
         "return TransformersSampler(self.replica,",
         "return TransformersSampler(self.policy,",
         (
-            "tests/integration/test_on_policy_options.py"
-            "::test_rollouts_in_the_background_are_those_of_the_policy_one_rollout_ago",
+            (
+                "tests/integration/test_on_policy_options.py"
+                "::test_rollouts_in_the_background_are_those_of_the_policy_one_rollout_ago"
+            ),
         ),
     ),
     Mutation(

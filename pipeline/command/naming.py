@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ArtifactError, Problem, StoreError, shown, shown_path
-from pipeline.recipe.outside import ADAPTER, kind_of_folder
+from pipeline.recipe.outside import ADAPTER, kind_of_folder, weights_problem
 from pipeline.recipe.weight_files import weights_in
 from pipeline.settings.paths import expanded, holds_file, read_json, status
 from pipeline.store.artifact import MANIFEST, intruders, read_manifest
@@ -79,7 +79,9 @@ NO_ADAPTER = "none"
 
 
 def model_to_talk_to(model: str, store: Path | None) -> tuple[Path, list[str]]:
-    """The folder of a model, as `model_folder` gives it. Raises `ArtifactError` where it is an adapter."""
+    """The folder of a model, as `model_folder` gives it. Raises `ArtifactError` where it is an adapter, or what `plan` would
+    refuse of a model from elsewhere: weights that cannot be read, or an adapter beside them.
+    """
     place, notes = Path(model), list[str]()
     if not holds_file(place, ADAPTER) or holds_file(place, "config.json"):
         place, notes = model_folder(model, store)
@@ -87,6 +89,8 @@ def model_to_talk_to(model: str, store: Path | None) -> tuple[Path, list[str]]:
         base = read_json(place / ADAPTER).get("base_model_name_or_path") or "MODEL"
         hint = f"Name the model that it was trained on: `slipway chat {base} --adapter {model}`."
         raise ArtifactError(Problem(shown(model, quoted=False), "is an adapter, and no model", hint))
+    if not holds_file(place, MANIFEST) and (problem := weights_problem(place)):
+        raise ArtifactError(Problem(shown(model, quoted=False), problem))
     return place, notes
 
 

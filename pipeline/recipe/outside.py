@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, shown
-from pipeline.recipe.weight_files import OTHERS, broken_weights, weights_in
+from pipeline.recipe.weight_files import OTHERS, broken_weights, embedded_otherwise, unscaled, weights_in
 from pipeline.settings.paths import holds_file, is_file, read_json
 from pipeline.stage import Stage
 from pipeline.store.artifact import REWARD_READING, Kind
@@ -31,7 +31,13 @@ SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "
 
 def is_an_adapter(path: Path) -> str:
     """That a folder holds a peft adapter alone, and how to make a model of it."""
-    base = read_json(path / ADAPTER).get("base_model_name_or_path")
+    config = read_json(path / ADAPTER)
+    base = config.get("base_model_name_or_path")
+    if config.get("num_virtual_tokens"):
+        return (
+            f"It is an adapter of virtual tokens for {shown(base)}, of which no model can be made. Name that model here, and the "
+            "adapter beside it where a stage takes one: `evaluate` does (`inputs.adapters`), and `slipway chat MODEL --adapter`."
+        )
     # A recipe looks a path up from its own folder, peft from the one that it was run in: so the whole path is said.
     model = Path(base).resolve() if isinstance(base, str) and holds_file(Path(base), "config.json") else "FOLDER"
     return (
@@ -52,7 +58,8 @@ def an_adapter_beside(path: Path) -> str:
 def weights_problem(path: Path) -> str | None:
     """Why no weights can be read from a model's folder; None if they can, as far as the heads of its files show."""
     if weights_in(path):
-        return broken_weights(path) or (an_adapter_beside(path) if is_file(path / ADAPTER) else None)
+        beside = an_adapter_beside(path) if is_file(path / ADAPTER) else None
+        return broken_weights(path) or embedded_otherwise(path) or unscaled(path) or beside
     others = sorted(file.name for pattern in OTHERS for file in path.glob(pattern))
     if not any(name.startswith("pytorch_model") for name in others):
         there = f" (there is {', '.join(others[:3])})" if others else ""

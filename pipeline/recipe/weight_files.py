@@ -47,6 +47,56 @@ def broken_weights(path: Path) -> str | None:
     return next((problem for file in files if (problem := broken_file(file))), None)
 
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""How the names of the tensors end that have a row per token."""
+
+
+def embedded_otherwise(path: Path) -> str | None:
+    """Why a model's whole weights and its config do not have the same number of tokens; None if they do, or none is said."""
+    config = read_json(path / "config.json")
+    inner = config.get("text_config")
+    said = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, Mapping) else None)
+    rows = {
+        name: tensor["shape"][0]
+        for file in weights_in(path)
+        for name, tensor in header_of(file).items()
+        if name.endswith(EMBEDDINGS) and len(tensor.get("shape") or ()) == 2
+    }
+    if not rows or not isinstance(said, int) or said in rows.values():
+        return None
+    name, found = min(rows.items())
+    return (
+        f"{path} embeds {found} tokens ({name}), and its config.json says `vocab_size` {said}. Write {found} there, if the "
+        "weights are those that were meant."
+    )
+
+
+def unscaled(path: Path) -> str | None:
+    """Why a model's whole weights cannot be taken for the numbers that stand there: they are of 8 bits, and nothing says how
+    they are scaled; None if they can.
+    """
+    if read_json(path / "config.json").get("quantization_config"):
+        return None
+    dtypes = {tensor.get("dtype") for file in weights_in(path) for tensor in header_of(file).values()}
+    found = sorted(dtype for dtype in dtypes if isinstance(dtype, str) and dtype.startswith(("F8", "F4", "F6")))
+    if not found:
+        return None
+    return (
+        f"{path} holds weights as {', '.join(found)}, and its config.json has no `quantization_config` that says how they are"
+        " scaled. Get the config.json that belongs to them; or, if they are not scaled, write them in another format: `import"
+        " torch; from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained({str(path)!r}, dtype=torch.bfloat16).save_pretrained(FOLDER)`, and copy the tokenizer's files there."
+    )
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """What a whole safetensors file says of its tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
 def broken_file(path: Path) -> str | None:
     """Why a safetensors file is not whole; None if it is, by its header and its size.
 

@@ -199,6 +199,21 @@ def test_the_command_takes_folders_and_names(home: Path) -> None:
     assert "Adapters: one (on), b;" in done.stdout and "Adapters: one, b (on)." in done.stdout
 
 
+def test_a_model_that_plan_would_refuse_is_not_talked_to(home: Path, tmp_path: Path) -> None:
+    """An adapter beside it would be put on it; weights that cannot be read are named."""
+    shutil.copytree(home / "model", tmp_path / "beside")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(home / "one" / name, tmp_path / "beside" / name)
+    shutil.copytree(home / "model", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    shutil.copytree(home / "model", tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").rename(tmp_path / "bin" / "pytorch_model.bin")
+    for name, what in (("beside", "an adapter beside it"), ("cut", "is damaged"), ("bin", "may run code")):
+        with pytest.raises(ArtifactError, match=what):
+            model_to_talk_to(str(tmp_path / name), None)
+
+
 @pytest.mark.parametrize(
     ("model", "adapters", "what"),
     [

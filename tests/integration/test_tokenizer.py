@@ -50,6 +50,7 @@ from stages.lib.text.tokenizers import (
     tokenizer_facts,
 )
 from tests import rows
+from tests.families import of_gemma, of_llama_3
 
 WORDS = (
     "the a of ship slip way data model token train block mask loss def return self import none true 10 42 x1".split()
@@ -406,6 +407,40 @@ def test_an_architecture_that_replaces_the_tokenizer_is_refused(small: Path, tmp
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(ArtifactError, match="opens it as Qwen2Tokenizer because of the model_type"):
         copy_tokenizer(small, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("named", "model_type"), [("GPT2Tokenizer", "gpt2"), ("GPT2TokenizerFast", "llama"), ("GemmaTokenizer", "gemma")]
+)
+def test_added_tokens_that_the_config_does_not_list_are_those_of_tokenizer_json(
+    tmp_path: Path, named: str, model_type: str
+) -> None:
+    """A tokenizer_config.json that lists some of them alone: transformers then leaves out the others, and reads their letters."""
+    written = of_gemma() if model_type == "gemma" else of_llama_3()
+    written.add_special_tokens(["<|user|>", "<|assistant|>"])
+    home = tmp_path / "home"
+    home.mkdir()
+    written.save(str(home / "tokenizer.json"))
+    kept = {str(number): vars_of(token) for number, token in list(written.get_added_tokens_decoder().items())[:-2]}
+    said = {"tokenizer_class": named, "added_tokens_decoder": kept}
+    (home / "tokenizer_config.json").write_text(json.dumps(said))
+    (home / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": written.get_vocab_size()}))
+    assert not {"<|user|>", "<|assistant|>"} & set(AutoTokenizer.from_pretrained(home).get_vocab())
+    text = "<|user|>hi<|assistant|>"
+    opened = load_tokenizer(home)
+    assert opened(text, add_special_tokens=False)["input_ids"] == written.encode(text, add_special_tokens=False).ids
+    assert copy_tokenizer(home, tmp_path / "copy")["vocabulary_size"] == written.get_vocab_size()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "copy")) == written.get_vocab_size()
+    (home / "config.json").write_text(
+        json.dumps({"model_type": model_type, "vocab_size": written.get_vocab_size() - 2})
+    )
+    with pytest.raises(ArtifactError, match=r"its tokenizer has \d+ tokens, and the model embeds"):
+        load_tokenizer(home)
+
+
+def vars_of(token: AddedToken) -> dict[str, Any]:
+    names = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
+    return {name: getattr(token, name) for name in names}
 
 
 def test_folders_without_a_usable_tokenizer_are_refused(small: Path, tmp_path: Path) -> None:

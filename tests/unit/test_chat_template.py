@@ -344,6 +344,22 @@ def test_white_space_that_a_special_token_takes_along_is_no_text() -> None:
     assert pieces(tokenizer, spelled.input_ids)[:5] == ["<s>", "<|user|>", "<", "s", ">"]
 
 
+def test_what_a_template_writes_behind_the_last_answer_does_not_fail_the_check() -> None:
+    """Phi-3's: its end token takes the line break along, so that the answer is encoded after its prompt, and what ends the chat
+    is not there. A template that lets messages write special tokens fails it as before.
+    """
+    phi = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = build(phi)
+    for name in ("<|user|>", "<|assistant|>", "<|end|>"):
+        tokenizer.backend_tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False, rstrip=True)])
+    check_chat_template(tokenizer, "chat_template")
+    ids, mask = encode_chat(tokenizer, chat("a", "b"))
+    assert pieces(tokenizer, [each for each, said in zip(ids, mask, strict=True) if said]) == ["b", "<|end|>"]
+
+
 # Length.
 
 

@@ -116,6 +116,14 @@ def test_deepspeed_takes_the_gpus_that_it_may(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(LaunchError, match=r"knows GPUs by their numbers, .* Use the launcher torchrun"):
         where(processes=2, device="cuda")
     assert "--nproc-per-node=2" in LAUNCHERS["torchrun"].command(job(launcher="torchrun", processes=2, device="cuda"))
+    for nothing in ("", " ", "-1", "NoDevFiles", "-1,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        with pytest.raises(LaunchError, match=r"hides all GPUs, .* or write `device: cpu`"):
+            where(processes=1, device="cuda")
+        assert where(processes=1, device="cpu") == "--num_nodes=1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,4")
+    with pytest.raises(LaunchError, match="names 4 twice"):
+        where(processes=2, device="cuda")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert where(processes=2, device="cuda") == "--num_nodes=1"
 

@@ -120,6 +120,9 @@ def test_the_base_of_an_adapter_is_named_by_its_whole_path(tmp_path: Path, monke
     assert f"inputs: {{model: {base.resolve()}, adapter: {adapter}}}" in is_an_adapter(adapter)
     monkeypatch.chdir(base)
     assert "inputs: {model: FOLDER," in is_an_adapter(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 8}))
+    assert "of virtual tokens" in is_an_adapter(adapter) and "merge" not in is_an_adapter(adapter)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +306,44 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").unlink()
     problem = weights_problem(tmp_path)
     assert problem is not None and "neither model.safetensors nor model.safetensors.index.json" in problem
+
+
+def test_a_config_of_another_number_of_tokens_is_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    """By `plan`, and where only other weights show it, by loading."""
+    tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    said = config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": said + 1}))
+    problem = weights_problem(tmp_path)
+    assert problem is not None and f"embeds {said} tokens (model.embed_tokens.weight)" in problem
+    assert f"says `vocab_size` {said + 1}. Write {said} there" in problem
+    with pytest.raises(ArtifactError, match=r"holds \d weights of other sizes .*: .*embed_tokens.* should be"):
+        read_weights(AutoModelForCausalLM, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert weights_problem(tmp_path) is None
+    read_weights(AutoModelForCausalLM, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] + 1}))
+    with pytest.raises(ArtifactError, match=r"mlp.down_proj.weight is \(.*\), and should be"):
+        read_weights(AutoModelForCausalLM, tmp_path)
+
+
+def test_weights_of_eight_bits_without_their_scales_are_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    model = tiny_llama(old)
+    eight = {name: value.to(torch.float8_e4m3fn) for name, value in model.state_dict().items()}
+    save_file(eight, old / "model.safetensors", metadata={"format": "pt"})
+    problem = weights_problem(old)
+    assert (
+        problem is not None and "holds weights as F8_E4M3, and its config.json has no `quantization_config`" in problem
+    )
+    (command,) = re.findall(r"`(import torch; .*?)`", problem)
+    exec(command.replace("FOLDER", repr(str(new))), {})
+    assert weights_problem(new) is None
+    written = load_file(new / "model.safetensors")
+    assert all(torch.equal(value, eight[name].to(torch.bfloat16)) for name, value in written.items())
+    config = json.loads((old / "config.json").read_bytes())
+    (old / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert weights_problem(old) is None, "what becomes of quantized models is said elsewhere"
 
 
 def test_a_config_without_an_architecture_is_refused(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def initial_weights(ctx: Context, build: Callable[[], PreTrainedModel]) -> Path:
 def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model in `folder` as an `auto_class`, and what its weights lack: from safetensors only, without code from there.
 
-    Raises `ArtifactError` if the folder holds weights of layers that the model has and its config leaves no room for, or a
-    generation config that cannot be saved again.
+    Raises `ArtifactError` if the folder holds weights of other sizes than its config says, or of layers that the model has and
+    its config leaves no room for, or a generation config that cannot be saved again.
     """
     if auto_class is AutoModelForSequenceClassification:
         auto_class = classifier_class(folder)
@@ -79,14 +79,26 @@ def read_weights(auto_class: Any, folder: Path, **options: Any) -> tuple[PreTrai
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # which are refused below, by name
         **options,
     )
+    require_sizes(folder, report["mismatched_keys"])
     require_all_used(folder, model, report["unexpected_keys"])
     mend_generation(folder, model)
     # Where a file holds a head of its own, transformers does not tie it to the embeddings, whatever the config says.
     if head_stands_alone(model):
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     return model, report
+
+
+def require_sizes(folder: Path, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raises `ArtifactError` if weights have another size than the model's config says. A head of the class's own kind included:
+    transformers would begin it anew.
+    """
+    if wrong := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in mismatched):
+        shown = "; ".join(f"{name} is {found}, and should be {wanted}" for name, found, wanted in wrong[:3])
+        what = f"holds {len(wrong)} weights of other sizes than its config.json says: {shown}"
+        raise ArtifactError(Problem(str(folder), what, "Get the config.json and the weights that belong together."))
 
 
 def require_all_used(folder: Path, model: PreTrainedModel, left_over: Iterable[str]) -> None:

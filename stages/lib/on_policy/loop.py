@@ -37,7 +37,7 @@ from stages.lib.on_policy.rollout import Rollouts, require_going_on, require_lik
 from stages.lib.processes.collectives import barrier, from_main
 from stages.lib.processes.joining import join_processes, use_threads
 from stages.lib.text.prompts import PromptRow, Prompts
-from stages.lib.training.evaluating import Metrics, StopRequested
+from stages.lib.training.evaluating import UNTRAINED, Metrics, StopRequested
 from stages.lib.training.params import Batch, derive_batch, learning_rate_factor
 from stages.lib.training.scheduling import ScheduledData, seed_of
 from stages.lib.training.state import find_measured, find_saved, save_checkpoint
@@ -282,7 +282,9 @@ class Aligner:
                 first[FIRST_SCORES] = scores_N.tolist()
             else:
                 metrics["heldout_win_rate"] = self.win_rate(scores_N)
-        require_finite(metrics, f"step {step}", "Lower the learning rate, or look at the rewards.")
+        require_finite(
+            metrics, f"step {step}", "Lower the learning rate, or look at the rewards." if step else UNTRAINED
+        )
         self.ctx.journal.write("heldout", step=step, total_steps=self.params.total_steps, **metrics, **first)
         return metrics
 

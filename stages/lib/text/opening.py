@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from pipeline.errors import ArtifactError, Problem
 from pipeline.store.numbers import json_text
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -83,10 +85,11 @@ def plain_probe(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def as_written(home: Path, opened: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer of tokenizer.json: `opened` itself, or what takes its place where its class reads a text's beginning
-    otherwise, as that of Llama does with the files that Llama-2 and Mistral come with, or splits numbers or writes accents
-    otherwise, as that of GPT-2 does with a file that has Llama-3's rules.
+    otherwise, as that of Llama does with the files that Llama-2 and Mistral come with, splits numbers or writes accents
+    otherwise, as that of GPT-2 does with a file that has Llama-3's rules, or leaves out added tokens, as that one does where
+    tokenizer_config.json lists some of them alone.
 
-    Raises `ArtifactError` if that class gives other ids for texts as a whole.
+    Raises `ArtifactError` if that class gives other ids for texts as a whole, or leaves out tokens whatever is done.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -95,6 +98,7 @@ def as_written(home: Path, opened: PreTrainedTokenizerBase) -> PreTrainedTokeniz
         return opened
     written = Tokenizer.from_file(str(home / "tokenizer.json"))
     written.encode_special_tokens = True
+    lost = lost_tokens(written, opened)
 
     def differs(text: str) -> bool:
         ids: list[int] = written.encode(text, add_special_tokens=False).ids
@@ -102,14 +106,30 @@ def as_written(home: Path, opened: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 
     if differs(PROBE.lstrip()):
         raise opens_as_another(home, type(opened).__name__)
-    if not differs(PROBE) and not (differs(CLOSE_PROBE) and may_be_opened_as_it_is(home)):
+    if lost and not may_be_opened_as_it_is(home):
+        raise opens_as_another(home, type(opened).__name__, lost)
+    if not lost and not differs(PROBE) and not (differs(CLOSE_PROBE) and may_be_opened_as_it_is(home)):
         return opened
-    named = {name: value for name, value in opened.special_tokens_map.items() if isinstance(value, str)}
+    # A class brings names of special tokens of its own, which would be added where the file has none such.
+    given = opened.special_tokens_map.items()
+    named = {name: each for name, each in given if isinstance(each, str) and written.token_to_id(each) is not None}
     return PreTrainedTokenizerFast.from_pretrained(home, local_files_only=True, **named)
 
 
-def opens_as_another(home: Path, opened: str) -> ArtifactError:
-    """Of a tokenizer in whose place transformers puts one that gives other ids: without spaces, say, or line breaks."""
+def lost_tokens(written: Tokenizer, opened: PreTrainedTokenizerBase) -> list[str]:
+    """The added tokens of tokenizer.json that the opened tokenizer reads as other text, or as other ids."""
+    known = opened.added_tokens_encoder
+    return [
+        token.content
+        for number, token in written.get_added_tokens_decoder().items()
+        if known.get(token.content) != number
+    ]
+
+
+def opens_as_another(home: Path, opened: str, lost: Sequence[str] = ()) -> ArtifactError:
+    """Of a tokenizer in whose place transformers puts one that gives other ids: without spaces, say, or line breaks, or
+    without the added tokens that are `lost`.
+    """
     declared = declared_class(home)
     if declared in GENERIC_CLASSES or not may_be_opened_as_it_is(home):
         what = f"transformers opens it as {opened} because of the model_type in config.json"
@@ -119,9 +139,12 @@ def opens_as_another(home: Path, opened: str) -> ArtifactError:
             f"T.from_pretrained({str(home)!r}).save_pretrained({str(home)!r})`."
         )
     else:
-        what = f"transformers opens it as {opened} because tokenizer_config.json names {declared}"
+        what = f"transformers opens it as {opened} because tokenizer_config.json names {declared or 'no class'}"
         hint = AS_IT_IS
-    return ArtifactError(Problem(str(home), f"{what}, which gives other ids than its tokenizer.json", hint))
+    gives = "gives other ids than its tokenizer.json"
+    if lost:
+        gives = f"leaves out {len(lost)} of the added tokens of its tokenizer.json ({', '.join(lost[:3])})"
+    return ArtifactError(Problem(str(home), f"{what}, which {gives}", hint))
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,12 @@ Measure = Callable[[torch.nn.Module, Tensors], Mapping[str, torch.Tensor]]
 """One forward pass on held-out rows -> named sums over the batch, or for `Evaluator.values` named vectors, one value a row."""
 
 
+UNTRAINED = (
+    "Nothing was trained yet: look at the weights of the model that training begins with, and at the held-out rows."
+)
+"""What to do where the first measurement is no number."""
+
+
 class StopRequested(Exception):
     """Ends an evaluation early, in all processes at once."""
 

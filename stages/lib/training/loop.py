@@ -39,7 +39,7 @@ from stages.lib.training.adapted import publish_trained
 from stages.lib.training.beginning import find_start, identity_of_run, in_passes, take_over_best
 from stages.lib.training.carrying import Objective, carried_by, go_on, one_step
 from stages.lib.training.engine import Engine, Stepped
-from stages.lib.training.evaluating import Evaluator, Metrics, StopRequested
+from stages.lib.training.evaluating import UNTRAINED, Evaluator, Metrics, StopRequested
 from stages.lib.training.making import make_engine
 from stages.lib.training.params import (
     Batch,
@@ -277,7 +277,7 @@ class Training:
             return measured
         started = time.monotonic()
         metrics = self.evaluate(self.evaluator())
-        require_finite(metrics, f"step {step}", "Lower the learning rate.")
+        require_finite(metrics, f"step {step}", "Lower the learning rate." if step else UNTRAINED)
         ctx.journal.write("heldout", step=step, total_steps=self.steps, **metrics)
         self.clock += time.monotonic() - started
         return metrics
