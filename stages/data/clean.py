@@ -16,7 +16,9 @@ from pipeline.settings.strict import Inlined, Strict
 from pipeline.stage import Context, Forecast, Result, Stage
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.curation.agreement import CONTRADICTING, Agreement, shown_beside
+from stages.lib.curation.control_characters import notice_control_characters
 from stages.lib.curation.filters import Filters, build_judge
+from stages.lib.curation.label_forms import LabelForms
 from stages.lib.curation.near_duplicates import MinHash, choose_buckets, near_clusters, near_duplicates
 from stages.lib.curation.normalization import Normalization, normalize_row
 from stages.lib.curation.rule_params import Rules, misplaced_rules
@@ -117,7 +119,7 @@ def run(ctx: Context, params: CleanParams) -> Result:
 
 STAGE = Stage(
     kind="clean",
-    version=6,
+    version=7,
     summary="Reads one source and keeps the rows that are whole, good enough and not said before.",
     params=CleanParams,
     inputs={},
@@ -137,6 +139,7 @@ def write_candidates(
     count = 0
     with path.open("wb") as file:
         for where, raw in read_source(params.source, params.format, ledger):
+            notice_control_characters(ledger, where, raw, params.format, params.normalization)
             ruled, reason = verdict(raw)
             ruling.add(where, ruled)
             text = judged_text(ruled.row, params.format)
@@ -226,7 +229,9 @@ def find_near_duplicates(candidates: Path, scratch: Path, ctx: Context, params: 
     )
     texts = (judged_text(each.row, params.format) for each in read_candidates(candidates))
     clusters = near_clusters(texts, minhash, scratch)
-    parts = (FORMATS[params.format].parts(each.row) for each in read_candidates(candidates))
+    # Prompts share a passage more often than not, and what their answers are compared with tells them apart.
+    beside = "columns" if params.format == "prompts" else ""
+    parts = ((FORMATS[params.format].parts(each.row), each.row.get(beside)) for each in read_candidates(candidates))
     return near_duplicates(clusters, parts, minhash.similarity)
 
 
@@ -254,6 +259,7 @@ def write_kept(
 ) -> int:
     """Writes the rows that are kept, in the order of the source; returns their characters."""
     characters = 0
+    forms = LabelForms()
     with path.open("wb") as file:
         for position, (where, row, *ruled) in enumerate(read_candidates(candidates)):
             text = judged_text(row, params.format)
@@ -265,11 +271,14 @@ def write_kept(
                 ledger.drop("over_max_rows", f"{where}: {text}")
             else:
                 file.write(encode_row(row))
+                forms.add(row)
                 ledger.kept += 1
                 count_ruled(ledger, *ruled)
                 if contradicted:
                     ledger.notice(CONTRADICTING, f"{where}: {shown_beside(row, params.format)}: {text}")
                 characters += len(text)
+    for note in forms.notes():
+        ledger.notice(note)
     return characters
 
 

@@ -423,6 +423,49 @@ def test_rows_that_share_a_context_are_told_apart_by_what_they_ask(tmp_path: Pat
     assert len(clean(tmp_path / "contexts", other, format="questions", layout="squad", minhash={}).rows()) == 2
 
 
+def test_prompts_with_other_answers_are_no_near_duplicates(tmp_path: Path) -> None:
+    """A passage with a question behind it: what a reward compares completions with tells them apart."""
+    passage = " ".join(words(200))
+    asked = [("What is it about?", "a city"), ("Who built it?", "a duke"), ("Who built it then?", "a duke")]
+    rows = [{"prompt": f"{passage} {question}", "answer": answer} for question, answer in asked]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "files", "paths": ["rows.jsonl"], "layout": "prompts", "carry": ["answer"]}
+    ran = run_stage(STAGE, {"format": "prompts", "source": source, "minhash": {}}, tmp_path)
+    assert [row["columns"]["answer"] for row in ran.rows()] == ["a city", "a duke"]
+    assert ran.result.facts.dropped_rows == {"near_duplicate": 1}
+
+
+def test_control_characters_are_told_and_those_of_another_encoding_are_named(tmp_path: Path) -> None:
+    """cp1252 read as ISO-8859-1: quotes and dashes become characters that normalization takes out."""
+    source = {"kind": "files", "paths": ["a.txt"], "layout": "text", "encoding": "latin-1"}
+    for name, said in (("declared", "latin-1"), ("right", "cp1252")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_bytes("\u201ccaf\u00e9\u201d \u2013 5\u20ac\nplain\n".encode("cp1252"))
+        ran = run_stage(STAGE, {"format": "text", "source": {**source, "encoding": said}}, tmp_path / name)
+        noticed = ran.json("ledger.json").get("noticed", {})
+        if name == "right":
+            assert noticed == {} and ran.rows()[0]["text"].startswith("\u201ccaf\u00e9\u201d \u2013 5\u20ac")
+        else:
+            ((what, count),) = noticed.items()
+            assert "Set `encoding: cp1252` in the source" in what and count == 1
+            assert any("U+0093 before 'caf" in note for note in ran.notes)
+    rows = [{"text": "a\u0007b c"}, {"text": "d e\u0085f"}, {"text": "g\th\r\ni"}]
+    told = "control characters were taken out (normalization.control_characters)"
+    ran = clean(tmp_path / "bell", rows)
+    assert ran.json("ledger.json")["noticed"] == {told: 2} and texts(ran)[0] == "ab c"
+    ran = clean(tmp_path / "kept", rows, normalization={"control_characters": False})
+    assert "noticed" not in ran.json("ledger.json") and texts(ran)[0] == "a\u0007b c"
+
+
+def test_labels_that_differ_in_form_alone_are_told(tmp_path: Path) -> None:
+    labels = ["True", "true", "a\u200b", "a", "b", "b c", "b  c"]
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
+    ran = clean(tmp_path, rows, format="labels", layout="label")
+    assert [row["label"] for row in ran.rows()] == labels
+    told = [what.partition(": ")[2] for what in ran.json("ledger.json")["noticed"]]
+    assert sorted(told) == ["'True' (1), 'true' (1)", "'a' (1), 'a\\u200b' (1)", "'b  c' (1), 'b c' (1)"]
+
+
 def test_chats_and_pairs_that_share_most_of_their_text_are_told_apart(tmp_path: Path) -> None:
     shared = " ".join(words(200))
     system = {"role": "system", "content": shared}

@@ -16,6 +16,7 @@ from pipeline.settings.strict import documentation
 from stages.lib.rows.canonical import FORMATS
 from stages.lib.sources.conversion import REASONS, REPAIRS, Conversion, Dropped
 from stages.lib.sources.layouts import LAYOUTS, convert_record
+from stages.lib.sources.layouts_questions import ANSWERABLE, IMPOSSIBLE
 from stages.lib.sources.params import LaidOutSource
 from tests.unit.running_stages import read_files
 
@@ -611,7 +612,7 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         # B- right after I- of the same label begins a new span; S- and E- end one
         "BIOES without separator, segment digits stripped",
         "bio",
-        {"tokens": ["a0", "b1", "c0", "d0", "e1"], "tags": ["B-X", "E-X", "S-X", "B-X", "I-X"]},
+        {"tokens": ["a0", "b1", "c0", "d0", "e1"], "tags": ["B-X", "E-X", "S-X", "B-X", "E-X"]},
         {"token_separator": "", "strip_segment_digit": True},
         {
             "text": "abcde",
@@ -944,6 +945,20 @@ REPAIRED: list[tuple[str, Row, str, int, Row]] = [
         "answers_between_best_and_worst",
         2,
         {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("e")]},
+    ),
+    (
+        "bio",
+        {"tokens": ["a", "b", "c", "d", "e"], "tags": ["B-X", "O", "B-X", "I-X", "S-Y"]},
+        "begin_without_end",
+        2,
+        {
+            "text": "a b c d e",
+            "spans": [
+                {"start": 0, "end": 1, "label": "X"},
+                {"start": 4, "end": 7, "label": "X"},
+                {"start": 8, "end": 9, "label": "Y"},
+            ],
+        },
     ),
     (
         "bio",
@@ -1432,6 +1447,8 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
         ("messages", {"messages": [user("a"), calls({"function": {"name": "f"}, "mood": "m"}), answered("1"), assistant("c")]}, "calls of tools have 'mood', which is not read"),
         ("prompts", {"prompt": "a", "input": "b"}, "rows have 'input' beside 'prompt', which is not read"),
         ("label", {"text": "a", "label": "1.0"}, "labels are texts such as 1.0 and stay so: 1, as other rows or files may have it, is another label"),
+        ("label", {"text": "a", "label": "NaN"}, "a label is 'NaN', which others write for none, and stays a class: name it in no_label where it is none"),
+        ("label", {"text": "a", "label": "<NA>"}, "a label is '<NA>', which others write for none, and stays a class: name it in no_label where it is none"),
         ("spans", {"text": "ab", "spans": [{"id": 1, "start": 0, "end": 1, "label": "X", "word": "b", "score": None}]}, "spans have 'word', which is not read"),
     ],
 )  # fmt: skip
@@ -1531,12 +1548,13 @@ def test_that_a_question_has_no_answer_is_read_under_each_name() -> None:
     row = {"id": "q", "context": "ab", "question": "q"}
     answers = {"text": ["ab"], "answer_start": [0]}
     taken = {"id": "q", "context": "ab", "question": "q", "answers": [{"start": 0, "text": "ab"}]}
-    for name in ("is_impossible", "impossible", "answerable", "is_answerable", "has_answer"):
-        yes, no = (True, False) if "impossible" in name else (False, True)
+    for name in (*IMPOSSIBLE, *ANSWERABLE):
+        yes, no = (True, False) if name in IMPOSSIBLE else (False, True)
         assert convert("squad", {**row, "answers": answers, name: yes})[0] == {**taken, "answers": []}
         assert convert("squad", {**row, "answers": answers, name: no})[0] == taken
         said = f"{name} is {str(no).lower()}, and there is no answer"
         assert convert("squad", {**row, "answers": [], name: no})[0] == ("contradictory", said)
+    assert {"unanswerable", "no_answer", "isImpossible"} < set(IMPOSSIBLE)
     both = {**row, "answers": answers, "is_impossible": True, "has_answer": True}
     assert convert("squad", both)[0] == ("contradictory", "is_impossible and has_answer")
 

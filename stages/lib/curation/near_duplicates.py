@@ -83,27 +83,30 @@ def near_clusters(texts: Iterable[str], minhash: MinHash, scratch: Path) -> dict
     return found
 
 
-def near_duplicates(clusters: Mapping[int, int], parts: Iterable[Sequence[str]], similarity: float) -> set[int]:
-    """Positions of the rows to leave out: those that an earlier row of their cluster is like in each of its `parts`.
+def near_duplicates(
+    clusters: Mapping[int, int], parts: Iterable[tuple[Sequence[str], object]], similarity: float
+) -> set[int]:
+    """Positions of the rows to leave out: those that an earlier row of their cluster is like in each of its `parts`, with the
+    very same beside them.
 
-    The parts are what tells rows apart that share most of their text: questions about one context are near in all their
-    text, and no duplicates. Of rows without parts the first of each cluster stays, which depends on nothing but the order
-    of the data (datatrove would keep an arbitrary one).
+    The parts of a row are what tells apart rows that share most of their text: questions about one context are near in all
+    their text, and no duplicates. Nor are prompts whose completions are compared with other answers. Of rows without parts the
+    first of each cluster stays, which depends on nothing but the order of the data (datatrove would keep an arbitrary one).
     """
     from stages.lib.curation.words import any_script_words
 
     words = any_script_words().word_tokenize
-    kept: dict[int, list[list[frozenset[str]]]] = {}
+    kept: dict[int, list[tuple[list[frozenset[str]], object]]] = {}
     found = set()
-    for position, texts in enumerate(parts):
+    for position, (texts, beside) in enumerate(parts):
         if position not in clusters:
             continue
         said = [frozenset(words(text.lower())) for text in texts]
         others = kept.setdefault(clusters[position], [])
-        if any(all(map(partial(are_near, similarity), said, other)) for other in others):
+        if any(its == beside and all(map(partial(are_near, similarity), said, other)) for other, its in others):
             found.add(position)
         else:
-            others.append(said)
+            others.append((said, beside))
     return found
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from pipeline.errors import DataError, Problem
 from stages.lib.curation.agreement import CONTRADICTING, Agreement, shown_beside
+from stages.lib.curation.control_characters import notice_control_characters
+from stages.lib.curation.label_forms import LabelForms
 from stages.lib.curation.normalization import Normalization, normalize_row
 from stages.lib.curation.wholeness import alike, emptied
 from stages.lib.inspecting.row_views import Part, parts_of_row, spread
@@ -185,7 +187,9 @@ class Examined:
         agreement = Agreement(self.format)
         asked: Counter[bytes | None] = Counter()
         examples: list[str] = []
+        forms = LabelForms()
         for where, raw in convert_records(self.records(), self.source, self.ledger):
+            notice_control_characters(self.ledger, where, raw, self.format, Normalization())
             row = normalize_row(raw, self.format, Normalization())
             text = judged_text(row, self.format)
             if reason := emptied(row) or alike(row):
@@ -199,8 +203,11 @@ class Examined:
                 self.ledger.drop(repeated, f"{where}: {beside}{text}")
                 continue
             self.ledger.kept += 1
+            forms.add(row)
             asked[agreement.asked(row)] += 1
             yield where, row
+        for note in forms.notes():
+            self.ledger.notice(note)
         if contradicting := sum(asked[each] for each in agreement.contradicted):
             self.ledger.notice(CONTRADICTING, *examples, count=contradicting)
 

@@ -26,7 +26,7 @@ def parts_of_row(row: Row, format: str) -> list[Part]:
     """What the row says, part by part; what a stage learns to say, or to find, is marked."""
     match format:
         case "chats":
-            return said_parts(row["messages"])
+            return said_parts(row["messages"], learned=True)
         case "prompts":
             return said_parts(row["prompt"])
         case "preferences":
@@ -68,12 +68,13 @@ def parts_of_row(row: Row, format: str) -> list[Part]:
             return [part(name, (str(row[name]), False)) for name in FORMATS[format].fields]
 
 
-def said_parts(messages: Sequence[Row]) -> list[Part]:
-    """What each message says, and below it whatever else it holds: calls of tools, reasoning."""
-    return [
-        part(message["role"], (said_in_message(message), message["role"] == "assistant" and message.get("train", True)))
-        for message in messages
-    ]
+def said_parts(messages: Sequence[Row], *, learned: bool = False) -> list[Part]:
+    """What each message says, and below it whatever else it holds: calls of tools, reasoning. Of a prompt nothing is learned."""
+
+    def is_learned(message: Row) -> bool:
+        return learned and message["role"] == "assistant" and message.get("train", True)
+
+    return [part(message["role"], (said_in_message(message), is_learned(message))) for message in messages]
 
 
 def said_in_message(message: Row) -> str:

@@ -77,6 +77,7 @@ REPAIRS: dict[str, str] = {
     "empty_system_turn": "a system message that says nothing was left out",
     "answers_between_best_and_worst": "of several ranked answers, those between the first and the last were left out",
     "inside_without_begin": "an I- tag that continues nothing began a new span",
+    "begin_without_end": "a span without its E- (or S-) tag, in a row that has such, ended with its last token",
     "span_moved": "a span's offsets were moved to the one place where its own text stands",
     "plausible_answers_left_out": "an answer to a question that says of itself to have none was left out",
     "answer_moved": "an answer's offset was moved to the one place where its text stands",
@@ -236,12 +237,19 @@ def class_of(row: Row, name: str, conversion: Conversion) -> str:
     label = label_of(row, name)
     if label in conversion.no_label:
         raise Dropped("no_label", f"{name} is {label}, which no_label names")
+    if label.lower() in NO_VALUE:
+        conversion.notice(
+            f"a label is {label!r}, which others write for none, and stays a class: name it in no_label where it is none"
+        )
     if isinstance(row.get(name), str) and POINT_AND_ZERO.fullmatch(label):
         conversion.notice(
             "labels are texts such as 1.0 and stay so: 1, as other rows or files may have it, is another label"
         )
     return label
 
+
+NO_VALUE = frozenset({"nan", "none", "null", "nil", "n/a", "na", "<na>", "#n/a", "undefined"})
+"""What programs write into tables where there is no value. Each may be a class as well."""
 
 POINT_AND_ZERO = re.compile(r"[+-]?\d+\.0+")
 """How pandas writes whole numbers into CSV files where one is missing."""

@@ -72,8 +72,11 @@ def squad(row: Row, conversion: Conversion) -> Row:
     return {"id": str(identity), "context": context, "question": question, "answers": known}
 
 
-IMPOSSIBLE = ("is_impossible", "impossible")
-ANSWERABLE = ("answerable", "is_answerable", "has_answer")
+IMPOSSIBLE = (
+    *("is_impossible", "impossible", "isImpossible", "unanswerable", "is_unanswerable", "isUnanswerable"),
+    *("no_answer", "noAnswer", "not_answerable"),
+)
+ANSWERABLE = ("answerable", "is_answerable", "isAnswerable", "has_answer", "hasAnswer")
 """How data sets say that a question has no answer in its context, and that it has one."""
 
 

@@ -97,6 +97,7 @@ def bio(row: Row, conversion: Conversion) -> Row:
         raise Dropped("bad_tag", f"{len(tags)} tags for {len(tokens)} tokens")
     found: list[Row] = []
     start, open_label = 0, None
+    has_ends, ended = False, 0
     for token, tag in zip(tokens, tags, strict=True):
         prefix, tag_label = read_tag(tag)
         end = start + len(token)
@@ -108,9 +109,11 @@ def bio(row: Row, conversion: Conversion) -> Row:
             if prefix in "IE":
                 conversion.repair("inside_without_begin")
             found.append({"start": start, "end": end, "label": tag_label})
+        has_ends, ended = has_ends or prefix in "ES", ended + (prefix in "ES")
         if prefix != "O":
             open_label = None if prefix in "ES" else tag_label
         start = end + len(conversion.token_separator)
+    conversion.repair("begin_without_end", len(found) - ended if has_ends else 0)
     return {"text": conversion.token_separator.join(tokens), "spans": found}
 
 
