@@ -541,7 +541,7 @@ def test_scores_on_their_way_to_advantages(tmp_path: Path, monkeypatch: pytest.M
     aligner = Aligner(made.ctx, params, made.algorithm, made.parts, Progress(), made.batch)
     asked = []
 
-    def complete(rows: Sequence[PromptRow], positions: Sequence[int], seed: int) -> Experience:
+    def complete(rows: Sequence[PromptRow], positions: Sequence[int], seed: int, before: None) -> Experience:
         asked.append((positions, seed))
         written = rollouts[positions[0] // 2]
         return Experience(
