@@ -96,14 +96,24 @@ def free_bytes(folder: Path) -> int | None:
     return None
 
 
+def free_files(folder: Path) -> int | None:
+    """How many more files the disk of `folder` takes (its free inodes); None where nobody counts them, or can say."""
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            found = os.statvfs(place)
+            return found.f_favail if found.f_files else None
+    return None
+
+
 def free_words(folder: Path) -> str:
     free = free_bytes(folder)
-    return "nobody knows how much is free" if free is None else f"{size(free)} are free"
+    files = ", and no file more has a place" if free_files(folder) == 0 else ""
+    return "nobody knows how much is free" if free is None else f"{size(free)} are free{files}"
 
 
 def is_full(folder: Path) -> bool:
     free = free_bytes(folder)
-    return free is not None and free < FULL_BYTES
+    return (free is not None and free < FULL_BYTES) or free_files(folder) == 0
 
 
 @contextlib.contextmanager

@@ -260,6 +260,42 @@ def test_a_full_disk_is_said_wherever_it_is_met(tmp_path: Path) -> None:
             assert "Make room" in output
 
 
+FEW_FILES = """
+import os, shutil
+from pathlib import Path
+from tests.unit.failing_stages import run
+
+store = Path("stores")
+store.mkdir()
+results = []
+for place in range(60):
+    # All but so many places for files are taken, and with each pass one more is free.
+    shutil.rmtree(store / "runs", ignore_errors=True)
+    (store / "recipe.yaml").touch()
+    taken = [Path(f"taken{number}") for number in range(os.statvfs(".").f_favail - place)]
+    for path in taken:
+        path.touch()
+    code, output = run(store, "write")
+    results.append((code, output))
+    for path in taken:
+        path.unlink()
+    if code == 0:
+        break
+print(repr(results))
+"""
+
+
+@pytest.mark.slow
+@needs_a_disk_of_its_own
+def test_a_disk_that_takes_no_more_files_is_said_like_a_full_one(tmp_path: Path) -> None:
+    """Many small files use up the inodes of a disk on which there is room."""
+    results = eval(on_a_disk_of("8m,nr_inodes=120", tmp_path / "disk", FEW_FILES))
+    codes = [code for code, _ in results]
+    assert codes[-1] == 0 and set(codes[:-1]) == {2} and len(codes) > 5
+    for _, output in results[:-1]:
+        assert "Traceback" not in output and "Make room" in output
+
+
 @pytest.mark.slow
 @needs_a_disk_of_its_own
 def test_a_stage_that_fills_the_disk_ends_with_a_sentence_and_gives_the_room_back(tmp_path: Path) -> None:
