@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import DataError
+from pipeline.errors import ArtifactError, DataError
 from pipeline.stage import Context
 from stages.lib.processes.joining import join_processes
+from stages.lib.training.deepspeed_files import load_data
 from stages.lib.training.engine import Engine
 from stages.lib.training.layouts import complete_layout
 from stages.lib.training.loop import Trained
@@ -124,12 +127,19 @@ class Planted:
 
 def plant(ctx: Context, step: int, mark: Path) -> Path:
     """Puts code into a file of the checkpoint, and declares it complete again."""
-    folder = ctx.checkpoints.path(step)
-    path = max(folder.rglob("*.pt"), key=lambda each: "optim" in each.name)
+    path = optimizer_file(ctx.checkpoints.path(step))
     torch.save({"planted": Planted(mark)}, path)
-    (folder / "complete.json").unlink()
-    ctx.checkpoints.complete(step)
+    declare_complete(ctx, step)
     return path
+
+
+def optimizer_file(folder: Path) -> Path:
+    return max(folder.rglob("*.pt"), key=lambda each: "optim" in each.name)
+
+
+def declare_complete(ctx: Context, step: int) -> None:
+    (ctx.checkpoints.path(step) / "complete.json").unlink()
+    ctx.checkpoints.complete(step)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -166,6 +176,150 @@ def test_where_no_checkpoint_can_be_read_training_begins_anew(tmp_path: Path) ->
     assert not (tmp_path / "code-ran").exists()
     assert list(ctx.journal.events("resume")) == []
     assert (ctx.out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+
+
+# Files that can be read, and do not hold what training writes.
+
+Damage = Callable[[Path], None]
+
+
+def model_holds(value: Any) -> Damage:
+    """Writes something else into the file of the weights."""
+    return lambda folder: torch.save(value, max(folder.rglob("*.pt"), key=lambda each: "model" in each.name))
+
+
+def optimizer_holds(value: Any) -> Damage:
+    return lambda folder: torch.save(value, optimizer_file(folder))
+
+
+def changed(*keys: str | int, to: Any = None, file: Callable[[Path], Path] = optimizer_file) -> Damage:
+    """Puts `to` in place of what stands there in the file; by default takes it out."""
+
+    def damage(folder: Path) -> None:
+        content = load_data(file(folder))
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = to
+        if to is None:
+            del inner[keys[-1]]
+        torch.save(content, file(folder))
+
+    return damage
+
+
+def said(**changes: Any) -> Damage:
+    """Has our part say something else; None: nothing."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "slipway.json"
+        state = {**json.loads(path.read_bytes()), **changes}
+        path.write_text(json.dumps({name: value for name, value in state.items() if value is not None}))
+
+    return damage
+
+
+NORM = "model.norm.weight"
+OTHER_SHAPE = torch.zeros(3)
+DAMAGES: list[tuple[str | None, str, Damage, str]] = [
+    (None, "nothing", optimizer_holds({}), "engine.pt is not what training writes: module is missing"),
+    (None, "a list", optimizer_holds([1, 2]), "engine.pt is not what training writes: what it holds is no mapping"),
+    (None, "shape", changed("module", NORM, to=OTHER_SHAPE), f"module.{NORM} has the shape [3] instead of [32]"),
+    (None, "no tensor", changed("module", NORM, to=3), f"module.{NORM} is no tensor"),
+    (None, "no weight", changed("module", NORM), f"module.{NORM} is missing"),
+    (None, "more weights", changed("module", "other", to=OTHER_SHAPE), "module.other is none of this model's"),
+    (None, "no optimizer", changed("optimizer", to={}), "optimizer.state is missing"),
+    (None, "no moments", changed("optimizer", "state", to={}), "optimizer.state is empty"),
+    (None, "a moment", changed("optimizer", "state", 0, "exp_avg"), "optimizer.state.0.exp_avg is missing"),
+    (None, "moment", changed("optimizer", "state", 1, "exp_avg_sq", to=OTHER_SHAPE), "exp_avg_sq has the shape [3]"),
+    (None, "groups", changed("optimizer", "param_groups", 1), "optimizer.param_groups is no list of 2"),
+    (None, "betas", changed("optimizer", "param_groups", 1, "betas"), "optimizer.param_groups[1].betas is missing"),
+    (None, "window", said(window={"nope": 1}), "slipway.json is not what training writes (ValueError)"),
+    (None, "numbers", said(before={"heldout_loss": "low"}), "slipway.json is not what training writes"),
+    (None, "before", said(before=None), "slipway.json is not what training writes (KeyError)"),
+    (None, "step", said(step=5), "slipway.json is not what training writes (ValueError)"),
+    ("own", "no optimizer", changed("optimizer", to={}), "optimizer.state is missing"),
+    ("zero2", "model", model_holds({}), "mp_rank_00_model_states.pt is not what training writes: module is missing"),
+    ("zero2", "optimizer", optimizer_holds([1, 2]), "optim_states.pt is not what training writes: what it holds is no"),
+    ("zero2", "base", changed("optimizer_state_dict", "base_optimizer_state", to={}), "state is missing"),
+    (
+        "zero2",
+        "fp32",
+        changed("optimizer_state_dict", "single_partition_of_fp32_groups", 0, to=OTHER_SHAPE),
+        "single_partition_of_fp32_groups[0] has the shape [3]",
+    ),
+    ("zero3", "model", model_holds({}), "mp_rank_00_model_states.pt is not what training writes: module is missing"),
+    ("zero3", "fp32", changed("optimizer_state_dict", "fp32_flat_groups"), "fp32_flat_groups is missing"),
+    (
+        "zero3",
+        "moment",
+        changed("optimizer_state_dict", "optimizer_state_dict", "state", 0, "exp_avg", to=OTHER_SHAPE),
+        "state.0.exp_avg has the shape [3]",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
+    """A memory layout -> the folder of a run that ended under it, made once."""
+
+    @functools.cache
+    def folder_of(layout: str | None) -> Path:
+        folder = tmp_path_factory.mktemp("finished") / str(layout)
+        run(context_under(folder, layout, save_every_steps=2, keep_checkpoints=3))
+        return folder
+
+    return folder_of
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage", "reason"),
+    [pytest.param(*each[:1], *each[2:], id=f"{each[0] or 'plain'}-{each[1]}") for each in DAMAGES],
+)
+def test_a_checkpoint_that_is_not_what_training_writes_is_passed_over(
+    tmp_path: Path, finished: Callable[[str | None], Path], layout: str | None, damage: Damage, reason: str
+) -> None:
+    whole, folder = finished(layout), tmp_path / "damaged"
+    shutil.copytree(whole, folder)
+    ctx = context_under(folder, layout, save_every_steps=2, keep_checkpoints=3)
+    damage(ctx.checkpoints.path(6))
+    declare_complete(ctx, 6)
+    shutil.rmtree(ctx.out)
+    ctx.out.mkdir()
+    again = run(replace(ctx, resume=ctx.checkpoints.newest().path))
+    assert again.steps == 6
+    assert [event["step"] for event in ctx.journal.events("resume")] == [4]
+    (note,) = (event["text"] for event in ctx.journal.events("note") if "not resumed from" in event["text"])
+    assert note.startswith("checkpoint-6 is not resumed from: ") and reason in note
+    assert (ctx.out / "model.safetensors").read_bytes() == (whole / "out" / "model.safetensors").read_bytes()
+    assert [event["step"] for event in ctx.journal.events("step")] == [1, 2, 3, 4, 5, 6]
+    assert ctx.checkpoints.newest().step == 6
+
+
+@pytest.mark.parametrize("layout", [None, "zero2"])
+def test_where_none_is_what_training_writes_it_begins_anew(
+    tmp_path: Path, finished: Callable[[str | None], Path], layout: str | None
+) -> None:
+    whole, folder = finished(layout), tmp_path / "damaged"
+    shutil.copytree(whole, folder)
+    ctx = context_under(folder, layout, save_every_steps=2, keep_checkpoints=3)
+    for step, damage in ((2, said(window=3)), (4, optimizer_holds({})), (6, model_holds({}))):
+        damage(ctx.checkpoints.path(step))
+        declare_complete(ctx, step)
+    run(replace(ctx, resume=ctx.checkpoints.newest().path))
+    assert list(ctx.journal.events("resume")) == []
+    assert [event["step"] for event in ctx.journal.events("step")] == [1, 2, 3, 4, 5, 6]
+    assert (ctx.out / "model.safetensors").read_bytes() == (whole / "out" / "model.safetensors").read_bytes()
+
+
+def test_of_another_run_it_is_refused_and_left_there(tmp_path: Path, finished: Callable[[str | None], Path]) -> None:
+    shutil.copytree(finished(None), tmp_path / "other")
+    ctx = context_under(tmp_path / "other", None, save_every_steps=2, keep_checkpoints=3)
+    said(seed=5, window={})(ctx.checkpoints.path(6))
+    declare_complete(ctx, 6)
+    with pytest.raises(ArtifactError, match="belongs to another run: its seed is 5, the recipe's is 1"):
+        run(replace(ctx, resume=ctx.checkpoints.newest().path))
+    assert ctx.checkpoints.steps() == [2, 4, 6]
 
 
 def test_deepspeed_itself_reads_no_code(tmp_path: Path) -> None:

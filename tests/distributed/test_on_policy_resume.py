@@ -6,15 +6,20 @@ environment variable KILLS_PER_PHASE; tests/README.md.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.store.artifact import list_files
+from pipeline.store.checkpoints import Checkpoints
 from tests.distributed.training_world import Job, make_tokenizer, run_forked, write_chats
 from tests.integration.on_policy_world import REWARDS, write_policy
 
@@ -153,6 +158,32 @@ STOPPED_IN_PASSES = [
     replace(BACKGROUND[0], stop={"step": 7}),
 ]
 STOPPED = STOPPED_IN_GENERATION + STOPPED_IN_PASSES
+
+
+def without_before(folder: Path) -> None:
+    state = json.loads((folder / "slipway.json").read_bytes())
+    del state["before"]
+    (folder / "slipway.json").write_text(json.dumps(state))
+
+
+def optimizer_of_another_rank(folder: Path) -> None:
+    torch.save([1, 2], next(folder.rglob("*rank_1_*optim_states.pt")))
+
+
+DAMAGED: list[tuple[Run, int, Callable[[Path], None], str]] = [
+    (STOPPED_IN_PASSES[1], 16, without_before, "slipway.json is not what training writes (KeyError)"),
+    (
+        STOPPED_IN_PASSES[1],
+        16,
+        lambda folder: np.savez(folder / "experience.npz", ids=[1]),
+        "experience.npz is not what",
+    ),
+    (STOPPED_IN_PASSES[1], 16, lambda folder: (folder / "experience.npz").unlink(), "experience.npz is missing"),
+    (STOPPED_IN_PASSES[2], 4, lambda folder: np.savez(folder / "written.npz", ids=[1]), "written.npz is not what"),
+    (STOPPED_IN_PASSES[0], 8, optimizer_of_another_rank, "optim_states.pt is not what training writes"),
+    (STOPPED_IN_GENERATION[0], 4, optimizer_of_another_rank, "optim_states.pt is not what training writes"),
+]
+"""An interrupted run, the checkpoint before its newest, what is done to that, and what is said of it."""
 OTHER_PROCESSES = replace(TOGETHER[1], stop={"step": 10})
 
 
@@ -181,9 +212,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     run_forked(folder, jobs, timeout_seconds=60 + 60 * len(jobs))
     for run in interrupted:
         world.saved[run.name] = steps_saved(run.job(world))
-    again = [run.job(world) for run in interrupted[:-1]]
+    again = [run.job(world) for run in interrupted[:-1]] + [damaged(world, index) for index in range(len(DAMAGED))]
     run_forked(folder, [*again, OTHER_PROCESSES.job(world, processes=1)], timeout_seconds=60 + 60 * len(interrupted))
     return world
+
+
+def damaged(world: World, index: int) -> Job:
+    """A copy of an interrupted job whose newest checkpoint looks whole, and is not what training writes."""
+    run, _, damage, _ = DAMAGED[index]
+    job = run.job(world, work=world.folder / f"damaged-{index}")
+    shutil.copytree(run.job(world).work, job.work)
+    checkpoints = Checkpoints(job.work / "checkpoints")
+    step = checkpoints.newest().step
+    damage(checkpoints.path(step))
+    (checkpoints.path(step) / "complete.json").unlink()
+    checkpoints.complete(step)
+    return job
 
 
 def without_times(job: Job, event: str) -> list[dict[str, Any]]:
@@ -231,6 +275,17 @@ def test_asked_to_stop_within_the_passes_over_a_rollout(world: World, run: Run) 
     assert world.saved[run.name][-1] == run.stop["step"]
     (receipt,) = job.events("resume")
     assert receipt["step"] == run.stop["step"] and "completions of the rollout" in receipt["restored"]
+    assert_same_end(job, run.whole.job(world))
+
+
+@pytest.mark.parametrize("index", range(len(DAMAGED)))
+def test_a_checkpoint_that_is_not_what_training_writes_is_passed_over(world: World, index: int) -> None:
+    """By all processes, also where only one of them reads what is wrong."""
+    run, before, _, reason = DAMAGED[index]
+    job = run.job(world, work=world.folder / f"damaged-{index}")
+    assert [line["step"] for line in job.events("resume")] == [before]
+    (note,) = (line["text"] for line in job.events("note") if "not resumed from" in line["text"])
+    assert note.startswith(f"checkpoint-{world.saved[run.name][-1]} is not resumed from: ") and reason in note
     assert_same_end(job, run.whole.job(world))
 
 

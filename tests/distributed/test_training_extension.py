@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -235,8 +236,16 @@ def test_another_training_is_refused(tmp_path: Path, changes: dict[str, Any], me
     assert ended.checkpoints.steps()[-1] == 6, "what is extended is left as it is"
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("engine.pt", b"nothing", "cannot be extended: engine.pt cannot be read"),
+        ("slipway.json", b"{}", "cannot be extended: slipway.json is not what training writes"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, file: str, content: bytes, message: str) -> None:
     ended = begin(tmp_path / "first", max_steps=6)
-    (ended.checkpoints.path(6) / "engine.pt").write_bytes(b"nothing")
-    with pytest.raises(ArtifactError, match=r"cannot be extended: engine\.pt cannot be read"):
+    (ended.checkpoints.path(6) / file).write_bytes(content)
+    with pytest.raises(ArtifactError, match=re.escape(message)):
         run(longer(tmp_path / "longer", ended), max_steps=12)
+    assert ended.checkpoints.steps()[-1] == 6, "what is extended is left as it is"

@@ -201,6 +201,27 @@ def test_a_checkpoint_whose_best_is_gone_is_passed_over(tmp_path: Path, best: tu
     assert (weights(ctx), trained) == (weights(best[0]), best[1])
 
 
+@pytest.mark.parametrize("file", ["engine.pt", "slipway.json"])
+def test_a_checkpoint_whose_best_is_not_what_training_writes_is_passed_over(
+    tmp_path: Path, best: tuple[Context, Trained], file: str
+) -> None:
+    step, ctx = best[1].steps, context(tmp_path, save_every_steps=5, keep_checkpoints=1)
+    run(ctx, **BEST)
+    folder = ctx.checkpoints.path(step)
+    if file == "engine.pt":
+        torch.save({}, folder / file)
+    else:
+        (folder / file).write_text("{}", encoding="utf-8")
+    (folder / "complete.json").unlink()
+    ctx.checkpoints.complete(step)
+    assert ctx.checkpoints.newest().step == 16
+    trained = run(again(ctx), **BEST)
+    notes = [event["text"] for event in ctx.journal.events("note")]
+    reason = f"checkpoint-16 is not resumed from: it needs checkpoint-{step}: {file} is not what training writes"
+    assert any(note.startswith(reason) for note in notes)
+    assert (weights(ctx), trained) == (weights(best[0]), best[1])
+
+
 def test_a_best_that_is_damaged_while_the_run_goes_on_is_refused(tmp_path: Path) -> None:
     ctx = context(tmp_path, save_every_steps=5)
 

@@ -66,6 +66,29 @@ def test_what_is_written_is_read(num: int, fields: dict[str, Any], tmp_path: Pat
         same(one, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("ids", None),
+        ("positions", np.arange(4)),
+        ("lengths", np.arange(5)),
+        ("ids", np.ones(12)),
+        ("logprobs", np.ones(3, dtype=np.float32)),
+        ("rewards", np.ones(5)),
+        ("rewards", np.full((5, 2), "high")),
+        ("observed", np.ones(3, dtype=np.bool_)),
+    ],
+)
+def test_arrays_that_are_not_those_of_episodes_are_refused(name: str, array: np.ndarray | None, tmp_path: Path) -> None:
+    """A name that is missing, and a number, a type or a length that is another one."""
+    path = tmp_path / "experience.npz"
+    Experience(episodes()).save(path)
+    arrays = {**np.load(path), name: array}
+    np.savez(path, **{each: value for each, value in arrays.items() if value is not None})
+    with pytest.raises((KeyError, ValueError)):
+        Experience.load(path)
+
+
 def test_episodes_stand_in_the_order_of_their_positions() -> None:
     assert [each.position for each in Experience(episodes()[::-1]).episodes] == [0, 1, 2, 3, 4]
 

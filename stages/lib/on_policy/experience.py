@@ -156,9 +156,10 @@ class Experience:
 
     @classmethod
     def load(cls, path: Path) -> Experience:
-        """The episodes that `save` wrote."""
+        """The episodes that `save` wrote. Raises `KeyError` or `ValueError` where the file holds something else."""
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+        require_episodes(arrays)
         prompt_ids = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
         split = {name: np.split(arrays[name], np.cumsum(arrays["lengths"])[:-1]) for name in ("ids", *PER_TOKEN)}
         observed = [np.zeros(0, dtype=np.bool_)] * len(arrays["positions"])
@@ -179,6 +180,27 @@ class Experience:
                 for index in range(len(arrays["positions"]))
             ]
         )
+
+
+def require_episodes(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raises `KeyError` or `ValueError` where arrays are not those of episodes: a name, a type or a length."""
+    number = len(arrays["positions"])
+    prompts, tokens = int(arrays["prompt_lengths"].sum()), int(arrays["lengths"].sum())
+    whole, real = (np.integer, np.bool_), (np.floating,)
+    wanted: dict[str, tuple[tuple[type, ...], tuple[int, ...]]] = {
+        **dict.fromkeys(("positions", "row_indices", "ended", "prompt_lengths", "lengths"), (whole, (number,))),
+        "prompt_ids": (whole, (prompts,)),
+        "ids": (whole, (tokens,)),
+        "rewards": (real, (number,)),
+        **dict.fromkeys(PER_TOKEN, (real, (tokens, 0))),  # none where nothing has been asked for them yet
+        **({"observed": (whole, (tokens,))} if "observed" in arrays else {}),
+    }
+    for name, (kinds, lengths) in wanted.items():
+        array = arrays[name]
+        if not issubclass(array.dtype.type, kinds) or array.ndim != 1 + (name == "rewards"):
+            raise ValueError(f"{name} is an array of another kind")
+        if len(array) not in lengths:
+            raise ValueError(f"{name} has {len(array)} numbers")
 
 
 def collate_episodes(episodes: Sequence[Episode], padding_id: int) -> Tensors:

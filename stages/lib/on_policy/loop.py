@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from stages.lib.processes.joining import join_processes, use_threads
 from stages.lib.text.prompts import PromptRow, Prompts
 from stages.lib.training.evaluating import UNTRAINED, Metrics, StopRequested
 from stages.lib.training.params import Batch, derive_batch, learning_rate_factor
+from stages.lib.training.resuming import load_saved
 from stages.lib.training.scheduling import ScheduledData, seed_of
 from stages.lib.training.state import find_measured, find_saved, save_checkpoint
 
@@ -327,13 +329,14 @@ def align(
     """Runs the loop to its end, from the checkpoint of `ctx` if there is one. All processes call it together."""
     device = join_processes(ctx)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
-    saved = find_saved(ctx, identity(ctx, params, prompts))
+    find = partial(find_saved, ctx, identity(ctx, params, prompts), Progress.of)
+    saved = find()
     parts = build(device, batch)
     use_threads(ctx.resources)
     progress = Progress(controller=algorithm.controller())
+    saved = load_saved(parts.engine, saved, find)
     if saved is not None:
         progress = Progress.of(saved)
-        parts.engine.load(saved.folder)
         say_what_was_restored(ctx, params, progress, saved)
     barrier()
     ctx.journal.note(

@@ -22,7 +22,14 @@ from stages.lib.text.batches import padding_of
 from stages.lib.text.prompts import Prompts
 from stages.lib.training.engine import Engine
 from stages.lib.training.evaluating import Metrics
-from stages.lib.training.state import Saved
+from stages.lib.training.state import (
+    UNREADABLE,
+    FileProblem,
+    Saved,
+    not_what_training_writes,
+    restored,
+    restored_metrics,
+)
 
 EXPERIENCE, WRITTEN = "experience.npz", "written.npz"
 """The files of a checkpoint with the completions of the rollout that is being learned from, and those of the next one where
@@ -80,22 +87,21 @@ class Progress:
 
     @classmethod
     def of(cls, saved: Saved) -> Progress:
-        """Where the run stood that wrote the checkpoint."""
+        """Where the run stood that wrote the checkpoint. Raises one of `UNREADABLE` where the checkpoint does not say it."""
         state = saved.state
-        experience, written = (
-            Experience.load(path) if path.exists() else None
-            for path in (saved.folder / EXPERIENCE, saved.folder / WRITTEN)
-        )
+        experience, written = (read_completions(saved.folder / name) for name in (EXPERIENCE, WRITTEN))
+        if ("samples" in state["collected"]) != (experience is not None):
+            raise FileProblem(f"{EXPERIENCE} is {'missing' if experience is None else 'of a rollout that has ended'}")
         return cls(
             step=state["step"],
-            controller=pg.KLController(**state["controller"]),
-            moments=pg.RunningMoments(**state["moments"]),
-            before=state["before"],
-            collected=state["collected"],
-            sums=state["sums"],
+            controller=restored(pg.KLController, state["controller"]),
+            moments=restored(pg.RunningMoments, state["moments"]),
+            before=restored_metrics(state["before"]),
+            collected=dict(state["collected"]),
+            sums=restored_metrics(state["sums"]),
             experience=experience,
             written=written,
-            drawn=state.get("drawn", 0),  # checkpoints of earlier versions are of runs that left nothing out
+            drawn=int(state.get("drawn", 0)),  # checkpoints of earlier versions are of runs that left nothing out
         )
 
     def save(self, folder: Path) -> None:
@@ -104,6 +110,14 @@ class Progress:
             self.experience.save(folder / EXPERIENCE)
         if self.written is not None:
             self.written.save(folder / WRITTEN)
+
+
+def read_completions(path: Path) -> Experience | None:
+    """The completions in a file of a checkpoint; None where it has no such file. Raises `FileProblem`."""
+    try:
+        return Experience.load(path) if path.exists() else None
+    except UNREADABLE as error:
+        raise FileProblem(not_what_training_writes(path.name, error)) from error
 
 
 @dataclass

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.stage import EXTENDS, Context
 from stages.lib.processes.collectives import from_main
+from stages.lib.training.carrying import KEY, carried_by, go_on
+from stages.lib.training.engine import Engine
 from stages.lib.training.extension import extension_problems
 from stages.lib.training.params import Batch, TrainingParams
+from stages.lib.training.resuming import Unfit, load_saved
 from stages.lib.training.scheduling import fingerprint
-from stages.lib.training.state import NOT_EXTENDED, Saved, check_state, find_saved, read_state, why_unreadable
+from stages.lib.training.state import (
+    NOT_EXTENDED,
+    Saved,
+    TrainingProgress,
+    cannot_be_extended,
+    check_state,
+    find_saved,
+    read_state,
+    restored_metrics,
+    why_not_restored,
+)
+from stages.lib.training.watching import KEY as WATCHED
 from stages.lib.training.watching import Watching
 
 LENGTH = ("total_steps", "schedule_steps")
@@ -26,18 +41,46 @@ def identity_of_run(ctx: Context, params: TrainingParams, steps: int, data: Sequ
     return identity | ({"schedule_steps": params.schedule_steps} if params.schedule_steps else {})
 
 
-def find_start(ctx: Context, params: TrainingParams, identity: Mapping[str, Any]) -> Saved | None:
-    """What the run goes on from, the same in every process; None where it begins.
+def find_start(
+    ctx: Context, params: TrainingParams, identity: Mapping[str, Any], objective: object, unfit: Unfit | None = None
+) -> Saved | None:
+    """What the run goes on from, the same in every process; None where it begins. `unfit`: `find_saved`.
 
     Raises `ArtifactError` or `RecipeError` if it is the training that the run extends, and cannot be extended so.
     """
-    saved = find_saved(ctx, identity)
+    saved = find_saved(ctx, identity, partial(restore, params, objective), unfit)
     if saved is not None or not is_extension(ctx):
         return saved
     if ctx.extends is None:
         what = "has left no checkpoint, and none of this step can be read"
         raise ArtifactError(Problem(f"inputs.{EXTENDS}", what, NOT_EXTENDED))
-    return from_main(lambda: extended_training(ctx, params, identity))
+    return from_main(lambda: extended_training(ctx, params, identity, objective))
+
+
+def load_start(
+    ctx: Context,
+    params: TrainingParams,
+    identity: Mapping[str, Any],
+    objective: object,
+    engine: Engine,
+    saved: Saved | None,
+) -> Saved | None:
+    """What engine and objective go on from: `saved`, or what comes before it where it is not what training writes."""
+    saved = load_saved(engine, saved, partial(find_start, ctx, params, identity, objective))
+    if saved is not None:
+        go_on(objective, saved.state)
+    return saved
+
+
+def restore(params: TrainingParams, objective: object, saved: Saved) -> None:
+    """Raises one of `UNREADABLE` where our part of a checkpoint lacks what the run goes on with."""
+    TrainingProgress.of(saved)
+    if Watching.of(params, saved.state).metrics and not saved.extended and WATCHED not in saved.state:
+        raise ValueError(WATCHED)
+    carried = {KEY: restored_metrics(saved.state[KEY])} if KEY in saved.state else {}
+    for name, before in carried_by(objective).items():
+        if set(carried[name]) != set(before):
+            raise ValueError(name)
 
 
 def is_extension(ctx: Context) -> bool:
@@ -45,15 +88,14 @@ def is_extension(ctx: Context) -> bool:
     return ctx.extends is not None or EXTENDS in ctx.inputs
 
 
-def extended_training(ctx: Context, params: TrainingParams, identity: Mapping[str, Any]) -> Saved:
+def extended_training(ctx: Context, params: TrainingParams, identity: Mapping[str, Any], objective: object) -> Saved:
     folder = ctx.extends
     assert folder is not None
-    if reason := why_unreadable(folder):
-        hint = "Make what it was written by anew, or leave out the input extends."
-        raise ArtifactError(Problem(str(folder), f"cannot be extended: {reason}", hint))
-    saved = Saved(folder, read_state(folder), extended=True)
     common = {name: value for name, value in identity.items() if name not in LENGTH}
-    check_state(ctx, saved, common)
+    take = partial(restore, params, objective)
+    if reason := why_not_restored(folder, take, lambda each: check_state(ctx, each, common), extended=True):
+        raise cannot_be_extended(folder, reason)
+    saved = Saved(folder, read_state(folder), extended=True)
     state = saved.state
     fell_over = int(state.get("schedule_steps") or state["total_steps"])
     problems = extension_problems(params, int(identity["total_steps"]), state["step"], fell_over)

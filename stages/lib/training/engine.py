@@ -114,6 +114,7 @@ class Engine:
         self.layout = layout
         self.max_gradient_norm = params.max_gradient_norm
         self.companion: Companion | None = None
+        self.in_fp16 = params.precision == "fp16"
         self.autocast_dtype = DTYPES[params.precision] if layout is None and params.precision != "fp32" else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast_dtype is torch.float16)
         if self.autocast_dtype is not None:

@@ -36,7 +36,7 @@ from stages.lib.processes.collectives import all_reduce_sum, any_process, from_m
 from stages.lib.processes.joining import join_processes
 from stages.lib.text.batches import Collate, num_tokens, with_positions
 from stages.lib.training.adapted import publish_trained
-from stages.lib.training.beginning import find_start, identity_of_run, in_passes, take_over_best
+from stages.lib.training.beginning import find_start, identity_of_run, in_passes, load_start, take_over_best
 from stages.lib.training.carrying import Objective, carried_by, go_on, one_step
 from stages.lib.training.engine import Engine, Stepped
 from stages.lib.training.evaluating import UNTRAINED, Evaluator, Metrics, StopRequested
@@ -50,6 +50,7 @@ from stages.lib.training.params import (
     schedule_length,
 )
 from stages.lib.training.randomness import Randomness
+from stages.lib.training.resuming import load_weights_of
 from stages.lib.training.scheduling import ScheduledData
 from stages.lib.training.soundness import require_number, require_sound, require_training_rows, require_units
 from stages.lib.training.state import (
@@ -57,7 +58,6 @@ from stages.lib.training.state import (
     TrainingProgress,
     Window,
     find_measured,
-    load_weights_of,
     save_checkpoint,
     write_receipt,
 )
@@ -316,16 +316,15 @@ def train(
     require_sound(ctx, params, steps, device)
     batch = derive_batch(params.global_batch_size, ctx.resources, processes=ctx.world.size)
     identity = identity_of_run(ctx, params, steps, data)
-    saved = find_start(ctx, params, identity)
+    saved = find_start(ctx, params, identity, objective)
     formats = formats_to_publish(ctx, params.precision, params.published_dtype)
     note_generation(ctx)
     ctx.journal.note(in_passes(len(data), steps, batch))
     randomness = Randomness(ctx, device, without_dropout)
     made = make_engine(ctx, params, batch, make_model, device, randomness, steps)
+    saved = load_start(ctx, params, identity, objective, made.engine, saved)
     if saved is not None:
-        made.engine.load(saved.folder)
         write_receipt(ctx, params, batch, len(data), steps, saved)
-        go_on(objective, saved.state)
     training = Training(
         ctx=ctx,
         params=params,

@@ -6,20 +6,21 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
+from pydantic import TypeAdapter
 
 from pipeline.errors import ArtifactError, LaunchError, Problem
 from pipeline.stage import Context
 from pipeline.store import resumable
+from pipeline.store.checkpoints import PREFIX
 from pipeline.store.journal import Journal
 from pipeline.store.numbers import json_text
 from pipeline.store.resumable import STATE
 from stages.lib.processes.collectives import from_main
-from stages.lib.training.engine import PLAIN_STATE, TAG, Engine
+from stages.lib.training.engine import Engine
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.forecast import CHECKPOINT_BYTES_PER_PARAMETER
 from stages.lib.training.layouts import zero_stage
@@ -29,13 +30,16 @@ UNREADABLE = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
+    AttributeError,
     EOFError,
     RuntimeError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
 """What reading a file raises that does not hold what a checkpoint holds."""
+
+Fields = TypeVar("Fields")
 
 
 @dataclass
@@ -67,6 +71,8 @@ class Saved:
     """Our part of it: where the run stood, what it has in common with one that resumes, and what it carries on."""
     extended: bool = False
     """Whether it is of another training, which this run extends."""
+    passed_over: Mapping[int, str] = field(default_factory=dict)
+    """Step -> why its newer checkpoint was not taken."""
 
 
 @dataclass
@@ -80,61 +86,85 @@ class TrainingProgress:
 
     @classmethod
     def of(cls, saved: Saved | None) -> TrainingProgress:
+        """Where the run stood. Raises one of `UNREADABLE` where the checkpoint does not say it."""
         if saved is None:
             return cls()
-        return cls(saved.state["step"], Window(**saved.state["window"]), saved.state["before"])
+        state = saved.state
+        return cls(state["step"], restored(Window, state["window"]), restored_metrics(state["before"]))
 
 
-def find_saved(ctx: Context, identity: Mapping[str, Any]) -> Saved | None:
-    """The newest verified checkpoint whose files can be read, the same in every process; None where there is none.
+class FileProblem(ValueError):
+    """A file beside our part of a checkpoint that is not what training writes; its message names it."""
 
-    One that cannot be read is passed over, and said. Raises `ArtifactError` if the checkpoint belongs to another run,
-    `LaunchError` if it was written by processes or in a memory layout that DeepSpeed cannot turn into the present ones.
+
+def not_what_training_writes(name: str, error: Exception) -> str:
+    return (
+        str(error) if isinstance(error, FileProblem) else f"{name} is not what training writes ({type(error).__name__})"
+    )
+
+
+Restore = Callable[[Saved], object]
+"""Takes out of our part of a checkpoint what a training goes on with. Raises one of `UNREADABLE` where that is not there."""
+
+
+def find_saved(
+    ctx: Context, identity: Mapping[str, Any], restore: Restore, unfit: Mapping[int, str] | None = None
+) -> Saved | None:
+    """The newest verified checkpoint of which our part can be restored, the same in every process; None where there is none.
+
+    One that cannot is passed over, and said; so are those of the steps in `unfit`, for the reasons there. Raises
+    `ArtifactError` if the checkpoint belongs to another run, `LaunchError` if it was written by processes or in a memory
+    layout that DeepSpeed cannot turn into the present ones.
     """
-    return from_main(lambda: newest_readable(ctx, identity)) if ctx.resume is not None else None
+    if ctx.resume is None:
+        return None
+    found: Saved | None = from_main(lambda: newest_readable(ctx, identity, restore, unfit or {}))
+    return found
 
 
-def newest_readable(ctx: Context, identity: Mapping[str, Any]) -> Saved | None:
-    checkpoints, passed_over = ctx.checkpoints, []
+def newest_readable(
+    ctx: Context, identity: Mapping[str, Any], restore: Restore, unfit: Mapping[int, str]
+) -> Saved | None:
+    checkpoints, passed_over = ctx.checkpoints, dict[int, str]()
     found = None
     for step in reversed(checkpoints.steps()):
         folder = checkpoints.path(step)
         if folder != ctx.resume and checkpoints.problems(step):
             continue
-        reason = why_unreadable(folder)
+        reason = unfit.get(step) or why_not_restored(folder, restore, lambda each: check_state(ctx, each, identity))
+        for other in checkpoints.needs(step):
+            if not reason and (missing := why_not_restored(checkpoints.path(other), restore)):
+                reason = f"it needs {PREFIX}{other}: {missing}"
         if not reason:
-            found = Saved(folder, read_state(folder))
+            found = Saved(folder, read_state(folder), passed_over=passed_over)
             break
-        passed_over.append(f"checkpoint-{step} is not resumed from: {reason}")
-    if found is not None:
-        check_state(ctx, found, identity)
+        passed_over[step] = reason
     step = found.state["step"] if found is not None else -1
     ctx.journal.rewind(step)
     checkpoints.discard_after(step)
-    for sentence in passed_over:
-        ctx.journal.note(sentence)
+    # What was said of others before is gone from a journal that begins anew.
+    for step, reason in (passed_over if found is not None else {**unfit, **passed_over}).items():
+        ctx.journal.note(f"checkpoint-{step} is not resumed from: {reason}")
     return found
 
 
-def why_unreadable(folder: Path) -> str:
-    """What is wrong with a file of the checkpoint that is not what training writes; "" if all can be read.
+def why_not_restored(
+    folder: Path, restore: Restore, check: Callable[[Saved], None] | None = None, *, extended: bool = False
+) -> str:
+    """What is wrong with our part of the checkpoint; "" if a training can go on from it.
 
-    Nothing that stands in the files is run: they come from a disk that others may write to.
+    `check` raises where the checkpoint is another run's: of such a one nothing more is asked.
     """
-    from stages.lib.training.deepspeed_files import load_data
-
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        try:
-            if path.name == STATE:
-                read_state(folder)
-            elif path.name == PLAIN_STATE or (path.suffix == ".pt" and TAG in path.parts):
-                load_data(path, mmap=True)
-            elif path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    for name in arrays.files:
-                        arrays[name]
-        except UNREADABLE as error:
-            return f"{path.relative_to(folder)} cannot be read ({type(error).__name__})"
+    try:
+        saved = Saved(folder, read_state(folder), extended)
+    except UNREADABLE as error:
+        return not_what_training_writes(STATE, error)
+    if check is not None:
+        check(saved)
+    try:
+        restore(saved)
+    except UNREADABLE as error:
+        return not_what_training_writes(STATE, error)
     return ""
 
 
@@ -144,7 +174,21 @@ def read_state(folder: Path) -> dict[str, Any]:
     for name in ("step", "world_size", "zero_stage"):
         if not isinstance(state[name], int):
             raise TypeError(name)
+    if folder.name != f"{PREFIX}{state['step']}":
+        raise ValueError("step")
     return state
+
+
+def restored(kind: type[Fields], said: Mapping[str, Any]) -> Fields:
+    """The dataclass of which `asdict` was written. Raises one of `UNREADABLE` where it was not."""
+    if set(said) != {each.name for each in fields(kind)}:  # type: ignore[arg-type]
+        raise ValueError(kind.__name__)
+    return TypeAdapter(kind).validate_json(json.dumps(said, allow_nan=False), strict=True)
+
+
+def restored_metrics(said: Any) -> Metrics:
+    """The metrics that were written. Raises `ValueError` where they were not."""
+    return TypeAdapter(Metrics).validate_python(said, strict=True)
 
 
 def check_state(ctx: Context, saved: Saved, identity: Mapping[str, Any]) -> None:
@@ -163,6 +207,11 @@ def check_state(ctx: Context, saved: Saved, identity: Mapping[str, Any]) -> None
 
 
 NOT_EXTENDED = "To train from the beginning, leave out the input extends."
+
+
+def cannot_be_extended(folder: Path, reason: str) -> ArtifactError:
+    hint = "Make what it was written by anew, or leave out the input extends."
+    return ArtifactError(Problem(str(folder), f"cannot be extended: {reason}", hint))
 
 
 def start_over(ctx: Context) -> str:
@@ -205,24 +254,6 @@ def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
     place = {"step": step, "world_size": ctx.world.size, "zero_stage": zero_stage(ctx.resources)}
     text = json_text({**place, **content}, STATE, indent=1)
     (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
-
-
-def load_weights_of(ctx: Context, engine: Engine, step: int) -> dict[str, Any]:
-    """Brings back the weights of an earlier step, whose checkpoint was kept; returns our part of it.
-
-    Raises `ArtifactError` where it is damaged. All processes call it together.
-    """
-    folder = ctx.checkpoints.path(step)
-
-    def read() -> dict[str, Any]:
-        if found := ctx.checkpoints.own_problems(step):
-            what = f"holds the best weights, and cannot be used: {'; '.join(found[:3])}"
-            raise ArtifactError(Problem(str(folder), what, start_over(ctx)))
-        return read_state(folder)
-
-    state: dict[str, Any] = from_main(read)
-    engine.load(folder)
-    return state
 
 
 def write_receipt(ctx: Context, params: TrainingParams, batch: Batch, num_rows: int, steps: int, saved: Saved) -> None:
