@@ -13,6 +13,8 @@ import pytest
 from pipeline.command import cli
 from pipeline.figures import printable
 from pipeline.settings.strict import CHECKOUT
+from pipeline.store.store import Store
+from tests.unit.test_records import entry
 
 LONG = "x" * 300
 RECIPE = """
@@ -101,6 +103,28 @@ def test_a_name_that_is_no_artifact(
 ) -> None:
     code, said = slipway(capsys, monkeypatch, command, name)
     assert (code, "no artifact or step of this name" in said) == (2, True), said
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("~nobody-of-this-name/x.yaml", "nobody's home folder is known as ~nobody-of-this-name"),
+        ("a\0b", "holds a NUL character"),
+        ("caf\udce9.yaml", "is not text in UTF-8"),
+        ("loop", "no recipe of this name or path ran in"),
+        ("", "no recipe of this name or path ran in"),
+        ("x/" * 3000, "no recipe of this name or path ran in"),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_what_is_to_be_forgotten_and_is_no_recipe(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    the_store = Store(folder / "runs")
+    the_store.record("small", entry(str(folder / "recipe.yaml")))
+    code, said = slipway(capsys, monkeypatch, "forget", name)
+    assert (code, what in said, len(said) < 700) == (2, True, True), said
+    assert [plan.name for plan in the_store.records().plans] == ["small"]
 
 
 def test_a_chat_with_a_folder_that_holds_no_model_loads_nothing(
