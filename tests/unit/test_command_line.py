@@ -208,6 +208,24 @@ def test_the_override_of_a_user_does_not_command_the_terminal(
     assert r"--set \x1b[2Jrows\udcff=1: the recipe has no stage" in said
 
 
+@pytest.mark.parametrize(
+    ("levels", "what"),
+    [
+        (59, "stages.base.params.architecture.b: is no field of llama"),
+        (60, "has more than 64 lists and mappings within each other. Write it flatter."),
+        (1500, "has more than 64 lists and mappings within each other. Write it flatter."),
+    ],
+)
+def test_an_override_is_no_deeper_than_a_file_may_be(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, levels: int, what: str
+) -> None:
+    """`architecture` takes anything, until the stage looks at it: four levels stand around it, and the list is one."""
+    deep = f"base.architecture{'.b' * levels}=[1]"
+    recipe = str(CHECKOUT / "pipeline" / "recipes" / "quickstart.yaml")
+    code, said = slipway(capsys, monkeypatch, "plan", recipe, "--set", deep)
+    assert (code, what in said) == (2, True), said
+
+
 def test_a_long_line_is_cut_in_its_middle() -> None:
     """A thousand characters of each end stay, so that the way out, which stands last, is read."""
     line = printable(f"where: {'x' * 100_000}. Mend it.", sys.stderr)

@@ -331,6 +331,8 @@ def test_fields_of_a_source_are_set_as_those_of_a_recipe_are() -> None:
     }
     with pytest.raises(RecipeError, match="field=value"):
         source_fields(["=3"])
+    with pytest.raises(RecipeError, match="has more than 64 lists and mappings within each other"):
+        source_fields(["columns" + ".b" * 60_000 + "=1"])
 
 
 def test_several_files_are_one_source(chats: Path) -> None:
