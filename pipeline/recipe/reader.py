@@ -272,11 +272,11 @@ class Reader:
         if own.launcher_name == "local" and own.world_size > 1:
             self.problem(f"{where}.launcher", "'local' starts one process", "Use torchrun or deepspeed.")
         try:
-            layout = find_layout(own.deepspeed, self.context()) if own.deepspeed else None
+            layout = None if own.deepspeed is None else find_layout(own.deepspeed, self.context())
         except PathError as error:
             self.problem(f"{where}.deepspeed", str(error))
             return None
-        if own.deepspeed and layout is None:
+        if own.deepspeed is not None and layout is None:
             known = sorted(path.stem for path in LAYOUTS.glob("*.json"))
             self.problem(
                 f"{where}.deepspeed", f"there is no memory layout '{own.deepspeed}'", did_you_mean(own.deepspeed, known)

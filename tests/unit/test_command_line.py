@@ -170,6 +170,26 @@ def test_a_place_where_no_store_can_be(
         assert (code, what in said) == (2, True), said
 
 
+@pytest.mark.parametrize("name", ["", "row"])
+@pytest.mark.parametrize("option", ["--only", "--until", "job"])
+def test_a_stage_that_is_none_is_refused_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str, name: str
+) -> None:
+    """An empty name too, as a variable that is not set leaves it."""
+    arguments = ("job", "recipe.yaml", name) if option == "job" else ("run", "recipe.yaml", option, name)
+    code, said = slipway(capsys, monkeypatch, *arguments)
+    hint = "Did you mean 'rows'?" if name else "Known: rows."
+    assert (code, said) == (2, f"error: {folder}/recipe.yaml: has no stage '{name}'. {hint}\n")
+    assert not Path("runs").exists()
+
+
+def test_only_and_until_exclude_each_other_also_where_one_is_empty(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = slipway(capsys, monkeypatch, "run", "recipe.yaml", "--only", "rows", "--until", "")
+    assert (code, said) == (2, "error: --only and --until: exclude each other. Use one of them.\n")
+
+
 @pytest.mark.parametrize("arguments", [("plan", "recipe.yaml"), ("run", "recipe.yaml"), ("gc",), ("chat", "model")])
 def test_an_empty_name_of_a_store_is_not_the_working_folder(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]

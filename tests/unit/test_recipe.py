@@ -116,6 +116,7 @@ stages:
         (("name: demo", "name: demo\nresources: {launcher: {kind: torchrun, rendezvos: a}}"), "resources.launcher.rendezvos: unknown field. Did you mean 'rendezvous'?"),
         (("params: {beta: 2e-1}", "resources: {processes: 2}"), "stages.joined.resources.launcher: 'local' starts one process"),
         (("params: {beta: 2e-1}", "resources: {deepspeed: zero9}"), "there is no memory layout 'zero9'"),
+        (("params: {beta: 2e-1}", "resources: {deepspeed: ''}"), "there is no memory layout ''. Known: "),
         (("name: demo", "name: demo\nresources: {procesess: 2}"), "resources.procesess: unknown field. Did you mean 'processes'?"),
         (("params: {count: 3}", "params: [1]"), "stages.first.params: must be a mapping, not the list [1]"),
         (("params: {count: 3}", "params: {block: nowhere.yaml}"), "stages.first.params.block: no such file or folder: nowhere.yaml"),
