@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def test_a_name_that_is_no_artifact(
 ) -> None:
     code, said = slipway(capsys, monkeypatch, command, name)
     assert (code, "no artifact or step of this name" in said) == (2, True), said
+    assert said.count("\n") == 1 and (name or "error: '': " in said), said
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,30 @@ def test_the_override_of_a_user_does_not_command_the_terminal(
     code, said = slipway(capsys, monkeypatch, "plan", "recipe.yaml", "--set", "\x1b[2Jrows\udcff=1")
     assert (code, said.isprintable() or said.rstrip("\n").isprintable()) == (2, True)
     assert r"--set \x1b[2Jrows\udcff=1: the recipe has no stage" in said
+
+
+@pytest.mark.parametrize("character", ["\n", "\t", "\r", "\x1b", "\x07", "\x85", "\u2028"])
+def test_each_mistake_in_a_recipe_is_one_line_whatever_its_names_hold(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, character: str
+) -> None:
+    name, escape = f"a{character}b", ascii(character)[1:-1]
+    stage = {"kind": name, "inputs": {name: name, "rows": {name: "gone"}}, "params": {name: 1}, name: 1}
+    known = {"kind": "clean", "params": {name: 1}, "resources": {"launcher": name, "deepspeed": name}}
+    one, other = f"x{name}", f"y{name}"
+    rounds = {each: {"kind": "mix", "inputs": {"sources": {"a": of}}} for each, of in ((one, other), (other, one))}
+    recipe = {"name": name, "outputs": [one, f"{name}c"], "stages": {name: stage, f"{name}2": known, **rounds}, name: 1}
+    Path("odd.yaml").write_text(json.dumps(recipe))
+    code, said = slipway(capsys, monkeypatch, "plan", "odd.yaml", "--set", f"{name}=1", "--set", f"{name}3=1")
+    lines = said.split("\n")
+    assert (code, lines[-1], lines[-2].partition(" ")[2]) == (2, "", "problems; nothing was run."), said
+    assert all(line.startswith("error: ") and line.isprintable() for line in lines[:-2]), said
+    for what in (
+        f"odd.yaml: stages.a{escape}b: is no name for a stage",
+        f"the stages wait for each other: xa{escape}b <- ya{escape}b <- xa{escape}b",
+        f"there is no launcher 'a{escape}b'",
+        f"there is no memory layout 'a{escape}b'",
+    ):
+        assert what in said, said
 
 
 @pytest.mark.parametrize(
