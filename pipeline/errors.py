@@ -19,6 +19,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.figures import escaped
+
 MOST_PROBLEMS = 100
 """After so many, a reader stops looking for more: who mends these sees the others next time."""
 
@@ -50,8 +52,9 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
+        # Names from outside stand in a place, and a place stands on one line.
         sentence = self.what.rstrip(".")
-        return f"{self.where}: {sentence}. {self.hint}".rstrip()
+        return f"{escaped(self.where) or repr('')}: {sentence}. {self.hint}".rstrip()
 
 
 class SlipwayError(Exception):
@@ -99,8 +102,14 @@ class Preempted(Exception):
 
 
 def shown(value: object, *, quoted: bool = True, characters: int = SHOWN_CHARACTERS) -> str:
-    """What was given, as a message repeats it: cut in the middle where it is long. With `quoted` as Python writes it."""
-    text = repr(value) if quoted else str(value)
+    """What was given, as a message repeats it on one line: cut in the middle where it is long. With `quoted` as Python writes
+    it.
+    """
+    return cut(repr(value), characters) if quoted else escaped(cut(str(value), characters))
+
+
+def cut(text: str, characters: int) -> str:
+    """The text, or of a longer one so many of its characters, the middle left out."""
     if len(text) <= characters:
         return text
     head = characters * 2 // 3
@@ -118,6 +127,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = [name for name in known if len(name) <= SHOWN_CHARACTERS]
     nearest = difflib.get_close_matches(word[:SHOWN_CHARACTERS], known[:MOST_COMPARED], n=1)
     if nearest:
-        return f"Did you mean '{nearest[0]}'?"
+        return f"Did you mean '{escaped(nearest[0])}'?"
     more = f" and {len(known) - MOST_PROBLEMS:,} more" if len(known) > MOST_PROBLEMS else ""
-    return f"Known: {', '.join(known[:MOST_PROBLEMS])}{more}." if known else ""
+    return escaped(f"Known: {', '.join(known[:MOST_PROBLEMS])}{more}.") if known else ""

@@ -87,6 +87,18 @@ def printable(text: str, stream: TextIO) -> str:
     if len(text) > LONGEST_LINE_CHARACTERS:
         half = LONGEST_LINE_CHARACTERS // 2
         text = f"{text[:half]} ... {text[-half:]}"
-    seen = "".join(each if category(each)[0] != "C" or each in "\n\t" else ascii(each)[1:-1] for each in text)
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return seen.encode(encoding, "backslashreplace").decode(encoding)
+    return escaped(text, spared="\n\t").encode(encoding, "backslashreplace").decode(encoding)
+
+
+def escaped(text: str, *, spared: str = "") -> str:
+    """The text with escapes for what would command a terminal, and for what ends a line, but for the characters in `spared`."""
+    if text.isprintable():
+        return text
+    return "".join(ascii(each)[1:-1] if commands(each) and each not in spared else each for each in text)
+
+
+def commands(character: str) -> bool:
+    """Whether it is a control or format character, the half of a pair, or the end of a line or paragraph."""
+    kind = category(character)
+    return kind[0] == "C" or kind in ("Zl", "Zp")

@@ -59,6 +59,9 @@ class Process:
         now = look_up(self.pid)
         return now is not None and now.started == self.started and not now.has_ended
 
+    def identity(self) -> Identity:
+        return Identity(self.pid, socket.gethostname(), this_machine(), self.started)
+
     def command_line(self) -> list[str]:
         """The arguments it was started with; empty where it is gone."""
         return read_list(self.pid, "cmdline")
@@ -143,7 +146,7 @@ def identity_of(pid: int) -> Identity:
     process = look_up(pid)
     if process is None:
         raise ProcessLookupError(f"there is no process {pid}")
-    return Identity(pid, socket.gethostname(), this_machine(), process.started)
+    return process.identity()
 
 
 def this_process() -> Identity:

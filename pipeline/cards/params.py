@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from pipeline.errors import shown
+from pipeline.errors import cut
 from pipeline.settings.strict import models_in
 
 LONGEST_VALUE_CHARACTERS = 200
@@ -34,7 +34,7 @@ def shown_params(
 
 def as_text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return shown(" ".join(text.split()).replace("`", "'"), quoted=False, characters=LONGEST_VALUE_CHARACTERS)
+    return cut(" ".join(text.split()).replace("`", "'"), LONGEST_VALUE_CHARACTERS)
 
 
 def without_places(value: Any, digests: Mapping[str, str], path: str = "") -> Any:

@@ -269,8 +269,8 @@ def compiler_finding() -> Finding:
 
 
 def extensions_folder() -> Path:
-    """Where torch keeps what it compiles."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path("~/.cache/torch_extensions").expanduser())
+    """Where torch keeps what it compiles: as for torch, `~` stays as it is where nobody knows whose home that is."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
 
 
 def stale_build_findings(folder: Path, now: float) -> Iterator[Finding]:

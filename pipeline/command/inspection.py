@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.errors import Problem, RecipeError, shown
 from pipeline.figures import number, printable, table
-from pipeline.recipe.overrides import put, step_into
+from pipeline.recipe.overrides import put_at
 from pipeline.settings.yaml_loader import parse_yaml
 
 LONGEST_TEXT_CHARACTERS = 1200
@@ -33,10 +33,7 @@ def source_fields(assignments: Iterable[str]) -> dict[str, Any]:
         value, problems = parse_yaml(text, where)
         if problems:
             raise RecipeError(*problems)
-        place: Any = fields
-        for position, key in enumerate(keys[:-1]):
-            place = step_into(place, key, ".".join(keys[:position]), where)
-        put(place, keys[-1], value, ".".join(keys[:-1]), where)
+        put_at(fields, keys, value, where)
     return fields
 
 

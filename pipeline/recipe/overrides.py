@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pipeline.errors import Problem, RecipeError, did_you_mean, shown
-from pipeline.settings.yaml_loader import parse_yaml
+from pipeline.settings.yaml_loader import MOST_LEVELS, parse_yaml
 
 
 def apply_overrides(
@@ -43,11 +43,25 @@ def apply_override(
         below = keys[1:] if keys[1:2] and keys[1] in stage_fields else ["params", *keys[1:]]
         keys = ["stages", keys[0], *below]
     value, problems = parse_yaml(text, where)
+    put_at(document, keys, value, where)
+    return problems
+
+
+def put_at(document: dict[str, Any], keys: Sequence[str], value: Any, where: str) -> None:
+    """Sets what the keys lead to. Raises `RecipeError` where they lead nowhere, or deeper than YAML may be."""
+    if len(keys) > MOST_LEVELS or len(keys) + levels_of(value) > MOST_LEVELS:
+        what = f"has more than {MOST_LEVELS} lists and mappings within each other"
+        raise RecipeError(Problem(where, what, "Write it flatter."))
     place: Any = document
     for position, key in enumerate(keys[:-1]):
         place = step_into(place, key, ".".join(keys[:position]), where)
     put(place, keys[-1], value, ".".join(keys[:-1]), where)
-    return problems
+
+
+def levels_of(value: Any) -> int:
+    """How many lists and mappings stand within each other, where YAML was read: no more than `MOST_LEVELS`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(levels_of, inner), default=0)
 
 
 def step_into(place: Any, key: str, so_far: str, where: str) -> Any:

@@ -18,6 +18,7 @@ from pipeline.errors import (
     shown,
     shown_path,
 )
+from pipeline.figures import escaped
 from pipeline.recipe.graph import in_order, needed_for
 from pipeline.recipe.outside import how_to_give, kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.recipe.overrides import apply_overrides
@@ -136,7 +137,7 @@ class Reader:
             declared = stage.inputs.get(role) if stage else None
             if stage and declared is None:
                 self.problem(
-                    where, f"the stage '{spec.kind}' has no input of this name", did_you_mean(role, stage.inputs)
+                    where, f"the stage {shown(spec.kind)} has no input of this name", did_you_mean(role, stage.inputs)
                 )
                 continue
             if isinstance(value, Mapping) and (declared is None or declared.many):
@@ -199,7 +200,7 @@ class Reader:
         if cycle:
             self.problem(
                 f"stages.{cycle[0]}.inputs",
-                f"the stages wait for each other: {' <- '.join(cycle)}",
+                f"the stages wait for each other: {escaped(' <- '.join(cycle))}",
                 "Remove one of these inputs.",
             )
         return order
@@ -235,9 +236,8 @@ class Reader:
                 continue
             stage = self.stages.get(spec.kind)
             if stage is None:
-                self.problem(
-                    f"stages.{name}.kind", f"there is no stage '{spec.kind}'", did_you_mean(spec.kind, self.stages)
-                )
+                what = f"there is no stage {shown(spec.kind)}"
+                self.problem(f"stages.{name}.kind", what, did_you_mean(spec.kind, self.stages))
                 continue
             params = self.check(stage.params, spec.params, f"stages.{name}.params")
             resources = self.read_resources(name, stage, spec, common)
@@ -272,15 +272,14 @@ class Reader:
         if own.launcher_name == "local" and own.world_size > 1:
             self.problem(f"{where}.launcher", "'local' starts one process", "Use torchrun or deepspeed.")
         try:
-            layout = find_layout(own.deepspeed, self.context()) if own.deepspeed else None
+            layout = None if own.deepspeed is None else find_layout(own.deepspeed, self.context())
         except PathError as error:
             self.problem(f"{where}.deepspeed", str(error))
             return None
-        if own.deepspeed and layout is None:
+        if own.deepspeed is not None and layout is None:
             known = sorted(path.stem for path in LAYOUTS.glob("*.json"))
-            self.problem(
-                f"{where}.deepspeed", f"there is no memory layout '{own.deepspeed}'", did_you_mean(own.deepspeed, known)
-            )
+            what = f"there is no memory layout {shown(own.deepspeed)}"
+            self.problem(f"{where}.deepspeed", what, did_you_mean(own.deepspeed, known))
         update = {"launcher": launcher, **({"deepspeed": str(layout)} if layout else {})}
         return own.model_copy(update=update)
 
@@ -302,7 +301,7 @@ class Reader:
             hint = f"Write `kind: {' or '.join(self.launchers)}`."
             self.problem(f"{where}.kind", "is required: the launcher's name", hint)
         elif name not in self.launchers:
-            self.problem(where, f"there is no launcher '{name}'", did_you_mean(name, self.launchers))
+            self.problem(where, f"there is no launcher {shown(name)}", did_you_mean(name, self.launchers))
         elif given := resources.launcher_options:
             options = self.check(self.launchers[name].options, given, where)
             return {"kind": name, **options.model_dump(mode="json", exclude_unset=True)} if options else name
@@ -338,7 +337,7 @@ class Reader:
 def kind_hint(declared: Input, kinds: Mapping[str, Kind], asking: str) -> str:
     """Which other stages of the recipe would fit."""
     fitting = [name for name, kind in kinds.items() if kind in declared.kinds and name != asking]
-    return f"These stages would fit: {', '.join(fitting)}." if fitting else "Add a stage that makes one."
+    return escaped(f"These stages would fit: {', '.join(fitting)}.") if fitting else "Add a stage that makes one."
 
 
 def unique(problems: Iterable[Problem]) -> list[Problem]:

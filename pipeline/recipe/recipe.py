@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import Problem, RecipeError, did_you_mean
+from pipeline.errors import Problem, RecipeError, did_you_mean, shown
 from pipeline.recipe.graph import needed_for
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import Strict
@@ -103,7 +103,7 @@ class Recipe:
             if step.name == name:
                 return step
         hint = did_you_mean(name, [step.name for step in self.steps])
-        raise RecipeError(Problem(str(self.path), f"has no stage '{name}'", hint))
+        raise RecipeError(Problem(str(self.path), f"has no stage '{shown(name, quoted=False)}'", hint))
 
     def needed_for(self, name: str) -> set[str]:
         """The step itself and everything it stands on."""

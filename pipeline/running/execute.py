@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, real, seconds, table
 from pipeline.running.environment import environment_for
+from pipeline.running.leftovers import rest_removed
 from pipeline.running.marks import names
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
@@ -191,15 +191,20 @@ def run_step(
         return say_unsaved(job, outcome, watcher, unsaved, interrupts, progress)
     refused = outcome.get("message") if outcome.get("status") == "user_error" else unsaid(job, outcome)
     if refused:
-        if not job.resources.keep_failed_output and job.files.running() is None:
-            # A rank that was not the first to fail could not remove it.
-            with contextlib.suppress(OSError):
-                job.files.drop_output()
-        for line in str(refused).splitlines():
-            progress.line(f"  error: {line}")
-        progress.line(f"  log: {job.files.log}")
-        return EXIT_USER_ERROR
+        return say_refused(job, str(refused), outcome, progress)
     return say_crashed(job, outcome, exit_code, progress)
+
+
+def say_refused(job: Job, refused: str, outcome: Mapping[str, Any], progress: Progress) -> int:
+    """Says which mistake ended the step, and removes what is left of what it had written."""
+    lines = refused.splitlines()
+    if job.files.running() is None:
+        error = outcome.get("error") if outcome.get("status") == "user_error" else None
+        lines += rest_removed(job, error, lines)
+    for line in lines:
+        progress.line(f"  error: {line}")
+    progress.line(f"  log: {job.files.log}")
+    return EXIT_USER_ERROR
 
 
 def say_crashed(job: Job, outcome: Mapping[str, Any], exit_code: int, progress: Progress) -> int:

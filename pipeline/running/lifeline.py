@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import dropwhile
 from pathlib import Path
 
 from pipeline.processes import Process, descendants, end_all, end_with_parent, look_up
@@ -39,6 +40,27 @@ def is_launcher(process: Process, work: str) -> bool:
     """Whether the process is a Python program that was told to start the worker on this work folder."""
     arguments = process.command_line()
     return WORKER in arguments and work in arguments and process.runs_python()
+
+
+def ranks_below(first: int, work: str) -> dict[int, Process]:
+    """Rank -> process, of the ranks of `work` that process `first` or what it started has started on this machine.
+
+    Before it has left a mark, a rank is known by its command line, and its number by what its launcher set.
+    """
+    return {rank_of(process): process for process in descendants(first) if is_rank(process, work)}
+
+
+def is_rank(process: Process, work: str) -> bool:
+    """Whether the process is a Python that runs the worker itself on this work folder."""
+    arguments = process.command_line()
+    run = list(dropwhile(lambda each: each.startswith("-") and each != "-m", arguments[1:]))
+    return run[:2] == ["-m", WORKER] and run[-1] == work and process.runs_python()
+
+
+def rank_of(process: Process) -> int:
+    """The number that torchrun or deepspeed gave it; 0 where it stands alone."""
+    numbers = [each.removeprefix("RANK=") for each in process.environment() if each.startswith("RANK=")]
+    return int(numbers[0]) if numbers and numbers[0].isdecimal() else 0
 
 
 def is_abandoned(

@@ -123,9 +123,9 @@ def make_plan(
     To `verify` is to hash every artifact and outside file again.
     """
     chosen = {step.name for step in recipe.steps}
-    if only:
+    if only is not None:
         chosen = {recipe.step(only).name}
-    elif until:
+    elif until is not None:
         chosen = recipe.needed_for(until)
     recorded = newest_plan(store.recipes, recipe.name, str(recipe.path))
     before = recorded.steps if recorded else {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pipeline.running.lifeline import ranks_below
 from pipeline.running.marks import Mark, behind, names, read_marks
 from pipeline.store.job import Job
 
@@ -61,6 +63,7 @@ class Supervision:
         self.last_look = now
         self.marks = read_marks(self.job.work_folder, self.size)
         self.listen((news, tuple(self.marks.items())), tick)
+        self.marks |= self.stopped_early()
         if asked:
             if self.asked_for is None:
                 self.asked_for, self.silent, self.said = 0.0, 0.0, 0.0
@@ -68,6 +71,14 @@ class Supervision:
                 self.asked_for += tick
         self.held_for = self.held_for + tick if self.is_held else 0.0
         return self.lost(tick) or self.stopping() or self.hanging()
+
+    def stopped_early(self) -> dict[int, Mark]:
+        """What stands for the marks of ranks whose processes, here, were stopped before they left one."""
+        if len(self.marks) == self.size:
+            return {}
+        ranks = ranks_below(os.getpid(), self.job.work)
+        stopped = {rank: process for rank, process in ranks.items() if process.is_stopped}
+        return {rank: Mark(rank, process.identity()) for rank, process in stopped.items() if rank not in self.marks}
 
     @property
     def is_held(self) -> bool:

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,10 +35,10 @@ from pipeline.errors import (
     Problem,
     SlipwayError,
 )
-from pipeline.figures import size
 from pipeline.recipe.recipe import HUB
 from pipeline.running.environment import environment_for, start_again_with_fixed_hashes
 from pipeline.running.extending import checkpoint_to_extend
+from pipeline.running.leftovers import failed_output_removed
 from pipeline.running.lifeline import Lifeline, StopAtOnce
 from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
@@ -179,35 +179,6 @@ def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal
         journal.note(f"checkpoint {newest.step} was written under other versions: {', '.join(changed)}")
     extends = checkpoint_to_extend(Path(extended), needed=newest.path is None) if extended else None
     files.write_start(newest.step if newest.path else None, extends)
-
-
-@contextlib.contextmanager
-def failed_output_removed(job: Job, world: World) -> Iterator[None]:
-    """Leaves no half or refused model behind: where the step ends with a user's error, `out/` is removed, unless asked.
-
-    Turns what the disk refused, in whatever words a library says so, into a `StoreError`.
-    """
-    try:
-        yield
-    except Exception as error:
-        refused = error if isinstance(error, SlipwayError) else refusal(error, job.work_folder)
-        if refused is None:
-            raise
-        said = failed_output(job) if world.is_main else None
-        raise type(refused)(*refused.problems, *filter(None, [said])) from error
-
-
-def failed_output(job: Job) -> str | None:
-    """What became of what a refused step had written; None if it had written nothing."""
-    if job.resources.keep_failed_output:
-        return f"What it had written lies in {job.files.out} until the step runs again."
-    with contextlib.suppress(OSError):
-        if taken := job.files.drop_output():
-            return (
-                f"What it had written ({size(taken)}) was removed;"
-                f" `--set stages.{job.step}.resources.keep_failed_output=true` keeps it."
-            )
-    return None
 
 
 def say(text: str, stream: TextIO) -> None:

@@ -46,7 +46,7 @@ class Resources(Strict):
     log_every_steps: int = Field(default=10, ge=1)
     """Optimizer steps between lines of the journal."""
     keep_failed_output: bool = False
-    """Whether what a step had written stays in its work folder when its gate fails or its result is not fit to publish: a whole model, for you to look at."""
+    """Whether what a step had written stays in its work folder when its gate fails, its result is not fit to publish or its data are not fit to use: a whole model, say, or rows and tokens, for you to look at."""
     hang_timeout_seconds: int | None = Field(default=1800, ge=1)
     """Seconds without any news from a group of processes, such as a step or a batch, after which it is ended; also how long a process waits for the others in a collective. null: never."""
     stopped_timeout_seconds: int | None = Field(default=300, ge=1)

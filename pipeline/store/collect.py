@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import Problem, SlipwayError, StoreError, did_you_mean
+from pipeline.errors import Problem, SlipwayError, StoreError, did_you_mean, shown_path
 from pipeline.figures import size
+from pipeline.settings.paths import expanded
 from pipeline.store.artifact import read_manifest
 from pipeline.store.proofs import forget_gone
 from pipeline.store.records import RecordedPlan, file_of, forget
@@ -286,16 +287,17 @@ def forget_plan(store: Store, plan: RecordedPlan, *, dry_run: bool = False) -> s
 def forget_recipe(store: Store, recipe: str) -> list[str]:
     """Forgets all plans of a recipe, named as it names itself or by its path; a line for each.
 
-    Raises `StoreError` if there is none, if several recipes have the name, or if one of its plans still runs.
+    Raises `StoreError` if there is none, if several recipes have the name, or if one of its plans still runs; `PathError`
+    for what can be no path.
     """
-    place = str(Path(recipe).expanduser().resolve())
+    # Unlike `resolve`, this takes a link that leads back to itself: what ran may be forgotten whatever stands there now.
+    place = os.path.realpath(expanded(recipe))
     plans = [plan for plan in store.records().plans if recipe == plan.name or plan.path in (recipe, place)]
     paths = sorted({plan.path for plan in plans})
     if not plans:
         known = sorted({plan.name for plan in store.records().plans})
-        raise StoreError(
-            Problem(recipe, f"no recipe of this name or path ran in {store.folder}", did_you_mean(recipe, known))
-        )
+        what = f"no recipe of this name or path ran in {store.folder}"
+        raise StoreError(Problem(shown_path(recipe), what, did_you_mean(recipe, known)))
     if len(paths) > 1:
         raise StoreError(Problem(recipe, f"means several recipes: {', '.join(paths)}", "Write the path."))
     if runs := [plan for plan in plans if plan.goes_on]:

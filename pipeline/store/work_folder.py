@@ -10,6 +10,7 @@ work/<step>-<first 8 of id>/
     ranks/<rank>.json           what each rank says of itself
     stop-requested              somebody wishes it to save and stop
     outcome.json                how it ended
+    *.log                       what libraries said to a stage
     (anything else)             the stage's own scratch files
 
 No other module knows these names: `launch/`, the worker, `execute` and the reports ask here.
@@ -28,10 +29,14 @@ from typing import Any
 from pipeline.errors import Problem, StoreError
 from pipeline.processes import Identity, Process, this_process, wait_for
 from pipeline.store.disk import writing
-from pipeline.store.durable import make_folder, read_json, write_json
+from pipeline.store.durable import TEMPORARY, make_folder, read_json, write_json
 from pipeline.store.locks import Lock, Taken
 
 JOB = "job.json"
+OURS = frozenset(
+    f"{JOB} log.txt journal.jsonl checkpoints out rendezvous running.json start.json spent.json ranks stop-requested outcome.json".split()
+)
+"""Names of what is not the stage's own. Those of locks begin with `lock`."""
 
 
 class InUseError(StoreError):
@@ -151,10 +156,14 @@ class WorkFolder:
     def request_stop(self) -> None:
         """Asks the step to save and stop at its next boundary."""
         with writing(self.path):
-            (self.path / "stop-requested").touch()
+            self.stop_file.touch()
 
     def stop_is_requested(self) -> bool:
-        return (self.path / "stop-requested").exists()
+        return self.stop_file.exists()
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "stop-requested"
 
     # Its beginning and its end
 
@@ -162,8 +171,8 @@ class WorkFolder:
         """Makes the folder if need be, and forgets how an earlier run ended."""
         remove(self.marks)
         make_folder(self.marks)
-        self.outcome_file.unlink(missing_ok=True)
-        (self.path / "stop-requested").unlink(missing_ok=True)
+        for file in (self.outcome_file, self.start_file, self.stop_file):
+            file.unlink(missing_ok=True)
 
     def clear_output(self) -> None:
         """Leaves an empty `out/`."""
@@ -172,17 +181,28 @@ class WorkFolder:
 
     def drop_output(self) -> int:
         """Removes what a run that failed has written to `out/`; returns the bytes that it took."""
-        taken = sum(path.lstat().st_size for path in self.out.rglob("*") if not path.is_dir())
-        remove(self.out)
-        return taken
+        return drop(self.out)
+
+    def drop_scratch(self) -> int:
+        """Removes the stage's own scratch files; returns the bytes that they took."""
+        return sum(drop(path) for path in sorted(self.path.iterdir()) if not is_ours(path.name))
 
     def write_start(self, resume: int | None, extends: Path | None = None) -> None:
         """Tells all processes of this run which checkpoint to resume from, None for none, and which one of another to extend."""
         content = {"resume": resume, "extends": str(extends) if extends else None}
-        write_json(self.path / "start.json", content, survives_power_loss=False)
+        write_json(self.start_file, content, survives_power_loss=False)
+
+    @property
+    def start_file(self) -> Path:
+        return self.path / "start.json"
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether this run has come as far as its stage."""
+        return self.start_file.exists()
 
     def read_start(self) -> tuple[int | None, Path | None]:
-        content = read_json(self.path / "start.json")
+        content = read_json(self.start_file)
         return content["resume"], Path(content["extends"]) if content["extends"] else None
 
     @property
@@ -241,6 +261,22 @@ class WorkFolder:
         for path in self.path.iterdir():
             if path.name not in kept and not path.name.startswith("lock"):
                 remove(path)
+
+
+def is_ours(name: str) -> bool:
+    """Whether what is called so in a work folder is not the stage's own: also a file of ours that is just being written."""
+    ours = name.rsplit(".", 2)[0] if name.endswith(TEMPORARY) else name
+    return ours in OURS or name.startswith("lock") or name.endswith(".log")
+
+
+def drop(path: Path) -> int:
+    """Removes a file, link or folder, if there is one; returns the bytes that its files took."""
+    if path.is_dir() and not path.is_symlink():
+        taken = sum(each.lstat().st_size for each in path.rglob("*") if not each.is_dir())
+    else:
+        taken = path.lstat().st_size if path.is_file() else 0
+    remove(path)
+    return taken
 
 
 def remove(path: Path) -> None:

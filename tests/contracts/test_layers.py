@@ -32,8 +32,8 @@ MIDDLE = f"{LOW} stages.lib.text stages.lib.models stages.lib.training"
 
 ROOMS: dict[str, str] = {
     # The core.
-    "pipeline.errors": "",
     "pipeline.figures": "",
+    "pipeline.errors": "pipeline.figures",
     "pipeline.processes": "",
     "pipeline.settings": "pipeline.errors",
     "pipeline.store": f"{SETTINGS} pipeline.figures pipeline.processes",

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.running.lifeline import ranks_below
+from pipeline.store.work_folder import WorkFolder
 from tests.e2e.driving import (
     ROOT,
     TINY,
@@ -197,3 +199,27 @@ def test_gc_removes_what_no_plan_needs_and_says_so_first(reference_store: Path, 
     assert done.returncode == 0, done.stderr
     assert not orphan.exists()
     assert len(list((store / "artifacts").iterdir())) == len(list((reference_store / "artifacts").iterdir())) - 1
+
+
+def test_a_group_whose_rank_is_stopped_at_its_start_ends_when_asked_to(reference_store: Path, tmp_path: Path) -> None:
+    """Before the rank has left its mark: Linux tells that it is stopped, and the group is ended after 6 s."""
+    store = store_without(reference_store, "base", tmp_path / "store")
+    stopped: list[int] = []
+    process = subprocess.Popen(
+        command("run", TINY, "--only", "base", "--store", store), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+
+    def rank_is_stopped() -> bool:
+        if rank := ranks_below(process.pid, str(work_folder(store, "base"))).get(1):
+            os.kill(rank.pid, signal.SIGSTOP)
+            stopped.append(rank.pid)
+        return bool(rank)
+
+    wait_for(rank_is_stopped, process, store)
+    assert not WorkFolder(work_folder(store, "base")).mark(1).exists()
+    process.send_signal(signal.SIGTERM)
+    asked_at = time.monotonic()
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"rank 1 (process {stopped[0]} is stopped; `kill -CONT {stopped[0]}` lets it go on) for 6 s" in output
+    assert time.monotonic() - asked_at < 40

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch import LAUNCHERS
 from launch.base import LocalProcess
-from pipeline.errors import GateError, Preempted, Problem, SlipwayError
+from pipeline.errors import DataError, GateError, Preempted, Problem, SlipwayError, StoreError
 from pipeline.recipe.reader import load_recipe
 from pipeline.running.execute import execute
 from pipeline.running.plan import Plan, make_plan
@@ -28,6 +28,14 @@ class FailingStageProcess(LocalProcess):
         return [sys.executable, "-c", DRIVER, job.work]
 
 
+class FailingStageGroup(FailingStageProcess):
+    """Two ranks under torchrun."""
+
+    def command(self, job: Job) -> list[str]:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        return [str(torchrun), "--standalone", "--nproc-per-node=2", "--no-python", *super().command(job)]
+
+
 class Params(Strict):
     amount: int = 1
     """How much."""
@@ -42,6 +50,40 @@ def write(ctx: Context, params: Params) -> Result:
 def gate(ctx: Context, params: Params) -> Result:
     (ctx.out / "model.bin").write_bytes(bytes(2000))
     raise GateError(Problem("params.bar", "is missed", "Lower it."))
+
+
+def scratch(ctx: Context, params: Params) -> Result:
+    """Writes scratch files of all sorts, and ends by the amount: with a mistake, after a checkpoint, by the store, by a bug."""
+    for name in ("rows/part/rows.jsonl", "rows.npy", "library.log"):
+        (ctx.work / name).parent.mkdir(parents=True, exist_ok=True)
+        (ctx.work / name).write_bytes(bytes(3000))
+    (ctx.work / "link").symlink_to(ctx.work / "rows")
+    (ctx.out / "model.bin").write_bytes(bytes(2000))
+    match params.amount:
+        case 2:
+            folder = ctx.checkpoints.path(5)
+            folder.mkdir(parents=True)
+            (folder / "state").write_text("5")
+            ctx.checkpoints.complete(5)
+        case 3:
+            raise StoreError(Problem(str(ctx.work), "is full", "Make room."))
+        case 4:
+            raise ZeroDivisionError("a bug")
+    raise DataError(Problem("inputs.rows", "9% are broken", "Mend them."))
+
+
+def scratch_of_ranks(ctx: Context, params: Params) -> Result:
+    """Both ranks find the same mistake, rank 1 later, while it still reads what it wrote; the amount is what rank 0 writes."""
+    rows = ctx.work / f"rows-{ctx.world.rank}.npy"
+    rows.write_bytes(bytes(3000))
+    if ctx.world.is_main and params.amount > 1:
+        (ctx.out / "model.bin").write_bytes(bytes(params.amount))
+    while ctx.world.rank == 0 and not (ctx.work / "rows-1.npy").exists():
+        time.sleep(0.01)
+    if ctx.world.rank == 1:
+        time.sleep(1)
+        assert len(rows.read_bytes()) == 3000
+    raise DataError(Problem("inputs.rows", "9% are broken", "Mend them."))
 
 
 def crash(ctx: Context, params: Params) -> Result:
@@ -77,6 +119,10 @@ def wait(ctx: Context, params: Params) -> Result:
 STAGES = {
     "write": Stage("write", 1, "writes", Params, {}, Kind.TEXT, write),
     "gate": Stage("gate", 1, "misses its bar", Params, {}, Kind.TEXT, gate),
+    "scratch": Stage("scratch", 1, "leaves scratch files", Params, {}, Kind.TEXT, scratch),
+    "scratch_of_ranks": Stage(
+        "scratch_of_ranks", 1, "leaves scratch files", Params, {}, Kind.TEXT, scratch_of_ranks, distributed=True
+    ),
     "crash": Stage("crash", 1, "crashes", Params, {}, Kind.TEXT, crash),
     "wrap": Stage("wrap", 1, "fills the disk", Params, {}, Kind.TEXT, wrap),
     "wait": Stage("wait", 1, "waits", Params, {}, Kind.TEXT, wait),
@@ -104,6 +150,7 @@ def run(folder: Path, kind: str, *overrides: str) -> tuple[int, str]:
     stream = io.StringIO()
     try:
         plan, store = planned(folder, kind, *overrides)
-        return execute(plan, store, {"local": FailingStageProcess()}, Progress(stream)), stream.getvalue()
+        launchers = {"local": FailingStageProcess(), "torchrun": FailingStageGroup()}
+        return execute(plan, store, launchers, Progress(stream)), stream.getvalue()
     except SlipwayError as error:
         return 2, f"{stream.getvalue()}{error}"

@@ -150,6 +150,26 @@ def test_whatever_a_template_does_is_a_sentence(template: str, said: str) -> Non
     assert "\n" not in str(problem) and len(str(problem)) < 500
 
 
+@pytest.mark.parametrize(
+    ("template", "odd"),
+    [
+        ("{{ '\\ud800' }}", r"'\ud800'"),
+        ("{% for message in messages %}{{ message.content }}{{ '\\udfff!' }}{% endfor %}", r"'\udfff'"),
+        ("{{ '\\ud83d' ~ '\\ude00' }}", r"'\ud83d'"),
+        ("{{ '%c' % 55296 }}", r"'\ud800'"),
+    ],
+)
+def test_what_a_template_writes_is_text(template: str, odd: str) -> None:
+    """Python's strings hold halves of characters, UTF-8 and so every tokenizer does not."""
+    with pytest.raises(DataError) as caught:
+        rendered(template)
+    said = str(caught.value)
+    assert said.startswith("chat_template: cannot render chat 'What is 1 + 1?"), said
+    assert f"what it writes holds {odd}, half of a character, which UTF-8 cannot hold" in said, said
+    assert said.endswith("Correct the template, or use a model or tokenizer with another one.") and said.isprintable()
+    assert rendered("{{ '\\U0001f600' }}") == "\U0001f600"
+
+
 def test_a_chat_that_the_template_refuses_is_named() -> None:
     with pytest.raises(DataError, match=r"chat 'What is 1 \+ 1.*: the chat template refuses it: no"):
         rendered("{{ raise_exception('no') }}")

@@ -458,6 +458,7 @@ def test_presets_pass_the_check() -> None:
         ("{{- bos_token -}}" + SLIPWAY, "begins with <s> twice"),
         (SLIPWAY.replace("['system', 'user', 'assistant']", "['user']"), "refuses it: unknown role 'assistant'"),
         ("{{ nothing.at.all }}", "cannot render chat 'Who\\?': UndefinedError: 'nothing' is undefined"),
+        ("{{- '\\ud800' -}}" + SLIPWAY, "what it writes holds '.ud800', half of a character, which UTF-8 cannot hold"),
         (None, "the tokenizer has none"),
     ],
 )  # fmt: skip

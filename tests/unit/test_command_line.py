@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from pipeline.command import cli
 from pipeline.figures import printable
 from pipeline.settings.strict import CHECKOUT
+from pipeline.store.store import Store
+from tests.unit.test_records import entry
 
 LONG = "x" * 300
 RECIPE = """
@@ -101,6 +104,29 @@ def test_a_name_that_is_no_artifact(
 ) -> None:
     code, said = slipway(capsys, monkeypatch, command, name)
     assert (code, "no artifact or step of this name" in said) == (2, True), said
+    assert said.count("\n") == 1 and (name or "error: '': " in said), said
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("~nobody-of-this-name/x.yaml", "nobody's home folder is known as ~nobody-of-this-name"),
+        ("a\0b", "holds a NUL character"),
+        ("caf\udce9.yaml", "is not text in UTF-8"),
+        ("loop", "no recipe of this name or path ran in"),
+        ("", "no recipe of this name or path ran in"),
+        ("x/" * 3000, "no recipe of this name or path ran in"),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_what_is_to_be_forgotten_and_is_no_recipe(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    the_store = Store(folder / "runs")
+    the_store.record("small", entry(str(folder / "recipe.yaml")))
+    code, said = slipway(capsys, monkeypatch, "forget", name)
+    assert (code, what in said, len(said) < 700) == (2, True, True), said
+    assert [plan.name for plan in the_store.records().plans] == ["small"]
 
 
 def test_a_chat_with_a_folder_that_holds_no_model_loads_nothing(
@@ -146,6 +172,26 @@ def test_a_place_where_no_store_can_be(
         assert (code, what in said) == (2, True), said
 
 
+@pytest.mark.parametrize("name", ["", "row"])
+@pytest.mark.parametrize("option", ["--only", "--until", "job"])
+def test_a_stage_that_is_none_is_refused_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str, name: str
+) -> None:
+    """An empty name too, as a variable that is not set leaves it."""
+    arguments = ("job", "recipe.yaml", name) if option == "job" else ("run", "recipe.yaml", option, name)
+    code, said = slipway(capsys, monkeypatch, *arguments)
+    hint = "Did you mean 'rows'?" if name else "Known: rows."
+    assert (code, said) == (2, f"error: {folder}/recipe.yaml: has no stage '{name}'. {hint}\n")
+    assert not Path("runs").exists()
+
+
+def test_only_and_until_exclude_each_other_also_where_one_is_empty(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = slipway(capsys, monkeypatch, "run", "recipe.yaml", "--only", "rows", "--until", "")
+    assert (code, said) == (2, "error: --only and --until: exclude each other. Use one of them.\n")
+
+
 @pytest.mark.parametrize("arguments", [("plan", "recipe.yaml"), ("run", "recipe.yaml"), ("gc",), ("chat", "model")])
 def test_an_empty_name_of_a_store_is_not_the_working_folder(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
@@ -182,6 +228,48 @@ def test_the_override_of_a_user_does_not_command_the_terminal(
     code, said = slipway(capsys, monkeypatch, "plan", "recipe.yaml", "--set", "\x1b[2Jrows\udcff=1")
     assert (code, said.isprintable() or said.rstrip("\n").isprintable()) == (2, True)
     assert r"--set \x1b[2Jrows\udcff=1: the recipe has no stage" in said
+
+
+@pytest.mark.parametrize("character", ["\n", "\t", "\r", "\x1b", "\x07", "\x85", "\u2028"])
+def test_each_mistake_in_a_recipe_is_one_line_whatever_its_names_hold(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, character: str
+) -> None:
+    name, escape = f"a{character}b", ascii(character)[1:-1]
+    stage = {"kind": name, "inputs": {name: name, "rows": {name: "gone"}}, "params": {name: 1}, name: 1}
+    known = {"kind": "clean", "params": {name: 1}, "resources": {"launcher": name, "deepspeed": name}}
+    one, other = f"x{name}", f"y{name}"
+    rounds = {each: {"kind": "mix", "inputs": {"sources": {"a": of}}} for each, of in ((one, other), (other, one))}
+    recipe = {"name": name, "outputs": [one, f"{name}c"], "stages": {name: stage, f"{name}2": known, **rounds}, name: 1}
+    Path("odd.yaml").write_text(json.dumps(recipe))
+    code, said = slipway(capsys, monkeypatch, "plan", "odd.yaml", "--set", f"{name}=1", "--set", f"{name}3=1")
+    lines = said.split("\n")
+    assert (code, lines[-1], lines[-2].partition(" ")[2]) == (2, "", "problems; nothing was run."), said
+    assert all(line.startswith("error: ") and line.isprintable() for line in lines[:-2]), said
+    for what in (
+        f"odd.yaml: stages.a{escape}b: is no name for a stage",
+        f"the stages wait for each other: xa{escape}b <- ya{escape}b <- xa{escape}b",
+        f"there is no launcher 'a{escape}b'",
+        f"there is no memory layout 'a{escape}b'",
+    ):
+        assert what in said, said
+
+
+@pytest.mark.parametrize(
+    ("levels", "what"),
+    [
+        (59, "stages.base.params.architecture.b: is no field of llama"),
+        (60, "has more than 64 lists and mappings within each other. Write it flatter."),
+        (1500, "has more than 64 lists and mappings within each other. Write it flatter."),
+    ],
+)
+def test_an_override_is_no_deeper_than_a_file_may_be(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, levels: int, what: str
+) -> None:
+    """`architecture` takes anything, until the stage looks at it: four levels stand around it, and the list is one."""
+    deep = f"base.architecture{'.b' * levels}=[1]"
+    recipe = str(CHECKOUT / "pipeline" / "recipes" / "quickstart.yaml")
+    code, said = slipway(capsys, monkeypatch, "plan", recipe, "--set", deep)
+    assert (code, what in said) == (2, True), said
 
 
 def test_a_long_line_is_cut_in_its_middle() -> None:

@@ -255,3 +255,10 @@ def test_this_machine_is_fit(tmp_path: Path) -> None:
     assert code == 0, stream.getvalue()
     assert sum(line.startswith("ok       ranks") for line in lines) == 1, stream.getvalue()
     assert sum(line.startswith("ok       devices") for line in lines) == 1, stream.getvalue()
+
+
+def test_a_user_without_a_home_folder_has_a_folder_of_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for torch itself, which takes `~` for a name then; a HOME of this form is one that no user has."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("HOME", "~nobody-of-this-name")
+    assert doctor.extensions_folder() == Path("~nobody-of-this-name/.cache/torch_extensions")

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.command import reports
 from pipeline.errors import DataError
+from pipeline.running.leftovers import drop_failed
 from pipeline.store.artifact import read_manifest
 from pipeline.store.checkpoints import COMPLETE
 from pipeline.store.disk import refusal
@@ -40,6 +41,80 @@ def test_what_a_refused_step_had_written_stays_where_that_is_asked_for(tmp_path:
     assert code == 2
     assert f"error: What it had written lies in {out} until the step runs again." in output
     assert (out / "model.bin").stat().st_size == 2000
+
+
+SCRATCH = {"library.log", "link", "rows", "rows.npy"}
+KEPT = {"job.json", "log.txt", "journal.jsonl", "outcome.json", "ranks", "spent.json", "start.json", "checkpoints"}
+
+
+@pytest.mark.parametrize(
+    ("amount", "keep", "code", "left", "taken"),
+    [
+        ("a mistake", False, 2, {"library.log"}, "8.0 kB"),
+        ("a mistake after a checkpoint", False, 2, SCRATCH, "2.0 kB"),
+        ("the store refuses", False, 2, SCRATCH, "2.0 kB"),
+        ("a bug", False, 1, {*SCRATCH, "out"}, ""),
+        ("a mistake", True, 2, {*SCRATCH, "out"}, ""),
+    ],
+)
+def test_scratch_files_go_where_no_later_run_can_use_them(
+    tmp_path: Path, amount: str, keep: bool, code: int, left: set[str], taken: str
+) -> None:
+    number = ["", "a mistake", "a mistake after a checkpoint", "the store refuses", "a bug"].index(amount)
+    overrides = [f"one.amount={number}", f"stages.one.resources.keep_failed_output={str(keep).lower()}"]
+    ended, output = run(tmp_path, "scratch", *overrides)
+    work = planned(tmp_path, "scratch", *overrides)[0].step("one").work
+    found = {path.name for path in work.iterdir() if not path.name.startswith("lock")}
+    assert (ended, found - KEPT) == (code, left), output
+    said = [line for line in output.splitlines() if "What it had written" in line]
+    assert len(said) == (code == 2), output
+    if taken:
+        assert f"What it had written ({taken}) was removed; `--set stages.one.resources" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amount", [1, 2000])
+def test_scratch_files_of_a_group_go_once_all_ranks_have_ended(tmp_path: Path, amount: int) -> None:
+    """Rank 0 is the first to fail; if it removed them at once, rank 1 would crash, and say so instead."""
+    overrides = (f"one.amount={amount}", "stages.one.resources={launcher: torchrun, processes: 2, device: cpu}")
+    code, output = run(tmp_path, "scratch_of_ranks", *overrides)
+    work = planned(tmp_path, "scratch_of_ranks", *overrides)[0].step("one").work
+    errors = [line.partition("; `")[0] for line in output.splitlines() if line.startswith("  error: ")]
+    mistake = "  error: inputs.rows: 9% are broken. Mend them."
+    both = ["  error: What it had written (2.0 kB) was removed", "  error: So were its scratch files (6.0 kB)."]
+    left = ["  error: What it had written (6.0 kB) was removed"] if amount == 1 else both
+    assert (code, errors) == (2, [mistake, *left]), output
+    found = {path.name for path in work.iterdir() if not path.name.startswith("lock")}
+    assert found <= {*KEPT, "rendezvous"}
+
+
+def test_scratch_files_of_an_interrupted_run_stay_where_the_next_one_does_not_come_as_far(tmp_path: Path) -> None:
+    """As where an input turns out to be damaged: it is made anew, and the step goes on."""
+    job, store = begun(tmp_path, "scratch")
+    (job.work_folder / "rows.npy").write_bytes(bytes(3000))
+    assert not job.files.is_prepared
+    assert drop_failed(job, "DataError") == 0
+    job.files.write_start(None)
+    assert drop_failed(job, "DataError") == 3000
+    job.files.write_start(None)
+    store.begin(job)
+    assert not job.files.is_prepared
+
+
+@pytest.mark.slow
+def test_clean_leaves_no_rows_when_too_many_are_broken(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a whole row"}\n' * 200 + "{broken\n" * 100)
+    (tmp_path / "recipe.yaml").write_text(
+        "name: small\noutputs: [rows]\nstages:\n  rows: {kind: clean, params: {format: text, drop_exact_duplicates: false,"
+        " source: {kind: files, layout: text, paths: [rows.jsonl], max_broken_fraction: 0.1}}}\n"
+    )
+    command = [sys.executable, "-m", "pipeline", "run", "recipe.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    (work,) = (tmp_path / "runs" / "work").iterdir()
+    assert ended.returncode == 2 and "max_broken_fraction" in ended.stdout, ended
+    assert "kB) was removed; `--set stages.rows.resources.keep_failed_output=true` keeps it" in ended.stdout
+    assert {path.name for path in work.iterdir() if not path.name.startswith("lock")} <= KEPT
 
 
 def test_a_crash_is_still_a_crash(tmp_path: Path) -> None:

@@ -166,6 +166,20 @@ def test_rows_that_the_template_refuses_are_counted(chats: Path, tmp_path: Path)
     assert "not rendered by this model's template: 3 rows" in printed(report)
 
 
+def test_a_template_that_writes_no_text_is_said_of_its_folder_and_of_rows(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    build("{{- '\\ud800' -}}" + PRESETS["slipway"].template).save_pretrained(folder)
+    for places in ([str(folder)], [str(chats), "--model", str(folder)]):
+        code, out, said = slipway(capsys, monkeypatch, "inspect", *places)
+        assert r"what it writes holds '\ud800', half of a character, which UTF-8 cannot hold" in out + said, (
+            code,
+            said,
+        )
+        assert "Traceback" not in said and code in (0, 2)
+
+
 def test_marks_of_spans_and_answers() -> None:
     """Of overlapping spans the first is marked."""
     spans = [{"start": 4, "end": 7, "label": "A"}, {"start": 5, "end": 9, "label": "B"}]
@@ -331,6 +345,8 @@ def test_fields_of_a_source_are_set_as_those_of_a_recipe_are() -> None:
     }
     with pytest.raises(RecipeError, match="field=value"):
         source_fields(["=3"])
+    with pytest.raises(RecipeError, match="has more than 64 lists and mappings within each other"):
+        source_fields(["columns" + ".b" * 60_000 + "=1"])
 
 
 def test_several_files_are_one_source(chats: Path) -> None:

@@ -5,6 +5,7 @@ The ranks' processes are real ones that sleep: whether they live or are stopped 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,8 +18,10 @@ from typing import Any
 import pytest
 
 from pipeline.processes import Identity, identity_of, this_process
+from pipeline.running.lifeline import WORKER
 from pipeline.running.marks import Mark, behind, names, read_marks, write_mark
 from pipeline.running.supervision import Supervision
+from pipeline.settings.strict import CHECKOUT
 from pipeline.store.work_folder import WorkFolder
 from tests.unit.test_launchers import job
 
@@ -220,6 +223,45 @@ def test_a_group_with_a_stopped_rank_is_not_waited_for_when_asked_to_stop(world:
     os.kill(world.ranks[1].pid, signal.SIGSTOP)
     os.waitpid(world.ranks[1].pid, os.WUNTRACED)
     assert "is stopped" in (world.wait(world.supervision(stop_timeout_seconds=None), 12, asked=True) or "")
+
+
+@contextlib.contextmanager
+def started_worker(work: Path, *, rank: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A real worker, stopped before its first line."""
+    command = [sys.executable, "-u", "-m", WORKER, str(work)]
+    process = subprocess.Popen(command, cwd=CHECKOUT, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+    try:
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_rank_that_was_stopped_before_it_left_a_mark_is_not_waited_for_either(world: World) -> None:
+    world.mark(0)
+    supervision = world.supervision(stop_timeout_seconds=600)
+    assert world.wait(supervision, 5) is None
+    with started_worker(world.work, rank=1) as early:
+        asked_at = world.now
+        said = (
+            f"the step was asked to stop; no news from rank 1 (process {early.pid} is stopped; `kill -CONT {early.pid}`"
+        )
+        assert (world.wait(supervision, 12, asked=True) or "").startswith(said)
+        assert world.now - asked_at == pytest.approx(6.5)
+        assert supervision.not_saved() == [0, 1]
+        os.kill(early.pid, signal.SIGCONT)
+    assert world.wait(world.supervision(stop_timeout_seconds=600), 12, asked=True) is None
+
+
+def test_a_rank_alone_that_was_stopped_before_it_left_a_mark_is_held(world: World, tmp_path: Path) -> None:
+    world.leave_one()
+    with started_worker(world.work, rank=0) as early:
+        reason = world.wait(world.supervision(stopped_timeout_seconds=20), 60)
+        assert f"process {early.pid} is stopped" in (reason or "")
+    with started_worker(tmp_path / "another", rank=0):
+        assert world.wait(world.supervision(stopped_timeout_seconds=20), 60) is None
 
 
 def test_what_is_put_into_the_store_is_waited_for_unless_its_process_is_stopped(world: World) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import DataError, Preempted, Problem
+from pipeline.errors import DataError, Preempted, Problem, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +39,8 @@ def apply_template(
 ) -> str:
     """The rendered text.
 
-    Raises `RefusedChat` where the template refuses the chat, and `DataError` where it fails on it, or takes more time or
-    memory than it may.
+    Raises `RefusedChat` where the template refuses the chat, and `DataError` where it fails on it, takes more time or memory
+    than it may, or writes what is no text.
     """
     from stages.lib.text.chat_probe import require_bounded
     from stages.lib.text.chat_sandbox import Refusal, render_template
@@ -50,7 +50,7 @@ def apply_template(
     variables |= {"tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         require_bounded(template, messages, variables)
-        return render_template(template, messages, variables)
+        return writable(render_template(template, messages, variables))
     except Preempted:
         raise
     except Refusal as error:
@@ -87,11 +87,26 @@ CHOOSE_ONE = (
 """What to do about templates none of which is the default one: only sft can be told which."""
 
 
+class NoText(Exception):
+    """What a template wrote cannot be written down, so no tokenizer takes it."""
+
+
+def writable(rendered: str) -> str:
+    """The rendered text itself. Raises `NoText` if UTF-8 cannot hold it: Jinja and Python read `\\ud800` as half of a character."""
+    try:
+        rendered.encode()
+    except UnicodeEncodeError as error:
+        odd = shown(rendered[error.start : error.end][:1])
+        around = shown(rendered[max(0, error.start - 20) : error.start + 20])
+        raise NoText(f"what it writes holds {odd}, half of a character, which UTF-8 cannot hold: {around}") from None
+    return rendered
+
+
 def what_happened(error: Exception) -> str:
     from stages.lib.text.chat_budget import OverLimit
 
     said = (str(error).splitlines() or [""])[0][:200]
-    return said if isinstance(error, OverLimit) else f"{type(error).__name__}: {said}"
+    return said if isinstance(error, OverLimit | NoText) else f"{type(error).__name__}: {said}"
 
 
 def about(messages: Messages) -> str:
