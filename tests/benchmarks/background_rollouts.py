@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 import tempfile
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def rollouts_of(world: Any, folder: Path, options: argparse.Namespace, *, backgr
     resources = {"micro_batch_size": options.completions, "save_every_steps": 1000}
     seen = align("grpo", world.inputs, folder, changes, resources=resources)
     lines = seen.lines("rollout")
-    ends = [datetime.fromisoformat(line["time"]).timestamp() for line in lines]
+    ends = [line["time"] for line in lines]
     return [
         {
             "whole": end - before,
