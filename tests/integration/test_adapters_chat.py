@@ -179,6 +179,9 @@ def test_an_adapter_talks_in_its_own_template_and_stops_where_that_does(home: Pa
     messages = [{"role": "user", "content": "What is open?"}]
     expected = write_reply(adapted.use("mine"), adapted.tokenizers["mine"], messages, max_new_tokens=8).text
     assert said[1] == f"{expected}\n"
+    alone = write_reply(adapted.use(None), load_tokenizer(adapter), messages, max_new_tokens=8).text
+    # They stop at other tokens, so that each is written by itself.
+    assert talk(base, {"mine": adapter}, "/all What is open?")[1] == f"mine: {expected}\nnone: {alone}\n"
     with pytest.raises(ArtifactError, match=r"the tokenizer of adapter one has no chat template"):
         talk(base, {"one": home / "one"})
 

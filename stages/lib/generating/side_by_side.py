@@ -47,7 +47,11 @@ def replies_of_all(adapted: Adapted, messages: Messages, drawn: SameForAll) -> d
             except DataError as error:
                 said[name] = error
         for (stops, room), prompts in batches.items():
-            said |= written_together(adapted, prompts, stops, room, drawn)
+            if len(prompts) > 1:
+                said |= written_together(adapted, prompts, stops, room, drawn)
+                continue
+            (name,) = prompts  # which shares a batch with none
+            said[name] = write_reply(adapted.use(name), adapted.tokenizers[name], messages, **vars(drawn))
     finally:
         adapted.use(before)
     return {name: said[name] for name in (*adapted.adapters, None)}
