@@ -22,6 +22,7 @@ from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 from pipeline.running.supervision import Supervision
 from pipeline.running.unfinished import take_over
+from pipeline.stage import Stage
 from pipeline.store.artifact import Manifest
 from pipeline.store.disk import MAKE_ROOM, free_words, is_full
 from pipeline.store.job import Job
@@ -41,7 +42,10 @@ class Launcher(Protocol):
 
 @dataclass
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it."""
+    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it.
+
+    SIGUSR1, with which schedulers say that the time is nearly up, asks as well, and never ends anything.
+    """
 
     count: int = 0
     exit_code: int = EXIT_CRASH
@@ -49,7 +53,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -60,7 +64,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        self.count = max(self.count, 1) if number == signal.SIGUSR1 else self.count + 1
         self.exit_code = 128 + number
 
 
@@ -140,6 +144,17 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
     return code
 
 
+def execute_job(job: Job, stages: Mapping[str, Stage], launchers: Mapping[str, Launcher], progress: Progress) -> int:
+    """Runs a job that was prepared before, such as by `slipway submit`, and returns the exit code of the command."""
+    store = Store(Path(job.store))
+    with Interrupts() as interrupts:
+        if store.find(job.artifact_id):
+            progress.line(f"{job.step}  skip  {store.artifact_folder(job.artifact_id)} is made already")
+            return EXIT_DONE
+        progress.line(f"{job.step}  run  {job.work}")
+        return run_job(job, stages[job.kind], store, launchers, progress, interrupts)
+
+
 def note_run(plan: Plan, store: Store, progress: Progress) -> None:
     """Records the plan as run by this process, and prints what the user should know of other records."""
     try:
@@ -161,22 +176,34 @@ def run_step(
 ) -> int:
     """Runs one step to its end; returns 0, 1, 2, 75 or 128 + a signal, having said why."""
     job = step.job(recipe, store)
+    launchers[job.resources.launcher_name].command(job)  # One that cannot be said must not move anything.
+    take_over(step.adopts, step.work, store)
+    return run_job(job, step.recipe_step.stage, store, launchers, progress, interrupts)
+
+
+def run_job(
+    job: Job,
+    stage: Stage,
+    store: Store,
+    launchers: Mapping[str, Launcher],
+    progress: Progress,
+    interrupts: Interrupts,
+) -> int:
+    """Runs one job to its end; returns 0, 1, 2, 75 or 128 + a signal, having said why."""
     launcher = launchers[job.resources.launcher_name]
     command = launcher.command(job)
-    take_over(step.adopts, step.work, store)
     store.begin(job)
     progress.line(f"  $ {shlex.join(command)}")
-    distributed = step.recipe_step.stage.distributed
-    supervision = Supervision(job, stateless=not distributed, say=lambda text: progress.line(f"  {text}"))
+    supervision = Supervision(job, stateless=not stage.distributed, say=lambda text: progress.line(f"  {text}"))
     watcher = Watcher(job, progress, interrupts, supervision)
-    environment = {**os.environ, **environment_for(job, distributed=distributed)}
+    environment = {**os.environ, **environment_for(job, distributed=stage.distributed)}
     exit_code = launcher.run(job, environment, watcher)
     outcome = job.files.outcome()
     # A full disk may have taken the artifact, and not the word that it is done.
     ended_well = outcome.get("status") == "done" or (not outcome and exit_code == EXIT_DONE)
     if ended_well and (manifest := store.find(job.artifact_id)):
         progress.line(
-            f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"
+            f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, stage.headline)}"
         )
         return EXIT_DONE
     unsaved = supervision.not_saved()

@@ -18,7 +18,7 @@ class Resources(Strict):
     """Where and how a step runs. Nothing here changes what is trained, so nothing here is part of an artifact's id."""
 
     launcher: str | dict[str, Any] = "local"
-    """How the job becomes processes: local, torchrun or deepspeed. Where a launcher must be told more: `{kind: torchrun, rendezvous: "first-node:29500"}` or `{kind: deepspeed, hostfile: path}`."""
+    """How the job becomes processes: local, torchrun, deepspeed or, within a SLURM allocation, srun. Where a launcher must be told more: `{kind: torchrun, rendezvous: "first-node:29500"}` or `{kind: deepspeed, hostfile: path}`."""
     processes: int = Field(default=1, ge=1)
     """Processes per node: one per GPU, or on a CPU as many as share the work."""
     nodes: int = Field(default=1, ge=1)
