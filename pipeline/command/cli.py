@@ -93,6 +93,12 @@ def run(
     recipe: RecipeArgument,
     only: Annotated[str | None, typer.Option("--only", help="Run this stage alone; its inputs must exist.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Run this stage and what it stands on.")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1, help="How many steps run at a time, where they do not read each other; GPUs are shared out."
+        ),
+    ] = 1,
     set_: SetOption = None,
     store: StoreOption = None,
 ) -> None:
@@ -104,7 +110,7 @@ def run(
     the_store = open_store(store)
     the_plan = planned(recipe, set_, the_store, only=only, until=until)
     try:
-        raise typer.Exit(execute(the_plan, the_store, LAUNCHERS, console.Progress()))
+        raise typer.Exit(execute(the_plan, the_store, LAUNCHERS, console.Progress(), jobs=jobs))
     finally:
         the_store.end(the_plan.recipe.name, the_plan.record(the_store))
 
