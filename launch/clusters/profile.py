@@ -113,6 +113,8 @@ class Profile(Request):
     """How long before its time is up a job is told to save. It must be enough for a step, a checkpoint and half a minute."""
     crash_requeues: int = Field(default=0, ge=0)
     """How often a job that crashed is queued again, beside those that saved and go on. A mistake of the user never is."""
+    unsaved_requeues: int = Field(default=3, ge=0)
+    """How often a job is queued again that had to stop with nothing saved, as a data stage has nothing to save."""
 
     def request(self, job: Job, *, on_gpu: bool) -> Request:
         """What the job asks for: of its kind of stage, of CPU jobs, of all, the first that says something. Extra lines add up."""

@@ -12,19 +12,30 @@ from pipeline.store.job import Job
 
 BODY = """\
 
-# What is to be done with the signal that SLURM sends before the time is up, or when it takes the nodes away: the step saves.
+# SLURM says so before the time is up, and when it takes the nodes away: the step saves then.
 {python} -m pipeline step {work} &
 step=$!
-trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM
+asked=no
+trap 'asked=yes; kill -USR1 "$step" 2>/dev/null' USR1 TERM
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 code=$?
 
-# 75: all is saved, and the job goes on where it stands. 2: a mistake that only its user can mend.
+# 75: all is saved, and the step goes on where it stands. 0: it is done. 2: a mistake that only its user can mend.
+again=no
+requeues={requeues}
 if [ "$code" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-elif [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$(cat {crashes} 2>/dev/null | wc -l)" -lt {crash_requeues} ]; then
-    echo "exit code $code in job $SLURM_JOB_ID" >> {crashes}
+    again=yes
+elif [ "$code" -ne 0 ] && [ "$code" -ne 2 ]; then
+    if [ "$asked" = yes ]; then why=unsaved most={unsaved}; else why=crash most={crashes}; fi
+    touch "$requeues"
+    if [ "$(grep -c "^$why" "$requeues")" -lt "$most" ]; then
+        echo "$why: exit code $code in job $SLURM_JOB_ID" >> "$requeues"
+        again=yes
+    fi
+fi
+# A job that was cancelled, or that SLURM queues again by itself, is not RUNNING any more.
+if [ "$again" = yes ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -61,8 +72,9 @@ def batch_script(job: Job, profile: Profile, *, on_gpu: bool) -> str:
     body = BODY.format(
         python=shlex.quote(sys.executable),
         work=shlex.quote(job.work),
-        crashes=shlex.quote(str(job.files.crashes)),
-        crash_requeues=profile.crash_requeues,
+        requeues=shlex.quote(str(job.files.requeues)),
+        unsaved=profile.unsaved_requeues,
+        crashes=profile.crash_requeues,
     )
     return "\n".join(lines) + "\n" + body
 

@@ -11,7 +11,7 @@ work/<step>-<first 8 of id>/
     stop-requested              somebody wishes it to save and stop
     outcome.json                how it ended
     batch.sh  console-<n>.log   the script that a scheduler was given, and what its job n printed
-    crashes                     a line per crash after which the job was queued again
+    requeues                    a line each time that job was queued again after a crash, or with nothing saved
     *.log                       what libraries said to a stage
     (anything else)             the stage's own scratch files
 
@@ -36,7 +36,7 @@ from pipeline.store.locks import Lock, Taken
 
 JOB = "job.json"
 OURS = frozenset(
-    f"{JOB} log.txt journal.jsonl checkpoints out rendezvous running.json start.json spent.json ranks stop-requested outcome.json batch.sh crashes".split()
+    f"{JOB} log.txt journal.jsonl checkpoints out rendezvous running.json start.json spent.json ranks stop-requested outcome.json batch.sh requeues".split()
 )
 """Names of what is not the stage's own. Those of locks begin with `lock`."""
 
@@ -109,8 +109,8 @@ class WorkFolder:
         return self.path / "batch.sh"
 
     @property
-    def crashes(self) -> Path:
-        return self.path / "crashes"
+    def requeues(self) -> Path:
+        return self.path / "requeues"
 
     def console(self, job_id: str) -> Path:
         """What the scheduler's job of this id prints."""

@@ -91,7 +91,7 @@ def submit_links(
             continue
         take_over(link.step.adopts, link.step.work, store)
         store.begin(job)
-        job.files.crashes.unlink(missing_ok=True)
+        job.files.requeues.unlink(missing_ok=True)
         write_text(job.files.batch_script, scripts[link.step.name])
         after = [ids[name] for name in link.after]
         ids[link.step.name] = scheduler.submit(job.files.batch_script, after)

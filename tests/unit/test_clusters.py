@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -162,7 +163,7 @@ def test_whatever_stands_in_a_path_or_a_variable_is_taken_literally(tmp_path: Pa
     value = """'$(touch pwned)' "`touch pwned`" $HOME \\"""
     script = Slurm(Profile(environment={"ODD": value})).script(job(work=odd), distributed=False)
     assert f"--chdir={quoted(str(odd))}" in options(script)
-    before = script.partition("# What is to be done")[0]
+    before = script.partition("# SLURM says so")[0]
     shown = subprocess.run(
         ["bash", "-c", before + 'printf %s "$ODD"'], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -173,41 +174,59 @@ def test_whatever_stands_in_a_path_or_a_variable_is_taken_literally(tmp_path: Pa
         Slurm().script(job(work=tmp_path / "two\nlines"), distributed=False)
 
 
+def run_script(script: str, step: str, state: str = "RUNNING") -> subprocess.Popen[str]:
+    """Runs the shell's part of a script around another step; `scontrol` says what it is asked, and `squeue` the job's state."""
+    line = next(line for line in script.splitlines() if line.endswith(" &"))
+    functions = f'scontrol() {{ echo "$1" "$2"; }}; squeue() {{ echo {state}; }}\n'
+    script = functions + script.replace(line, f"{step} &")
+    environment = {"SLURM_JOB_ID": "17", "PATH": os.environ["PATH"]}
+    return subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+
+
 @pytest.mark.parametrize(
-    ("code", "crashes", "requeued"),
-    [(75, 0, True), (0, 0, False), (2, 0, False), (1, 0, True), (1, 2, False), (137, 1, True)],
+    ("code", "crashes", "state", "requeued"),
+    [
+        (75, 0, "RUNNING", True),
+        (75, 0, "CANCELLED", False),
+        (0, 0, "RUNNING", False),
+        (2, 0, "RUNNING", False),
+        (1, 0, "RUNNING", True),
+        (1, 2, "RUNNING", False),
+        (137, 1, "RUNNING", True),
+        (137, 1, "COMPLETING", False),
+    ],
 )
 def test_a_script_queues_itself_again_after_a_save_and_after_so_many_crashes(
-    tmp_path: Path, code: int, crashes: int, requeued: bool
+    tmp_path: Path, code: int, crashes: int, state: str, requeued: bool
 ) -> None:
-    """The shell's part of the script, around a step that ends with `code`; `scontrol` notes that it was called."""
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "crashes").write_text("once\n" * crashes)
-    script = Slurm(Profile(crash_requeues=2)).script(job(work=work), distributed=False)
-    line = next(line for line in script.splitlines() if line.endswith(" &"))
-    script = script.replace(line, f"bash -c 'exit {code}' &").replace("scontrol requeue", "echo requeued")
-    ended = subprocess.run(
-        ["bash"], input=script, capture_output=True, text=True, env={"SLURM_JOB_ID": "17"}, check=False
-    )
-    assert ended.returncode == code
-    assert ended.stdout == ("requeued 17\n" if requeued else "")
-    assert len((work / "crashes").read_text().splitlines()) == crashes + (requeued and code != 75)
+    counted = tmp_path / "requeues"
+    counted.write_text("crash: before\n" * crashes + "unsaved: before\n" * 5)
+    script = Slurm(Profile(crash_requeues=2)).script(job(work=tmp_path), distributed=False)
+    process = run_script(script, f"bash -c 'exit {code}'", state)
+    assert (process.communicate(timeout=30)[0], process.returncode) == ("requeue 17\n" if requeued else "", code)
+    of_crashes = counted.read_text().count("crash: exit code")
+    assert of_crashes == (code not in (0, 2, 75) and crashes < 2)
 
 
-def test_a_script_passes_the_signal_on_and_waits_for_the_save(tmp_path: Path) -> None:
-    """The step notes the signal, takes a while, and ends with 75: what the script ends with."""
+@pytest.mark.parametrize(
+    ("code", "before", "requeued"), [(75, 9, True), (138, 2, True), (138, 3, False), (2, 0, False)]
+)
+def test_a_script_passes_the_signal_on_and_waits_for_the_save(
+    tmp_path: Path, code: int, before: int, requeued: bool
+) -> None:
+    """The step notes the signal, takes a while, and ends with `code`: what the script ends with. One that saved nothing is
+    queued again three times, whatever crashed before.
+    """
+    (tmp_path / "requeues").write_text("unsaved: before\n" * before + "crash: before\n" * 5)
     script = Slurm().script(job(work=tmp_path), distributed=False)
-    line = next(line for line in script.splitlines() if line.endswith(" &"))
-    step = """bash -c 'trap "sleep 0.3; echo saved; exit 75" USR1; echo ready; while :; do sleep 0.05; done' &"""
-    script = script.replace(line, step).replace("scontrol requeue", "echo requeued")
-    process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, env={"SLURM_JOB_ID": "17"})
+    step = f"""bash -c 'trap "sleep 0.3; echo saved; exit {code}" USR1; echo ready; while :; do sleep 0.05; done'"""
+    process = run_script(script, step)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=30)
-    assert (rest, process.returncode) == ("saved\nrequeued 17\n", 75)
+    assert (rest, process.returncode) == ("saved\nrequeue 17\n" if requeued else "saved\n", code)
 
 
 def test_the_scheduler_s_warning_asks_once_and_never_kills() -> None:
