@@ -485,7 +485,9 @@ def test_a_thought_that_only_the_prompt_would_open_is_one(name: str, content: st
     assert learned(tokenizer, chat, thinking="stripped") == learned(tokenizer, [user("Who?"), assistant("Me.")])
 
 
-@pytest.mark.parametrize("name", sorted({"qwen3", "gptoss", "deepseekv3", "glm4moe"} | {n for n in NAMES if "nemotron" in n}))
+@pytest.mark.parametrize(
+    "name", sorted({"qwen3", "gptoss", "deepseekv3", "glm4moe"} | {n for n in NAMES if "nemotron" in n})
+)
 @pytest.mark.parametrize("content", ["<think>\n\n</think>\n\nMe.", "\n</think>\n\nMe.", "</think>Me."])
 def test_marks_of_an_empty_thought_are_written_once(name: str, content: str) -> None:
     """By the template, which has a way of its own to say that nothing was thought."""

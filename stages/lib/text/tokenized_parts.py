@@ -200,8 +200,15 @@ def tokenize_file(ctx: Context, path: Path, how: Tokenizing) -> TokenizedRows:
     tokenized = TokenizedRows(folders)
     if not len(tokenized):
         ledger = tokenized.ledger
-        what = f"none of the {ledger.read:,} {how.what} can be used: {dict(ledger.dropped)}"
-        raise DataError(Problem(str(path), what, f"Look at the rows, or raise {how.limit}."))
+        too_long = any("too_long" in reason for reason in ledger.dropped)
+        hint = (
+            f"Look at the rows, or raise {how.limit}."
+            if too_long
+            else "Look at the rows, and at what they are made for."
+        )
+        raise DataError(
+            Problem(str(path), f"none of the {ledger.read:,} {how.what} can be used: {ledger.why_dropped()}", hint)
+        )
     return tokenized
 
 
@@ -242,5 +249,5 @@ def require_enough(ledger: Ledger, max_dropped_fraction: float, where: str, what
     """Raises `DataError` if a larger share of the rows than `max_dropped_fraction` was dropped."""
     share = 1 - ledger.kept / ledger.read
     if share > max_dropped_fraction:
-        dropped = f"{share:.0%} of the {what} cannot be used: {dict(ledger.dropped)}"
+        dropped = f"{share:.0%} of the {what} cannot be used: {ledger.why_dropped()}"
         raise DataError(Problem(where, dropped, remedy))
