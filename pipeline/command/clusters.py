@@ -16,6 +16,7 @@ from pipeline.command.naming import open_store
 from pipeline.command.options import RecipeArgument, SetOption, StoreOption
 from pipeline.command.planning import planned, print_lines
 from pipeline.errors import ArtifactError, Problem, RecipeError
+from pipeline.settings.strict import Reading
 from pipeline.store.job import read_job
 from pipeline.store.store import Store
 from pipeline.store.work_folder import WorkFolder
@@ -52,16 +53,20 @@ def submit(
         print(f"{count} submitted; `slipway status` shows them, `slipway cancel {recipe}` cancels them")
 
 
-def cancel(recipe: RecipeArgument, set_: SetOption = None, store: StoreOption = None) -> None:
+def cancel(
+    recipe: Annotated[str, typer.Argument(help="A recipe that was submitted: its path, or its name.")],
+    store: StoreOption = None,
+) -> None:
     """Cancel the jobs of a recipe, with whatever it was submitted; steps that run save first."""
     from pipeline.submitting.submit import cancel as cancel_works
 
     the_store = open_store(store)
-    the_plan = planned(recipe, set_, the_store)
-    ids = {step.artifact_id for step in the_plan.steps}
-    for recorded in the_store.records().plans:
-        if recorded.path == str(the_plan.recipe.path):
-            ids |= {step.artifact_id for step in recorded.steps.values()}
+    found = Reading([Path.cwd()]).find(recipe)
+    plans = [plan for plan in the_store.records().plans if plan.path == str(found) or plan.name == recipe]
+    if not plans:
+        what = f"no recipe of this name or path has run in {the_store.folder}"
+        raise RecipeError(Problem(recipe, what, "`slipway status` lists those that have; --store names another store."))
+    ids = {step.artifact_id for plan in plans for step in plan.steps.values()}
     works = [folder for folder in work_folders(the_store.work) if read_work(folder).artifact_id in ids]
     print_lines(cancel_works(works, Slurm()) or ["no job of this recipe waits or runs"])
 
