@@ -239,6 +239,8 @@ def tokenize_input(
     sides = f"{len(train):,} training and {len(heldout):,} held-out {how.what}"
     kept = ", ".join(f"{count:,} {what}" for what, count in sorted(ledger.repaired.items()))
     ctx.journal.note(f"{sides}; dropped of {ledger.read:,}: {said}{f'; of those kept: {kept}' if kept else ''}")
+    if "strftime_now" in str(how.tokenizer.chat_template):
+        ctx.journal.note(f"the chat template writes the day: it is told {told_date()} (template_date)")
     remedy = f"Raise {how.limit}, clean the {how.what}, or allow it with max_dropped_fraction."
     require_enough(ledger, max_dropped_fraction, f"inputs.{role}", how.what, remedy)
     from_main(lambda: ledger.write(ctx.out))
