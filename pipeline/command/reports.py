@@ -166,6 +166,8 @@ def verify_lines(store: Store, name: str) -> tuple[list[str], bool]:
     strangers = [f"{head}: {file} was added, and would be read: move it elsewhere" for file in read]
     if damage:
         hint = "Run the recipe again: it makes the artifact anew, as `slipway plan` now says."
+        if folder.absolute().parent != store.artifacts:
+            hint = "It is a copy outside the store: copy the artifact again. A recipe that names it takes it for another input."
         return [*damage, *strangers, *notes, hint], False
     count = len(manifest.files)
     whole = f"{head}: all {count} files ({size(manifest.total_bytes)}) are as they were written"

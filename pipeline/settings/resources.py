@@ -12,6 +12,10 @@ from pydantic import Field, field_validator
 from pipeline.settings.strict import CHECKOUT, Reading, Strict
 
 LAYOUTS = CHECKOUT / "ds_configs"
+OF_ONE_PROCESS_TOO = frozenset({"device", "keep_failed_output", "stop_timeout_seconds", "stopped_timeout_seconds"})
+"""What a recipe's common `resources` say to stages that run in one process as well. The rest is for those that may run in several:
+a data stage has all cores, however few each of eight processes has.
+"""
 
 
 class Resources(Strict):
