@@ -103,8 +103,6 @@ def run(
     store: StoreOption = None,
 ) -> None:
     """Run what the plan says, resuming what was interrupted and skipping what is done."""
-    if only is not None and until is not None:
-        raise RecipeError(Problem("--only and --until", "exclude each other", "Use one of them."))
     from pipeline.running.execute import execute
 
     the_store = open_store(store)

@@ -41,8 +41,6 @@ def submit(
     store: StoreOption = None,
 ) -> None:
     """Submit a job per step that has to run, chained by what they read. What waits or runs already is kept."""
-    if only is not None and until is not None:
-        raise RecipeError(Problem("--only and --until", "exclude each other", "Use one of them."))
     from pipeline.submitting.submit import submit as submit_plan
 
     the_store = open_store(store)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from launch import LAUNCHERS
+from pipeline.errors import Problem, RecipeError
 from pipeline.recipe.reader import load_recipe
 from pipeline.running.plan import Plan, make_plan
 from pipeline.store.store import Store
@@ -21,6 +22,9 @@ def planned(
     until: str | None = None,
     verify: bool = False,
 ) -> Plan:
+    """The plan of the recipe, of all steps or of those chosen. Raises `RecipeError` where both ways to choose are taken."""
+    if only is not None and until is not None:
+        raise RecipeError(Problem("--only and --until", "exclude each other", "Use one of them."))
     the_recipe = load_recipe(recipe, STAGES, LAUNCHERS, overrides or ())
     return make_plan(the_recipe, store, only=only, until=until, verify=verify)
 

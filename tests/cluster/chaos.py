@@ -11,7 +11,6 @@ of a run without disturbance on one machine, or if a process is left. Wants root
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -28,7 +27,7 @@ from pathlib import Path
 from pipeline.processes import Process, all_processes
 from pipeline.running.marks import read_marks
 from tests.cluster.slurm import NODES, Slurm, missing
-from tests.e2e.chaos import Failed, digests, undisturbed
+from tests.e2e.chaos import Failed, digests, told, undisturbed
 from tests.e2e.driving import ROOT, TINY, command, store_without
 
 ON_TWO_NODES = ("base", "chat", "aligned", "kto", "ppo")
@@ -220,13 +219,7 @@ def rounds(chaos: Chaos, kills: int) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--only", help="disturb this step alone, such as base")
-    parser.add_argument("--longest", type=float, default=25.0, help="seconds between two disturbances, at most")
-    parser.add_argument("--reference", type=Path, help="a store in which the recipe has run undisturbed")
-    arguments = parser.parse_args()
+    arguments = told(__doc__, 50)
     if why := missing():
         print(why, file=sys.stderr)
         return 2
