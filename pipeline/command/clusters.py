@@ -125,7 +125,7 @@ def step(
     work: Annotated[Path, typer.Argument(help="A step's work folder, with its job.")],
 ) -> None:
     """Run the job of a work folder as `slipway run` would, on the node where this is called: what a batch script calls."""
-    from pipeline.running.execute import execute_job
+    from pipeline.running.prepared import execute_job
     from pipeline.running.progress import Progress
 
     job = read_job(work.absolute())

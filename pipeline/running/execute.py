@@ -155,17 +155,6 @@ def walk(plan: Plan, start: Start, progress: Progress, interrupts: Interrupts) -
     return EXIT_DONE
 
 
-def execute_job(job: Job, stages: Mapping[str, Stage], launchers: Mapping[str, Launcher], progress: Progress) -> int:
-    """Runs a job that was prepared before, such as by `slipway submit`, and returns the exit code of the command."""
-    store = Store(Path(job.store))
-    with Interrupts() as interrupts:
-        if store.find(job.artifact_id):
-            progress.line(f"{job.step}  skip  {store.artifact_folder(job.artifact_id)} is made already")
-            return EXIT_DONE
-        progress.line(f"{job.step}  run  {job.work}")
-        return run_job(job, stages[job.kind], store, launchers, progress, interrupts)
-
-
 def note_run(plan: Plan, store: Store, progress: Progress) -> None:
     """Records the plan as run by this process, and prints what the user should know of other records."""
     try:
