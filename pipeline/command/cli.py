@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from launch import LAUNCHERS
-from pipeline.command import reports
+from pipeline.command import clusters, reports, states
 from pipeline.command.ending import drop_output, refuse
 from pipeline.command.inspection import report_lines, source_fields
 from pipeline.command.naming import adapters_to_talk_to, model_to_talk_to, open_store, place_of
@@ -34,6 +34,7 @@ from pipeline.command.options import (
     SourceSetOption,
     StoreOption,
 )
+from pipeline.command.planning import planned, print_lines, print_notes
 from pipeline.command.talking import read_line, show_text
 from pipeline.errors import (
     EXIT_CRASH,
@@ -44,14 +45,12 @@ from pipeline.errors import (
     SlipwayError,
     did_you_mean,
 )
-from pipeline.recipe.reader import load_recipe
 from pipeline.running import progress as console
-from pipeline.running.plan import Action, Plan, make_plan
+from pipeline.running.plan import Action
 from pipeline.running.unfinished import take_over
 from pipeline.settings.paths import unusable
 from pipeline.store.disk import NO_ROOM, refusal
 from pipeline.store.numbers import json_text
-from pipeline.store.store import Store
 from stages import STAGES
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -67,30 +66,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def planned(
-    recipe: Path,
-    overrides: list[str] | None,
-    store: Store,
-    *,
-    only: str | None = None,
-    until: str | None = None,
-    verify: bool = False,
-) -> Plan:
-    the_recipe = load_recipe(recipe, STAGES, LAUNCHERS, overrides or ())
-    return make_plan(the_recipe, store, only=only, until=until, verify=verify)
-
-
-def print_notes(notes: list[str]) -> None:
-    """What is odd and does not hinder: beside the output, which may be for programs."""
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-
-
-def print_lines(lines: list[str]) -> None:
-    for line in lines:
-        print(line)
 
 
 @app.command()
@@ -118,18 +93,22 @@ def run(
     recipe: RecipeArgument,
     only: Annotated[str | None, typer.Option("--only", help="Run this stage alone; its inputs must exist.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Run this stage and what it stands on.")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1, help="How many steps run at a time, where they do not read each other; GPUs are shared out."
+        ),
+    ] = 1,
     set_: SetOption = None,
     store: StoreOption = None,
 ) -> None:
     """Run what the plan says, resuming what was interrupted and skipping what is done."""
-    if only is not None and until is not None:
-        raise RecipeError(Problem("--only and --until", "exclude each other", "Use one of them."))
     from pipeline.running.execute import execute
 
     the_store = open_store(store)
     the_plan = planned(recipe, set_, the_store, only=only, until=until)
     try:
-        raise typer.Exit(execute(the_plan, the_store, LAUNCHERS, console.Progress()))
+        raise typer.Exit(execute(the_plan, the_store, LAUNCHERS, console.Progress(), jobs=jobs))
     finally:
         the_store.end(the_plan.recipe.name, the_plan.record(the_store))
 
@@ -176,11 +155,15 @@ def status(
     """Show state, artifact and metrics of every step, and what is running since when."""
     the_store = open_store(store)
     if recipe:
-        entries = reports.plan_status(planned(recipe, set_, the_store), the_store)
+        entries = states.plan_status(planned(recipe, set_, the_store), the_store)
     else:
-        entries = reports.store_status(the_store)
-    print_notes(the_store.oddities())
-    print(json_text(entries, "status", indent=2)) if json_ else print_lines(reports.status_lines(entries, the_store))
+        entries = states.store_status(the_store)
+    entries, notes = states.with_queue(entries, clusters.queued)
+    print_notes([*the_store.oddities(), *notes])
+    print(json_text(entries, "status", indent=2)) if json_ else print_lines(states.status_lines(entries, the_store))
+
+
+clusters.add_to(app)
 
 
 @app.command()

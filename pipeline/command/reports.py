@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,17 +13,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipeline.errors import ArtifactError
-from pipeline.figures import headline, number, seconds, size, table
+from pipeline.figures import number, seconds, size, table
 from pipeline.running.plan import Action, Plan
 from pipeline.settings.paths import nearest_there
 from pipeline.settings.strict import documentation, models_in
 from pipeline.stage import Estimate, Stage
 from pipeline.store.artifact import MANIFEST, Kind, added, intruders, read_manifest
-from pipeline.store.journal import read_journal
 from pipeline.store.proofs import prove
 from pipeline.store.store import Store, is_there
-from pipeline.store.work_folder import WorkFolder
-from pipeline.store.works import read_work, work_folders
 
 
 def arithmetic(estimate: Estimate, world_size: int) -> str:
@@ -102,99 +97,6 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     return {"recipe": plan.recipe.name, "path": str(plan.recipe.path), "steps": steps}
 
 
-def step_status(
-    store: Store, recipe: str, name: str, kind: str, artifact_id: str, state: str, work: Path | None = None
-) -> dict[str, Any]:
-    work = work or store.work_folder(name, artifact_id)
-    running = store.running(work)
-    manifest = store.find(artifact_id)
-    entry: dict[str, Any] = {"recipe": recipe, "step": name, "stage": kind, "artifact_id": artifact_id}
-    if manifest:
-        entry |= {"state": "made", "created_at": manifest.created_at, "wall_seconds": manifest.wall_seconds}
-        entry["metrics"] = manifest.metrics
-    elif running:
-        entry |= {
-            "state": "running",
-            "since": running.since,
-            "pid": running.process.pid if running.process else None,
-            "host": running.process.host if running.process else None,
-            "log": running.log,
-        }
-        last = [event for event in read_journal(WorkFolder(work).journal) if is_step(event)]
-        if last:
-            entry |= {"at_step": last[-1].get("step"), "total_steps": last[-1].get("total_steps")}
-    else:
-        files = WorkFolder(work)
-        outcome = files.outcome()
-        failed = outcome.get("status") in ("user_error", "crash")
-        entry["state"] = "failed" if failed else state
-        if is_there(files.log):
-            entry["log"] = str(files.log)
-        if failed:
-            entry["message"] = str(outcome.get("message", ""))
-    return entry
-
-
-def is_step(event: Any) -> bool:
-    return isinstance(event, Mapping) and event.get("event") == "step" and isinstance(event.get("step"), int)
-
-
-def plan_status(plan: Plan, store: Store) -> list[dict[str, Any]]:
-    """State of every step of a recipe."""
-    return [
-        step_status(
-            store, plan.recipe.name, step.name, step.recipe_step.stage.kind, step.artifact_id,
-            "interrupted" if step.reason.checkpoint else "not made", step.adopts,
-        )
-        for step in plan.steps
-    ]  # fmt: skip
-
-
-def store_status(store: Store) -> list[dict[str, Any]]:
-    """State of every step of every recipe that ran in the store.
-
-    Of what was run with `--set` before, and of what still runs though its recipe was changed, the steps that differ.
-    """
-    records = store.records()
-    begun = {work.artifact_id: work.folder for work in map(read_work, work_folders(store.work))}
-    newest = records.newest()
-    older = [plan for plan in records.plans if plan not in newest] + records.replaced
-    names = Counter(plan.name for plan in newest)
-    entries = []
-    told: set[tuple[str, str]] = set()
-    for plan in [*newest, *older]:
-        label = plan.label if names[plan.name] < 2 else f"{plan.label} ({plan.path})"
-        for name, step in plan.steps.items():
-            if plan not in newest and (plan.path, step.artifact_id) in told:
-                continue
-            told.add((plan.path, step.artifact_id))
-            work = begun.get(step.artifact_id)
-            state = "interrupted" if work else "not made"
-            entry = step_status(store, plan.name, name, step.kind, step.artifact_id, state, work)
-            entries.append({**entry, "path": plan.path, "overrides": plan.overrides, "label": label})
-    return entries
-
-
-def status_lines(entries: list[dict[str, Any]], store: Store) -> list[str]:
-    if not entries:
-        return [f"no recipe has run in {store.folder}"]
-    rows = []
-    for entry in entries:
-        detail = headline(entry.get("metrics", {}), ())
-        if entry["state"] == "running":
-            since = seconds(time.time() - entry["since"])
-            of = f" of {entry['total_steps']}" if entry.get("total_steps") else ""
-            at = f", step {entry['at_step']}{of}" if "at_step" in entry else ""
-            who = f"process {entry['pid']} on {entry['host']}" if entry["pid"] else "just starting"
-            detail = f"for {since}{at}; {who}; log {entry['log']}"
-        elif entry["state"] != "made" and "log" in entry:
-            said = entry.get("message", "").partition("\n")[0]
-            detail = f"{said:.120}; log {entry['log']}" if said else f"log {entry['log']}"
-        recipe = entry.get("label", entry["recipe"])
-        rows.append([recipe, entry["step"], entry["stage"], entry["state"], entry["artifact_id"][:8], detail])
-    return table(rows, ("recipe", "step", "stage", "state", "artifact", ""))
-
-
 def lineage_lines(store: Store, name: str) -> list[str]:
     """The tree of an artifact's inputs; one that stands twice is drawn once."""
     artifact_id, folder = store.resolve(name)
@@ -264,6 +166,8 @@ def verify_lines(store: Store, name: str) -> tuple[list[str], bool]:
     strangers = [f"{head}: {file} was added, and would be read: move it elsewhere" for file in read]
     if damage:
         hint = "Run the recipe again: it makes the artifact anew, as `slipway plan` now says."
+        if folder.absolute().parent != store.artifacts:
+            hint = "It is a copy outside the store: copy the artifact again. A recipe that names it takes it for another input."
         return [*damage, *strangers, *notes, hint], False
     count = len(manifest.files)
     whole = f"{head}: all {count} files ({size(manifest.total_bytes)}) are as they were written"

@@ -37,7 +37,7 @@ from pipeline.recipe.recipe import (
 )
 from pipeline.recipe.schema import MOST_STAGES, RecipeFile, StageSpec
 from pipeline.settings.paths import is_file
-from pipeline.settings.resources import LAYOUTS, Resources, find_layout
+from pipeline.settings.resources import LAYOUTS, OF_ONE_PROCESS_TOO, Resources, find_layout
 from pipeline.settings.strict import CHECKOUT, Reading, Strict, validate
 from pipeline.settings.yaml_loader import load_yaml
 from pipeline.stage import Input, Stage
@@ -258,7 +258,8 @@ class Reader:
 
     def read_resources(self, name: str, stage: Stage, spec: StageSpec, common: Mapping[str, Any]) -> Resources | None:
         where = f"stages.{name}.resources"
-        merged = {**common, **spec.resources} if stage.distributed else dict(spec.resources)
+        shared = common if stage.distributed else {k: v for k, v in common.items() if k in OF_ONE_PROCESS_TOO}
+        merged = {**shared, **spec.resources}
         own, problems = self.check_resources(merged, where)
         self.problems += [
             p for p in problems if p.where.removeprefix(f"{self.where}{where}.").split(".")[0] in spec.resources

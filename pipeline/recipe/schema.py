@@ -40,6 +40,6 @@ class RecipeFile(Strict):
     outputs: list[str] = Field(min_length=1)
     """The stages whose artifacts the recipe is for. A stage that none of them needs is an error."""
     resources: dict[str, Any] = {}
-    """Resources of every stage that can run in several processes; the others run in one."""
+    """Resources of every stage that can run in several processes. Those that run in one take `device`, `keep_failed_output` and how long they may take to stop from here."""
     stages: dict[str, Any] = Field(min_length=1)
     """Name -> stage."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, real, seconds, table
+from pipeline.running.branches import Branches, Start
 from pipeline.running.environment import environment_for
 from pipeline.running.leftovers import rest_removed
 from pipeline.running.marks import names
@@ -22,6 +23,7 @@ from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 from pipeline.running.supervision import Supervision
 from pipeline.running.unfinished import take_over
+from pipeline.stage import Stage
 from pipeline.store.artifact import Manifest
 from pipeline.store.disk import MAKE_ROOM, free_words, is_full
 from pipeline.store.job import Job
@@ -29,6 +31,7 @@ from pipeline.store.journal import read_event
 from pipeline.store.store import Store
 
 LOG_TAIL_LINES = 25
+NOT_BEGUN = "  stopped before it began; the same command goes on from here"
 
 
 class Launcher(Protocol):
@@ -41,7 +44,10 @@ class Launcher(Protocol):
 
 @dataclass
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it."""
+    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it.
+
+    SIGUSR1, with which schedulers say that the time is nearly up, asks as well, and never ends anything.
+    """
 
     count: int = 0
     exit_code: int = EXIT_CRASH
@@ -49,7 +55,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -60,7 +66,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        self.count = max(self.count, 1) if number == signal.SIGUSR1 else self.count + 1
         self.exit_code = 128 + number
 
 
@@ -109,35 +115,44 @@ class Watcher:
                 self.progress.event(self.job.step, event)
 
 
-def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progress: Progress) -> int:
-    """Runs what the plan says and returns the exit code of the command."""
+def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progress: Progress, *, jobs: int = 1) -> int:
+    """Runs what the plan says, up to `jobs` steps at a time, and returns the exit code of the command."""
     started = time.monotonic()
-    chosen = plan.chosen
     note_run(plan, store, progress)
-    code = EXIT_DONE
     with Interrupts() as interrupts:
-        for position, step in enumerate(chosen, start=1):
-            head = f"[{position}/{len(chosen)}] {step.name}"
-            if step.action is Action.SKIP:
-                progress.line(f"{head}  skip  {step.reason}")
-                continue
-            progress.line(f"{head}  {step.action}  {step.reason}")
-            if step.action is Action.BLOCKED:
-                code = EXIT_USER_ERROR
-                break
-            if interrupts.count:
-                progress.line("  stopped before it began; the same command goes on from here")
-                code = interrupts.exit_code
-                break
-            code = run_step(step, plan.recipe.name, store, launchers, progress, interrupts)
-            if code != EXIT_DONE:
-                break
+
+        def start(step: Step, progress: Progress, more: Mapping[str, str]) -> int:
+            return run_step(step, plan.recipe.name, store, launchers, progress, interrupts, more)
+
+        if jobs == 1:
+            code = walk(plan, start, progress, interrupts)
+        else:
+            code = Branches(plan, start, progress, interrupts, jobs).run()
     for line in summary(plan, store):
         progress.line(line)
     progress.line(
         f"{'done' if code == EXIT_DONE else f'stopped with exit code {code}'} after {seconds(time.monotonic() - started)}"
     )
     return code
+
+
+def walk(plan: Plan, start: Start, progress: Progress, interrupts: Interrupts) -> int:
+    """Takes one step after the other until one fails; returns the exit code."""
+    chosen = plan.chosen
+    for position, step in enumerate(chosen, start=1):
+        head = f"[{position}/{len(chosen)}] {step.name}"
+        progress.line(f"{head}  {step.action}  {step.reason}")
+        if step.action is Action.SKIP:
+            continue
+        if step.action is Action.BLOCKED:
+            return EXIT_USER_ERROR
+        if interrupts.count:
+            progress.line(NOT_BEGUN)
+            return interrupts.exit_code
+        code = start(step, progress, {})
+        if code != EXIT_DONE:
+            return code
+    return EXIT_DONE
 
 
 def note_run(plan: Plan, store: Store, progress: Progress) -> None:
@@ -158,25 +173,39 @@ def run_step(
     launchers: Mapping[str, Launcher],
     progress: Progress,
     interrupts: Interrupts,
+    more: Mapping[str, str],
 ) -> int:
     """Runs one step to its end; returns 0, 1, 2, 75 or 128 + a signal, having said why."""
     job = step.job(recipe, store)
+    launchers[job.resources.launcher_name].command(job)  # One that cannot be said must not move anything.
+    take_over(step.adopts, step.work, store)
+    return run_job(job, step.recipe_step.stage, store, launchers, progress, interrupts, more)
+
+
+def run_job(
+    job: Job,
+    stage: Stage,
+    store: Store,
+    launchers: Mapping[str, Launcher],
+    progress: Progress,
+    interrupts: Interrupts,
+    more: Mapping[str, str] | None = None,
+) -> int:
+    """Runs one job, with `more` variables in its environment; returns 0, 1, 2, 75 or 128 + a signal, having said why."""
     launcher = launchers[job.resources.launcher_name]
     command = launcher.command(job)
-    take_over(step.adopts, step.work, store)
     store.begin(job)
     progress.line(f"  $ {shlex.join(command)}")
-    distributed = step.recipe_step.stage.distributed
-    supervision = Supervision(job, stateless=not distributed, say=lambda text: progress.line(f"  {text}"))
+    supervision = Supervision(job, stateless=not stage.distributed, say=lambda text: progress.line(f"  {text}"))
     watcher = Watcher(job, progress, interrupts, supervision)
-    environment = {**os.environ, **environment_for(job, distributed=distributed)}
+    environment = {**os.environ, **(more or {}), **environment_for(job, distributed=stage.distributed)}
     exit_code = launcher.run(job, environment, watcher)
     outcome = job.files.outcome()
     # A full disk may have taken the artifact, and not the word that it is done.
     ended_well = outcome.get("status") == "done" or (not outcome and exit_code == EXIT_DONE)
     if ended_well and (manifest := store.find(job.artifact_id)):
         progress.line(
-            f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, step.recipe_step.stage.headline)}"
+            f"  made {job.artifact_id[:12]} in {seconds(manifest.wall_seconds)}: {headline(manifest.metrics, stage.headline)}"
         )
         return EXIT_DONE
     unsaved = supervision.not_saved()

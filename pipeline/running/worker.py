@@ -45,13 +45,14 @@ from pipeline.running.rendezvous import meet
 from pipeline.running.stopping import Asking, Stopped, StopSignals
 from pipeline.settings.strict import Reading, validate
 from pipeline.stage import EXTENDS, Context, Stage, World
+from pipeline.store.artifact import digest_bytes
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import refusal
 from pipeline.store.durable import make_folder
 from pipeline.store.job import Job, read_job
 from pipeline.store.journal import Journal
 from pipeline.store.proofs import remember
-from pipeline.store.provenance import changes, library_versions, machine
+from pipeline.store.provenance import changes, git_state, library_versions, machine
 from pipeline.store.store import Store
 from pipeline.store.work_folder import InUseError, WorkFolder
 
@@ -91,7 +92,7 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSigna
         hint = "Start it with the command that `slipway job` printed, or change `resources` in the recipe."
         wanted = job.resources.world_size
         raise LaunchError(Problem(job.work, f"is a job for {wanted} processes, and {world.size} were started", hint))
-    meet(job.work_folder, world, "start")
+    meet(job.work_folder, world, "start", runs=what_runs(job) if job.resources.nodes > 1 else None)
     store = Store(Path(job.store))
     if store.find(job.artifact_id):
         say(f"rank {world.rank}: {store.artifact_folder(job.artifact_id)} is made already: nothing to do", sys.stdout)
@@ -101,6 +102,18 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSigna
             stack.enter_context(job.files.locked())
             stack.enter_context(job.files.time_kept())
         run_locked(job, stages, world, store, stop, lifeline)
+
+
+def what_runs(job: Job) -> dict[str, str]:
+    """What must be the same on every node: code, Python, libraries, the kind of device and the job."""
+    commit, changed = git_state()
+    found = machine("cpu" if job.resources.uses_cpu else "cuda")
+    return {
+        "commit": f"{(commit or 'unknown')[:12]}{' with changes' if changed else ''}",
+        **{name: found[name] for name in ("python", "device")},
+        "the job": digest_bytes(job.model_dump_json().encode())[:12],
+        **library_versions(),
+    }
 
 
 def run_locked(

@@ -12,13 +12,17 @@ from pydantic import Field, field_validator
 from pipeline.settings.strict import CHECKOUT, Reading, Strict
 
 LAYOUTS = CHECKOUT / "ds_configs"
+OF_ONE_PROCESS_TOO = frozenset({"device", "keep_failed_output", "stop_timeout_seconds", "stopped_timeout_seconds"})
+"""What a recipe's common `resources` say to stages that run in one process as well. The rest is for those that may run in several:
+a data stage has all cores, however few each of eight processes has.
+"""
 
 
 class Resources(Strict):
     """Where and how a step runs. Nothing here changes what is trained, so nothing here is part of an artifact's id."""
 
     launcher: str | dict[str, Any] = "local"
-    """How the job becomes processes: local, torchrun or deepspeed. Where a launcher must be told more: `{kind: torchrun, rendezvous: "first-node:29500"}` or `{kind: deepspeed, hostfile: path}`."""
+    """How the job becomes processes: local, torchrun, deepspeed or, within a SLURM allocation, srun. Where a launcher must be told more: `{kind: torchrun, rendezvous: "first-node:29500"}` or `{kind: deepspeed, hostfile: path}`."""
     processes: int = Field(default=1, ge=1)
     """Processes per node: one per GPU, or on a CPU as many as share the work."""
     nodes: int = Field(default=1, ge=1)

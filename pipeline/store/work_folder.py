@@ -10,6 +10,8 @@ work/<step>-<first 8 of id>/
     ranks/<rank>.json           what each rank says of itself
     stop-requested              somebody wishes it to save and stop
     outcome.json                how it ended
+    batch.sh  console-<n>.log   the script that a scheduler was given, and what its job n printed
+    requeues                    a line each time that job was queued again after a crash, or with nothing saved
     *.log                       what libraries said to a stage
     (anything else)             the stage's own scratch files
 
@@ -34,7 +36,7 @@ from pipeline.store.locks import Lock, Taken
 
 JOB = "job.json"
 OURS = frozenset(
-    f"{JOB} log.txt journal.jsonl checkpoints out rendezvous running.json start.json spent.json ranks stop-requested outcome.json".split()
+    f"{JOB} log.txt journal.jsonl checkpoints out rendezvous running.json start.json spent.json ranks stop-requested outcome.json batch.sh requeues".split()
 )
 """Names of what is not the stage's own. Those of locks begin with `lock`."""
 
@@ -99,6 +101,25 @@ class WorkFolder:
 
     def mark(self, rank: int) -> Path:
         return self.marks / f"{rank}.json"
+
+    # What a scheduler is given and says
+
+    @property
+    def batch_script(self) -> Path:
+        return self.path / "batch.sh"
+
+    @property
+    def requeues(self) -> Path:
+        return self.path / "requeues"
+
+    def console(self, job_id: str) -> Path:
+        """What the scheduler's job of this id prints."""
+        return self.path / f"console-{job_id}.log"
+
+    def consoles(self) -> list[Path]:
+        """What the scheduler's jobs of this step have printed, the newest last."""
+        found = self.path.glob(self.console("*").name)
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     # Who runs it
 
@@ -257,6 +278,8 @@ class WorkFolder:
             self.outcome_file.name,
             self.running_file.name,
             self.marks.name,
+            self.batch_script.name,
+            *(path.name for path in self.consoles()),
         }
         for path in self.path.iterdir():
             if path.name not in kept and not path.name.startswith("lock"):

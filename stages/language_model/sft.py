@@ -16,7 +16,7 @@ from stages.lib.models.architectures import grown_rows
 from stages.lib.models.lengths import length_problems, require_length
 from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
-from stages.lib.text.template_forecast import embedded_rows, template_problems_ahead, tokens_ahead
+from stages.lib.text.template_forecast import embedded_rows, no_default_problem, template_problems_ahead, tokens_ahead
 from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams, causal_lm_or_adapter
@@ -258,8 +258,7 @@ def give_template(
         if not own:
             raise DataError(Problem("inputs.model", "its tokenizer has no chat template", GIVE_ONE))
         if named and "default" not in named:
-            what = f"the model's tokenizer has several chat templates and none called default: {', '.join(named)}"
-            raise DataError(Problem(where, what, "Set it to one of these names, to a preset or to a file."))
+            raise DataError(no_default_problem(named))
     elif isinstance(wanted, TemplateOfTokenizer):
         tokenizer.chat_template = wanted.template
         needed = needed_tokens(wanted, what_is_written(tokenizer))

@@ -18,7 +18,9 @@ HEAVY = frozenset(
     "sentencepiece tokenizers safetensors pandas pyarrow spacy huggingface_hub py3langid icu4py".split()
 )
 """Libraries that take long to load: planning must do without them."""
-COMPOSITION_ROOTS = frozenset({"pipeline.command.cli", "pipeline.running.worker"})
+COMPOSITION_ROOTS = frozenset(
+    {"pipeline.command.cli", "pipeline.command.clusters", "pipeline.command.planning", "pipeline.running.worker"}
+)
 """The only modules that see both tables, `STAGES` and `LAUNCHERS`, and hand them in."""
 
 SETTINGS = "pipeline.errors pipeline.settings"
@@ -41,7 +43,8 @@ ROOMS: dict[str, str] = {
     "pipeline.recipe": CORE,
     "pipeline.cards": f"{CORE} pipeline.recipe",
     "pipeline.running": f"{CORE} pipeline.processes pipeline.recipe pipeline.cards",
-    "pipeline.command": f"{CORE} pipeline.recipe pipeline.running",
+    "pipeline.submitting": f"{CORE} pipeline.running",
+    "pipeline.command": f"{CORE} pipeline.recipe pipeline.running pipeline.submitting",
     # How a job becomes processes.
     "launch": f"{SETTINGS} pipeline.processes pipeline.store.job",
     # What stages share, floor by floor.

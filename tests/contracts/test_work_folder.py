@@ -10,7 +10,7 @@ from pipeline.settings.strict import CHECKOUT
 
 OWNER = CHECKOUT / "pipeline" / "store" / "work_folder.py"
 DISTINCT = frozenset(
-    "stop-requested outcome.json journal.jsonl log.txt running.json start.json spent.json job.json".split()
+    "stop-requested outcome.json journal.jsonl log.txt running.json start.json spent.json job.json batch.sh".split()
 )
 """Not even within a longer text, such as `f"{work}/job.json"`."""
 NAMES = DISTINCT | {"lock", "out", "checkpoints", "rendezvous"}

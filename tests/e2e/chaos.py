@@ -251,14 +251,19 @@ def rounds(chaos: Chaos, kills: int) -> Iterator[str]:
     chaos.finish()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=60)
+def told(description: str | None, kills: int) -> argparse.Namespace:
+    """The arguments, of which `kills` is how many there are unless it is said."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--only", help="attack this step alone, such as base")
     parser.add_argument("--longest", type=float, default=25.0, help="seconds from a start to its kill, at most")
     parser.add_argument("--reference", type=Path, help="a store in which the recipe has run undisturbed")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = told(__doc__, 60)
     print(f"{arguments.kills} kills, seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="slipway-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)

@@ -151,6 +151,31 @@ def test_plan_sees_it_in_every_stage_that_reads_chats(tmp_path: Path, kind: str)
         assert any(what in str(problem) and "`add_tokens: true`" in str(problem) for problem in stage.check(forecast))
 
 
+def test_plan_sees_that_none_of_several_templates_is_the_default_one(tmp_path: Path, chats: Path) -> None:
+    """`sft` can be told which; elsewhere one for tools is taken where a chat has some, so that such a chat may have one."""
+    model = write_base_model(tmp_path / "model", "llama-3", rows=500)
+    named = model / "additional_chat_templates"
+    named.mkdir()
+    for name in ("rag", "chat"):
+        (named / f"{name}.jinja").write_text("{{ messages[0].content }}")
+    (problem,) = planned(model)
+    assert "several chat templates and none called default: chat, rag. Set it to one of these names" in problem
+    with pytest.raises(DataError) as caught:
+        taught(model, chats, tmp_path / "sft")
+    assert sorted(str(caught.value).split()) == sorted(problem.split())
+    assert planned(model, chat_template="rag") == []
+    known = Estimate(architecture=architecture_of(model), folder=model)
+    dpo = STAGES["dpo"]
+    params = {"global_batch_size": 4, "learning_rate": 1e-3, "max_steps": 1, "max_length_tokens": 100}
+    forecast = Forecast(dpo.params(**params), Resources(), {"model": known})
+    said = [str(each) for each in dpo.check(forecast)]
+    assert any(
+        "inputs.model: its tokenizer has several chat templates, and none is called default" in each for each in said
+    )
+    (named / "tool_use.jinja").write_text("{{ messages[0].content }}")
+    assert not any("chat templates" in str(each) for each in dpo.check(forecast))
+
+
 def test_plan_sees_that_a_reward_model_reads_no_chats(tmp_path: Path) -> None:
     """Found out by a rollout, or by rows that all seem too long, it would cost the run."""
     folder = write_base_model(tmp_path / "judge", "gpt-2", rows=500)

@@ -496,6 +496,36 @@ def test_marks_of_an_empty_thought_are_written_once(name: str, content: str) -> 
         assert learned(tokenizer, [user("Who?"), assistant(content)], thinking=how) == learned(tokenizer, CHATS["S"])
 
 
+@pytest.mark.parametrize("content", ["<think>\n\n</think>\n\nMe.", "<think></think>Me.", "\n</think>\n\nMe."])
+def test_marks_of_an_empty_thought_are_learned_where_the_template_writes_none(content: str) -> None:
+    """As those of a thought are: this template cuts them off with it, and its prompt opens none."""
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{{ m.content.split('</think>')[-1] }}<|end|>"
+        "{% else %}<|human|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+    )
+    chat = [user("Who?"), assistant(content)]
+    for how, said in (("trained", content), ("masked", content), ("stripped", "Me.")):
+        assert "".join(learned(tokenizer, chat, thinking=how)[0]) == f"{said}<|end|>"
+
+
+def test_arguments_that_a_template_prints_as_they_come_are_printed_as_json() -> None:
+    """A mapping would be printed in Python's form, which no server can read back."""
+    written = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ WHAT }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"name": "look", "arguments": {"city": "Bonn", "now": True, "until": None}}
+    chat = [user("Who?"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    json_text = '{"city": "Bonn", "now": true, "until": null}'
+    for what, text in (
+        ("call.function.arguments", json_text),
+        ("call.function.arguments | tojson", json_text),
+        ("call.function.arguments.items() | map('join', '=') | join(' ')", "city=Bonn now=True until=None"),
+    ):
+        assert learned(tokenizer_with(written.replace("WHAT", what)), chat) == [[f"look {text}<|im_end|>"]]
+
+
 def test_marks_of_thoughts_are_also_those_of_the_template() -> None:
     tokenizer = tokenizer_of("muse_glimmer")
     chat = [user("Who?"), assistant("Me. to=self<|message|>I ponder.")]

@@ -19,6 +19,7 @@ from stages.lib.text.chat_fitting import REFUSED, TOO_LONG, fit_chat, fit_prefer
 from stages.lib.text.chat_presets import CHATML, PRESETS, SLIPWAY
 from stages.lib.text.chat_rendering import special_ids
 from stages.lib.text.chat_spans import THOUGHT_LEFT, Thinking, encode_chat, encode_prompt, training_sequences
+from stages.lib.text.chat_thoughts import thought_within
 from stages.lib.text.chats import UNOPENED, tokenizing_chats
 from stages.lib.text.prompts import tokenizing_prompts
 from stages.lib.text.tokenized_parts import TokenizedRow
@@ -680,9 +681,18 @@ def test_what_stands_before_a_bare_closing_mark_is_the_thought(template: str, co
     assert said("trained") == content + end
     assert said("masked") == content[: len(content) - len(content.lstrip())] + after + end
     assert said("stripped") == "4" + end
-    for thinking in ("masked", "stripped"):
+    for thinking in ("trained", "masked", "stripped"):
         made = tokenizing_chats(tokenizer, 100, thinking=thinking).make({"messages": thinks(content)})
         assert isinstance(made, list) and made[0].repaired == {UNOPENED: 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["With `</think> and so on.", "Say `a </think>`.", "The mark '</think>' ends it.", "`x` and `</think>\n4`"],
+)
+def test_a_closing_mark_that_is_spoken_of_ends_no_thought(content: str) -> None:
+    assert thought_within(content) is None
+    assert thought_within(f"```\ncode\n```</think>\n{content}") is not None
 
 
 @pytest.mark.parametrize(
@@ -716,7 +726,7 @@ def test_a_thought_that_cannot_be_told_apart_drops_the_row_by_name(content: str,
         training_sequences(tokenizer, thinks(content), [1], thinking=thinking)
     # The way out.
     made = tokenizing_chats(tokenizer, 200).make({"messages": thinks(content)})
-    assert isinstance(made, list) and not made[0].repaired
+    assert isinstance(made, list) and set(made[0].repaired) <= {UNOPENED}
 
 
 @pytest.mark.parametrize("thinking", ["masked", "stripped"])

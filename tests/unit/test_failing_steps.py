@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.command import reports
+from pipeline.command import states
 from pipeline.errors import DataError
 from pipeline.running.leftovers import drop_failed
 from pipeline.store.artifact import read_manifest
@@ -126,13 +126,13 @@ def test_a_crash_is_still_a_crash(tmp_path: Path) -> None:
 def test_status_tells_a_step_that_failed_from_one_that_was_interrupted(tmp_path: Path) -> None:
     run(tmp_path, "gate")
     plan, store = planned(tmp_path, "gate")
-    for entry in (*reports.store_status(store), *reports.plan_status(plan, store)):
+    for entry in (*states.store_status(store), *states.plan_status(plan, store)):
         assert entry["state"] == "failed"
         assert entry["message"].startswith("params.bar: is missed. Lower it.")
-    (line,) = reports.status_lines(reports.plan_status(plan, store), store)[2:]
+    (line,) = states.status_lines(states.plan_status(plan, store), store)[2:]
     assert "failed" in line and "params.bar: is missed. Lower it.; log " in line
     begun(tmp_path, "gate")
-    assert [entry["state"] for entry in reports.store_status(store)] == ["interrupted"], "it is tried again"
+    assert [entry["state"] for entry in states.store_status(store)] == ["interrupted"], "it is tried again"
 
 
 def worker(work: str, **environment: str) -> subprocess.Popen[str]:

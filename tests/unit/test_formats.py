@@ -578,7 +578,7 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
     (
         "spans as mappings and as lists",
         "spans",
-        {"text": "Ann met Bo", "spans": [{"start": 0, "end": 3, "label": "P"}, [8, 10, "P"]]},
+        {"text": "Ann met Bo", "spans": [{"start": 0, "end": 3, "label": "P"}, [8.0, 10.0, "P"]]},
         {},
         {"text": "Ann met Bo", "spans": [{"start": 0, "end": 3, "label": "P"}, {"start": 8, "end": 10, "label": "P"}]},
     ),
@@ -655,7 +655,7 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
             "id": "q1",
             "context": "Ann met Bo.",
             "question": "Who?",
-            "answers": {"text": ["Ann", "Bo"], "answer_start": [0, 8]},
+            "answers": {"text": ["Ann", "Bo"], "answer_start": [0, 8.0]},
         },
         {},
         {
@@ -803,6 +803,7 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("spans", {"text": "abc", "spans": [[1, 1, "X"]]}, "bad_span", "[1, 1) of 3 characters"),
     ("spans", {"text": "abc", "spans": [{"start": 0, "end": 1}]}, "missing_field", "spans.label"),
     ("spans", {"text": "abc", "spans": [{"start": 0, "end": 1, "label": "X", "text": "d"}]}, "contradictory", "a span says 'd', which stands nowhere in the text"),
+    ("spans", {"text": "abc", "spans": [[0.5, 1, "X"]]}, "wrong_type", "a span's start and end must be whole numbers"),
     ("spans", {"text": "abc", "spans": [["0", 1, "X"]]}, "wrong_type", "a span's start and end must be whole numbers"),
     ("bio", {"tokens": ["a", "b"], "tags": ["O"]}, "bad_tag", "1 tags for 2 tokens"),
     ("bio", {"tokens": ["a"], "tags": ["Q-X"]}, "bad_tag", "'Q-X'"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.command import reports
+from pipeline.command import reports, states
 from pipeline.errors import ArtifactError, StoreError
 from pipeline.store.artifact import MANIFEST, list_files
 from pipeline.store.collect import collect
@@ -93,7 +93,7 @@ def test_a_damaged_record_is_said_harms_no_other_recipe_and_costs_no_artifact(
     """All of these say recipe `demo` in their manifest: when its record is damaged, all are kept."""
     path = store.recipes / "demo.json"
     damage(path)
-    assert {entry["recipe"] for entry in reports.store_status(store)} == {"broken", "kept"}
+    assert {entry["recipe"] for entry in states.store_status(store)} == {"broken", "kept"}
     counts = path.is_file()  # a folder or a link to nothing is no record
     assert [note.startswith(f"{path} is left out: ") for note in store.oddities()] == [True] * counts
     lines = collect(store, recorded, dry_run=True)
@@ -108,8 +108,8 @@ def test_a_damaged_manifest_is_said_and_harms_nothing_else(store: Store, damage:
     damage(path)
     assert store.find(A) is not None
     assert store.find(B) is None
-    states = {entry["recipe"]: entry["state"] for entry in reports.store_status(store)}
-    assert states["kept"] == "made" != states["broken"]
+    found = {entry["recipe"]: entry["state"] for entry in states.store_status(store)}
+    assert found["kept"] == "made" != found["broken"]
     assert "first: text made by write" in reports.show_lines(store, A[:8])[0]
     is_there = damage is not a_link_to_nothing
     drawn = reports.lineage_lines(store, C[:8])[1]
@@ -130,7 +130,7 @@ def test_what_lies_in_the_store_and_is_no_folder_is_said_and_left_alone(
     path = store.folder / where / "odd"
     damage(path)
     assert store.all_ids() == [A, B, C]
-    assert len(reports.store_status(store)) == 2
+    assert len(states.store_status(store)) == 2
     what = "artifact" if where == "artifacts" else "work folder"
     assert store.oddities() == [f"{path} is no {what}: it is passed over"]
     collect(store, recorded)

@@ -138,6 +138,17 @@ def test_a_launcher_is_told_its_options_with_paths_that_start_at_the_recipe(tmp_
     assert (plain.resources.launcher, plain.resources.launcher_options) == ("torchrun", {})
 
 
+def test_stages_of_one_process_take_from_the_common_resources_what_holds_for_them_too(tmp_path: Path) -> None:
+    """`first` runs in one process, `joined` may run in several."""
+    common = "resources: {device: cpu, keep_failed_output: true, processes: 2, launcher: torchrun, threads: 1}"
+    recipe = load(tmp_path, GOOD.replace("name: demo", f"name: demo\n{common}"))
+    one, several = recipe.step("first").resources, recipe.step("joined").resources
+    assert (one.device, one.keep_failed_output, one.processes, one.threads) == ("cpu", True, 1, None)
+    assert (several.device, several.keep_failed_output, several.processes, several.threads) == ("cpu", True, 2, 1)
+    own = load(tmp_path, GOOD.replace("name: demo", f"name: demo\n{common}"), "stages.first.resources.device=auto")
+    assert own.step("first").resources.device == "auto"
+
+
 def test_a_stage_with_another_launcher_does_not_inherit_the_options(tmp_path: Path) -> None:
     common = "name: demo\nresources: {launcher: {kind: torchrun, rendezvous: a:1}}"
     text = GOOD.replace("name: demo", common)

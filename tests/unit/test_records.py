@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.command import reports
+from pipeline.command import states
 from pipeline.errors import ArtifactError
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.records import newest_plan, sets_resources
@@ -72,7 +72,7 @@ def test_two_recipes_of_one_name_are_two_and_the_second_is_said(store: Store, tm
     assert kept(store) == {A, B, C}
     (said,) = store.record("demo", entry(str(first), tok=A))
     assert f"{second} (which is gone)" in said
-    labels = [entry["label"] for entry in reports.store_status(store)]
+    labels = [entry["label"] for entry in states.store_status(store)]
     assert labels == [f"demo ({first})", f"demo ({second})", f"demo --set tok.beta=2 ({first})"]
 
 

@@ -32,3 +32,28 @@ def test_a_missing_rank_is_named_even_if_it_was_there_last_time(tmp_path: Path) 
 def test_a_rank_that_gets_no_answer_says_so(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"got no answer from rank 0"):
         meet(tmp_path, World(1, 2), "start", 0.2)
+
+
+def test_ranks_that_run_different_things_all_end_with_the_name_of_the_odd_one(tmp_path: Path) -> None:
+    """Two of three have the same torch; an old `hello` of the third, of another version still, is not believed."""
+    runs = [{"torch": "2.13.0"}, {"torch": "2.12.1"}, {"torch": "2.13.0"}]
+
+    def run(torch: list[dict[str, str]]) -> list[str]:
+        with ThreadPoolExecutor(3) as pool:
+            begun = [pool.submit(meet, tmp_path, World(rank, 3), "start", 20.0, torch[rank]) for rank in range(3)]
+            return [str(future.exception()) for future in begun]
+
+    for said in run(runs):
+        assert "torch is 2.12.1 for rank 1 on " in said
+        assert ", and 2.13.0 for most. Give every node the same" in said
+    assert run([runs[0]] * 3) == ["None"] * 3
+
+
+def test_of_two_that_differ_the_one_that_is_not_rank_0_is_odd(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        begun = [
+            pool.submit(meet, tmp_path, World(rank, 2), "start", 20.0, {"device": device})
+            for rank, device in enumerate(("NVIDIA H100", "cpu"))
+        ]
+    for future in begun:
+        assert "device is cpu for rank 1" in str(future.exception())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.command import reports
+from pipeline.command import reports, states
 from pipeline.errors import ArtifactError, DataError
 from pipeline.settings.resources import Resources
 from pipeline.store.artifact import Facts, FileEntry, Kind
@@ -113,7 +113,7 @@ def test_lineage_status_and_names_survive_a_damaged_manifest(store: Store) -> No
     drawn = reports.lineage_lines(store, "second")
     assert drawn[1].startswith(f"|-- data: {'a' * 12}  {store.artifact_folder(A)}/manifest.json: cannot be read")
     assert drawn[2] == "`-- file: sha256:ab /data/a.txt"
-    assert [entry["state"] for entry in reports.store_status(store)] == ["made"]
+    assert [entry["state"] for entry in states.store_status(store)] == ["made"]
     with pytest.raises(ArtifactError, match="cannot be read"):
         reports.show_lines(store, "aaaa")
 
@@ -129,7 +129,7 @@ def test_an_artifact_under_another_id_is_not_made(store: Store) -> None:
 def test_an_odd_record_is_said_and_harms_no_other(store: Store, odd: str) -> None:
     (store.recipes / "odd.json").write_text(odd)
     (store.recipes / "folder.json").mkdir()
-    entries, notes = reports.store_status(store), store.oddities()
+    entries, notes = states.store_status(store), store.oddities()
     assert [entry["step"] for entry in entries] == ["second"]
     assert len(notes) == 1
     assert notes[0].startswith(f"{store.recipes}/odd.json is left out: ")
@@ -138,4 +138,4 @@ def test_an_odd_record_is_said_and_harms_no_other(store: Store, odd: str) -> Non
 
 def test_lines_of_a_journal_that_are_none_are_passed_over(store: Store) -> None:
     events = [3, [], {}, {"event": "step"}, {"event": "step", "step": "x"}, {"event": "step", "step": 4}]
-    assert [reports.is_step(event) for event in events] == [False] * 5 + [True]
+    assert [states.is_step(event) for event in events] == [False] * 5 + [True]

@@ -46,6 +46,14 @@ class Ledger:
         kept = self.noticed_examples.setdefault(what, [])
         kept += map(printable, examples[: MAX_EXAMPLES - len(kept)])
 
+    def why_dropped(self) -> str:
+        """The reasons in a sentence, the largest first, with an example each."""
+        said = []
+        for reason, count in largest_first(self.dropped):
+            examples = self.examples.get(reason)
+            said.append(f"{count:,} {reason}" + (f" (for example {examples[0][:80]!r})" if examples else ""))
+        return ", ".join(said)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "read": self.read,

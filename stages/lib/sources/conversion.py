@@ -281,6 +281,11 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def whole_of(value: Any) -> Any:
+    """The number as a whole one where it is one: a column of offsets in which some are missing comes as 20.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def one_of(turn: Row, keys: tuple[str, ...], meaning: Callable[[Any], Any] = lambda value: value) -> Any:
     """What stands under the first of the keys that the turn has. Raises `Dropped` if another says something else, that is,
     has another `meaning`.

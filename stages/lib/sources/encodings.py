@@ -25,7 +25,7 @@ def known_encoding(name: str) -> str:
         is_text = False
     if not is_text:
         raise ValueError(
-            f"there is no text encoding {name!r:.40}. Known are utf-8, latin-1, cp1252, gb18030, big5, utf-16, ..."
+            f"there is no text encoding {name!r:.40}: utf-8, latin-1, cp1252, gb18030, big5 and utf-16 are among those that there are"
         )
     return name
 

@@ -17,6 +17,7 @@ from stages.lib.sources.conversion import (
     text_of,
     truth_of,
     type_name,
+    whole_of,
 )
 from stages.lib.sources.places import find_part
 
@@ -109,11 +110,12 @@ def read_answers(row: Row, impossible: bool | None) -> Iterator[tuple[int, str]]
         answer = mapping(answer, "answers")
         if impossible and is_blank(text_of(answer, "text", optional=True)):
             continue
-        start = answer.get("answer_start", answer.get("start"))
+        start = whole_of(answer.get("answer_start", answer.get("start")))
         if start is None:
             raise Dropped("missing_field", "answers.answer_start")
         if not is_whole(start):
-            raise Dropped("wrong_type", f"answer_start is {type_name(start)}, not a whole number")
+            what = f"{start:g}" if isinstance(start, float) else type_name(start)
+            raise Dropped("wrong_type", f"answer_start is {what}, not a whole number")
         yield start, text_of(answer, "text")
 
 

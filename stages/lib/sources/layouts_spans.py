@@ -15,6 +15,7 @@ from stages.lib.sources.conversion import (
     list_of,
     text_of,
     type_name,
+    whole_of,
 )
 from stages.lib.sources.places import find_part
 from stages.lib.sources.span_ends import look_at_ends, span_read_as
@@ -61,7 +62,7 @@ def read_span(span: Any, content: str, conversion: Conversion) -> Row:
     missing = [name for name in ("start", "end", "label") if span.get(name) is None]
     if missing:
         raise Dropped("missing_field", f"spans.{missing[0]}")
-    start, end = span["start"], span["end"]
+    start, end = whole_of(span["start"]), whole_of(span["end"])
     if not (is_whole(start) and is_whole(end)):
         raise Dropped("wrong_type", "a span's start and end must be whole numbers")
     said = text_of(span, "text", optional=True)

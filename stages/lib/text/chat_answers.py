@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pipeline.errors import DataError, Problem
-from stages.lib.text.chat_dialect import ASKED, CALLED, LAST, REPLY, THINKING, USER, dialect_of, json_of, written_as
+from stages.lib.text.chat_dialect import (
+    ASKED,
+    CALLED,
+    LAST,
+    REPLY,
+    THINKING,
+    THOUGHT_MARKS,
+    USER,
+    dialect_of,
+    json_of,
+    written_as,
+)
 from stages.lib.text.chat_rendering import render_guarded
 from stages.lib.text.chat_template import Messages, about
 from stages.lib.text.chat_thoughts import is_unopened
@@ -122,9 +133,13 @@ def continuation(tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: 
     opened = OPENED.search(prompt)
     if written.startswith(prompt):
         said = written[len(prompt) :]
-        if knows or not reasoning:
+        marks = through[-1].get(THOUGHT_MARKS)
+        if knows or not (reasoning or marks):
             return said
-        return f"{reasoning}\n</think>\n\n{said}" if opened else f"<think>\n{reasoning}\n</think>\n\n{said}"
+        if opened:
+            return f"{reasoning}\n</think>\n\n{said}"
+        # Of an empty thought the marks are said as they stand: this template writes none.
+        return f"<think>\n{reasoning}\n</think>\n\n{said}" if reasoning else f"{''.join(marks)}{said}"
     if opened and written.startswith(before := prompt[: opened.start()]):
         said = written[len(before) :]
         # Also a thought that is said as it would be after this prompt, without its opening mark.

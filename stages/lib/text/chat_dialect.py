@@ -90,7 +90,14 @@ def found_dialect(tokenizer: PreTrainedTokenizerBase) -> Dialect:
     reasoning = (name for name in names if writes((THINKING, REPLY), thought, Dialect(parts, name)))
     tools = writes(("qxtool", "Qxdescription"), CALLED[:2], Dialect(parts, tools=True))
     words = ("qxtool", "Qxvalue", RESULT, LAST)
-    calls = (how for how in CALL_FORMS if writes(words, CALLED, Dialect(parts, calls=how, tools=tools)))
+
+    def writes_calls(how: Literal["mapping", "json"], *also: str) -> bool:
+        return writes((*words, *also), CALLED, Dialect(parts, calls=how, tools=tools))
+
+    # One that prints the arguments as they come would print a mapping in Python's form, and JSON as JSON.
+    printed = str(PROBE_CALL["arguments"]), json_of(PROBE_CALL["arguments"])
+    forms = CALL_FORMS[::-1] if writes_calls("mapping", printed[0]) and writes_calls("json", printed[1]) else CALL_FORMS
+    calls = (how for how in forms if writes_calls(how))
     return Dialect(parts, next(reasoning, ""), next(calls, ""), tools)
 
 

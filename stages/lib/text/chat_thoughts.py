@@ -54,9 +54,11 @@ def thought_within(content: str) -> Thought | None:
 
 
 def is_quoted(content: str, start: int) -> bool:
-    """Whether the closing mark at `start` stands between two quotes."""
+    """Whether the closing mark at `start` stands between two quotes, or in its line within a piece of code."""
     before, after = content[max(start - 1, 0) : start], content[start + len("</think>") :][:1]
-    return bool(before) and before == after and before in QUOTES
+    line = content[content.rfind("\n", 0, start) + 1 : start]
+    in_code = line.replace("```", "").count("`") % 2 == 1
+    return in_code or (bool(before) and before == after and before in QUOTES)
 
 
 def thought_apart(message: Mapping[str, Any]) -> TemplateMessage:

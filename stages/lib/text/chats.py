@@ -60,7 +60,8 @@ TRIMMED = "answers_trimmed_by_template"
 
 
 UNOPENED = "thoughts_without_opening_mark"
-"""Answers that say the end of a thought and not its beginning: what stands before it is masked or stripped as the thought."""
+"""Answers that say the end of a thought and not its beginning: what stands before it is trained, masked or stripped as the
+thought."""
 
 
 def tokenizing_chats(
@@ -81,7 +82,7 @@ def tokenizing_chats(
             APART: int(len(fitted.sequences) + fitted.lost_answers > 1),
             LOST: fitted.lost_answers,
             TRIMMED: fitted.trimmed_answers,
-            UNOPENED: 0 if thinking == "trained" else sum(map(is_unopened, filter(is_learned, row["messages"]))),
+            UNOPENED: sum(map(is_unopened, filter(is_learned, row["messages"]))),
         }
         repaired = {name: count for name, count in counts.items() if count}
         first, *rest = fitted.sequences

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeline.errors import Problem
 from pipeline.stage import Estimate, Forecast
 from stages.lib.text.added_tokens import GIVE_ONE, GROW, missing_problem, needed_tokens
 from stages.lib.text.chat_presets import TemplateOfTokenizer
-from stages.lib.text.tokenizer_files import TokenizerFiles, known_tokenizer
+from stages.lib.text.chat_template import CHOOSE_ONE
+from stages.lib.text.tokenizer_files import DEFAULT, TokenizerFiles, known_tokenizer
 
 GROW_FIRST = (
     "Use the tokenizer that it was trained with; give a causal model to sft first, with `add_tokens: true`; save any other"
@@ -58,7 +59,17 @@ def untemplated_problems(forecast: Forecast, roles: Sequence[str]) -> list[Probl
             if role.startswith("reward"):
                 hint = "Save it anew with the template that it was trained with (`tokenizer.chat_template = ...`)."
             problems.append(Problem(f"inputs.{role}", "its tokenizer has no chat template", hint))
+        # Where there is one for tools, only chats without any have none.
+        elif files is not None and not {DEFAULT, "tool_use"} & files.templates.keys():
+            what = f"its tokenizer has several chat templates, and none is called default: {', '.join(files.templates)}"
+            problems.append(Problem(f"inputs.{role}", what, CHOOSE_ONE))
     return problems
+
+
+def no_default_problem(templates: Iterable[str]) -> Problem:
+    """What `sft` says where it is not told which of several templates to take."""
+    what = f"the model's tokenizer has several chat templates and none called default: {', '.join(templates)}"
+    return Problem("params.chat_template", what, "Set it to one of these names, to a preset or to a file.")
 
 
 def template_problems_ahead(
@@ -71,6 +82,8 @@ def template_problems_ahead(
     problems = [] if asked else embedding_problems(model, files, GROW)
     if wanted is None and not files.templates:
         problems.append(Problem("inputs.model", "its tokenizer has no chat template", GIVE_ONE))
+    elif wanted is None and DEFAULT not in files.templates:
+        problems.append(no_default_problem(files.templates))
     missing = [token.content for token in needed_tokens(wanted) if token.content not in files.added]
     left = [] if asked is True else [text for text in missing if text not in (asked or ())]
     if left and not (isinstance(wanted, str) and wanted in files.templates):

@@ -200,8 +200,15 @@ def tokenize_file(ctx: Context, path: Path, how: Tokenizing) -> TokenizedRows:
     tokenized = TokenizedRows(folders)
     if not len(tokenized):
         ledger = tokenized.ledger
-        what = f"none of the {ledger.read:,} {how.what} can be used: {dict(ledger.dropped)}"
-        raise DataError(Problem(str(path), what, f"Look at the rows, or raise {how.limit}."))
+        too_long = any("too_long" in reason for reason in ledger.dropped)
+        hint = (
+            f"Look at the rows, or raise {how.limit}."
+            if too_long
+            else "Look at the rows, and at what they are made for."
+        )
+        raise DataError(
+            Problem(str(path), f"none of the {ledger.read:,} {how.what} can be used: {ledger.why_dropped()}", hint)
+        )
     return tokenized
 
 
@@ -232,6 +239,8 @@ def tokenize_input(
     sides = f"{len(train):,} training and {len(heldout):,} held-out {how.what}"
     kept = ", ".join(f"{count:,} {what}" for what, count in sorted(ledger.repaired.items()))
     ctx.journal.note(f"{sides}; dropped of {ledger.read:,}: {said}{f'; of those kept: {kept}' if kept else ''}")
+    if "strftime_now" in str(how.tokenizer.chat_template):
+        ctx.journal.note(f"the chat template writes the day: it is told {told_date()} (template_date)")
     remedy = f"Raise {how.limit}, clean the {how.what}, or allow it with max_dropped_fraction."
     require_enough(ledger, max_dropped_fraction, f"inputs.{role}", how.what, remedy)
     from_main(lambda: ledger.write(ctx.out))
@@ -242,5 +251,5 @@ def require_enough(ledger: Ledger, max_dropped_fraction: float, where: str, what
     """Raises `DataError` if a larger share of the rows than `max_dropped_fraction` was dropped."""
     share = 1 - ledger.kept / ledger.read
     if share > max_dropped_fraction:
-        dropped = f"{share:.0%} of the {what} cannot be used: {dict(ledger.dropped)}"
+        dropped = f"{share:.0%} of the {what} cannot be used: {ledger.why_dropped()}"
         raise DataError(Problem(where, dropped, remedy))
