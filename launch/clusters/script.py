@@ -13,10 +13,12 @@ from pipeline.store.job import Job
 BODY = """\
 
 # SLURM says so before the time is up, and when it takes the nodes away: the step saves then.
+step=
+asked=no
+trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1 TERM
 {python} -m pipeline step {work} &
 step=$!
-asked=no
-trap 'asked=yes; kill -USR1 "$step" 2>/dev/null' USR1 TERM
+[ "$asked" = no ] || kill -USR1 "$step"
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 code=$?

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.command import cli
+from pipeline.command import cli, planning
 from pipeline.figures import printable
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.store import Store
@@ -216,7 +216,7 @@ def test_an_error_of_ours_stays_a_traceback(folder: Path, monkeypatch: pytest.Mo
     def broken(*arguments: object, **options: object) -> None:
         raise OSError(errno.EINVAL, "a bug")
 
-    monkeypatch.setattr(cli, "make_plan", broken)
+    monkeypatch.setattr(planning, "make_plan", broken)
     monkeypatch.setattr(sys, "argv", ["slipway", "plan", "recipe.yaml"])
     with pytest.raises(OSError, match="a bug"):
         cli.main()
