@@ -70,6 +70,14 @@ class Devices:
         self.free = [each for each in self.all if each in self.free or each in taken]
 
 
+def can_begin(step: Step, is_made: Callable[[str], bool]) -> bool:
+    """Whether a step can be started now, `is_made` telling of others by name: what another run was making may be there."""
+    if step.action is not Action.BLOCKED:
+        return True
+    waits = step.reason.waits_for
+    return step.reason.running_here or (bool(waits) and all(is_made(name) for name in waits))
+
+
 def gpus_here(folder: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     """The names of the GPUs that may be used: those that CUDA_VISIBLE_DEVICES lists, else the numbers of all."""
     said = os.environ.get(VISIBLE)
@@ -84,6 +92,8 @@ class Branches:
 
     plan: Plan
     start: Start
+    is_made: Callable[[str], bool]
+    """Whether the artifact of the step of this name is there."""
     progress: Progress
     asked: Asked
     jobs: int
@@ -130,7 +140,7 @@ class Branches:
                 break
             if unmade & set(step.input_ids.values()):
                 continue
-            if step.action is Action.BLOCKED:
+            if not can_begin(step, self.is_made):
                 self.progress.line(f"{step.name} | {step.action}  {step.reason}")
                 self.codes.append(EXIT_USER_ERROR)
                 break

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, real, seconds, table
-from pipeline.running.branches import Branches, Start
+from pipeline.running.branches import Branches, Start, can_begin
 from pipeline.running.environment import environment_for
 from pipeline.running.leftovers import rest_removed
 from pipeline.running.marks import names
+from pipeline.running.owning import owned
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 from pipeline.running.supervision import Supervision
@@ -124,10 +125,13 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
         def start(step: Step, progress: Progress, more: Mapping[str, str]) -> int:
             return run_step(step, plan.recipe.name, store, launchers, progress, interrupts, more)
 
+        def is_made(name: str) -> bool:
+            return store.find(plan.step(name).artifact_id) is not None
+
         if jobs == 1:
-            code = walk(plan, start, progress, interrupts)
+            code = walk(plan, start, is_made, progress, interrupts)
         else:
-            code = Branches(plan, start, progress, interrupts, jobs).run()
+            code = Branches(plan, start, is_made, progress, interrupts, jobs).run()
     for line in summary(plan, store):
         progress.line(line)
     progress.line(
@@ -136,7 +140,7 @@ def execute(plan: Plan, store: Store, launchers: Mapping[str, Launcher], progres
     return code
 
 
-def walk(plan: Plan, start: Start, progress: Progress, interrupts: Interrupts) -> int:
+def walk(plan: Plan, start: Start, is_made: Callable[[str], bool], progress: Progress, interrupts: Interrupts) -> int:
     """Takes one step after the other until one fails; returns the exit code."""
     chosen = plan.chosen
     for position, step in enumerate(chosen, start=1):
@@ -144,7 +148,7 @@ def walk(plan: Plan, start: Start, progress: Progress, interrupts: Interrupts) -
         progress.line(f"{head}  {step.action}  {step.reason}")
         if step.action is Action.SKIP:
             continue
-        if step.action is Action.BLOCKED:
+        if not can_begin(step, is_made):
             return EXIT_USER_ERROR
         if interrupts.count:
             progress.line(NOT_BEGUN)
@@ -190,15 +194,39 @@ def run_job(
     progress: Progress,
     interrupts: Interrupts,
     more: Mapping[str, str] | None = None,
+    wait_seconds: float | None = None,
 ) -> int:
-    """Runs one job, with `more` variables in its environment; returns 0, 1, 2, 75 or 128 + a signal, having said why."""
+    """Runs one job, with `more` variables in its environment, once nobody else runs it; returns 0, 1, 2, 75 or 128 + a signal,
+    having said why.
+    """
     launcher = launchers[job.resources.launcher_name]
+    launcher.command(job)  # One that cannot be said must not move anything.
+    with owned(job, progress.line, interrupts, wait_seconds) as ours:
+        if not ours:
+            progress.line(NOT_BEGUN)
+            return interrupts.exit_code
+        if store.find(job.artifact_id):
+            progress.line(f"  {store.artifact_folder(job.artifact_id)} is made already")
+            return EXIT_DONE
+        return run_owned(job, stage, store, launcher, progress, interrupts, more or {})
+
+
+def run_owned(
+    job: Job,
+    stage: Stage,
+    store: Store,
+    launcher: Launcher,
+    progress: Progress,
+    interrupts: Interrupts,
+    more: Mapping[str, str],
+) -> int:
+    """Runs one job that is ours; returns what `run_job` does."""
     command = launcher.command(job)
     store.begin(job)
     progress.line(f"  $ {shlex.join(command)}")
     supervision = Supervision(job, stateless=not stage.distributed, say=lambda text: progress.line(f"  {text}"))
     watcher = Watcher(job, progress, interrupts, supervision)
-    environment = {**os.environ, **(more or {}), **environment_for(job, distributed=stage.distributed)}
+    environment = {**os.environ, **more, **environment_for(job, distributed=stage.distributed)}
     exit_code = launcher.run(job, environment, watcher)
     outcome = job.files.outcome()
     # A full disk may have taken the artifact, and not the word that it is done.

@@ -281,7 +281,8 @@ class StepPlanner:
         if missing:
             return Action.BLOCKED, replace(reason, waits_for=tuple(dict.fromkeys(missing)))
         if unfinished and unfinished.running:
-            return Action.BLOCKED, Reason(running=unfinished.running)
+            here = unfinished.folder == self.store.work_folder(self.step.name, artifact_id)
+            return Action.BLOCKED, Reason(running=unfinished.running, running_here=here)
         if refused := self.refused_inputs():
             return Action.BLOCKED, replace(reason, refused=refused)
         if unfinished and unfinished.newest:

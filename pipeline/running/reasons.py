@@ -45,6 +45,8 @@ class Reason:
     waits_for: tuple[str, ...] = ()
     """Steps whose artifacts are missing, for a step that is blocked."""
     running: str | None = None
+    running_here: bool = False
+    """Whether that is in the step's own work folder: then it can be waited for."""
 
     def __str__(self) -> str:
         parts = []

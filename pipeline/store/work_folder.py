@@ -5,7 +5,8 @@ work/<step>-<first 8 of id>/
     log.txt  journal.jsonl      what it printed, and said of its progress
     checkpoints/  out/          its state, and the artifact being built
     rendezvous/                 where its processes find each other
-    lock  lock-<n>  running.json  who runs it
+    lock  lock-<n>  running.json  who runs it: rank 0
+    lock-of-owner               the same of what starts the ranks
     start.json  spent.json      the checkpoint that all its processes resume from; the seconds of earlier runs
     ranks/<rank>.json           what each rank says of itself
     stop-requested              somebody wishes it to save and stop
@@ -165,6 +166,11 @@ class WorkFolder:
 
     def lock(self, kind: str = "") -> Lock:
         return Lock(self.path / "lock", kind)
+
+    @property
+    def owner(self) -> Lock:
+        """Held by whoever runs the step, from before anything changes here until all its processes have ended."""
+        return Lock(self.path / "lock-of-owner")
 
     def in_use(self, remedy: str) -> InUseError:
         running = self.running()

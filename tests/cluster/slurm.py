@@ -10,6 +10,7 @@ ends it at Ctrl-C. Nothing of an installed SLURM is read or changed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -21,6 +22,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pipeline.processes import end_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 NODES = ("n1", "n2")
@@ -149,8 +152,9 @@ class Slurm:
         assert path is not None, missing()
         with (self.folder / f"{called or name}.out").open("ab") as output:
             self.processes[called or name] = subprocess.Popen(
-                [path, *arguments], stdout=output, stderr=output, env=self.environment, start_new_session=True
-            )
+                [path, *arguments], stdout=output, stderr=output, env=self.environment, start_new_session=True,
+                preexec_fn=functools.partial(end_with_parent, os.getpid()),
+            )  # fmt: skip
 
     def start_node(self, node: str) -> None:
         self.start("slurmd", "-D", "-c", "-N", node, called=node)

@@ -32,7 +32,12 @@ class Asked:
 def run(folder: Path, start: Any, asked: Asked | None = None, jobs: int = 2, **choice: str) -> tuple[int, str]:
     """What the demo recipe ends with: `joined` reads `first` and `second`."""
     stream = io.StringIO()
-    branches = Branches(planned(folder, **choice)[0], start, Progress(stream), asked or Asked(), jobs, Devices([]))
+    plan, store = planned(folder, **choice)
+
+    def is_made(name: str) -> bool:
+        return store.find(plan.step(name).artifact_id) is not None
+
+    branches = Branches(plan, start, is_made, Progress(stream), asked or Asked(), jobs, Devices([]))
     return branches.run(), stream.getvalue()
 
 

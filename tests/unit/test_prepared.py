@@ -55,7 +55,7 @@ def test_it_waits_for_another_run_and_then_makes_the_artifact_once(tmp_path: Pat
     with holder(job, 1.0) as other:
         code, said = run(job, 60.0)
     assert code == 0
-    assert f"first  waits for process {other.pid} on " in said
+    assert f"waits for process {other.pid} on " in said
     assert store.find(job.artifact_id)
     code, said = run(job, 60.0)
     assert code == 0
@@ -66,3 +66,38 @@ def test_it_gives_up_when_the_other_one_does_not_end(tmp_path: Path) -> None:
     job, _ = prepared(tmp_path)
     with holder(job, 60.0) as other, pytest.raises(StoreError, match=f"is being run by process {other.pid}"):
         run(job, 0.6)
+
+
+TWO = """
+import sys
+from pathlib import Path
+from pipeline.running.execute import execute
+from pipeline.running.progress import Progress
+from tests.unit.test_plan import FakeStageProcess, planned
+plan, store = planned(Path(sys.argv[1]))
+print("planned", flush=True)
+sys.stdin.readline()
+sys.exit(execute(plan, store, {"local": FakeStageProcess()}, Progress(), jobs=int(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_two_runs_at_the_same_moment_both_end_well_and_make_each_artifact_once(tmp_path: Path, jobs: int) -> None:
+    """Both have planned before either begins: what decides is who holds a step."""
+    command = [sys.executable, "-c", TWO, str(tmp_path), str(jobs)]
+    runs = []
+    for _ in range(2):
+        each = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert each.stdout is not None and each.stdout.readline() == "planned\n"
+        runs.append(each)
+    for each in runs:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+    said = [each.communicate(timeout=120)[0] for each in runs]
+    assert [each.returncode for each in runs] == [0, 0], said
+    made = [line for text in said for line in text.splitlines() if "made " in line and " in 0" in line]
+    assert len(made) == 3, said
+    _, store = planned(tmp_path)
+    assert len(store.all_ids()) == 3
