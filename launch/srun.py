@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 
 from launch.base import WORKER, LocalProcess, launcher_field, options_of, script
 from pipeline.errors import LaunchError, Problem
 from pipeline.settings.strict import Strict
 from pipeline.store.job import Job
 
-FIRST_PORT = 29500
-PORTS = 1000
+FIRST_PORT = 20000
+PORTS = 9000
+"""Below those that deepspeed takes, and those that Linux gives away."""
 LEFT_ALONE = "--ignore-signal=INT,TERM,USR1"
 """A scheduler signals every process at once. Ranks save then, which may take minutes; torchrun, were it to hear the signal,
 would kill them after 30 seconds. Ranks have handlers of their own."""
@@ -22,7 +24,7 @@ class SrunOptions(Strict):
     """What a recipe may tell srun."""
 
     port: int | None = None
-    """On the first node, where the nodes meet. None: one that follows from the artifact's id."""
+    """On the first node, where the nodes meet. None: one that follows from the job of the allocation and the work folder."""
 
 
 class Srun(LocalProcess):
@@ -37,7 +39,8 @@ class Srun(LocalProcess):
         if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
             # Else srun, since SLURM 22.05, binds each task to one core whatever the allocation has.
             nodes.append(f"--cpus-per-task={cores}")
-        port = port or FIRST_PORT + int(job.artifact_id[:8], 16) % PORTS
+        # Two jobs may share a node, and two clusters a machine.
+        port = port or FIRST_PORT + zlib.crc32(f"{os.environ['SLURM_JOB_ID']} {job.work}".encode()) % PORTS
         meeting = [
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={socket.gethostname()}:{port}",

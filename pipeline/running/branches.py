@@ -78,6 +78,13 @@ def can_begin(step: Step, is_made: Callable[[str], bool]) -> bool:
     return step.reason.running_here or (bool(waits) and all(is_made(name) for name in waits))
 
 
+def what_it_does(step: Step, begins: bool) -> str:
+    """What the step does now, and why, as a line says it; `begins`: whether it can."""
+    if step.action is not Action.BLOCKED or not begins:
+        return f"{step.action}  {step.reason}"
+    return f"waits  {step.reason}" if step.reason.running_here else f"{Action.RUN}  another run has made what it reads"
+
+
 def gpus_here(folder: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     """The names of the GPUs that may be used: those that CUDA_VISIBLE_DEVICES lists, else the numbers of all."""
     said = os.environ.get(VISIBLE)
@@ -111,7 +118,7 @@ class Branches:
             while self.goes_on():
                 for step, taken in self.ready():
                     shown = Labelled(self.progress, step.name, self.lock)
-                    shown.line(f"{step.action}  {step.reason}")
+                    shown.line(what_it_does(step, True))
                     more = {VISIBLE: ",".join(taken)} if taken else {}
                     self.running[pool.submit(self.start, step, shown, more)] = (step, taken)
                 self.collect()

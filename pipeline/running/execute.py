@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, real, seconds, table
-from pipeline.running.branches import Branches, Start, can_begin
+from pipeline.running.branches import Branches, Start, can_begin, what_it_does
 from pipeline.running.environment import environment_for
 from pipeline.running.leftovers import rest_removed
 from pipeline.running.marks import names
@@ -145,10 +145,11 @@ def walk(plan: Plan, start: Start, is_made: Callable[[str], bool], progress: Pro
     chosen = plan.chosen
     for position, step in enumerate(chosen, start=1):
         head = f"[{position}/{len(chosen)}] {step.name}"
-        progress.line(f"{head}  {step.action}  {step.reason}")
+        begins = can_begin(step, is_made)
+        progress.line(f"{head}  {what_it_does(step, begins)}")
         if step.action is Action.SKIP:
             continue
-        if not can_begin(step, is_made):
+        if not begins:
             return EXIT_USER_ERROR
         if interrupts.count:
             progress.line(NOT_BEGUN)

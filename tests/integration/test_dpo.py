@@ -44,6 +44,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> PreferenceWorld:
     return make_preference_world(tmp_path_factory.mktemp("world"))
 
 
+def logprobs_in(folder: Path) -> dict[str, Any]:
+    """What an artifact holds of its reference, read whole: the file is closed."""
+    with np.load(folder / "reference_logprobs.npz") as found:
+        return dict(found)
+
+
 def inputs(world: PreferenceWorld) -> dict[str, Path]:
     return {"model": world.model, "preferences": world.preferences}
 
@@ -93,7 +99,7 @@ def test_reference_logprobs_are_those_of_the_input_model(
     trained: tuple[Result, Context], world: PreferenceWorld
 ) -> None:
     """What lies beside the model, against one sequence at a time, without padding, in double precision."""
-    found = np.load(trained[1].out / "reference_logprobs.npz")
+    found = logprobs_in(trained[1].out)
     assert found["train"].shape == (80, 2) and found["heldout"].shape == (40, 2)
     for split in ("train", "heldout"):
         rows = list(read_rows(world.preferences / f"{split}.jsonl"))
@@ -104,7 +110,7 @@ def test_reference_logprobs_are_those_of_the_input_model(
 
 def test_the_base_is_measured_from_the_reference(trained: tuple[Result, Context]) -> None:
     result, context = trained
-    heldout = np.load(context.out / "reference_logprobs.npz")["heldout"]
+    heldout = logprobs_in(context.out)["heldout"]
     assert result.metrics["heldout_accuracy_base"] == np.mean(heldout[:, 0] > heldout[:, 1])
 
 
@@ -135,7 +141,7 @@ def test_the_reference_may_be_another_model(world: PreferenceWorld, tmp_path: Pa
     other = make_model(tmp_path / "other", world.tokenizer, seed=1, initializer_range=0.1)
     result, context = run(STAGE, {**inputs(world), "reference": other}, {**TRAINING, "max_steps": 1}, tmp_path / "run")
     row = next(read_rows(world.preferences / "heldout.jsonl"))
-    found = np.load(context.out / "reference_logprobs.npz")["heldout"][0]
+    found = logprobs_in(context.out)["heldout"][0]
     assert found.tolist() == pytest.approx(
         [logprob_by_hand(other, row, side) for side in ("chosen", "rejected")], rel=1e-5
     )
@@ -323,7 +329,5 @@ def test_two_processes_train_what_one_trains(layout: str, world: PreferenceWorld
     assert set(together["metrics"]) == set(alone.metrics)
     for name, value in alone.metrics.items():
         assert together["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    reference, expected = (
-        np.load(folder / "reference_logprobs.npz") for folder in (tmp_path / "together" / "out", context.out)
-    )
+    reference, expected = (logprobs_in(folder) for folder in (tmp_path / "together" / "out", context.out))
     assert np.array_equal(reference["train"], expected["train"])

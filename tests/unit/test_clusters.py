@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,7 +256,7 @@ def test_srun_starts_one_torchrun_per_node_that_leaves_signals_to_its_ranks(monk
         "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT",
         program("torchrun"),
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={socket.gethostname()}:29510",
+        f"--rdzv-endpoint={socket.gethostname()}:{20000 + zlib.crc32(b'17 /store/work/sft-0000000a') % 9000}",
         "--rdzv-id=slipway-0000000a",
         "--nnodes=2",
         "--nproc-per-node=8",
