@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from pipeline.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
+from pipeline.running.owning import Asked
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 
@@ -19,13 +19,6 @@ POLL_SECONDS = 0.2
 NOT_BEGUN = "stopped before {} began; the same command goes on from here"
 Start = Callable[[Step, Progress, Mapping[str, str]], int]
 """Runs a step to its end, shown by a progress and with more variables in its environment; returns its exit code."""
-
-
-class Asked(Protocol):
-    """What is told of signals."""
-
-    count: int
-    exit_code: int
 
 
 class Labelled(Progress):

@@ -23,6 +23,8 @@ class Asked(Protocol):
     """What is told of signals."""
 
     count: int
+    exit_code: int
+    """That of a command which ends because of the last one."""
 
 
 @contextlib.contextmanager

@@ -51,30 +51,29 @@ def submit(plan: Plan, store: Store, scheduler: Scheduler, say: Say, *, dry_run:
     Everything that can be refused is, before the first job is submitted.
     """
     links = links_of(plan)
+    jobs = {link.step.name: scheduler.adapted(link.step.job(plan.recipe.name, store)) for link in links}
     scripts = {
-        link.step.name: scheduler.script(adapted(link, plan, store, scheduler), distributed=is_distributed(link))
+        link.step.name: scheduler.script(jobs[link.step.name], distributed=link.step.recipe_step.stage.distributed)
         for link in links
     }
     if dry_run:
         for link in links:
             behind = f"  # after {', '.join(link.after)}" if link.after else ""
-            say(
-                f"==> {adapted(link, plan, store, scheduler).files.batch_script} <=={behind}\n{scripts[link.step.name]}"
-            )
+            say(f"==> {jobs[link.step.name].files.batch_script} <=={behind}\n{scripts[link.step.name]}")
         return 0
     with alone(store):
         known = scheduler.queued()
         require_ours(links, known)
         for sentence in store.record(plan.recipe.name, plan.record(store)):
             say(f"note: {sentence}")
-        return submit_links(links, scripts, known, plan, store, scheduler, say)
+        return submit_links(links, jobs, scripts, known, store, scheduler, say)
 
 
 def submit_links(
     links: Sequence[Link],
+    jobs: Mapping[str, Job],
     scripts: Mapping[str, str],
     known: Mapping[str, Queued],
-    plan: Plan,
     store: Store,
     scheduler: Scheduler,
     say: Say,
@@ -84,7 +83,7 @@ def submit_links(
     submitted = 0
     width = max((len(link.step.name) for link in links), default=0)
     for link in links:
-        job = adapted(link, plan, store, scheduler)
+        job = jobs[link.step.name]
         if found := known.get(job.work):
             ids[link.step.name] = found.job_id
             say(f"{link.step.name:<{width}}  kept       {found}")
@@ -99,14 +98,6 @@ def submit_links(
         behind = f", after {', '.join(f'{name} ({ids[name]})' for name in link.after)}" if link.after else ""
         say(f"{link.step.name:<{width}}  submitted  job {ids[link.step.name]}{behind}; {job.files.batch_script}")
     return submitted
-
-
-def adapted(link: Link, plan: Plan, store: Store, scheduler: Scheduler) -> Job:
-    return scheduler.adapted(link.step.job(plan.recipe.name, store))
-
-
-def is_distributed(link: Link) -> bool:
-    return link.step.recipe_step.stage.distributed
 
 
 def require_ours(links: Iterable[Link], known: Mapping[str, Queued]) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from pipeline.processes import Process, all_processes
 from pipeline.running.marks import read_marks
 from tests.cluster.slurm import NODES, Slurm, missing
-from tests.e2e.chaos import Failed, digests, told, undisturbed
+from tests.e2e.chaos import Failed, digests, require_same, told, undisturbed
 from tests.e2e.driving import ROOT, TINY, command, store_without
 
 ON_TWO_NODES = ("base", "chat", "aligned", "kto", "ppo")
@@ -179,11 +179,7 @@ class Chaos:
 
     def compare(self) -> None:
         """Compares what was made with the reference, sees that no process is left, and begins anew."""
-        reference = digests(self.reference)
-        for artifact_id, files in digests(self.store).items():
-            if (expected := reference.get(artifact_id)) != files:
-                differing = sorted(name for name in files if (expected or {}).get(name) != files[name])
-                raise Failed(f"artifact {artifact_id[:12]} differs from that of the undisturbed run in {differing}")
+        require_same(self.store, self.reference)
         deadline = time.monotonic() + GONE_SECONDS
         while left := self.processes():
             if time.monotonic() > deadline:

@@ -200,11 +200,7 @@ class Chaos:
         """Compares what an undisturbed end has made with the reference, and begins anew."""
         if process.returncode != 0:
             raise Failed(f"exit code {process.returncode} without a kill:\n{self.output()[-4000:]}")
-        reference = digests(self.reference)
-        for artifact_id, files in digests(self.store).items():
-            if (expected := reference.get(artifact_id)) != files:
-                differing = sorted(name for name in files if (expected or {}).get(name) != files[name])
-                raise Failed(f"artifact {artifact_id[:12]} differs from that of the undisturbed run in {differing}")
+        require_same(self.store, self.reference)
         self.passes += 1
 
     def finish(self) -> None:
@@ -231,6 +227,15 @@ def digests(store: Path) -> dict[str, dict[str, str]]:
     """Artifact -> file -> digest."""
     manifests = [read_manifest(folder) for folder in (store / "artifacts").iterdir()]
     return {each.artifact_id: {name: entry.sha256 for name, entry in each.files.items()} for each in manifests}
+
+
+def require_same(store: Path, reference: Path) -> None:
+    """Raises `Failed` where an artifact of the store is not, byte for byte, that of the reference."""
+    expected = digests(reference)
+    for artifact_id, files in digests(store).items():
+        known = expected.get(artifact_id, {})
+        if differing := sorted(name for name in files.keys() | known.keys() if known.get(name) != files.get(name)):
+            raise Failed(f"artifact {artifact_id[:12]} differs from that of the undisturbed run in {differing}")
 
 
 def undisturbed(store: Path) -> Path:
