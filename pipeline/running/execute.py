@@ -28,7 +28,7 @@ from pipeline.stage import Stage
 from pipeline.store.artifact import Manifest
 from pipeline.store.disk import MAKE_ROOM, free_words, is_full
 from pipeline.store.job import Job
-from pipeline.store.journal import read_event
+from pipeline.store.journal import JournalTail
 from pipeline.store.store import Store
 
 LOG_TAIL_LINES = 25
@@ -79,7 +79,7 @@ class Watcher:
     progress: Progress
     interrupts: Interrupts
     supervision: Supervision
-    position: int = 0
+    journal: JournalTail
     asked: bool = False
     ended_because: str = ""
     """Why the step's processes were ended before they ended by themselves."""
@@ -95,24 +95,12 @@ class Watcher:
         if self.interrupts.count > 1:
             self.ended_because = "killed on request, without a save"
         elif not self.ended_because:
-            self.ended_because = self.supervision.look(self.position, asked=self.asked) or ""
+            self.ended_because = self.supervision.look(self.journal.position, asked=self.asked) or ""
         return bool(self.ended_because)
 
     def read_journal(self) -> None:
-        path = self.job.files.journal
-        try:
-            if path.stat().st_size < self.position:
-                self.position = 0
-            with path.open("rb") as file:
-                file.seek(self.position)
-                data = file.read()
-        except OSError:
-            return
-        whole = data.rfind(b"\n") + 1
-        self.position += whole
-        for line in data[:whole].splitlines():
-            event = read_event(line)
-            if event and (real(event.get("time")) or 0.0) >= self.started - 1:
+        for event in self.journal.read():
+            if (real(event.get("time")) or 0.0) >= self.started - 1:
                 self.progress.event(self.job.step, event)
 
 
@@ -226,7 +214,7 @@ def run_owned(
     store.begin(job)
     progress.line(f"  $ {shlex.join(command)}")
     supervision = Supervision(job, stateless=not stage.distributed, say=lambda text: progress.line(f"  {text}"))
-    watcher = Watcher(job, progress, interrupts, supervision)
+    watcher = Watcher(job, progress, interrupts, supervision, JournalTail(job.files.journal))
     environment = {**os.environ, **more, **environment_for(job, distributed=stage.distributed)}
     exit_code = launcher.run(job, environment, watcher)
     outcome = job.files.outcome()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,34 @@ class Journal:
         kept = [line for line in read_journal(self.path) if not is_after(line, step)]
         write_text(self.path, "".join(json_text(line, self.path.name) + "\n" for line in kept))
         self.is_torn = False
+
+
+@dataclass
+class JournalTail:
+    """Reads a journal while it is written: each time what is new."""
+
+    path: Path
+    position: int = 0
+    """Bytes that have been read."""
+    inode: int | None = None
+    was_rewound: bool = False
+    """Whether the file was replaced or cut before the last reading, which then began at its beginning again."""
+
+    def read(self) -> list[dict[str, Any]]:
+        """The events that were completed since last time; none if there is no such file."""
+        try:
+            with self.path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                self.was_rewound = self.position > 0 and (found.st_ino != self.inode or found.st_size < self.position)
+                self.inode = found.st_ino
+                self.position = 0 if self.was_rewound else self.position
+                file.seek(self.position)
+                data = file.read()
+        except OSError:
+            return []
+        whole = data.rfind(b"\n") + 1
+        self.position += whole
+        return [event for line in data[:whole].splitlines() if (event := read_event(line))]
 
 
 def ends_within_a_line(path: Path) -> bool:
