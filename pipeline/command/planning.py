@@ -1,4 +1,4 @@
-"""What several commands begin and end with: a recipe planned with the tables of stages and launchers, and lines printed."""
+"""What several commands begin and end with: a recipe planned with the tables of stages, launchers and trackers, and lines printed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipeline.recipe.reader import load_recipe
 from pipeline.running.plan import Plan, make_plan
 from pipeline.store.store import Store
 from stages import STAGES
+from trackers import TRACKERS
 
 
 def planned(
@@ -25,7 +26,7 @@ def planned(
     """The plan of the recipe, of all steps or of those chosen. Raises `RecipeError` where both ways to choose are taken."""
     if only is not None and until is not None:
         raise RecipeError(Problem("--only and --until", "exclude each other", "Use one of them."))
-    the_recipe = load_recipe(recipe, STAGES, LAUNCHERS, overrides or ())
+    the_recipe = load_recipe(recipe, STAGES, LAUNCHERS, overrides or (), TRACKERS)
     return make_plan(the_recipe, store, only=only, until=until, verify=verify)
 
 

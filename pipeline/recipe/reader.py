@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.errors import (
-    MOST_PROBLEMS,
-    PathError,
     Problem,
     RecipeError,
     SlipwayError,
@@ -19,6 +17,7 @@ from pipeline.errors import (
     shown_path,
 )
 from pipeline.figures import escaped
+from pipeline.recipe.checking import Checking, unique
 from pipeline.recipe.graph import in_order, needed_for
 from pipeline.recipe.outside import how_to_give, kind_of_folder, tokenizer_problem, weights_problem
 from pipeline.recipe.overrides import apply_overrides
@@ -35,25 +34,21 @@ from pipeline.recipe.recipe import (
     Upstream,
     upstream_of,
 )
+from pipeline.recipe.resources_reader import HasOptions, IsTracker, ResourcesReader
 from pipeline.recipe.schema import MOST_STAGES, RecipeFile, StageSpec
 from pipeline.settings.paths import is_file
-from pipeline.settings.resources import LAYOUTS, OF_ONE_PROCESS_TOO, Resources, find_layout
-from pipeline.settings.strict import CHECKOUT, Reading, Strict, validate
+from pipeline.settings.strict import CHECKOUT, Reading, validate
 from pipeline.settings.yaml_loader import load_yaml
 from pipeline.stage import Input, Stage
 from pipeline.store.artifact import MANIFEST, Kind, read_manifest
 
 
-class HasOptions(Protocol):
-    """What a recipe's reader needs of a launcher; `launch/` has them."""
-
-    @property
-    def options(self) -> type[Strict]:
-        """The fields that a recipe may write beside `kind` in `launcher: {kind: ...}`."""
-
-
 def load_recipe(
-    path: Path, stages: Mapping[str, Stage], launchers: Mapping[str, HasOptions], overrides: Iterable[str] = ()
+    path: Path,
+    stages: Mapping[str, Stage],
+    launchers: Mapping[str, HasOptions],
+    overrides: Iterable[str] = (),
+    trackers: Mapping[str, IsTracker] | None = None,
 ) -> Recipe:
     """The recipe in `path`, checked. Raises one `RecipeError` with everything that is wrong with it."""
     found = Reading([Path.cwd()]).find_file(str(path))
@@ -65,34 +60,17 @@ def load_recipe(
     if not isinstance(document, dict):
         raise RecipeError(Problem(str(path), "is not a recipe: a mapping of fields is expected at its top"))
     problems += apply_overrides(document, overrides, list(RecipeFile.model_fields), list(StageSpec.model_fields))
-    reader = Reader(where=f"{path}: ", folders=[found.parent], stages=stages, launchers=launchers, problems=problems)
-    return reader.read(document, found, overrides)
+    where, folders = f"{path}: ", [found.parent]
+    resources = ResourcesReader(where, folders, problems, launchers, trackers or {})
+    return Reader(where, folders, problems, stages, resources).read(document, found, overrides)
 
 
 @dataclass
-class Reader:
+class Reader(Checking):
     """Reads one recipe; what is wrong gathers in `problems`."""
 
-    where: str
-    folders: list[Path]
     stages: Mapping[str, Stage]
-    launchers: Mapping[str, HasOptions]
-    problems: list[Problem] = field(default_factory=list)
-
-    def context(self) -> Reading:
-        return Reading(list(self.folders))
-
-    def problem(self, where: str, what: str, hint: str = "") -> None:
-        if len(self.problems) >= MOST_PROBLEMS:
-            raise RecipeError(
-                *unique(self.problems), Problem(self.where + where, what, f"{hint} More was not looked for.")
-            )
-        self.problems.append(Problem(self.where + where, what, hint))
-
-    def check(self, model: type[Any], value: Any, where: str) -> Any:
-        checked, problems = validate(model, value, self.where + where, self.context())
-        self.problems += problems
-        return checked
+    resources: ResourcesReader
 
     def read(self, document: dict[str, Any], path: Path, overrides: tuple[str, ...]) -> Recipe:
         top, problems = validate(RecipeFile, document, "", self.context())
@@ -106,7 +84,9 @@ class Reader:
         resources, named = document.get("resources"), document.get("outputs")
         common = resources if isinstance(resources, dict) else {}
         if common:
-            self.problems += self.check_resources(common, "resources")[1]
+            self.problems += self.resources.check_all(common, "resources")[1]
+        if tracking := self.resources.read_tracking(document.get("tracking"), "tracking"):
+            common = {"tracking": tracking, **common}
         seed = top.seed if top else 42
         sources = {name: self.read_inputs(name, spec, set(blocks)) for name, spec in specs.items()}
         outputs = named if isinstance(named, list) else []
@@ -240,7 +220,7 @@ class Reader:
                 self.problem(f"stages.{name}.kind", what, did_you_mean(spec.kind, self.stages))
                 continue
             params = self.check(stage.params, spec.params, f"stages.{name}.params")
-            resources = self.read_resources(name, stage, spec, common)
+            resources = self.resources.read(name, stage, spec, common)
             input_kinds = self.check_kinds(name, stage, sources[name], kinds, spec)
             if params is None:
                 continue
@@ -255,58 +235,6 @@ class Reader:
                 own_seed = seed if spec.seed is None else spec.seed
                 steps.append(RecipeStep(name, stage, params, sources[name], kinds[name], resources, own_seed))
         return steps
-
-    def read_resources(self, name: str, stage: Stage, spec: StageSpec, common: Mapping[str, Any]) -> Resources | None:
-        where = f"stages.{name}.resources"
-        shared = common if stage.distributed else {k: v for k, v in common.items() if k in OF_ONE_PROCESS_TOO}
-        merged = {**shared, **spec.resources}
-        own, problems = self.check_resources(merged, where)
-        self.problems += [
-            p for p in problems if p.where.removeprefix(f"{self.where}{where}.").split(".")[0] in spec.resources
-        ]
-        if own is None:
-            return None
-        if not stage.distributed and own.world_size > 1:
-            self.problem(where, f"the stage '{stage.kind}' runs in one process", "Remove `processes` and `nodes`.")
-        inherited = stage.distributed and "launcher" in common and "launcher" not in spec.resources
-        launcher = self.read_launcher(own, "resources.launcher" if inherited else f"{where}.launcher")
-        if own.launcher_name == "local" and own.world_size > 1:
-            self.problem(f"{where}.launcher", "'local' starts one process", "Use torchrun or deepspeed.")
-        try:
-            layout = None if own.deepspeed is None else find_layout(own.deepspeed, self.context())
-        except PathError as error:
-            self.problem(f"{where}.deepspeed", str(error))
-            return None
-        if own.deepspeed is not None and layout is None:
-            known = sorted(path.stem for path in LAYOUTS.glob("*.json"))
-            what = f"there is no memory layout {shown(own.deepspeed)}"
-            self.problem(f"{where}.deepspeed", what, did_you_mean(own.deepspeed, known))
-        update = {"launcher": launcher, **({"deepspeed": str(layout)} if layout else {})}
-        return own.model_copy(update=update)
-
-    def check_resources(self, value: Mapping[str, Any], where: str) -> tuple[Resources | None, list[Problem]]:
-        """The resources, or None, and what is wrong; an option of a launcher that stands beside it is shown its place."""
-        own, problems = validate(Resources, value, self.where + where, self.context())
-        options = {name: kind for kind, each in self.launchers.items() for name in each.options.model_fields}
-        for index, problem in enumerate(problems):
-            field_name = problem.where.removeprefix(f"{self.where}{where}.")
-            if kind := options.get(field_name):
-                hint = f"Write `launcher: {{kind: {kind}, {field_name}: {value[field_name]}}}`."
-                problems[index] = Problem(problem.where, f"is an option of the launcher '{kind}'", hint)
-        return own, problems
-
-    def read_launcher(self, resources: Resources, where: str) -> str | dict[str, Any]:
-        """The launcher as it goes into the job: its name, or `kind` and the options given, their paths absolute."""
-        name = resources.launcher_name
-        if not name:
-            hint = f"Write `kind: {' or '.join(self.launchers)}`."
-            self.problem(f"{where}.kind", "is required: the launcher's name", hint)
-        elif name not in self.launchers:
-            self.problem(where, f"there is no launcher {shown(name)}", did_you_mean(name, self.launchers))
-        elif given := resources.launcher_options:
-            options = self.check(self.launchers[name].options, given, where)
-            return {"kind": name, **options.model_dump(mode="json", exclude_unset=True)} if options else name
-        return name
 
     def check_kinds(
         self, name: str, stage: Stage, sources: Mapping[str, Source], kinds: Mapping[str, Kind], spec: StageSpec
@@ -339,7 +267,3 @@ def kind_hint(declared: Input, kinds: Mapping[str, Kind], asking: str) -> str:
     """Which other stages of the recipe would fit."""
     fitting = [name for name, kind in kinds.items() if kind in declared.kinds and name != asking]
     return escaped(f"These stages would fit: {', '.join(fitting)}.") if fitting else "Add a stage that makes one."
-
-
-def unique(problems: Iterable[Problem]) -> list[Problem]:
-    return list(dict.fromkeys(problems))

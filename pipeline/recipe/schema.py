@@ -41,5 +41,7 @@ class RecipeFile(Strict):
     """The stages whose artifacts the recipe is for. A stage that none of them needs is an error."""
     resources: dict[str, Any] = {}
     """Resources of every stage that can run in several processes. Those that run in one take `device`, `keep_failed_output` and how long they may take to stop from here."""
+    tracking: dict[str, Any] = {}
+    """Where every stage is shown while it runs: `{tensorboard: {}, wandb: {project: mine}, mlflow: {uri: ...}}`, one or several, each with its options. A step's `resources` may have a `tracking` of its own."""
     stages: dict[str, Any] = Field(min_length=1)
     """Name -> stage."""

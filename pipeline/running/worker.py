@@ -43,8 +43,9 @@ from pipeline.running.lifeline import Lifeline, StopAtOnce
 from pipeline.running.proving import prove_inputs
 from pipeline.running.rendezvous import meet
 from pipeline.running.stopping import Asking, Stopped, StopSignals
+from pipeline.running.tracking import Followers, IsAsked
 from pipeline.settings.strict import Reading, validate
-from pipeline.stage import EXTENDS, Context, Stage, World
+from pipeline.stage import EXTENDS, Context, Result, Stage, World
 from pipeline.store.artifact import digest_bytes
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.disk import refusal
@@ -86,8 +87,15 @@ def hub_inputs(places: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     return {role: (repository, revision) for role, (repository, revision) in of_hub.items()}
 
 
-def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSignals, lifeline: Lifeline) -> None:
-    """Runs the job in this rank; rank 0 commits the artifact. Raises what went wrong."""
+def run_job(
+    job: Job,
+    stages: Mapping[str, Stage],
+    world: World,
+    stop: StopSignals,
+    lifeline: Lifeline,
+    followers: Followers | None = None,
+) -> None:
+    """Runs the job in this rank; rank 0 commits the artifact, and has it followed. Raises what went wrong."""
     if world.size != job.resources.world_size:
         hint = "Start it with the command that `slipway job` printed, or change `resources` in the recipe."
         wanted = job.resources.world_size
@@ -101,7 +109,7 @@ def run_job(job: Job, stages: Mapping[str, Stage], world: World, stop: StopSigna
         if world.is_main:
             stack.enter_context(job.files.locked())
             stack.enter_context(job.files.time_kept())
-        run_locked(job, stages, world, store, stop, lifeline)
+        run_locked(job, stages, world, store, stop, lifeline, followers or Followers({}))
 
 
 def what_runs(job: Job) -> dict[str, str]:
@@ -117,7 +125,13 @@ def what_runs(job: Job) -> dict[str, str]:
 
 
 def run_locked(
-    job: Job, stages: Mapping[str, Stage], world: World, store: Store, stop: StopSignals, lifeline: Lifeline
+    job: Job,
+    stages: Mapping[str, Stage],
+    world: World,
+    store: Store,
+    stop: StopSignals,
+    lifeline: Lifeline,
+    followers: Followers,
 ) -> None:
     stage, work, files = stages[job.kind], job.work_folder, job.files
     params, problems = validate(stage.params, job.params, f"{files.job_file}: params", Reading([work]))
@@ -127,8 +141,7 @@ def run_locked(
         lifeline.every_poll = StopAtOnce(files, lambda number: report(files, lifeline, Stopped(number)))
 
     asking = Asking(stop, lifeline)
-    device = "cpu" if job.resources.uses_cpu else "cuda"
-    environment = machine(device)
+    environment = machine("cpu" if job.resources.uses_cpu else "cuda")
     checkpoints = store.checkpoints(
         job.step, job.artifact_id, job.resources.keep_checkpoints, {**environment, **library_versions()}
     )
@@ -138,6 +151,8 @@ def run_locked(
         prepare_folder(files, checkpoints, journal, job.inputs.get(EXTENDS))
     meet(work, world, "prepared", PREPARATION_TIMEOUT_SECONDS)
     step, extends = files.read_start()
+    if world.is_main:
+        followers.start(job, step)
     context = Context(
         inputs={role: fetch(place) for role, place in job.inputs.items()},
         out=files.out,
@@ -162,15 +177,29 @@ def run_locked(
             stop.at_once = False
         if world.is_main:
             lifeline.commit()
-            write_cards(job, context.inputs, files.out, result, stages)
-            manifest = store.commit(
-                job, result.metrics, result.facts, environment=environment,
-                wall_seconds=files.spent_seconds + time.monotonic() - started, device=device, world_size=world.size,
-            )  # fmt: skip
-            remember(store.artifact_folder(job.artifact_id), manifest.files)
-            if keeps := job.resources.keep_last_checkpoint and bool(checkpoints.steps()):
-                replace(checkpoints, keep=1).rotate()
-            files.finish(keep_checkpoints=keeps)
+            seconds = files.spent_seconds + time.monotonic() - started
+            commit(job, context, result, stages, store, environment, seconds)
+
+
+def commit(
+    job: Job,
+    context: Context,
+    result: Result,
+    stages: Mapping[str, Stage],
+    store: Store,
+    environment: Mapping[str, str],
+    seconds: float,
+) -> None:
+    """Puts what the stage made into the store, with its card, and removes what the step needs no more."""
+    write_cards(job, context.inputs, context.out, result, stages)
+    manifest = store.commit(
+        job, result.metrics, result.facts, environment=dict(environment), wall_seconds=seconds,
+        device="cpu" if job.resources.uses_cpu else "cuda", world_size=context.world.size,
+    )  # fmt: skip
+    remember(store.artifact_folder(job.artifact_id), manifest.files)
+    if keeps := job.resources.keep_last_checkpoint and bool(context.checkpoints.steps()):
+        replace(context.checkpoints, keep=1).rotate()
+    job.files.finish(keep_checkpoints=keeps)
 
 
 def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal, extended: str | None = None) -> None:
@@ -200,11 +229,19 @@ def say(text: str, stream: TextIO) -> None:
         print(text, file=stream, flush=True)
 
 
-def main(arguments: list[str], stages: Mapping[str, Stage]) -> int:
-    """Runs the job in the folder that the last argument names; returns the exit code.
+def main(arguments: list[str], stages: Mapping[str, Stage], trackers: Mapping[str, IsAsked] | None = None) -> int:
+    """Runs the job in the folder that the last argument names, shown on trackers; returns the exit code.
 
     The deepspeed launcher puts `--local_rank=N` before it.
     """
+    followers = Followers(trackers or {})
+    exit_code = run(arguments, stages, followers)
+    followers.end(exit_code)
+    return exit_code
+
+
+def run(arguments: list[str], stages: Mapping[str, Stage], followers: Followers) -> int:
+    """Runs the job, says how it ended, and returns the exit code."""
     folders = [argument for argument in arguments if not argument.startswith("--")]
     if len(folders) != 1:
         print("usage: python -m pipeline.running.worker WORK_FOLDER", file=sys.stderr)
@@ -219,7 +256,7 @@ def main(arguments: list[str], stages: Mapping[str, Stage]) -> int:
         job = read_job(work)
         lifeline.start(arguments)
         os.environ.update(environment_for(job, distributed=stages[job.kind].distributed))
-        run_job(job, stages, world, stop, lifeline)
+        run_job(job, stages, world, stop, lifeline, followers)
     except Preempted as saved:
         say(f"rank {world.rank}: stopped after a clean save: {saved}", sys.stderr)
         report(files, lifeline, saved)
@@ -272,5 +309,6 @@ def report(files: WorkFolder, lifeline: Lifeline, end: BaseException) -> None:
 if __name__ == "__main__":
     start_again_with_fixed_hashes()
     from stages import STAGES
+    from trackers import TRACKERS
 
-    sys.exit(main(sys.argv[1:], STAGES))
+    sys.exit(main(sys.argv[1:], STAGES, TRACKERS))

@@ -12,7 +12,9 @@ from pydantic import Field, field_validator
 from pipeline.settings.strict import CHECKOUT, Reading, Strict
 
 LAYOUTS = CHECKOUT / "ds_configs"
-OF_ONE_PROCESS_TOO = frozenset({"device", "keep_failed_output", "stop_timeout_seconds", "stopped_timeout_seconds"})
+OF_ONE_PROCESS_TOO = frozenset(
+    {"device", "keep_failed_output", "stop_timeout_seconds", "stopped_timeout_seconds", "tracking"}
+)
 """What a recipe's common `resources` say to stages that run in one process as well. The rest is for those that may run in several:
 a data stage has all cores, however few each of eight processes has.
 """
@@ -57,6 +59,9 @@ class Resources(Strict):
     """Seconds for which the process of a rank may be held by SIGSTOP, while `slipway run` is not, before the step is ended. null: only `hang_timeout_seconds` counts."""
     stop_timeout_seconds: int | None = Field(default=600, ge=1)
     """Seconds without any news after which a group of processes that was asked to save and stop is ended. null: never."""
+
+    tracking: dict[str, dict[str, Any] | None] = {}
+    """Where what a step says is shown: the recipe's `tracking`, unless a step has its own: tensorboard, wandb, mlflow, each with its options."""
 
     @field_validator("launcher", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ runs/
   work/<step>-<first 8 of id>/    of a step that runs or was interrupted: see work_folder.py
   recipes/<name>-<digest>.json    the plan each recipe last ran, with and without --set: step -> artifact and its identity
   proofs/<artifact id>.json       what its files are known to hold, so that each is hashed once
+  tracking/<tracker>/<recipe>/<step>-<first 8 of id>/   what a tracker keeps in files
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Store:
 
     def work_folder(self, step: str, artifact_id: str) -> Path:
         return self.work / f"{step}-{artifact_id[:8]}"
+
+    def tracking_folder(self, tracker: str, job: Job) -> Path:
+        """Where a tracker may keep files of a step: no other step's, and nobody else writes there."""
+        return self.folder / "tracking" / tracker / job.recipe / f"{job.step}-{job.artifact_id[:8]}"
 
     def find(self, artifact_id: str) -> Manifest | None:
         """The manifest of a finished artifact; None if it was not made, or is known to be damaged: see `damage`."""

@@ -13,6 +13,8 @@ work/<step>-<first 8 of id>/
     outcome.json                how it ended
     batch.sh  console-<n>.log   the script that a scheduler was given, and what its job n printed
     requeues                    a line each time that job was queued again after a crash, or with nothing saved
+    tracking-<tracker>.json     what a tracker calls the step's run, and how far it was told
+    system.jsonl                what the step did to its machine, where a tracker shows it
     *.log                       what libraries said to a stage
     (anything else)             the stage's own scratch files
 
@@ -37,9 +39,10 @@ from pipeline.store.locks import Lock, Taken
 
 JOB = "job.json"
 OURS = frozenset(
-    f"{JOB} log.txt journal.jsonl checkpoints out rendezvous running.json start.json spent.json ranks stop-requested outcome.json batch.sh requeues".split()
+    f"{JOB} log.txt journal.jsonl checkpoints out rendezvous running.json start.json spent.json ranks stop-requested outcome.json batch.sh requeues system.jsonl".split()
 )
-"""Names of what is not the stage's own. Those of locks begin with `lock`."""
+"""Names of what is not the stage's own. Those of locks begin with `lock`, what is remembered of trackers with `TRACKING`."""
+TRACKING = "tracking-"
 
 
 class InUseError(StoreError):
@@ -121,6 +124,15 @@ class WorkFolder:
         """What the scheduler's jobs of this step have printed, the newest last."""
         found = self.path.glob(self.console("*").name)
         return sorted(found, key=lambda path: (len(path.name), path.name))
+
+    # What trackers are told
+
+    @property
+    def system_journal(self) -> Path:
+        return self.path / "system.jsonl"
+
+    def tracking_file(self, tracker: str) -> Path:
+        return self.path / f"{TRACKING}{tracker}.json"
 
     # Who runs it
 
@@ -281,6 +293,7 @@ class WorkFolder:
             *([self.checkpoints.name] if keep_checkpoints else []),
             self.log.name,
             self.journal.name,
+            self.system_journal.name,
             self.outcome_file.name,
             self.running_file.name,
             self.marks.name,
@@ -288,14 +301,14 @@ class WorkFolder:
             *(path.name for path in self.consoles()),
         }
         for path in self.path.iterdir():
-            if path.name not in kept and not path.name.startswith("lock"):
+            if path.name not in kept and not path.name.startswith(("lock", TRACKING)):
                 remove(path)
 
 
 def is_ours(name: str) -> bool:
     """Whether what is called so in a work folder is not the stage's own: also a file of ours that is just being written."""
     ours = name.rsplit(".", 2)[0] if name.endswith(TEMPORARY) else name
-    return ours in OURS or name.startswith("lock") or name.endswith(".log")
+    return ours in OURS or name.startswith(("lock", TRACKING)) or name.endswith(".log")
 
 
 def drop(path: Path) -> int:

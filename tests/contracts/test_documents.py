@@ -21,8 +21,9 @@ from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
 from stages import STAGES
 from stages.lib.models.adapters.params import AnyMethod
+from trackers import TRACKERS
 
-FOLDERS = ("pipeline", "stages", "launch", "data_recipes", "ds_configs", "tests")
+FOLDERS = ("pipeline", "stages", "launch", "trackers", "data_recipes", "ds_configs", "tests")
 DOCUMENTS = sorted([*CHECKOUT.glob("*.md"), *(path for name in FOLDERS for path in (CHECKOUT / name).glob("**/*.md"))])
 COMMANDS = typer.main.get_command(app).commands
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -130,7 +131,7 @@ def check_command(arguments: list[str]) -> None:
     values = command.make_context(arguments[0], arguments[1:]).params
     recipe = values.get("recipe")
     if recipe is not None and Path(recipe).parts[0] in FOLDERS:
-        loaded = load_recipe(CHECKOUT / recipe, STAGES, LAUNCHERS, values.get("set_") or ())
+        loaded = load_recipe(CHECKOUT / recipe, STAGES, LAUNCHERS, values.get("set_") or (), TRACKERS)
         for name in (values.get("only"), values.get("until"), values.get("stage")):
             if name:
                 loaded.step(name)
@@ -180,7 +181,7 @@ def test_the_documents_that_must_be_there_are() -> None:
         "README.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
-        *(f"{n}/README.md" for n in ("pipeline", "stages", "launch", "tests", "data_recipes")),
+        *(f"{n}/README.md" for n in ("pipeline", "stages", "launch", "trackers", "tests", "data_recipes")),
     }
     assert wanted - {relative(path) for path in DOCUMENTS} == set()
 

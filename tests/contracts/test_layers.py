@@ -15,13 +15,14 @@ from pipeline.settings.strict import CHECKOUT
 
 HEAVY = frozenset(
     "torch transformers datasets datatrove llmcompressor compressed_tensors numpy deepspeed accelerate trl peft "
-    "sentencepiece tokenizers safetensors pandas pyarrow spacy huggingface_hub py3langid icu4py".split()
+    "sentencepiece tokenizers safetensors pandas pyarrow spacy huggingface_hub py3langid icu4py wandb mlflow tensorboardX "
+    "tensorboard".split()
 )
 """Libraries that take long to load: planning must do without them."""
 COMPOSITION_ROOTS = frozenset(
     {"pipeline.command.cli", "pipeline.command.clusters", "pipeline.command.planning", "pipeline.running.worker"}
 )
-"""The only modules that see both tables, `STAGES` and `LAUNCHERS`, and hand them in."""
+"""The only modules that see the tables `STAGES`, `LAUNCHERS` and `TRACKERS`, and hand them in."""
 
 SETTINGS = "pipeline.errors pipeline.settings"
 CORE = f"{SETTINGS} pipeline.figures pipeline.store pipeline.stage"
@@ -47,6 +48,8 @@ ROOMS: dict[str, str] = {
     "pipeline.command": f"{CORE} pipeline.recipe pipeline.running pipeline.submitting",
     # How a job becomes processes.
     "launch": f"{SETTINGS} pipeline.processes pipeline.store.job",
+    # Where a step is shown.
+    "trackers": f"{SETTINGS} pipeline.store",
     # What stages share, floor by floor.
     "stages.lib.processes": f"{GIVEN} pipeline.processes",
     "stages.lib.formulas": GIVEN,
@@ -146,13 +149,13 @@ def within(module: str, place: str) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    return top(name) in ("pipeline", "stages", "launch")
+    return top(name) in ("pipeline", "stages", "launch", "trackers")
 
 
 def test_every_file_stands_in_a_room() -> None:
     outside = {
         module_name(path)
-        for package in ("pipeline", "stages", "launch")
+        for package in ("pipeline", "stages", "launch", "trackers")
         for path in modules(package)
         if room_of(module_name(path)) is None
     }
@@ -170,7 +173,7 @@ def test_every_room_says_in_one_line_what_it_is_for() -> None:
 def test_walls() -> None:
     """Nothing is imported through a wall: `ROOMS` says what each room may see."""
     offenders = []
-    for package in ("pipeline", "stages", "launch"):
+    for package in ("pipeline", "stages", "launch", "trackers"):
         for path in modules(package):
             module = module_name(path)
             room = room_of(module)
@@ -199,7 +202,7 @@ def test_the_table_has_no_circle() -> None:
 
 
 def test_the_core_and_the_launchers_load_nothing_heavy() -> None:
-    """Not even late, but for the worker, which brings hub models, and the doctor's probe, which runs on its own."""
+    """Not even late, but for the worker, which brings hub models, and the doctor's probe, which runs on its own; trackers load theirs late."""
     allowed = {("pipeline.running.worker", "huggingface_hub"), ("launch.probe", "torch")}
     offenders = [
         broken(path, line, name)
@@ -210,7 +213,7 @@ def test_the_core_and_the_launchers_load_nothing_heavy() -> None:
     ]
     offenders += [
         broken(path, line, name)
-        for package in ("pipeline", "launch")
+        for package in ("pipeline", "launch", "trackers")
         for path in modules(package)
         for name, line in imports_at_load(path)
         if top(name) in HEAVY
@@ -237,7 +240,7 @@ def test_a_stage_file_loads_nothing_heavy_at_its_top() -> None:
 def test_no_module_reaches_into_the_tests() -> None:
     offenders = [
         broken(path, line, name)
-        for package in ("pipeline", "stages", "launch")
+        for package in ("pipeline", "stages", "launch", "trackers")
         for path in modules(package)
         for name, line in all_imports(path)
         if top(name) in ("tests", "pytest", "trl")

@@ -32,7 +32,7 @@ def test_every_package_is_listed_and_no_other() -> None:
     """A forgotten one would work in the checkout and be missing elsewhere."""
     found = {
         ".".join(path.parent.relative_to(CHECKOUT).parts)
-        for name in ("pipeline", "stages", "launch")
+        for name in ("pipeline", "stages", "launch", "trackers")
         for path in (CHECKOUT / name).rglob("__init__.py")
     }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
@@ -41,7 +41,7 @@ def test_every_package_is_listed_and_no_other() -> None:
 def test_every_folder_of_modules_is_a_package() -> None:
     bare = {
         str(path.parent.relative_to(CHECKOUT))
-        for name in ("pipeline", "stages", "launch")
+        for name in ("pipeline", "stages", "launch", "trackers")
         for path in (CHECKOUT / name).rglob("*.py")
         if not (path.parent / "__init__.py").exists()
     }
