@@ -101,6 +101,10 @@ class Preempted(Exception):
     """A stage was asked to stop, saved a complete checkpoint, and stopped."""
 
 
+class NothingSaved(Exception):
+    """A stage was asked to stop, and stopped, before it had anything to save."""
+
+
 def shown(value: object, *, quoted: bool = True, characters: int = SHOWN_CHARACTERS) -> str:
     """What was given, as a message repeats it on one line: cut in the middle where it is long. With `quoted` as Python writes
     it.

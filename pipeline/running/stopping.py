@@ -33,6 +33,8 @@ class StopSignals:
     is_main: bool
     at_once: bool = True
     asked: bool = False
+    number: int = signal.SIGTERM
+    """The signal that asked; SIGTERM where the work folder did."""
     looked_at: float = field(default=0.0)
 
     def install(self) -> None:
@@ -41,6 +43,7 @@ class StopSignals:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         first, self.asked = not self.asked, True
+        self.number = number if first else self.number
         if self.at_once and first:
             raise Stopped(number)
 

@@ -19,6 +19,8 @@ GONE_GRACE_SECONDS = 4.0
 """How long the others may live once a rank was killed. They cannot go on, and a launcher would wait half a minute for them."""
 FAILED_GRACE_SECONDS = 10.0
 """How long the others may live once a rank ended with an error: they find out for themselves, or never."""
+ALONE_GRACE_SECONDS = 60.0
+"""How long a process that is alone may take to end once it has said that it failed: a busy machine takes its time."""
 STOPPED_GRACE_SECONDS = 6.0
 """How long a group that was asked to stop waits for a rank whose process is stopped."""
 STATELESS_GRACE_SECONDS = 6.0
@@ -102,8 +104,10 @@ class Supervision:
         if gone and self.lost_for >= GONE_GRACE_SECONDS:
             pids = " and ".join(str(self.marks[rank].process.pid) for rank in gone[:3])
             return f"{names(gone, self.size)} was killed or broke down (process {pids}): the others are ended"
-        if failed and self.lost_for >= FAILED_GRACE_SECONDS:
+        if failed and self.size > 1 and self.lost_for >= FAILED_GRACE_SECONDS:
             return f"{names(failed, self.size)} failed: the others are ended"
+        if failed and self.lost_for >= ALONE_GRACE_SECONDS:
+            return f"the process has failed, and does not end by itself within {ALONE_GRACE_SECONDS:.0f} s: it is ended"
         return None
 
     def stopping(self) -> str | None:

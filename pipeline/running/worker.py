@@ -31,6 +31,7 @@ from pipeline.errors import (
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     LaunchError,
+    NothingSaved,
     Preempted,
     Problem,
     SlipwayError,
@@ -261,7 +262,8 @@ def run(arguments: list[str], stages: Mapping[str, Stage], followers: Followers)
         say(f"rank {world.rank}: stopped after a clean save: {saved}", sys.stderr)
         report(files, lifeline, saved)
         return EXIT_PREEMPTED
-    except Stopped as stopped:
+    except (Stopped, NothingSaved) as ended:
+        stopped = ended if isinstance(ended, Stopped) else Stopped(stop.number)
         say(f"rank {world.rank}: {stopped}", sys.stderr)
         report(files, lifeline, stopped)
         return stopped.exit_code

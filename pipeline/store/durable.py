@@ -135,7 +135,7 @@ def require_room(folder: Path, needed_bytes: int, what: str) -> None:
             Problem(
                 str(folder),
                 f"{what} needs {size(needed_bytes)} and {size(free)} are free",
-                "Make room (`slipway gc` removes what no recipe needs), then run again: it resumes.",
+                "Make room (`slipway gc` removes what no recipe needs), then run again: it goes on from its newest checkpoint, if it has one.",
             )
         )
 

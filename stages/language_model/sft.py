@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.errors import DataError, Problem, did_you_mean
+from pipeline.errors import DataError, Problem
 from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.models.architectures import grown_rows
 from stages.lib.models.lengths import length_problems, require_length
 from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
-from stages.lib.text.template_forecast import embedded_rows, no_default_problem, template_problems_ahead, tokens_ahead
+from stages.lib.text.template_forecast import (
+    embedded_rows,
+    is_template,
+    no_default_problem,
+    no_template_problem,
+    template_problems_ahead,
+    tokens_ahead,
+)
 from stages.lib.training.extension import EXTENSION_PARAMS
 from stages.lib.training.forecast import check_training, estimate_training
 from stages.lib.training.params import TrainingParams, causal_lm_or_adapter
@@ -251,7 +258,6 @@ def give_template(
 
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {}
-    where = "params.chat_template"
     needed: list[TokenToAdd] = []
     asked_of = wanted
     if wanted is None:
@@ -267,11 +273,10 @@ def give_template(
     elif wanted in PRESETS:
         tokenizer.chat_template = PRESETS[wanted].template
         needed = needed_tokens(wanted)
-    elif "{{" in wanted or "{%" in wanted:
+    elif is_template(wanted):
         tokenizer.chat_template = wanted
     else:
-        what = f"no preset, no file and no template of the model's tokenizer has the name {wanted!r}"
-        raise DataError(Problem(where, what, did_you_mean(wanted, [*PRESETS, *named])))
+        raise DataError(no_template_problem(wanted, named))
     known = [token.content for token in tokenizer.added_tokens_decoder.values()]
     return add_to_vocabulary(tokenizer, chosen_tokens(asked_of, lacking(tokenizer, needed), add_tokens, known))
 

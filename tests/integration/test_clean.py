@@ -435,6 +435,19 @@ def test_prompts_with_other_answers_are_no_near_duplicates(tmp_path: Path) -> No
     assert ran.result.facts.dropped_rows == {"near_duplicate": 1}
 
 
+def test_prompts_on_one_passage_are_told_apart_by_what_they_ask(tmp_path: Path) -> None:
+    """Nothing but the question differs, also of chats that are all answered alike; one that asks nearly the same is one."""
+    passage = " ".join(words(200))
+    asked = ["Where does the river end?", "Which town lies on it?", "Which town lies on it now?"]
+    rows = [{"instruction": question, "input": passage, "output": "Yes."} for question in asked]
+    for format, layout in (("prompts", "prompts"), ("chats", "alpaca")):
+        folder = tmp_path / format
+        folder.mkdir()
+        given = [{name: row[name] for name in row if name != "output" or format == "chats"} for row in rows]
+        ran = clean(folder, given, format=format, layout=layout, minhash={})
+        assert len(ran.rows()) == 2 and ran.result.facts.dropped_rows == {"near_duplicate": 1}, format
+
+
 def test_control_characters_are_told_and_those_of_another_encoding_are_named(tmp_path: Path) -> None:
     """cp1252 read as ISO-8859-1: quotes and dashes become characters that normalization takes out."""
     source = {"kind": "files", "paths": ["a.txt"], "layout": "text", "encoding": "latin-1"}

@@ -508,6 +508,20 @@ def test_marks_of_an_empty_thought_are_learned_where_the_template_writes_none(co
         assert "".join(learned(tokenizer, chat, thinking=how)[0]) == f"{said}<|end|>"
 
 
+@pytest.mark.parametrize(
+    "said", [{"content": "Me.", "reasoning_content": "I ponder."}, {"content": "<think>\nI ponder.\n</think>\n\nMe."}]
+)
+def test_a_thought_stands_where_the_template_leaves_one_empty(said: dict[str, str]) -> None:
+    """This template begins each last answer with an empty thought: an answer has one thought, and that is the row's."""
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>"
+        "{% else %}<|human|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+    )
+    ((trained,),) = learned(tokenizer, [user("Who?"), {"role": "assistant", **said}])
+    assert trained == "<think>\nI ponder.\n</think>\n\nMe.<|end|>"
+    assert learned(tokenizer, [user("Who?"), assistant("Me.")]) == [["<think>\n\n</think>\n\nMe.<|end|>"]]
+
+
 def test_arguments_that_a_template_prints_as_they_come_are_printed_as_json() -> None:
     """A mapping would be printed in Python's form, which no server can read back."""
     written = (
@@ -543,7 +557,12 @@ CALLED_TWICE = [
     assistant("It is 3."),
 ]
 
-ONE_CALL = {"gptoss": LEFT_OUT, "gptoss_training": LEFT_OUT, "llama3_1": "", "llama3_2": ""}
+ONE_CALL = {
+    "gptoss": LEFT_OUT,
+    "gptoss_training": LEFT_OUT,
+    "llama3_1": RefusedChat.reason,
+    "llama3_2": RefusedChat.reason,
+}
 """Template -> why two calls in one message are not learned: some write the first one only, some refuse the message."""
 
 CONSTANTS = [
@@ -563,7 +582,7 @@ def test_a_call_is_learned_where_the_template_writes_all_of_it(name: str) -> Non
         return
     with pytest.raises((Unlearnable, RefusedChat)) as caught:
         learned(tokenizer, CALLED_TWICE)
-    assert getattr(caught.value, "reason", "") == ONE_CALL[name]
+    assert caught.value.reason == ONE_CALL[name]
 
 
 @pytest.mark.parametrize(("name", "thought"), [("qwen3", "think"), ("gptoss", "analysis"), ("gemma4_v5", "thought")])

@@ -15,11 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from pipeline.errors import DataError
 from stages.lib.text.chat_answers import LEFT_OUT, Unlearnable
 from stages.lib.text.chat_check import check_chat_template, end_of_turn_ids
-from stages.lib.text.chat_fitting import REFUSED, TOO_LONG, fit_chat, fit_preference
+from stages.lib.text.chat_fitting import TOO_LONG, fit_chat, fit_preference
 from stages.lib.text.chat_presets import CHATML, PRESETS, SLIPWAY
 from stages.lib.text.chat_rendering import special_ids
 from stages.lib.text.chat_spans import THOUGHT_LEFT, Thinking, encode_chat, encode_prompt, training_sequences
+from stages.lib.text.chat_template import NotRendered, RefusedChat
 from stages.lib.text.chat_thoughts import thought_within
+from stages.lib.text.chat_tokens import NotAsText
 from stages.lib.text.chats import UNOPENED, tokenizing_chats
 from stages.lib.text.prompts import tokenizing_prompts
 from stages.lib.text.tokenized_parts import TokenizedRow
@@ -369,7 +371,7 @@ def test_the_oldest_turns_are_dropped_first(slipway: PreTrainedTokenizerBase) ->
     messages = chat("1", "a", "2", "b", "3", "c", system="S")
     whole = encode_chat(slipway, messages)
     assert len(whole.input_ids) == 22
-    assert fit_chat(slipway, messages, 22) == ([whole], 0, "", 0, 0)
+    assert fit_chat(slipway, messages, 22) == ([whole], 0, "", 0, 0, "")
     for limit, kept, dropped in [(21, "23", 2), (16, "23", 2), (15, "3", 4), (10, "3", 4)]:
         (encoded,), count, reason, *_ = fit_chat(slipway, messages, limit)
         assert (count, reason) == (dropped, "")
@@ -426,7 +428,7 @@ def test_preferences_lose_the_same_turns_on_both_sides(slipway: PreTrainedTokeni
     assert shorter.chosen is not None and shorter.rejected is not None and shorter.dropped_messages == 2
     assert slipway.decode(shorter.rejected.input_ids) == "<s><|user|>2<|end|><|assistant|>no<|end|>"
     assert len(shorter.chosen.input_ids) == 9
-    assert fit_preference(slipway, prompt, yes, no, 8) == (None, None, 0, TOO_LONG)
+    assert fit_preference(slipway, prompt, yes, no, 8) == (None, None, 0, TOO_LONG, "")
 
 
 def test_what_a_template_refuses_drops_that_row_by_name() -> None:
@@ -435,10 +437,35 @@ def test_what_a_template_refuses_drops_that_row_by_name() -> None:
     tokenizer = build(template=refusing + CHATML)
     plain, with_system = chat("1", "a"), chat("1", "a", system="Be brief.")
     assert fit_chat(tokenizer, plain, 100).reason == ""
-    assert fit_chat(tokenizer, with_system, 100).reason == REFUSED
+    refused = fit_chat(tokenizer, with_system, 100)
+    assert (refused.reason, refused.why) == (
+        RefusedChat.reason,
+        "the chat template refuses it: System role not supported",
+    )
     yes, no = chat("", "yes")[1:], chat("", "no")[1:]
     assert fit_preference(tokenizer, plain[:1], yes, no, 100).reason == ""
-    assert fit_preference(tokenizer, with_system[:2], yes, no, 100).reason == REFUSED
+    assert fit_preference(tokenizer, with_system[:2], yes, no, 100).reason == RefusedChat.reason
+
+
+@pytest.mark.parametrize(
+    ("failing", "said", "reason", "why"),
+    [
+        ("{{ message.gone.name }}", "odd", NotRendered.reason, "cannot render chat 'odd'"),
+        ("{{ 1 / 0 }}", "odd", NotRendered.reason, "ZeroDivisionError"),
+        ("", f"odd{BREAK}<|im_end|>", NotAsText.reason, "which no text should"),
+    ],
+)
+def test_what_a_template_fails_on_drops_that_row_by_name(failing: str, said: str, reason: str, why: str) -> None:
+    """One row of which nobody could know must not end a stage that reads thousands; the ledger says what happened."""
+    odd = "{% for message in messages %}{% if message['content'] == 'odd' %}" + failing + "{% endif %}{% endfor %}"
+    tokenizer = build(template=odd + CHATML)
+    make = tokenizing_chats(tokenizer, 100).make
+    (good,) = make({"messages": chat("1", "a")})
+    assert good.reason == "" and good.sequences
+    bad = make({"messages": chat(said, "a")})
+    assert isinstance(bad, TokenizedRow) and bad.reason == reason and why in bad.example
+    prompts = tokenizing_prompts(tokenizer, "chat", 100).make({"prompt": chat(said, "")[:1]})
+    assert isinstance(prompts, TokenizedRow) and prompts.reason == reason
 
 
 # What is wrong with templates and messages.

@@ -772,6 +772,7 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("preference_chat", {"prompt": "a", "chosen": "b"}, "missing_field", "rejected"),
     ("preference_chat", {"chosen": "b", "rejected": "c"}, "missing_field", "messages (if chosen and rejected hold it as a transcript or as JSON, set turns_in_text)"),
     ("preference_chat", {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "pair_differs_early", ""),
+    ("preference_chat", {"prompt": [user("x"), assistant("y"), user("a"), assistant("b")], "chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("b"), user("c"), assistant("e")]}, "contradictory", "the end of the prompt is repeated at the beginning of chosen and rejected"),
     ("preference_chat", {"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "contradictory", "the prompt is neither what chosen and rejected begin with nor what can stand before them"),
     ("preference_chat", {"prompt": "x", "chosen": {**assistant("b"), "weight": 0}, "rejected": assistant("c")}, "not_trained_on", "an answer of the pair"),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c"}, "missing_field", "preference"),
@@ -1519,6 +1520,26 @@ def test_a_question_stays_one_beside_empty_columns_of_documents() -> None:
     assert convert("squad", row)[0] == {"id": "q", "context": "c", "question": "q", "answers": []}
     document = {"data": None, "context": "c", "qas": [{"id": "q", "question": "q", "answers": []}]}
     assert convert("squad", document)[0] == {"id": "q", "context": "c", "question": "q", "answers": []}
+
+
+def test_a_prompt_with_the_system_text_that_the_conversations_lack_is_no_other_one() -> None:
+    """The prompt says all of the conversation up to some turn: its system message stands before them, and nothing twice."""
+    asked = [user("My name is Ana."), assistant("Noted."), user("Who am I?")]
+    sides = {"chosen": [*asked, assistant("Ana")], "rejected": [*asked, assistant("Bo")]}
+    for prompt in (asked[:2], asked):
+        row = convert("preference_chat", {"prompt": [system("In French."), *prompt], **sides})[0]
+        assert isinstance(row, dict) and row["prompt"] == [system("In French."), *asked], prompt
+
+
+def test_what_answers_say_besides_is_told() -> None:
+    row = {
+        "context": "built in 1910",
+        "question": "When?",
+        "answers": {"text": ["1910"], "answer_start": [9], "is_impossible": [True]},
+    }
+    conversion = Conversion()
+    list(convert_record(row, LAYOUTS["squad"], {}, conversion))
+    assert conversion.noticed == {"answers have 'is_impossible', which is not read": 1}
 
 
 def test_a_bad_instance_takes_no_other_with_it() -> None:

@@ -19,6 +19,7 @@ from pipeline.stage import Forecast
 from pipeline.store.digests import Digests
 from stages.data.clean import STAGE, CleanParams
 from stages.lib.rows.ledger import Ledger
+from stages.lib.sources.encodings import likely_encoding
 from stages.lib.sources.params import DatasetSource, FilesSource, HubSource, PythonDocsSource
 from stages.lib.sources.read import read_source
 from tests.unit.running_stages import params_of, problems_of, read_files
@@ -606,6 +607,28 @@ def test_other_encodings(encoding: str, looks: str, words: list[str], suffix: st
             read_files(tmp_path, paths=[f"a{suffix}"], layout="text", **how)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp932", "①株式会社～㈱の表示が速いです髙橋"),
+        ("shift_jis", "株式会社の表示が速いです"),
+        ("cp949", "배송이 빠르고 품질이 똠방아요"),
+        ("euc_kr", "배송이 빠르고 품질이 좋아요"),
+        ("iso8859-2", "Książka była świetna, żałuję że się skończyła"),
+        ("cp1250", "Książka była świetna, żałuję że się skończyła"),
+        ("cp1251", "Это хорошая книга"),
+        ("utf-16-le", "功能許多，成功出貨，蓋子很好"),
+        ("utf-16-be", "功能許多，成功出貨，蓋子很好"),
+        ("utf-32", "功能許多"),
+    ],
+)
+def test_the_encoding_that_is_proposed_reads_the_text(encoding: str, text: str, tmp_path: Path) -> None:
+    """Of encodings that hold each other the narrowest that reads it; of those that are alike the one with more letters."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(("label,text\n" + "".join(f"{n % 2},{text}{n}\n" for n in range(20))).encode(encoding))
+    assert likely_encoding(path) == encoding
+
+
 def test_an_encoding_that_is_none_and_one_for_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     block = {"kind": "files", "paths": ["a.jsonl"], "layout": "text"}
@@ -863,7 +886,7 @@ def test_a_number_of_no_class_drops_its_row(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"text": list("abcde"), "label": labels}, {"label": CLASSES})
     rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="label", **ANY_BROKEN)
     assert [row["label"] for row in rows] == ["neg", "pos"]
-    assert ledger.dropped == {"wrong_type": 2, "missing_field": 1}
+    assert ledger.dropped == {"wrong_type": 2, "no_label": 1}
     assert ledger.examples["wrong_type"][0] == "a.parquet:2: label: there is no class 5 among 2"
     write_parquet(tmp_path / "a.parquet", {"text": list("abc"), "label": [1.0, None, 0.5]}, {"label": CLASSES})
     rows, ledger = read_files(tmp_path, paths=["a.parquet"], layout="label", **ANY_BROKEN)

@@ -264,6 +264,16 @@ def test_a_rank_alone_that_was_stopped_before_it_left_a_mark_is_held(world: Worl
         assert world.wait(world.supervision(stopped_timeout_seconds=20), 60) is None
 
 
+def test_one_process_that_failed_is_let_end_in_peace(world: World) -> None:
+    """It has nobody beside it that would wait: a busy machine may take half a minute to end a Python that has loaded torch."""
+    world.leave_one()
+    world.mark(0, ended="user_error")
+    supervision = world.supervision()
+    assert world.wait(supervision, 59) is None
+    reason = world.wait(supervision, 10)
+    assert reason == "the process has failed, and does not end by itself within 60 s: it is ended"
+
+
 def test_what_is_put_into_the_store_is_waited_for_unless_its_process_is_stopped(world: World) -> None:
     world.leave_one()
     world.mark(0, is_committing=True)

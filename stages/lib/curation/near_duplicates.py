@@ -10,7 +10,7 @@ import contextlib
 import io
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,18 +90,19 @@ def near_duplicates(
     very same beside them.
 
     The parts of a row are what tells apart rows that share most of their text: questions about one context are near in all
-    their text, and no duplicates. Nor are prompts whose completions are compared with other answers. Of rows without parts the
+    their text, and no duplicates. The first part is what is asked; paragraphs that two rows share there are their context,
+    where they are most of it, and what stands beside those is compared. Nor are duplicates prompts whose completions are compared with other answers. Of rows without parts the
     first of each cluster stays, which depends on nothing but the order of the data (datatrove would keep an arbitrary one).
     """
     from stages.lib.curation.words import any_script_words
 
     words = any_script_words().word_tokenize
-    kept: dict[int, list[tuple[list[frozenset[str]], object]]] = {}
+    kept: dict[int, list[tuple[list[Said], object]]] = {}
     found = set()
     for position, (texts, beside) in enumerate(parts):
         if position not in clusters:
             continue
-        said = [frozenset(words(text.lower())) for text in texts]
+        said = [said_in_words(text, words, is_asked=number == 0) for number, text in enumerate(texts)]
         others = kept.setdefault(clusters[position], [])
         if any(its == beside and all(map(partial(are_near, similarity), said, other)) for other, its in others):
             found.add(position)
@@ -110,9 +111,31 @@ def near_duplicates(
     return found
 
 
-def are_near(similarity: float, one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether two sets of words overlap by `similarity` (Jaccard)."""
-    return len(one & other) >= similarity * len(one | other)
+Said = Mapping[str, frozenset[str]]
+"""What is said in a part of a row: paragraph -> its words."""
+
+
+def said_in_words(text: str, words: Callable[[str], Iterable[str]], *, is_asked: bool) -> Said:
+    """The words of a text: of what is asked by paragraph, else as a whole."""
+    text = text.lower()
+    paragraphs = filter(None, map(str.strip, text.split("\n\n"))) if is_asked else [text]
+    return {paragraph: frozenset(words(paragraph)) for paragraph in paragraphs}
+
+
+def are_near(similarity: float, one: Said, other: Said) -> bool:
+    """Whether the words of two texts overlap by `similarity` (Jaccard); beside the paragraphs that they share, where these
+    are most of both.
+    """
+    shared = [paragraph for paragraph in one if paragraph in other]
+    rest, others_rest = (words_of(each[name] for name in each if name not in shared) for each in (one, other))
+    common = len(words_of(one[paragraph] for paragraph in shared))
+    if not common or common < max(len(rest), len(others_rest)):
+        rest, others_rest = words_of(one.values()), words_of(other.values())
+    return len(rest & others_rest) >= similarity * len(rest | others_rest)
+
+
+def words_of(paragraphs: Iterable[frozenset[str]]) -> frozenset[str]:
+    return frozenset().union(*paragraphs)
 
 
 def read_clusters(folder: Path) -> Iterator[tuple[int, int]]:

@@ -23,9 +23,9 @@ from stages.lib.measuring.compared_models import Subject, reading_of_judge, requ
 from stages.lib.measuring.perplexity import ScoredRow, reward_rows
 from stages.lib.preferring.reward_models import encode_scored
 from stages.lib.rows.canonical import read_rows
-from stages.lib.text.chat_fitting import REFUSED, split_last_answer
+from stages.lib.text.chat_fitting import split_last_answer
 from stages.lib.text.chat_spans import encode_prompt
-from stages.lib.text.chat_template import Messages, RefusedChat
+from stages.lib.text.chat_template import Messages, UnfitChat
 
 NO_ROOM = "no_room_for_reply"
 """The prompt and the longest reply together are longer than one of the models reads."""
@@ -88,8 +88,8 @@ class ScoredReplies:
             prompt = HeldoutPrompt(index, *split_last_answer(row["messages"]))
             try:
                 lengths = [len(encode_prompt(model.tokenizer, prompt.prompt)) for model in models]
-            except RefusedChat:
-                chosen.left_out[REFUSED] += 1
+            except UnfitChat as error:
+                chosen.left_out[error.reason] += 1
                 continue
             if not prompt.reference.strip():
                 chosen.left_out[NO_TEXT] += 1

@@ -26,9 +26,8 @@ from stages.lib.preferring.scoring_params import ScoringParams
 from stages.lib.preferring.step_tokens import encode_steps, right_of_tokens
 from stages.lib.rows.canonical import Row
 from stages.lib.text.batches import Collate, attention_mask, padded
-from stages.lib.text.chat_answers import Unlearnable
-from stages.lib.text.chat_fitting import TOO_LONG, reason_of
-from stages.lib.text.chat_template import RefusedChat
+from stages.lib.text.chat_fitting import TOO_LONG, why_of, with_why
+from stages.lib.text.chat_template import UnfitChat
 from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 from stages.lib.text.tokenizers import encode_texts
 from stages.lib.training.evaluating import Evaluator, Metrics
@@ -103,8 +102,8 @@ def tokenizing_steps(tokenizer: PreTrainedTokenizerBase, max_length_tokens: int,
         example = " | ".join(message["content"] for message in [*row["prompt"], *row["steps"]])
         try:
             ids, ends = encode_steps(tokenizer, row["prompt"], steps, separator)
-        except (Unlearnable, RefusedChat) as error:
-            return TokenizedRow(reason=reason_of(error), example=example)
+        except UnfitChat as error:
+            return TokenizedRow(reason=error.reason, example=with_why(why_of(error), example))
         if len(ids) > max_length_tokens:
             return TokenizedRow(reason=TOO_LONG, example=example)
         labels = iter(row["labels"])

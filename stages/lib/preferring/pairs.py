@@ -26,7 +26,7 @@ from stages.lib.processes.joining import join_processes
 from stages.lib.rows.canonical import Row, is_margin, read_rows
 from stages.lib.rows.ledger import Ledger
 from stages.lib.text.batches import Collate
-from stages.lib.text.chat_fitting import fit_preference
+from stages.lib.text.chat_fitting import fit_preference, with_why
 from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 
 EQUAL = "chosen_equals_rejected"
@@ -132,7 +132,7 @@ def tokenizing_pairs(
         pair = fit_preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], max_length_tokens)
         if pair.chosen is None or pair.rejected is None or pair.chosen == pair.rejected:
             example = " | ".join(message["content"] for message in [*row["prompt"], *row["chosen"]])
-            return TokenizedRow(reason=pair.reason or EQUAL, example=example)
+            return TokenizedRow(reason=pair.reason or EQUAL, example=with_why(pair.why, example))
         columns: dict[str, str | float] = {name: category_name(row.get(name)) for name in CATEGORIES}
         if with_margins:
             columns["margin"] = float(row["margin"])

@@ -26,7 +26,7 @@ from stages.lib.processes.collectives import from_main
 from stages.lib.processes.joining import join_processes
 from stages.lib.rows.canonical import Row, read_rows
 from stages.lib.text.batches import Collate
-from stages.lib.text.chat_fitting import fit_answers
+from stages.lib.text.chat_fitting import fit_answers, with_why
 from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 
 UNRATED_HERE = "none_of_the_attributes_rated"
@@ -145,7 +145,7 @@ def tokenizing_rated(
         reason = fitted.reason or (UNRATED_HERE if all(map(math.isnan, target_A)) else "")
         if reason:
             example = " | ".join(message["content"] for message in [*row["prompt"], *row["completion"]])
-            return TokenizedRow(reason=reason, example=example)
+            return TokenizedRow(reason=reason, example=with_why(fitted.why, example))
         columns: dict[str, str | float] = {f"target_{number}": value for number, value in enumerate(target_A)}
         columns["source"] = category_name(row.get("source"))
         return TokenizedRow(fitted.answers, columns, repaired={SHORTENED: 1} if fitted.dropped_messages else {})

@@ -21,7 +21,7 @@ from stages.lib.preferring.pairs import EQUAL, category_name
 from stages.lib.preferring.unpaired_params import ROLES, UnpairedParams
 from stages.lib.rows.canonical import Row, digest_text
 from stages.lib.text.batches import Collate
-from stages.lib.text.chat_fitting import fit_answers
+from stages.lib.text.chat_fitting import fit_answers, with_why
 from stages.lib.text.tokenized_parts import SHORTENED, TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 from stages.lib.training.scheduling import ScheduledData
 
@@ -199,7 +199,7 @@ def tokenizing_answers(tokenizer: PreTrainedTokenizerBase, max_length_tokens: in
         fitted = fit_answers(tokenizer, row["prompt"], answers, max_length_tokens)
         if not fitted.answers or (not single and fitted.answers[0] == fitted.answers[1]):
             example = " | ".join(message["content"] for message in [*row["prompt"], *answers[0]])
-            return TokenizedRow(reason=fitted.reason or EQUAL, example=example)
+            return TokenizedRow(reason=fitted.reason or EQUAL, example=with_why(fitted.why, example))
         shortened = {SHORTENED: 1} if fitted.dropped_messages else {}
         return [
             tokenized_answer(row, encoded, is_good, {} if number else shortened)

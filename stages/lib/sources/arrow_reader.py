@@ -190,7 +190,13 @@ def dataset_rows(dataset: Any, name: str, limits: Limits) -> Iterator[Record | B
 def class_names(features: Mapping[str, Any]) -> dict[str, Callable[[Any], Any]]:
     """Column -> what gives its class labels their names, alone, in lists or in mappings; nothing of other columns."""
     found = {name: namer(feature) for name, feature in features.items()}
-    return {name: name_of for name, name_of in found.items() if name_of}
+    alone = {name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"}
+    return {name: with_none(name_of) if name in alone else name_of for name, name_of in found.items() if name_of}
+
+
+def with_none(name_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same for a label that stands alone: -1 stays what it is, as in files that hold numbers, and `no_label` is asked of it."""
+    return lambda value: "-1" if value == -1 else name_of(value)
 
 
 def namer(feature: Any) -> Callable[[Any], Any] | None:

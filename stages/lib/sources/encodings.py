@@ -13,8 +13,23 @@ TEXT_TYPES = frozenset({"jsonl", "json", "csv", "tsv", "text", "conll"})
 
 MOST_LOOKED_AT = 1 << 14
 """Bytes that are looked at for their encoding, of the lines that are not ASCII."""
-SHORTER = {"cp949": "euc_kr", "cp932": "shift_jis"}
-"""What an encoding is called by people, where it is the same for nearly every text."""
+OTHERS = {
+    "cp949": ("euc_kr", "cp949"),
+    "euc_kr": ("euc_kr", "cp949"),
+    "cp932": ("shift_jis", "cp932"),
+    "shift_jis": ("shift_jis", "cp932"),
+    "gb2312": ("gb18030",),
+    "gbk": ("gb18030",),
+}
+"""Encodings that hold each other, the narrower one first, which is what people call it: the first that reads the text counts."""
+ALIKE = {
+    "cp1250": "iso8859-2",
+    "cp1251": "iso8859-5",
+    "cp1253": "iso8859-7",
+    "cp1254": "iso8859-9",
+    "cp1257": "iso8859-13",
+}
+"""Encodings that differ in a few characters: the one in which more of the text is letters counts."""
 
 
 def known_encoding(name: str) -> str:
@@ -63,13 +78,41 @@ def likely_encoding(path: Path) -> str | None:
 
     lines = b"\n".join(line for line in block.splitlines() if not line.isascii())
     found = detect(lines[:MOST_LOOKED_AT])["encoding"]
-    if found and reads(block, found):
-        return SHORTER.get(name := codecs.lookup(found).name, name)
+    name = codecs.lookup(found).name if found else ""
+    if name.startswith("utf-16"):
+        # Told by its order of bytes, of which the right one has ends of lines where they belong.
+        return max(("utf-16-le", "utf-16-be"), key=lambda each: block.decode(each, "ignore").count("\n"))
+    for each in OTHERS.get(name, (name,) if name else ()):
+        if reads(block, each):
+            return likelier(block, each, ALIKE.get(each))
+    if told := next((each for each, letters in TELLING.items() if is_told_by(block, each, letters)), None):
+        return told
     return "cp1252" if reads(block, "cp1252") else "latin-1"
 
 
+TELLING = {"cp932": ("\u3041", "\u30ff"), "cp949": ("\uac00", "\ud7a3")}
+"""Encodings that are known by their letters where nothing else tells: kana, and syllables of Hangul."""
+
+
+def is_told_by(block: bytes, encoding: str, letters: tuple[str, str]) -> bool:
+    """Whether the encoding reads the block, and at least a fifth of what is not ASCII are its letters."""
+    first, last = letters
+    text = [each for each in block.decode(encoding, "ignore") if not each.isascii()] if reads(block, encoding) else []
+    return sum(first <= each <= last for each in text) * 5 >= len(text) > 0
+
+
+def likelier(block: bytes, encoding: str, other: str | None) -> str:
+    """The one of two encodings in which more of what is not ASCII is letters; the first where both are as good."""
+    if other is None or not reads(block, other):
+        return encoding
+    letters = {each: sum(map(str.isalpha, block.decode(each, "ignore"))) for each in (encoding, other)}
+    return other if letters[other] > letters[encoding] else encoding
+
+
 def wide_encoding(block: bytes) -> str | None:
-    """The encoding of text in 2 bytes a character: `utf-16` where the file says so, else with its order of bytes."""
+    """The encoding of text in 2 or 4 bytes a character: `utf-16` where the file says so, else with its order of bytes."""
+    if block.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     sample = block[:8192]

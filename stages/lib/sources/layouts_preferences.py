@@ -137,6 +137,11 @@ def after_prompt(
         *(said([*turns, answer]) for answer in answers),
     ):
         return turns
+    opening, spoken = before[: begins_with_system(before)], before[begins_with_system(before) :]
+    if spoken and not begins_with_system(turns) and said(turns[: len(spoken)]) == said(spoken):
+        return [*opening, *turns]
+    if any(said(spoken[-count:]) == said(turns[:count]) for count in range(2, 1 + min(len(spoken), len(turns)))):
+        raise Dropped("contradictory", "the end of the prompt is repeated at the beginning of chosen and rejected")
     together = [*before, *turns]
     try:
         require_order(together)
@@ -144,6 +149,10 @@ def after_prompt(
         what = "the prompt is neither what chosen and rejected begin with nor what can stand before them"
         raise Dropped("contradictory", what) from None
     return together
+
+
+def begins_with_system(turns: list[Message]) -> bool:
+    return bool(turns) and turns[0]["role"] == "system"
 
 
 def said(turns: list[Message]) -> list[Message]:

@@ -51,6 +51,8 @@ def squad(row: Row, conversion: Conversion) -> Row:
     context, question = text_of(row, "context"), text_of(row, "question")
     impossible = None if conversion.unlabelled else says_impossible(row)
     given = [] if conversion.unlabelled else list(read_answers(row, impossible))
+    for key in sorted(unread_of_answers(row.get("answers"))):
+        conversion.notice(f"answers have '{key}', which is not read")
     if conversion.unlabelled:
         if any(row.get(name) not in (None, [], {}) for name in ("answers", *IMPOSSIBLE, *ANSWERABLE)):
             conversion.notice("the answers are left out, as unlabelled says")
@@ -117,6 +119,15 @@ def read_answers(row: Row, impossible: bool | None) -> Iterator[tuple[int, str]]
             what = f"{start:g}" if isinstance(start, float) else type_name(start)
             raise Dropped("wrong_type", f"answer_start is {what}, not a whole number")
         yield start, text_of(answer, "text")
+
+
+READ_OF_ANSWERS = frozenset({"text", "answer_start", "start"})
+
+
+def unread_of_answers(answers: Any) -> set[str]:
+    """The keys of references that nothing is done with."""
+    each = answers if isinstance(answers, list) else [answers]
+    return {str(key) for answer in each if isinstance(answer, dict) for key in answer} - READ_OF_ANSWERS
 
 
 def find_answer(context: str, start: int, answer: str, conversion: Conversion) -> Row | Dropped | None:

@@ -31,7 +31,7 @@ from stages.lib.text.chat_dialect import (
     written_as,
 )
 from stages.lib.text.chat_rendering import render_guarded
-from stages.lib.text.chat_template import Messages, about
+from stages.lib.text.chat_template import Messages, UnfitChat, about
 from stages.lib.text.chat_thoughts import is_unopened
 from stages.lib.text.turn_marks import marks_of, state_of
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Unlearnable(DataError):
+class Unlearnable(UnfitChat):
     """The template does not let the answer be learned as it is said. `reason` is a word for the ledger."""
 
     def __init__(self, reason: str, problem: Problem) -> None:
@@ -124,6 +124,9 @@ def place_of_thought(
 OPENED = re.compile(r"<think>\s*$")
 """The end of a prompt that opens a thought."""
 
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+"""How some templates begin an answer whatever is said."""
+
 
 def continuation(tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: str) -> str:
     """What follows upon the prompt in the chat that ends with the answer, with the reasoning that belongs to the answer."""
@@ -134,6 +137,9 @@ def continuation(tokenizer: PreTrainedTokenizerBase, through: Messages, prompt: 
     if written.startswith(prompt):
         said = written[len(prompt) :]
         marks = through[-1].get(THOUGHT_MARKS)
+        empty = EMPTY_THOUGHT.match(said) if reasoning else None
+        if empty and (not knows or said.startswith("<think>", empty.end())):
+            said = said[empty.end() :]  # an answer has one thought, and the template would write an empty one before it
         if knows or not (reasoning or marks):
             return said
         if opened:

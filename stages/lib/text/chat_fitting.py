@@ -10,7 +10,7 @@ from pipeline.errors import DataError, Problem
 from stages.lib.text.chat_answers import Unlearnable
 from stages.lib.text.chat_rendering import is_learned, learned_turns
 from stages.lib.text.chat_spans import EncodedChat, Thinking, TrainingSequence, training_sequences
-from stages.lib.text.chat_template import Messages, RefusedChat, about
+from stages.lib.text.chat_template import Messages, UnfitChat, about
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,10 +24,6 @@ def split_last_answer(messages: Messages) -> tuple[list[Mapping[str, Any]], str]
 
 TOO_LONG = "too_long"
 """The last exchange alone is longer than the limit."""
-
-
-REFUSED = "refused_by_template"
-"""The chat template itself refuses the chat, such as one with a system message."""
 
 
 REWRITTEN = "rewritten_by_template"
@@ -48,6 +44,8 @@ class FittedChat(NamedTuple):
     """Answers whose own sequence does not fit, though others do."""
     trimmed_answers: int = 0
     """Answers off whose ends the template took spaces."""
+    why: str = ""
+    """What the template said or did, where the reason does not say all."""
 
 
 class FittedPreference(NamedTuple):
@@ -57,6 +55,7 @@ class FittedPreference(NamedTuple):
     rejected: EncodedChat | None
     dropped_messages: int
     reason: str
+    why: str = ""
 
 
 class FittedAnswers(NamedTuple):
@@ -69,6 +68,8 @@ class FittedAnswers(NamedTuple):
     answers: list[EncodedChat]
     dropped_messages: int
     reason: str
+    why: str = ""
+    """What the template said or did, where the reason does not say all."""
 
 
 def fit_chat(
@@ -87,14 +88,14 @@ def fit_chat(
         raise DataError(Problem(about(messages), what, "Such a chat teaches nothing."))
     try:
         return fitted_chat(tokenizer, messages, max_length_tokens, thinking)
-    except (Unlearnable, RefusedChat) as error:
-        return FittedChat([], 0, reason_of(error))
+    except UnfitChat as error:
+        return FittedChat([], 0, error.reason, why=why_of(error))
 
 
 def fitted_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length_tokens: int, thinking: Thinking
 ) -> FittedChat:
-    """As `fit_chat`. Raises `Unlearnable` or `RefusedChat` where the template does not let it be learned."""
+    """As `fit_chat`. Raises `UnfitChat` where the template does not let it be learned."""
     whole = sequences_of(tokenizer, messages, thinking)
     fitted: list[TrainingSequence] = []
     dropped = lost = 0
@@ -152,7 +153,7 @@ def fit_preference(
     """Prompt with chosen and prompt with rejected answer, as `fit_answers` makes them fit."""
     fitted = fit_answers(tokenizer, prompt, [chosen, rejected], max_length_tokens)
     better, worse = fitted.answers or (None, None)
-    return FittedPreference(better, worse, fitted.dropped_messages, fitted.reason)
+    return FittedPreference(better, worse, fitted.dropped_messages, fitted.reason, fitted.why)
 
 
 def fit_answers(
@@ -174,8 +175,8 @@ def fit_answers(
 
     try:
         found, dropped = fewest_dropped(attempt, max(len(exchanges) - 1, 0), max_length_tokens, start=0)
-    except (Unlearnable, RefusedChat) as error:
-        return FittedAnswers([], 0, reason_of(error))
+    except UnfitChat as error:
+        return FittedAnswers([], 0, error.reason, why_of(error))
     if found is None:
         return FittedAnswers([], 0, TOO_LONG)
     return FittedAnswers([each.encoded for each in found], len(joined(exchanges[:dropped])), "")
@@ -197,8 +198,15 @@ def fewest_dropped(
     return (results[fewest], fewest) if fewest <= droppable else (None, 0)
 
 
-def reason_of(error: Unlearnable | RefusedChat) -> str:
-    return error.reason if isinstance(error, Unlearnable) else REFUSED
+def why_of(error: UnfitChat) -> str:
+    """What a template says of a chat that it does not take, or what happened to it there; "" where the reason says all."""
+    first = error.problems[0]
+    return "" if isinstance(error, Unlearnable) or isinstance(first, str) else first.what
+
+
+def with_why(why: str, example: str) -> str:
+    """The example of a row that was dropped, with why in front of it."""
+    return f"{why}: {example}" if why else example
 
 
 def split_exchanges(messages: Messages) -> tuple[list[Mapping[str, Any]], list[list[Mapping[str, Any]]]]:

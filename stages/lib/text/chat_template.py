@@ -26,8 +26,22 @@ Tool = Mapping[str, Any]
 """The JSON schema of a function that the assistant may call, as OpenAI writes it."""
 
 
-class RefusedChat(DataError):
+class UnfitChat(DataError):
+    """One chat cannot be used under a template or a tokenizer that take others. `reason` is a word for the ledger."""
+
+    reason = ""
+
+
+class RefusedChat(UnfitChat):
     """The template itself refuses the chat, such as one with a system message."""
+
+    reason = "refused_by_template"
+
+
+class NotRendered(UnfitChat):
+    """The template fails on the chat, takes more time or memory than it may, or writes what is no text."""
+
+    reason = "not_rendered_by_template"
 
 
 def apply_template(
@@ -39,7 +53,7 @@ def apply_template(
 ) -> str:
     """The rendered text.
 
-    Raises `RefusedChat` where the template refuses the chat, and `DataError` where it fails on it, takes more time or memory
+    Raises `RefusedChat` where the template refuses the chat, and `NotRendered` where it fails on it, takes more time or memory
     than it may, or writes what is no text.
     """
     from stages.lib.text.chat_probe import require_bounded
@@ -56,7 +70,7 @@ def apply_template(
     except Refusal as error:
         raise RefusedChat(Problem(about(messages), f"the chat template refuses it: {error}")) from None
     except Exception as error:  # a template is anybody's program
-        raise DataError(
+        raise NotRendered(
             Problem(
                 "chat_template",
                 f"cannot render {about(messages)}: {what_happened(error)}",

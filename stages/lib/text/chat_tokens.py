@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DataError, Problem
+from pipeline.errors import Problem
 from stages.lib.text.chat_rendering import Rendered
+from stages.lib.text.chat_template import UnfitChat
 from stages.lib.text.turn_marks import BREAK, marks_of, plain_tokenizer
 
 if TYPE_CHECKING:
@@ -31,9 +32,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Tokens:
     return tokenize_stretches(tokenizer, rendered)
 
 
-def not_as_text(what: str) -> DataError:
+class NotAsText(UnfitChat):
+    """A message holds what this tokenizer cannot read as the text that it is."""
+
+    reason = "not_as_text_for_tokenizer"
+
+
+def not_as_text(what: str) -> NotAsText:
     hint = "Remove such rows in the cleaning stage, with a rule of the kind pattern."
-    return DataError(Problem("chat", what, hint))
+    return NotAsText(Problem("chat", what, hint))
 
 
 def tokenize_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.lib.formulas.token_losses import TARGETS, Tensors, next_tokens
 from stages.lib.rows.canonical import Row
 from stages.lib.text.batches import Collate, attention_mask, padded
-from stages.lib.text.chat_fitting import fit_chat
+from stages.lib.text.chat_fitting import fit_chat, with_why
 from stages.lib.text.chat_rendering import is_learned
 from stages.lib.text.chat_spans import Thinking
 from stages.lib.text.chat_thoughts import is_unopened
@@ -76,7 +76,7 @@ def tokenizing_chats(
         fitted = fit_chat(tokenizer, through_last_answer(row["messages"]), max_length_tokens, thinking)
         if not fitted.sequences:
             example = " | ".join(message["content"] for message in row["messages"])
-            return TokenizedRow(reason=fitted.reason, example=example)
+            return TokenizedRow(reason=fitted.reason, example=with_why(fitted.why, example))
         counts = {
             SHORTENED: int(fitted.dropped_messages > 0),
             APART: int(len(fitted.sequences) + fitted.lost_answers > 1),

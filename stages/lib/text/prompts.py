@@ -13,10 +13,9 @@ from pipeline.errors import DataError, Problem
 from pipeline.stage import Context
 from stages.lib.rows.canonical import Row, format_of_row, read_rows
 from stages.lib.rows.ledger import Ledger
-from stages.lib.text.chat_answers import Unlearnable
-from stages.lib.text.chat_fitting import reason_of, split_last_answer
+from stages.lib.text.chat_fitting import split_last_answer, why_of, with_why
 from stages.lib.text.chat_spans import encode_prompt
-from stages.lib.text.chat_template import Prompt, RefusedChat
+from stages.lib.text.chat_template import Prompt, UnfitChat
 from stages.lib.text.tokenized_parts import TokenizedRow, TokenizedRows, Tokenizing, tokenize_input
 from stages.lib.text.tokenizers import encode_texts
 
@@ -85,8 +84,8 @@ def tokenizing_prompts(tokenizer: PreTrainedTokenizerBase, rendering: Rendering,
             return TokenizedRow(reason=NO_QUESTION, example=example)
         try:
             ids = encode_prompt_or_text(tokenizer, prompt)
-        except (RefusedChat, Unlearnable) as error:
-            return TokenizedRow(reason=reason_of(error), example=example)
+        except UnfitChat as error:
+            return TokenizedRow(reason=error.reason, example=with_why(why_of(error), example))
         if len(ids) > max_prompt_tokens:
             return TokenizedRow(reason=TOO_LONG, example=example)
         # Nothing of it is what the policy says.

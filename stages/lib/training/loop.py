@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.errors import Preempted
+from pipeline.errors import NothingSaved, Preempted
 from pipeline.stage import Context
 from pipeline.store.numbers import require_finite
 from stages.lib.formulas.token_losses import Tensors
@@ -113,7 +113,7 @@ class Training:
     clock: float = field(default_factory=time.monotonic)
 
     def run(self) -> Trained:
-        """Trains from where `progress` stands. Raises `Preempted` after a save when the process was asked to stop."""
+        """Trains from where `progress` stands. Asked to stop, raises `Preempted` after a save; `NothingSaved` before step 1."""
         progress = self.progress
         self.look_at_model()
         try:
@@ -130,7 +130,8 @@ class Training:
             self.measure()
             return self.end(self.heldout())
         except StopRequested:
-            raise Preempted(f"while measuring, at step {progress.step} of {self.steps}") from None
+            said = Preempted(f"while measuring, at step {progress.step} of {self.steps}")
+            raise (said if progress.step else NothingSaved()) from None
 
     def take_over(self, saved: Saved | None) -> None:
         """Brings the best weights so far over from what this run extends, if it does, and is to publish the best."""
