@@ -42,10 +42,12 @@ class Run:
     """Where the tracker may keep files: it is the step's alone, and the tracker's."""
     id: str | None = None
     """What the tracker called this run when it was begun before."""
-    step: int = -1
-    """The last training step of which it was told then."""
-    was_sent: bool = False
-    """Whether it told a server of the run then."""
+    sent_step: int = -1
+    """The last training step that a server is known to have."""
+    told_step: int = -1
+    """The last training step of which the tracker was told, whether or not that was sent."""
+    kept_in: str = ""
+    """Where it kept then what it did not send."""
 
     @property
     def group(self) -> str:
@@ -78,8 +80,10 @@ class Begun:
     """What it calls the run: it gets it back when the step goes on."""
     after_step: int = -1
     """It has everything up to this training step, and cannot forget it. -1: it wants to hear all from the beginning."""
-    was_sent: bool = False
+    sends: bool = False
     """Whether it tells a server of the run."""
+    kept_in: str = ""
+    """Where it keeps what it does not send."""
     note: str = ""
     """A sentence for the user."""
 

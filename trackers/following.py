@@ -39,6 +39,8 @@ KILLED_END_SECONDS = 5.0
 """The same where the step was killed: who killed it waits for its processes."""
 EVENTS = {"step": "train", "rollout": "rollout", "heldout": "heldout", "system": "system"}
 """Event of the journal -> what its numbers are called, in front of their own names."""
+REMEMBERED = ("id", "sent_step", "told_step", "kept_in")
+"""Of a tracker, for when the step goes on: fields of `Run`."""
 PLACES = frozenset({"event", "time", "step", "total_steps", "rollout", "total_rollouts", "not_finite"})
 """Fields that say where a number stands, and are none themselves."""
 
@@ -81,8 +83,9 @@ class Follower:
     after_step: int = -1
     step: int = 0
     """The training step at which the journal stands."""
+    sends: bool = False
     state: dict[str, Any] = field(default_factory=dict)
-    """What is remembered of the tracker: what it calls the run, how far it has come, and whether a server was told."""
+    """What is remembered of the tracker: `REMEMBERED`."""
     remembered_at: float = 0.0
     has_said: set[str] = field(default_factory=set)
 
@@ -141,11 +144,12 @@ class Follower:
             self.tracker.end(None)
         known = self.known()
         folder = Store(Path(self.job.store)).tracking_folder(self.name, self.job)
-        run = Run(self.job, folder, known.get("id"), int(known.get("step", -1)), bool(known.get("was_sent")))
+        run = Run(self.job, folder, **{name: known[name] for name in REMEMBERED if name in known})
         self.tracker = self.make()
         begun = self.tracker.begin(run)
         self.after_step, self.step = begun.after_step, 0
-        self.state = {"id": begun.id, "step": begun.after_step, "was_sent": begun.was_sent}
+        self.sends = begun.sends
+        self.state = dict(zip(REMEMBERED, (begun.id, begun.after_step, begun.after_step, begun.kept_in), strict=True))
         self.remember(at_once=True)
         if begun.note:
             self.say(f"tracker {self.name} {begun.note}")
@@ -176,7 +180,9 @@ class Follower:
             self.step = max(self.step, int(event["step"]))
             if event["step"] > self.after_step:
                 self.numbers(EVENTS[kind], event, at)
-                self.state["step"] = self.step
+                self.state["told_step"] = self.step
+                if self.sends:
+                    self.state["sent_step"] = self.step
 
     def numbers(self, above: str, event: Mapping[str, Any], at: float) -> None:
         values = flat({name: value for name, value in event.items() if name not in PLACES})

@@ -52,7 +52,7 @@ class MLflow(Tracker):
         self.last: dict[str, int] = {}
         self.sentences: list[str] = []
         self.id = self.known(run.id) or self.new(run)
-        return Begun(self.id, was_sent=True)
+        return Begun(self.id)
 
     def known(self, own_id: str | None) -> str | None:
         """The id of the run that was begun before, if the server still has it."""

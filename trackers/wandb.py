@@ -64,7 +64,8 @@ class Wandb(Tracker):
         make_folder(run.folder)
         own_id = run.id or secrets.token_hex(4)
         reason = self.why_offline(wandb)
-        kept = drop_unsent(run.folder)
+        was_sent = bool(run.kept_in) and is_sent(run.folder / "wandb" / run.kept_in)
+        drop_unsent(run.folder)
         try:
             self.run = wandb.init(
                 project=self.given.project or os.environ.get("WANDB_PROJECT") or "slipway",
@@ -91,11 +92,11 @@ class Wandb(Tracker):
             raise StartAgain({MODE: OFFLINE, REASON: why}) from error
         self.sentences: list[str] = []
         if reason is None:
-            return Begun(own_id, self.run.starting_step - 1, was_sent=True)
+            return Begun(own_id, self.run.starting_step - 1, sends=True)
         note = f"stays offline{reason and f' ({reason})'}; `wandb sync {run.folder}/wandb/offline-run-*` sends it"
         # What a server was told before can be neither asked for nor taken back offline.
-        was_sent = run.was_sent or kept
-        return Begun(own_id, run.step if was_sent else -1, was_sent, note)
+        after = run.told_step if was_sent else run.sent_step
+        return Begun(own_id, after, kept_in=Path(self.run.dir).parent.name, note=note)
 
     def why_offline(self, wandb: Any) -> str | None:
         """Why the run is kept in files: empty where that was asked for, None where it is sent."""
@@ -136,11 +137,13 @@ class Wandb(Tracker):
         self.run.finish(exit_code=1 if exit_code is None else exit_code)
 
 
-def drop_unsent(folder: Path) -> bool:
-    """Removes the files of earlier runs that were kept offline, and says whether some of them have been sent."""
-    found = list(folder.glob("wandb/offline-run-*"))
-    sent = [each for each in found if any(path for pattern in SENT for path in each.glob(pattern))]
-    for each in found:
-        if each not in sent:
+def is_sent(folder: Path) -> bool:
+    """Whether the files of an offline run have been sent, or are being sent."""
+    return any(path for pattern in SENT for path in folder.glob(pattern))
+
+
+def drop_unsent(folder: Path) -> None:
+    """Removes the files of earlier offline runs of the step that nobody has sent: they are written anew."""
+    for each in folder.glob("wandb/offline-run-*"):
+        if not is_sent(each):
             shutil.rmtree(each)
-    return bool(sent)

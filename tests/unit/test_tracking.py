@@ -28,6 +28,7 @@ from trackers.base import HIDDEN, Begun, Run, Tracker, without_secrets
 from trackers.following import Follower
 from trackers.mlflow import MLflow, MLflowOptions
 from trackers.system import SystemFigures
+from trackers.wandb import Wandb, WandbOptions
 
 RECIPE = """
 name: demo
@@ -150,7 +151,7 @@ class Listener(Tracker):
         self.told, self.knows, self.fails = told, knows, fails
 
     def begin(self, run: Run) -> Begun:
-        self.told.append(("begin", run.id, run.step))
+        self.told.append(("begin", run.id, run.told_step))
         return Begun("own-id", self.knows, note="listens")
 
     def numbers(self, step: int, values: Mapping[str, float], time: float) -> None:
@@ -267,6 +268,40 @@ def test_figures_of_the_system_stand_at_training_steps(tmp_path: Path, monkeypat
 
 
 # Real trackers
+
+
+def test_wandb_keeps_offline_what_no_server_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent is not kept again; what was kept and not sent is written anew, also behind what was sent before."""
+    pytest.importorskip("wandb")
+    from tests.e2e.tracked import wandb_curves
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    made, options = job(tmp_path), WandbOptions(mode="offline")
+    folder = Store(Path(made.store)).tracking_folder("wandb", made)
+    journal = Journal(made.files.journal, writes=True)
+
+    def follow(*steps: int) -> dict[str, Any]:
+        for step in steps:
+            journal.write("step", step=step, loss=float(step))
+        Follower(made, "wandb", lambda: Wandb(options), Rank(1)).run()
+        known: dict[str, Any] = json.loads(made.files.tracking_file("wandb").read_text())
+        time.sleep(1.1)  # wandb names its folders by the second
+        return known
+
+    first = follow(1, 2)
+    assert (first["sent_step"], first["told_step"]) == (-1, 2)
+    assert wandb_curves(folder) == {"train/loss": [(1, 1.0), (2, 2.0)]}
+    again = follow(3)
+    assert again["id"] == first["id"] and not (folder / "wandb" / first["kept_in"]).exists()
+    assert wandb_curves(folder) == {"train/loss": [(1, 1.0), (2, 2.0), (3, 3.0)]}
+
+    (run_file,) = (folder / "wandb" / again["kept_in"]).glob("*.wandb")
+    run_file.with_suffix(".wandb.synced").touch()
+    behind = follow(4)
+    assert (behind["sent_step"], behind["told_step"]) == (3, 4)
+    last = follow(5)
+    assert (last["sent_step"], last["told_step"]) == (3, 5)
+    assert wandb_curves(folder) == {"train/loss": [(step, float(step)) for step in range(1, 6)]}
 
 
 def test_mlflow_is_told_each_step_once(tmp_path: Path) -> None:
