@@ -14,11 +14,10 @@ from pipeline.stage import Context, Estimate, Forecast, Result, Stage, accepts
 from pipeline.store.artifact import Facts, Kind
 from stages.lib.models.architectures import grown_rows
 from stages.lib.models.lengths import length_problems, require_length
-from stages.lib.text.chat_presets import TemplateOfTokenizer, template_if_named
+from stages.lib.text.chat_presets import TemplateOfTokenizer, is_template, template_if_named
 from stages.lib.text.template_date import TemplateDateParams, on_template_date
 from stages.lib.text.template_forecast import (
     embedded_rows,
-    is_template,
     no_default_problem,
     no_template_problem,
     template_problems_ahead,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pipeline.errors import Problem, did_you_mean
 from pipeline.stage import Estimate, Forecast
 from stages.lib.text.added_tokens import GIVE_ONE, GROW, missing_problem, needed_tokens
-from stages.lib.text.chat_presets import PRESETS, TemplateOfTokenizer
+from stages.lib.text.chat_presets import PRESETS, TemplateOfTokenizer, is_template
 from stages.lib.text.chat_template import CHOOSE_ONE
 from stages.lib.text.tokenizer_files import DEFAULT, TokenizerFiles, known_tokenizer
 
@@ -72,11 +72,6 @@ def no_default_problem(templates: Iterable[str]) -> Problem:
     return Problem("params.chat_template", what, "Set it to one of these names, to a preset or to a file.")
 
 
-def is_template(wanted: str) -> bool:
-    """Whether the text is a chat template itself, and no name."""
-    return "{{" in wanted or "{%" in wanted
-
-
 def no_template_problem(wanted: str, named: Iterable[str]) -> Problem:
     """What `sft` says of a name that no preset and none of these templates has."""
     what = f"no preset, no file and no template of the model's tokenizer has the name {wanted!r}"
@@ -96,7 +91,7 @@ def template_problems_ahead(
     elif wanted is None and DEFAULT not in files.templates:
         problems.append(no_default_problem(files.templates))
     named = set(files.templates) - ({DEFAULT} if len(files.templates) == 1 else set())
-    if isinstance(wanted, str) and wanted not in {*PRESETS, *named} and not is_template(wanted):
+    if isinstance(wanted, str) and wanted not in named and not is_template(wanted):
         problems.append(no_template_problem(wanted, sorted(named)))
     missing = [token.content for token in needed_tokens(wanted) if token.content not in files.added]
     left = [] if asked is True else [text for text in missing if text not in (asked or ())]
