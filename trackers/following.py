@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class Follower:
                 self.begin()
                 tails = [JournalTail(tail.path) for tail in tails]
                 read = [tail.read() for tail in tails]
-            for event in sorted((event for events in read for event in events), key=moment):
+            for event in in_order(read, self.step):
                 self.pass_on(event)
             self.showing.flush()
             self.remember(at_once=ended)
@@ -210,6 +210,20 @@ class Follower:
         if self.parent.exit_code == EXIT_DONE and (manifest := store.find(self.job.artifact_id)):
             self.showing.made(manifest, store.artifact_folder(self.job.artifact_id))
         self.showing.end(self.parent.exit_code)
+
+
+def in_order(journals: Sequence[Sequence[Mapping[str, Any]]], step: int) -> list[Mapping[str, Any]]:
+    """The new events of several journals by training step, and by time within one. `step`: at which the journals stand.
+
+    Those of the system may be older than a restart after which the same steps came again.
+    """
+    placed = []
+    for events in journals:
+        at = step
+        for event in events:
+            at = max(at, int(event["step"])) if is_number(event.get("step")) else at
+            placed.append((at, moment(event), event))
+    return [event for _, _, event in sorted(placed, key=lambda each: each[:2])]
 
 
 def moment(event: Mapping[str, Any]) -> float:

@@ -246,6 +246,19 @@ def test_a_rewound_journal_is_told_from_its_beginning(tmp_path: Path) -> None:
     assert [first for first, *_ in told if first in ("begin", "end")] == ["begin", "end", "begin", "end"]
 
 
+def test_figures_from_before_a_restart_stand_at_their_step(tmp_path: Path) -> None:
+    """The figure of step 3 was written before the journal was rewound to step 1, and steps 2 and 3 came again."""
+    made, told = job(tmp_path), []
+    journal, system = (Journal(path, writes=True) for path in (made.files.journal, made.files.system_journal))
+    journal.write("step", step=1, loss=1.0)
+    system.write("system", step=3, memory_gib=0.5)
+    time.sleep(0.01)
+    for step in (2, 3):
+        journal.write("step", step=step, loss=float(step))
+    Follower(made, "listener", lambda: Listener(told), Rank(1)).run()
+    assert [each[0] for each in told[1:-1]] == [1, 2, 3, 3]
+
+
 def test_a_tracker_that_fails_is_tried_again_and_told_what_it_missed(tmp_path: Path) -> None:
     made, told, failures = job(tmp_path), [], iter([True, False, False])
     journal = Journal(made.files.journal, writes=True)
