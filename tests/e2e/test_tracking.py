@@ -90,7 +90,7 @@ def test_killed_and_resumed_it_is_one_curve(reference_store: Path, tmp_path: Pat
         for item in record.summary.update
     }
     assert summary["ended"] == "finished"
-    assert summary["made/perplexity"] == manifest_of(store, "base").metrics["perplexity"]
+    assert summary["made/heldout_perplexity"] == manifest_of(store, "base").metrics["heldout_perplexity"]
     assert weights(store, "base") == weights(reference_store, "base")
     assert processes_about(str(store)) == []
 
