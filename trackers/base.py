@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -88,7 +89,7 @@ class Begun:
     """A sentence for the user."""
 
 
-class Tracker:
+class Tracker(ABC):
     """Shows one run. It lives in a process of its own, where it may take its time, fail and hang.
 
     `numbers` come in the order of their steps. A method that raises ends the tracker, never the training.
@@ -116,36 +117,36 @@ class Tracker:
             return ""
         return f"{cls.library} is not installed: pip install -c constraints.txt -e '.[trackers]'"
 
+    @abstractmethod
     def begin(self, run: Run) -> Begun:
         """Begins to show the run, or goes on with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def numbers(self, step: int, values: Mapping[str, float], time: float) -> None:
         """Numbers of a training step, at `time` in seconds since the epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def progress(self, what: str, done: float, total: float, time: float) -> None:
         """How far something has come that is no training step, such as rows read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sentence(self, step: int, text: str, time: float) -> None:
         """A sentence that the step said."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]], time: float) -> None:
         """Rows with the same keys, such as completions and what they are worth."""
-        raise NotImplementedError
 
     def flush(self) -> None:
         """Lets others see what was said so far."""
 
+    @abstractmethod
     def made(self, manifest: Manifest, folder: Path) -> None:
         """The step has made its artifact, in this folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, exit_code: int | None) -> None:
         """The step has ended with this exit code; None where its process was ended, or goes on under another tracker."""
-        raise NotImplementedError
 
 
 def unreachable(url: str, seconds: float = 5.0) -> str:
