@@ -137,6 +137,7 @@ class Tracker(ABC):
     def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]], time: float) -> None:
         """Rows with the same keys, such as completions and what they are worth."""
 
+    @abstractmethod
     def flush(self) -> None:
         """Lets others see what was said so far."""
 

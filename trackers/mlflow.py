@@ -104,6 +104,9 @@ class MLflow(Tracker):
     def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]], time: float) -> None:
         self.client.log_text(self.id, as_text(list(rows), indent=2), f"{name}/{step}.json")
 
+    def flush(self) -> None:
+        """Each call is a request of its own."""
+
     def made(self, manifest: Manifest, folder: Path) -> None:
         self.numbers(0, metrics_of(manifest), time.time())
         self.client.set_tag(self.id, "artifact", str(folder))

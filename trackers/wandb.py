@@ -123,6 +123,9 @@ class Wandb(Tracker):
         values = [[row.get(head) for head in heads] for row in rows]
         self.run.log({name: wandb.Table(columns=heads, data=values, allow_mixed_types=True)}, step=step)
 
+    def flush(self) -> None:
+        """It is done by wandb's own process, every `FLUSH_SECONDS`."""
+
     def made(self, manifest: Manifest, folder: Path) -> None:
         import wandb
 

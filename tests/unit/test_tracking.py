@@ -168,6 +168,9 @@ class Listener(Tracker):
     def table(self, name: str, step: int, rows: Any, time: float) -> None:
         self.told.append((name, step, list(rows)))
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def made(self, manifest: Any, folder: Path) -> None:
         self.told.append(("made", manifest.artifact_id))
 
