@@ -52,12 +52,7 @@ class Followers:
         names = asked(job.resources.tracking, self.trackers, os.environ)
         if not names:
             return
-        # Here already, and not only when the stage has loaded: what comes again must not be shown from the time before.
-        for path in (job.files.journal, job.files.system_journal):
-            if step is not None:
-                Journal(path, writes=True).rewind(step)
-        if step is None:
-            Journal(job.files.system_journal, writes=True).rewind(-1)
+        Journal(job.files.system_journal, writes=True).rewind(-1 if step is None else step)
         for name in names:
             command = [sys.executable, "-m", "trackers", job.work, name, *(["--measure"] if name == names[0] else [])]
             try:

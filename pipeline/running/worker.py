@@ -210,15 +210,14 @@ def prepare_folder(files: WorkFolder, checkpoints: Checkpoints, journal: Journal
     """
     files.clear_output()
     newest = checkpoints.newest()
+    # Now, and not when the stage has loaded: who reads along is not shown twice what comes again.
+    journal.rewind(-1 if newest.path is None else newest.step)
     for sentence in newest.passed_over:
         journal.note(sentence)
     checkpoints.discard_after(newest.step)
     make_folder(checkpoints.folder)
-    if newest.path is None:
-        journal.rewind(-1)
-        for sentence in newest.passed_over:
-            journal.note(sentence)
-    elif changed := changes(checkpoints.environment_of(newest.step), checkpoints.environment):
+    changed = changes(checkpoints.environment_of(newest.step), checkpoints.environment) if newest.path else []
+    if changed:
         journal.note(f"checkpoint {newest.step} was written under other versions: {', '.join(changed)}")
     extends = checkpoint_to_extend(Path(extended), needed=newest.path is None) if extended else None
     files.write_start(newest.step if newest.path else None, extends)
