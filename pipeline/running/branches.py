@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
-from pipeline.running.owning import Asked
+from pipeline.running.interrupts import Interrupts
 from pipeline.running.plan import Action, Plan, Step
 from pipeline.running.progress import Progress
 
@@ -95,7 +95,7 @@ class Branches:
     is_made: Callable[[str], bool]
     """Whether the artifact of the step of this name is there."""
     progress: Progress
-    asked: Asked
+    interrupts: Interrupts
     jobs: int
     devices: Devices = field(default_factory=Devices)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -127,12 +127,12 @@ class Branches:
     def goes_on(self) -> bool:
         if self.running:
             return True
-        return bool(self.waiting) and not self.codes and not self.asked.count
+        return bool(self.waiting) and not self.codes and not self.interrupts.asked
 
     def ready(self) -> list[tuple[Step, list[str]]]:
         """The steps that can begin now, in order, with the GPUs that each has got; one that never can ends the rest."""
         found: list[tuple[Step, list[str]]] = []
-        if self.codes or self.asked.count:
+        if self.codes or self.interrupts.asked:
             return found
         unmade = {step.artifact_id for step in self.waiting} | {step.artifact_id for step, _ in self.running.values()}
         for step in list(self.waiting):
@@ -164,7 +164,7 @@ class Branches:
 
     def stop_others(self) -> None:
         """Asks what runs to save and stop, and waits for it: the command is about to end with an error."""
-        self.asked.count = max(self.asked.count, 1)
+        self.interrupts.asked = True
         wait(self.running)
 
     def code(self) -> int:
@@ -174,5 +174,5 @@ class Branches:
             return (failures or self.codes)[0]
         if self.waiting:
             self.progress.line(NOT_BEGUN.format(self.waiting[0].name))
-            return self.asked.exit_code
+            return self.interrupts.exit_code
         return EXIT_DONE

@@ -7,16 +7,15 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, StoreError
 from pipeline.figures import headline, real, seconds, table
 from pipeline.running.branches import Branches, Start, can_begin, what_it_does
 from pipeline.running.environment import environment_for
+from pipeline.running.interrupts import Interrupts
 from pipeline.running.leftovers import rest_removed
 from pipeline.running.marks import names
 from pipeline.running.owning import owned
@@ -44,34 +43,6 @@ class Launcher(Protocol):
 
 
 @dataclass
-class Interrupts(AbstractContextManager["Interrupts"]):
-    """Counts SIGINT and SIGTERM: the first asks the running step to save and stop, the second ends it.
-
-    SIGUSR1, with which schedulers say that the time is nearly up, asks as well, and never ends anything.
-    """
-
-    count: int = 0
-    exit_code: int = EXIT_CRASH
-    """That of a command which ends because of the last signal, and nothing was saved: 128 + its number."""
-    before: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.count = max(self.count, 1) if number == signal.SIGUSR1 else self.count + 1
-        self.exit_code = 128 + number
-
-
-@dataclass
 class Watcher:
     """Called while a step runs: shows what its journal says, and passes on the wish to stop."""
 
@@ -87,12 +58,13 @@ class Watcher:
 
     def __call__(self) -> bool:
         self.read_journal()
-        if self.interrupts.count and not self.asked:
+        if self.interrupts.asked and not self.asked:
             self.asked = True
             self.job.files.request_stop()
             if not self.supervision.stateless:
-                self.progress.line("  stopping: the step saves its state at the next boundary (once more: kill it)")
-        if self.interrupts.count > 1:
+                how = self.interrupts.how_to_insist
+                self.progress.line(f"  stopping: the step saves its state at the next boundary ({how}: kill it)")
+        if self.interrupts.insisted:
             self.ended_because = "killed on request, without a save"
         elif not self.ended_because:
             self.ended_because = self.supervision.look(self.journal.position, asked=self.asked) or ""
@@ -139,7 +111,7 @@ def walk(plan: Plan, start: Start, is_made: Callable[[str], bool], progress: Pro
             continue
         if not begins:
             return EXIT_USER_ERROR
-        if interrupts.count:
+        if interrupts.asked:
             progress.line(NOT_BEGUN)
             return interrupts.exit_code
         code = start(step, progress, {})
@@ -232,7 +204,7 @@ def run_owned(
     if watcher.ended_because:
         progress.line(f"  {watcher.ended_because}")
     if outcome.get("status") not in ("user_error", "crash") and (
-        watcher.ended_because or interrupts.count or outcome.get("status") in ("preempted", "stopped")
+        watcher.ended_because or interrupts.asked or outcome.get("status") in ("preempted", "stopped")
     ):
         return say_unsaved(job, outcome, watcher, unsaved, interrupts, progress)
     refused = outcome.get("message") if outcome.get("status") == "user_error" else unsaid(job, outcome)
@@ -285,7 +257,7 @@ def say_unsaved(
         progress.line(f"  {names(unsaved, watcher.supervision.size)} ended without a save")
     progress.line(f"  log: {job.files.log}")
     progress.line("  The same command tries again, from the newest complete checkpoint if there is one.")
-    if interrupts.count:
+    if interrupts.asked:
         return interrupts.exit_code
     return int(outcome.get("exit_code", EXIT_CRASH)) if outcome.get("status") == "stopped" else EXIT_CRASH
 

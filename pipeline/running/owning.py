@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
+from pipeline.running.interrupts import Interrupts
 from pipeline.store.disk import writing
 from pipeline.store.durable import make_folder
 from pipeline.store.job import Job
@@ -19,16 +19,8 @@ from pipeline.store.locks import Taken
 POLL_SECONDS = 0.2
 
 
-class Asked(Protocol):
-    """What is told of signals."""
-
-    count: int
-    exit_code: int
-    """That of a command which ends because of the last one."""
-
-
 @contextlib.contextmanager
-def owned(job: Job, say: Callable[[str], None], asked: Asked, seconds: float | None = None) -> Iterator[bool]:
+def owned(job: Job, say: Callable[[str], None], interrupts: Interrupts, seconds: float | None = None) -> Iterator[bool]:
     """Holds the step; waits first while anybody else runs it, for so long at most. False where we are asked to stop meanwhile."""
     with writing(job.work_folder):
         make_folder(job.work_folder)
@@ -36,7 +28,7 @@ def owned(job: Job, say: Callable[[str], None], asked: Asked, seconds: float | N
     said = False
     with contextlib.ExitStack() as stack:
         while not is_taken(job, stack):
-            if asked.count:
+            if interrupts.asked:
                 yield False
                 return
             if deadline is not None and time.monotonic() > deadline:

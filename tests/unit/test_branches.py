@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import signal
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, Problem, StoreError
 from pipeline.running.branches import Branches, Devices, gpus_here
 from pipeline.running.execute import execute
+from pipeline.running.interrupts import Interrupts
 from pipeline.running.plan import Step
 from pipeline.running.progress import Progress
 from pipeline.store.artifact import read_manifest
@@ -23,13 +24,9 @@ from tests.unit.test_plan import FakeStageProcess, planned
 LONGEST_SECONDS = 20.0
 
 
-@dataclass
-class Asked:
-    count: int = 0
-    exit_code: int = 130
-
-
-def run(folder: Path, start: Any, asked: Asked | None = None, jobs: int = 2, **choice: str) -> tuple[int, str]:
+def run(
+    folder: Path, start: Any, interrupts: Interrupts | None = None, jobs: int = 2, **choice: str
+) -> tuple[int, str]:
     """What the demo recipe ends with: `joined` reads `first` and `second`."""
     stream = io.StringIO()
     plan, store = planned(folder, **choice)
@@ -37,7 +34,7 @@ def run(folder: Path, start: Any, asked: Asked | None = None, jobs: int = 2, **c
     def is_made(name: str) -> bool:
         return store.find(plan.step(name).artifact_id) is not None
 
-    branches = Branches(plan, start, is_made, Progress(stream), asked or Asked(), jobs, Devices([]))
+    branches = Branches(plan, start, is_made, Progress(stream), interrupts or Interrupts(), jobs, Devices([]))
     return branches.run(), stream.getvalue()
 
 
@@ -98,13 +95,13 @@ def test_after_a_failure_what_runs_goes_on_and_nothing_begins(
 
 
 def test_when_asked_to_stop_nothing_begins(tmp_path: Path) -> None:
-    asked = Asked()
+    interrupts = Interrupts()
 
     def start(step: Step, progress: Progress, more: Mapping[str, str]) -> int:
-        asked.count = 1
+        interrupts.handle(signal.SIGINT, None)
         return EXIT_DONE
 
-    code, said = run(tmp_path, start, asked, jobs=1)
+    code, said = run(tmp_path, start, interrupts, jobs=1)
     assert code == 130
     assert "stopped before second began; the same command goes on from here" in said
 
@@ -116,19 +113,19 @@ def test_a_step_whose_input_is_missing_is_said_to_be_blocked(tmp_path: Path) -> 
 
 
 def test_an_error_of_one_step_has_the_other_save_before_it_is_raised(tmp_path: Path) -> None:
-    both, asked, saved = threading.Barrier(2), Asked(), []
+    both, interrupts, saved = threading.Barrier(2), Interrupts(), []
 
     def start(step: Step, progress: Progress, more: Mapping[str, str]) -> int:
         both.wait(LONGEST_SECONDS)
         if step.name == "first":
             raise StoreError(Problem("runs", "cannot be written"))
-        while not asked.count:
+        while not interrupts.asked:
             time.sleep(0.01)
         saved.append(step.name)
         return EXIT_PREEMPTED
 
     with pytest.raises(StoreError, match="cannot be written"):
-        run(tmp_path, start, asked)
+        run(tmp_path, start, interrupts)
     assert saved == ["second"]
 
 

@@ -21,7 +21,8 @@ from launch.clusters.script import quoted
 from launch.clusters.slurm import Queued, Slurm
 from pipeline.command.states import with_queue
 from pipeline.errors import LaunchError, Problem, RecipeError, StoreError
-from pipeline.running.execute import Interrupts
+from pipeline.running.interrupts import Interrupts
+from pipeline.running.prepared import SCHEDULER_ASKS
 from pipeline.store.job import Job, read_job
 from pipeline.submitting.submit import alone, cancel, submit
 from stages import STAGES
@@ -230,11 +231,26 @@ def test_a_script_passes_the_signal_on_and_waits_for_the_save(
     assert (rest, process.returncode) == ("saved\nrequeue 17\n" if requeued else "saved\n", code)
 
 
-def test_the_scheduler_s_warning_asks_once_and_never_kills() -> None:
+@pytest.mark.parametrize("before", [[], [signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR1]])
+def test_a_scheduler_s_warning_asks_and_is_no_first_signal_that_makes_the_next_one_kill(before: list[int]) -> None:
+    """Of two that wait at the same moment Python hands over SIGUSR1 first, whichever came first."""
     interrupts = Interrupts()
-    for number, count in ((signal.SIGUSR1, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 2)):
+    for number in [*before, signal.SIGTERM]:
         interrupts.handle(number, None)
-        assert interrupts.count == count
+    assert interrupts.asked and not interrupts.insisted
+    interrupts.handle(signal.SIGUSR1, None)
+    assert not interrupts.insisted
+    interrupts.handle(signal.SIGTERM, None)
+    assert interrupts.insisted
+
+
+def test_a_step_of_a_scheduler_is_killed_by_ctrl_c_twice_only() -> None:
+    interrupts = Interrupts(SCHEDULER_ASKS)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        interrupts.handle(number, None)
+        assert interrupts.asked and not interrupts.insisted
+    interrupts.handle(signal.SIGINT, None)
+    assert interrupts.insisted
 
 
 # srun

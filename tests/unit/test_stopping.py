@@ -81,11 +81,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         run.process.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGUSR1]])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_step_that_saves_in_every_rank_exits_with_75(start: Start, processes: int, number: int) -> None:
+def test_a_step_that_saves_in_every_rank_exits_with_75(start: Start, processes: int, numbers: list[int]) -> None:
+    """A scheduler's warning in the same moment asks for nothing else."""
     run = start("saves", processes)
-    run.process.send_signal(number)
+    for number in numbers:
+        run.process.send_signal(number)
     code, output = run.ended()
     assert code == 75
     assert "stopped after a clean save: saved checkpoint 3" in output
