@@ -20,6 +20,8 @@ ENDED = frozenset(
 )
 """States of jobs that end or have ended: none of them makes its artifact any more."""
 SCANCEL_AT_ONCE = 200
+HELD_BY_SLURM = frozenset({"launch failed requeued held", "JobHoldMaxRequeue"})
+"""Reasons for which SLURM holds a job that nobody has held: it could not be begun on its nodes, once or too often."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ class Slurm:
         """Submits the script, to begin once the jobs `after` have ended well; returns the job's id."""
         waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
         return ask("sbatch", "--parsable", *waits, str(script)).strip().partition(";")[0]
+
+    def let_go(self, queued: Queued) -> bool:
+        """Releases a job that SLURM holds after it could not begin; whether it did. What a person holds stays held."""
+        if queued.reason.replace("_", " ") not in HELD_BY_SLURM:
+            return False
+        ask("scontrol", "release", queued.job_id)
+        return True
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """Cancels jobs, whether they wait or run; those that run are told to save before."""

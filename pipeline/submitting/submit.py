@@ -42,6 +42,9 @@ class Scheduler(Protocol):
     def submit(self, script: Path, after: Sequence[str]) -> str:
         """Submits the script behind the jobs of these ids; returns its own."""
 
+    def let_go(self, queued: Any) -> bool:
+        """Releases a job that the scheduler holds, and no person; whether it did."""
+
     def cancel(self, job_ids: Sequence[str]) -> None: ...
 
 
@@ -86,7 +89,8 @@ def submit_links(
         job = jobs[link.step.name]
         if found := known.get(job.work):
             ids[link.step.name] = found.job_id
-            say(f"{link.step.name:<{width}}  kept       {found}")
+            what = "released  " if scheduler.let_go(found) else "kept      "
+            say(f"{link.step.name:<{width}}  {what} {found}")
             continue
         take_over(link.step.adopts, link.step.work, store)
         store.begin(job)

@@ -42,6 +42,9 @@ ACTIONS = (
 )  # fmt: skip
 LONGEST_STILL_SECONDS = 300.0
 GONE_SECONDS = 60.0
+HELD_BACK_SECONDS = 8.0
+"""How long a requeued job waits, where SLURM would have it wait two minutes: what is left of it on its nodes has ended by then.
+Much sooner SLURM takes the new one for a duplicate, and holds it."""
 
 
 @dataclass
@@ -58,6 +61,8 @@ class Chaos:
     passes: int = 0
     submissions: int = 0
     done: Counter[str] = field(default_factory=Counter)
+    held_back: dict[str, float] = field(default_factory=dict)
+    """Job that SLURM holds back -> when that was seen first."""
     news: str = ""
     still_since: float = field(default_factory=time.monotonic)
 
@@ -156,13 +161,11 @@ class Chaos:
         return [each for each in all_processes() if any(str(self.store) in word for word in each.command_line())]
 
     def go_on(self) -> bool:
-        """Whether all is made. If not, jobs that SLURM holds back for two minutes are let go, nodes are brought back, and what
-        is not queued is submitted.
+        """Whether all is made. If not, jobs that SLURM holds back for two minutes are let go sooner, nodes are brought back, and
+        what is not queued, or was held, is submitted.
         """
         self.require_news()
-        for job in self.jobs("PENDING"):
-            if "BeginTime" in self.slurm.ask("squeue", "--noheader", f"--jobs={job}", "--format=%r"):
-                self.slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.let_go()
         for node, state in self.slurm.states().items():
             if state.startswith(("down", "drain")):
                 self.slurm.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
@@ -172,6 +175,17 @@ class Chaos:
                 return True
             self.submit()
         return False
+
+    def let_go(self) -> None:
+        listed = self.slurm.ask("squeue", "--noheader", "--states=PENDING", "--format=%i %r").splitlines()
+        reasons = dict(line.split(maxsplit=1) for line in listed if " " in line)
+        held_back = {job for job, reason in reasons.items() if "BeginTime" in reason}
+        self.held_back = {job: self.held_back.get(job, time.monotonic()) for job in held_back}
+        for job, since in self.held_back.items():
+            if time.monotonic() - since > HELD_BACK_SECONDS:
+                self.slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        if any("held" in reason for reason in reasons.values()):
+            self.submit()
 
     def is_made(self) -> bool:
         wanted = set(digests(self.reference))
@@ -201,7 +215,8 @@ class Chaos:
             self.news, self.still_since = news, time.monotonic()
         elif time.monotonic() - self.still_since > LONGEST_STILL_SECONDS:
             printed = [f"{path}:\n{path.read_text()[-1500:]}" for path in self.store.glob("work/*/console-*.log")]
-            raise Failed("nothing happens any more\n" + self.slurm.ask("squeue") + "\n".join(printed[-4:]))
+            asked = [self.slurm.ask("squeue"), self.slurm.ask("sinfo", "--Node", "--long"), self.slurm.log()]
+            raise Failed("\n".join(["nothing happens any more", *asked, *printed[-4:]]))
 
 
 def rounds(chaos: Chaos, kills: int) -> Iterator[str]:

@@ -44,7 +44,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-SelectType=select/linear
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,defer_batch=0,bf_interval=1
 PriorityType=priority/basic
@@ -66,8 +67,8 @@ Waittime=0
 PropagateResourceLimits=NONE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory={memory} State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory={memory} State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
-PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
+PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP OverSubscribe=EXCLUSIVE
 """
 
 
@@ -175,6 +176,10 @@ class Slurm:
         """What a SLURM command prints; its complaint if it fails."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         return done.stdout if done.returncode == 0 else done.stderr
+
+    def log(self, lines: int = 40) -> str:
+        """What slurmctld said last."""
+        return tail(self.folder / "slurmctld.log", lines)
 
     def states(self) -> dict[str, str]:
         lines = self.ask("sinfo", "--Node", "--noheader", "--partition=main", "--format=%N %T").splitlines()

@@ -333,6 +333,9 @@ class Paper:
         self.jobs[str(script.parent)] = Queued(job_id, "PENDING", "Dependency", "")
         return job_id
 
+    def let_go(self, queued: Queued) -> bool:
+        return "held" in queued.reason
+
     def cancel(self, job_ids: Sequence[str]) -> None:
         self.cancelled += job_ids
 
@@ -352,6 +355,43 @@ def test_each_step_waits_for_what_it_reads_and_is_submitted_once(tmp_path: Path)
     assert scheduler.asked[3:] == [("joined", ["102"])], "what is made is not waited for"
     assert submit(planned(tmp_path, "first.count=4")[0], store, scheduler, said.append) == 2
     assert scheduler.asked[4:] == [("first", []), ("joined", ["105", "102"])]
+
+
+def test_a_job_that_could_not_begin_is_let_go_by_submitting_again(tmp_path: Path) -> None:
+    plan, store = planned(tmp_path)
+    scheduler, said = Paper(), []
+    submit(plan, store, scheduler, said.append)
+    scheduler.jobs[str(plan.step("first").work)] = Queued("101", "PENDING", "launch failed requeued held", "")
+    assert submit(planned(tmp_path)[0], store, scheduler, said.append) == 0
+    assert said[-3:] == [
+        "first   released   job 101 pending (launch failed requeued held)",
+        "second  kept       job 102 pending (Dependency)",
+        "joined  kept       job 103 pending (Dependency)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "released"),
+    [
+        ("launch failed requeued held", True),
+        ("launch_failed_requeued_held", True),
+        ("JobHoldMaxRequeue", True),
+        ("JobHeldUser", False),
+        ("JobHeldAdmin", False),
+        ("Dependency", False),
+    ],
+)
+def test_what_a_person_holds_stays_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, released: bool
+) -> None:
+    program, asked = tmp_path / "scontrol", tmp_path / "asked"
+    program.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert Slurm().let_go(Queued("7", "PENDING", reason, "")) == released
+    assert asked.exists() == released
+    if released:
+        assert asked.read_text() == "release 7\n"
 
 
 def test_what_cannot_begin_is_refused_before_anything_is_submitted(tmp_path: Path) -> None:
