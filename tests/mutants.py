@@ -87,6 +87,20 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "one moment for both on the way to another layout",
+        "stages/lib/training/whole_state.py",
+        "pieces.parts.append(cut(state[name]))",
+        'pieces.parts.append(cut(state["exp_avg"]))',
+        ("tests/integration/test_whole_state.py::test_every_layout_holds_the_same",),
+    ),
+    Mutation(
+        "count of steps lost on the way to ZeRO",
+        "stages/lib/training/converting.py",
+        '        state["step"].fill_(max(float(state["step"]), saved.steps))\n',
+        "",
+        ("tests/distributed/test_elastic_resume.py::test_losses_go_on_as_they_would_have",),
+    ),
+    Mutation(
         "gc forgets what artifacts were made from",
         "pipeline/store/collect.py",
         "ahead += read_manifest(store.artifact_folder(artifact_id)).input_ids.values()",

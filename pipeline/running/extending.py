@@ -11,7 +11,8 @@ from pipeline.recipe.recipe import Outside, RecipeStep, Upstream
 from pipeline.running.reasons import difference, show
 from pipeline.stage import EXTENDS, Extended
 from pipeline.store.artifact import Manifest, read_manifest
-from pipeline.store.resumable import Saved, mismatch, read_saved, way_out, zero_stage_of
+from pipeline.store.checkpoints import Newest
+from pipeline.store.resumable import Saved, converted, mismatch, read_saved, spread_of, way_out
 from pipeline.store.works import last_checkpoint_of
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ def problems_of_maker(step: RecipeStep, maker: Step) -> list[Problem]:
         what = f"names {maker.name}, which would leave no checkpoint to go on from"
         hint = f"Set stages.{maker.name}.resources.keep_last_checkpoint to true; {FROM_THE_BEGINNING}."
         problems.append(Problem(INPUT, what, hint))
-    stages = zero_stage_of(theirs.deepspeed), zero_stage_of(own.deepspeed)
-    if stages[1] is not None and (reason := mismatch(Saved(theirs.world_size, stages[0]), stages[1], own.world_size)):
+    before, now = spread_of(theirs), spread_of(own)
+    if before is None or now is None:
+        return problems
+    if reason := mismatch(Saved(before.world_size, before.zero_stage, bound=before.bound), now):
         hint = f"Give both steps the same processes and deepspeed; {FROM_THE_BEGINNING}."
         problems.append(Problem("resources", f"the checkpoint of {maker.name} {reason}", hint))
     return problems
@@ -109,20 +112,37 @@ def extended_of(params: Mapping[str, Any], artifact: Path) -> Extended:
     return Extended(params, saved.step, saved.total_steps) if saved else Extended(params)
 
 
-def refused_extension(step: RecipeStep, planned: Mapping[str, Step], place: str) -> str | None:
-    """Why the step cannot go on from the last checkpoint of the training that it makes longer, if that has ended already, and
-    what to do; None if it can, or extends none. `place` is where the input lies."""
+def extended_checkpoint(step: RecipeStep, planned: Mapping[str, Step], place: str) -> Newest | None:
+    """The last checkpoint of the training that the step makes longer, if that has ended already; None if it extends none.
+
+    `place` is where the input lies.
+    """
     source = step.inputs.get(EXTENDS)
     if source is None or (isinstance(source, Upstream) and planned[source.step].manifest is None):
         return None
-    newest = last_checkpoint_of(Path(place), hashes=False)
+    return last_checkpoint_of(Path(place), hashes=False)
+
+
+def refused_extension(step: RecipeStep, newest: Newest | None, place: str) -> str | None:
+    """Why the step cannot go on from that checkpoint, and what to do; None if it can, or extends none."""
+    if newest is None:
+        return None
     if newest.path is None:
         return no_checkpoint(Path(place), newest.passed_over)
-    saved, stage = read_saved(newest.path), zero_stage_of(step.resources.deepspeed)
-    reason = mismatch(saved, stage, step.resources.world_size) if stage is not None else None
+    saved, now = read_saved(newest.path), spread_of(step.resources)
+    reason = mismatch(saved, now) if now is not None else None
     if reason is None:
         return None
     return f"the checkpoint of input '{EXTENDS}' {reason}: add {way_out(saved, step.resources, step.name)}; {FROM_THE_BEGINNING}"
+
+
+def converted_extension(step: RecipeStep, newest: Newest | None) -> str:
+    """What changes where that checkpoint is of other processes, or of another memory layout; "" if nothing does."""
+    now = spread_of(step.resources)
+    if newest is None or newest.path is None or now is None:
+        return ""
+    said = converted(read_saved(newest.path), now)
+    return f"the checkpoint of input '{EXTENDS}', {said}" if said else ""
 
 
 def no_checkpoint(artifact: Path, passed_over: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import Problem, RecipeError
 from pipeline.recipe.recipe import Hub, Outside, Recipe, RecipeStep, Upstream
 from pipeline.running.estimates import architecture_of, estimate_of, merge
-from pipeline.running.extending import extension_of, refused_extension
+from pipeline.running.extending import converted_extension, extended_checkpoint, extension_of, refused_extension
 from pipeline.running.reasons import Action, Reason, difference
 from pipeline.running.unfinished import Unfinished, find_unfinished
 from pipeline.settings.strict import content_of
@@ -21,7 +21,7 @@ from pipeline.store.digests import Digests, cache_file
 from pipeline.store.job import Job
 from pipeline.store.proofs import edits, prove
 from pipeline.store.records import RecordedStep, newest_plan
-from pipeline.store.resumable import obstacle, read_saved
+from pipeline.store.resumable import converted, obstacle, read_saved, spread_of
 from pipeline.store.store import Store
 from pipeline.store.works import read_work, work_folders
 
@@ -287,20 +287,24 @@ class StepPlanner:
             return Action.BLOCKED, replace(reason, refused=refused)
         if unfinished and unfinished.newest:
             return self.resume(unfinished, unfinished.newest, estimate)
-        if why := refused_extension(self.step, self.planned, self.place_of(EXTENDS)):
+        extended = extended_checkpoint(self.step, self.planned, self.place_of(EXTENDS))
+        if why := refused_extension(self.step, extended, self.place_of(EXTENDS)):
             return Action.BLOCKED, replace(reason, refused=(why,))
         passed_over = unfinished.passed_over if unfinished else ()
-        return Action.RUN, replace(reason, passed_over=passed_over)
+        changes = converted_extension(self.step, extended)
+        return Action.RUN, replace(reason, passed_over=passed_over, converted=changes)
 
     def resume(self, unfinished: Unfinished, checkpoint: Path, estimate: Estimate) -> tuple[Action, Reason]:
-        """Resumes from the checkpoint, or says why its processes or memory layout forbid that."""
-        total = read_saved(checkpoint).total_steps or estimate.optimizer_steps
+        """Resumes from the checkpoint, or says why its memory layout forbids that."""
+        saved, now = read_saved(checkpoint), spread_of(self.step.resources)
+        total = saved.total_steps or estimate.optimizer_steps
         once = read_work(unfinished.folder).step
         reason = Reason(
             checkpoint=(unfinished.step, total),
             verified=unfinished.verified,
             once=once if once != self.step.name else None,
             passed_over=unfinished.passed_over,
+            converted=converted(saved, now) if now is not None else "",
         )
         if refused := obstacle(checkpoint, self.step.resources, self.step.name):
             return Action.BLOCKED, replace(reason, refused=(refused,))

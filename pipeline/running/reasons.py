@@ -34,6 +34,8 @@ class Reason:
     checkpoint: tuple[int, int | None] | None = None
     """(step, total steps) of the checkpoint to resume from."""
     verified: bool = True
+    converted: str = ""
+    """What changes where the checkpoint is of other processes, or of another memory layout."""
     once: str | None = None
     """The name that the step had when it wrote the checkpoint, if it was another."""
     passed_over: tuple[str, ...] = ()
@@ -63,6 +65,7 @@ class Reason:
             of = f" of {total}" if total else ""
             once = f" (as {self.once})" if self.once else ""
             parts.append(f"checkpoint {step}{of}, {'verified' if self.verified else 'sizes match'}{once}")
+        parts += [self.converted] if self.converted and not self.refused else []
         parts += self.refused
         parts += self.passed_over
         parts += [f"{name} {show(old)} -> {show(new)}" for name, old, new in self.changed]

@@ -93,13 +93,10 @@ STOPPED = [
     Interrupted("sft", 2, "zero3", {"step": 9}),
     Interrupted("pretrain", 2, None, {"heldout_at_step": 4}),
 ]
+NO_ZERO = "no_zero.json"
+"""In the folder of the world: a memory layout whose checkpoints are of use in it alone."""
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
-    (
-        {"resources": {**RESOURCES, "deepspeed": "zero2"}},
-        1,
-        "was written by 2 processes under ZeRO, and this run has 1",
-    ),
-    ({"resources": {**RESOURCES, "deepspeed": "zero1"}}, 2, "was written under ZeRO-2, and this run is under ZeRO-1"),
+    ({"resources": {**RESOURCES, "deepspeed": NO_ZERO}}, 2, "this run is 2 processes under DeepSpeed without ZeRO"),
     ({"params": {**PARAMS["sft"], "max_steps": 12}}, 2, "its total_steps is 9, the recipe's is 12"),
     ({"seed": 8}, 2, "its seed is 7, the recipe's is 8"),
     ({"params": {**PARAMS["sft"], "max_length_tokens": 40}}, 2, "its data is "),
@@ -165,12 +162,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         world.before[case.name] = world.job(case).events("progress")
 
     # Refused first: the checkpoints are there still, and must be left as they are.
+    (folder / NO_ZERO).write_text('{"zero_optimization": {"stage": 0}}')
     refused = [
-        world.job(STOPPED[0], may_fail=True, processes=processes, **changes) for changes, processes, _ in REFUSED
+        world.job(STOPPED[0], may_fail=True, processes=processes, **under_own_layout(changes, folder))
+        for changes, processes, _ in REFUSED
     ]
     again = [*map(world.job, [*killed, *STOPPED, TWICE]), world.job(OTHER_PROCESSES, processes=1)]
     world.refusals = run_forked(folder, [*refused, *again])
     return world
+
+
+def under_own_layout(changes: dict[str, Any], folder: Path) -> dict[str, Any]:
+    resources = dict(changes.get("resources", {}))
+    if resources.get("deepspeed") != NO_ZERO:
+        return changes
+    return {**changes, "resources": {**resources, "deepspeed": str(folder / NO_ZERO)}}
 
 
 def without_times(job: Job, event: str) -> list[dict[str, Any]]:

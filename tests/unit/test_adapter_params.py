@@ -228,6 +228,14 @@ def test_what_plan_refuses(block: dict[str, Any], resources: dict[str, Any], sai
     assert said in "\n".join(map(str, STAGES["sft"].check(forecast(block, **resources))))
 
 
+def test_adalora_is_refused_where_deepspeed_mistakes_the_place_of_a_parameter(tmp_path: Path) -> None:
+    path = tmp_path / "robin.json"
+    for switched_on, refused in ((True, True), (False, False)):
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": switched_on}}))
+        found = STAGES["sft"].check(forecast({"method": "adalora"}, deepspeed=str(path)))
+        assert any("is adalora, which prunes" in str(problem) for problem in found) == refused
+
+
 def test_the_ways_out_work() -> None:
     for block, resources in (
         ({"method": "prefix_tuning", "num_virtual_tokens": 16}, {}),

@@ -27,6 +27,13 @@ planned, run = partial(test_plan.planned, text=RECIPE), partial(test_plan.run, t
 PLAIN = RECIPE.replace(", resources: {keep_last_checkpoint: true}", "")
 
 
+def no_zero(folder: Path) -> Path:
+    """A memory layout whose checkpoints are of use in it alone."""
+    path = folder / "no_zero.json"
+    path.write_text('{"zero_optimization": {"stage": 0}}')
+    return path
+
+
 def refused(folder: Path, text: str = RECIPE, *overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
         planned(folder, *overrides, text=text)
@@ -94,17 +101,30 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_memory_layout_is_refused_when_it_is_there(tmp_path: Path) -> None:
-    """With the option that helps: nobody is told to remove the checkpoint of what is extended."""
+def test_a_checkpoint_of_another_memory_layout_is_converted_and_that_is_said(tmp_path: Path) -> None:
     run(tmp_path, until="short")
     step = planned(tmp_path, "stages.longer.resources.deepspeed=zero2")[0].step("longer")
+    assert step.action == "run"
+    assert str(step.reason) == (
+        "the checkpoint of input 'extends', written by 1 process without DeepSpeed, goes on in 1 process under ZeRO-2: the"
+        " same within rounding, not bit for bit"
+    )
+    assert str(planned(tmp_path)[0].step("longer").reason) == "not made yet"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_converted_is_refused_when_it_is_there(tmp_path: Path) -> None:
+    """With the option that helps: nobody is told to remove the checkpoint of what is extended."""
+    run(tmp_path, until="short")
+    chosen = f"stages.longer.resources.deepspeed={no_zero(tmp_path)}"
+    step = planned(tmp_path, chosen)[0].step("longer")
     assert step.action == "blocked"
     assert str(step.reason) == (
-        "the checkpoint of input 'extends' was written without DeepSpeed, and this run is under ZeRO-2: add --set"
-        " stages.longer.resources.deepspeed=null; or leave out the input extends: then all steps are trained from the"
-        " beginning"
+        "the checkpoint of input 'extends' was written by 1 process without DeepSpeed, and this run is 1 process under"
+        " DeepSpeed without ZeRO: that cannot be converted: add --set stages.longer.resources.deepspeed=null; or leave out the"
+        " input extends: then all steps are trained from the beginning"
     )
-    helped = ("stages.longer.resources.deepspeed=zero2", "stages.longer.resources.deepspeed=null")
+    helped = (chosen, "stages.longer.resources.deepspeed=null")
     assert planned(tmp_path, *helped)[0].step("longer").action == "run"
 
 
@@ -154,8 +174,11 @@ def test_a_training_that_will_leave_no_checkpoint_is_refused_before_it_runs(tmp_
         ({"params: {steps: 7}": "params: {steps: 7}, seed: 3"}, "longer.seed: is 3, and 42 in what is extended"),
         ({"{data: data, extends: short}": "{extends: short}"}, "inputs.data: is not that of what is extended"),
         (
-            {"params: {steps: 7}": "params: {steps: 7}, resources: {deepspeed: zero2}"},
-            "resources: the checkpoint of short was written without DeepSpeed, and this run is under ZeRO-2",
+            {"params: {steps: 7}": "params: {steps: 7}, resources: {deepspeed: NO_ZERO}"},
+            (
+                "resources: the checkpoint of short was written by 1 process without DeepSpeed, and this run is 1 process under"
+                " DeepSpeed without ZeRO: that cannot be converted"
+            ),
         ),
     ],
 )
@@ -163,7 +186,7 @@ def test_another_training_is_no_longer_one(tmp_path: Path, changes: dict[str, st
     text = RECIPE
     for old, new in changes.items():
         assert old in text
-        text = text.replace(old, new)
+        text = text.replace(old, new.replace("NO_ZERO", str(no_zero(tmp_path))))
     assert message in refused(tmp_path, text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,18 @@ from pipeline.store.journal import Journal
 from pipeline.store.resumable import STATE, obstacle
 from stages.lib.training.state import Saved, check_state
 
-LAYOUTS = (None, "zero1", "zero2", "zero3", "zero3_offload")
+NO_ZERO = {"zero_optimization": {"stage": 0}}
+NVME = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/local"}}}
+LAYOUTS = (None, "zero1", "zero3_offload", NO_ZERO, NVME)
 
 
 @pytest.mark.parametrize(("layout", "processes"), list(itertools.product(LAYOUTS, (1, 2))))
-def test_plan_and_training_refuse_the_same_checkpoints(tmp_path: Path, layout: str | None, processes: int) -> None:
+def test_plan_and_training_refuse_the_same_checkpoints(
+    tmp_path: Path, layout: str | dict[str, Any] | None, processes: int
+) -> None:
+    if isinstance(layout, dict):
+        (tmp_path / "layout.json").write_text(json.dumps(layout))
+        layout = str(tmp_path / "layout.json")
     resources = Resources(deepspeed=layout, processes=processes)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.path(5).mkdir(parents=True)
@@ -29,11 +37,14 @@ def test_plan_and_training_refuse_the_same_checkpoints(tmp_path: Path, layout: s
         resources=resources, journal=Journal(tmp_path / "journal.jsonl", writes=False), world=World(0, processes),
         stop_requested=lambda: False,
     )  # fmt: skip
-    for zero_stage, world_size in itertools.product(range(4), (1, 2)):
-        saved = {"step": 5, "world_size": world_size, "zero_stage": zero_stage}
+    refused, bounds = 0, ("", "under DeepSpeed without ZeRO", "under ZeRO-3 offloaded to NVMe")
+    for zero_stage, world_size, bound in itertools.product(range(4), (1, 2), bounds):
+        saved = {"step": 5, "world_size": world_size, "zero_stage": zero_stage, "bound": bound}
         (checkpoints.path(5) / STATE).write_text(json.dumps(saved))
         if obstacle(checkpoints.path(5), resources, "t") is None:
             check_state(context, Saved(checkpoints.path(5), saved), {})
         else:
+            refused += 1
             with pytest.raises(LaunchError):
                 check_state(context, Saved(checkpoints.path(5), saved), {})
+    assert 0 < refused < 24

@@ -86,8 +86,10 @@ def adapter_problems_ahead(forecast: Forecast) -> list[Problem]:
 def budget_problems(forecast: Forecast) -> list[Problem]:
     """What is wrong if gradients cannot be had whole, by which an adalora finds its ranks."""
     layout = readable_layout(forecast.resources)
-    offloaded = (layout or {}).get("zero_optimization", {}).get("offload_optimizer")
-    if layout is None or (zero_stage_of(layout) in (1, 2) and not offloaded):
+    block = (layout or {}).get("zero_optimization", {})
+    # Of round robin, DeepSpeed itself mistakes where a parameter lies.
+    elsewhere = block.get("offload_optimizer") or block.get("round_robin_gradients")
+    if layout is None or (zero_stage_of(layout) in (1, 2) and not elsewhere):
         return []
     what = "is adalora, which prunes by whole gradients and weights, and this layout does not keep them where it looks"
     hint = "Set resources.deepspeed to zero2 or null; or take lora."

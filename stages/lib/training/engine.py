@@ -120,6 +120,8 @@ class Engine:
         if self.autocast_dtype is not None:
             round_forward(module, self.rounding)
         self.trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self.stepped = [names[parameter] for group in groups for parameter in group["params"]]
         optimizer = make_optimizer(groups, params)
         if layout is not None:
             self.wrapped, self.optimizer = self.split(module, optimizer, layout)

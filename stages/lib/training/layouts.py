@@ -14,6 +14,8 @@ from pipeline.errors import MOST_PROBLEMS, PathError, Problem, RecipeError, did_
 from pipeline.settings.paths import READABLE_JSON_BYTES, holds_file, read_file, read_json
 from pipeline.settings.resources import Resources
 from pipeline.settings.strict import CHECKOUT
+from pipeline.stage import Context
+from pipeline.store.resumable import Spread, bound_by
 from stages.lib.training.layout_blocks import block_problems
 from stages.lib.training.layout_checks import WHERE, field_problems, without_what_is_off
 from stages.lib.training.layout_fields import FITTED, SET, ZERO
@@ -75,6 +77,13 @@ def zero_stage_of(layout: Mapping[str, Any] | None) -> int:
 def zero_stage(resources: Resources) -> int:
     """The ZeRO stage of the memory layout, 0 without one."""
     return zero_stage_of(None if resources.deepspeed is None else read_layout(resources.deepspeed))
+
+
+def spread_of_run(ctx: Context) -> Spread:
+    """Over what this run is spread. Raises `RecipeError` where its memory layout cannot be read."""
+    layout = ctx.resources.deepspeed
+    bound = "" if layout is None else bound_by(read_layout(layout))
+    return Spread(ctx.world.size, zero_stage(ctx.resources), bound)
 
 
 def readable_layout(resources: Resources) -> dict[str, Any] | None:

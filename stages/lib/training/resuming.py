@@ -14,10 +14,11 @@ from torch import Size
 from pipeline.errors import ArtifactError, Problem
 from pipeline.stage import Context
 from pipeline.store.checkpoints import PREFIX
-from pipeline.store.resumable import read_saved
+from pipeline.store.resumable import converted, read_saved
 from stages.lib.processes.collectives import from_all, from_main
+from stages.lib.training.converting import conversion_problem, is_spread_alike, load_converted
 from stages.lib.training.engine import PLAIN_STATE, TAG, Engine
-from stages.lib.training.layouts import zero_stage_of
+from stages.lib.training.layouts import spread_of_run, zero_stage_of
 from stages.lib.training.saved_form import SteppedTensors, Weights, content_problem
 from stages.lib.training.state import UNREADABLE, Saved, cannot_be_extended, read_state, start_over
 
@@ -40,8 +41,18 @@ def load_saved(engine: Engine, saved: Saved | None, find: Callable[[Unfit], Save
         unfit |= {**saved.passed_over, saved.state["step"]: reason}
         saved = find(unfit)
     if saved is not None:
-        engine.load(saved.folder)
+        load_into(engine, saved.folder)
+        if changed := converted(read_saved(saved.folder), spread_of_run(engine.ctx)):
+            engine.ctx.journal.note(f"{saved.folder.name} was {changed}")
     return saved
+
+
+def load_into(engine: Engine, folder: Path) -> None:
+    """Reads a checkpoint of any processes and memory layout. All processes call it together."""
+    if is_spread_alike(engine, folder):
+        engine.load(folder)
+    else:
+        load_converted(engine, folder)
 
 
 def load_weights_of(ctx: Context, engine: Engine, step: int) -> dict[str, Any]:
@@ -55,7 +66,7 @@ def load_weights_of(ctx: Context, engine: Engine, step: int) -> dict[str, Any]:
     if found:
         what = f"holds the best weights, and cannot be used: {'; '.join(found[:3])}"
         raise ArtifactError(Problem(str(folder), what, start_over(ctx)))
-    engine.load(folder)
+    load_into(engine, folder)
     state: dict[str, Any] = from_main(lambda: read_state(folder))
     return state
 
@@ -79,6 +90,11 @@ def own_files_problem(engine: Engine, folder: Path) -> str:
     """The same of those that this process would load. Nothing that stands in them is run."""
     from stages.lib.training.deepspeed_files import load_data
 
+    if not is_spread_alike(engine, folder):
+        try:
+            return conversion_problem(engine, folder)
+        except UNREADABLE as error:
+            return f"it cannot be read ({type(error).__name__})"
     wanted = wanted_split(engine) if engine.layout is not None else wanted_plainly(engine)
     for name, content in wanted.items():
         try:

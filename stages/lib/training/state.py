@@ -23,7 +23,7 @@ from stages.lib.processes.collectives import from_main
 from stages.lib.training.engine import Engine
 from stages.lib.training.evaluating import Metrics
 from stages.lib.training.forecast import CHECKPOINT_BYTES_PER_PARAMETER
-from stages.lib.training.layouts import zero_stage
+from stages.lib.training.layouts import spread_of_run
 from stages.lib.training.params import Batch, TrainingParams, learning_rate_factor, schedule_length
 
 UNREADABLE = (
@@ -113,8 +113,8 @@ def find_saved(
     """The newest verified checkpoint of which our part can be restored, the same in every process; None where there is none.
 
     One that cannot is passed over, and said; so are those of the steps in `unfit`, for the reasons there. Raises
-    `ArtifactError` if the checkpoint belongs to another run, `LaunchError` if it was written by processes or in a memory
-    layout that DeepSpeed cannot turn into the present ones.
+    `ArtifactError` if the checkpoint belongs to another run, `LaunchError` if it was written in a memory layout, or is
+    read in one, whose checkpoints cannot be converted.
     """
     if ctx.resume is None:
         return None
@@ -198,9 +198,8 @@ def check_state(ctx: Context, saved: Saved, identity: Mapping[str, Any]) -> None
         if state.get(name) != value:
             what = f"belongs to another run: its {name} is {state.get(name)}, the recipe's is {value}"
             raise ArtifactError(Problem(str(folder), what, NOT_EXTENDED if saved.extended else start_over(ctx)))
-    of_run = resumable.Saved(state["world_size"], state["zero_stage"])
-    reason = resumable.mismatch(of_run, zero_stage(ctx.resources), ctx.world.size)
-    if reason:
+    of_run = resumable.Saved(state["world_size"], state["zero_stage"], bound=state.get("bound", ""))
+    if reason := resumable.mismatch(of_run, spread_of_run(ctx)):
         over = NOT_EXTENDED if saved.extended else start_over(ctx)
         hint = f"Run as it was written: `slipway plan` says with which --set. {over}"
         raise LaunchError(Problem("resources", f"the checkpoint {folder} {reason}", hint))
@@ -251,7 +250,9 @@ def save_checkpoint(
 
 def write_state(ctx: Context, step: int, content: Mapping[str, Any]) -> None:
     """Adds our part to the checkpoint of `step`."""
-    place = {"step": step, "world_size": ctx.world.size, "zero_stage": zero_stage(ctx.resources)}
+    here = spread_of_run(ctx)
+    place = {"step": step, "world_size": here.world_size, "zero_stage": here.zero_stage}
+    place |= {"bound": here.bound, "layout": ctx.resources.deepspeed} if here.bound else {}
     text = json_text({**place, **content}, STATE, indent=1)
     (ctx.checkpoints.path(step) / STATE).write_text(text, encoding="utf-8")
 
