@@ -92,9 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = write_blocks(folder / "tokens", options.blocks)
-        params = STAGE.params.model_validate(
-            {"architecture": LLAMA, "max_steps": options.blocks // BATCH, "global_batch_size": BATCH}
-        )
+        fields = {"max_steps": options.blocks // BATCH, "global_batch_size": BATCH, "learning_rate": 1e-3}
+        params = STAGE.params.model_validate({"architecture": LLAMA, **fields})
 
         def begin(name: str) -> Any:
             return replace(context(folder / name, micro_batch_size=BATCH), inputs={"tokens": tokens})
