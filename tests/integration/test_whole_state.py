@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.store.resumable import STATE, Saved
 from stages.lib.training.converting import conversion_problem, load_converted
+from stages.lib.training.deepspeed_files import load_data
 from stages.lib.training.engine import Engine
 from stages.lib.training.optimizer import parameter_groups
 from stages.lib.training.params import TrainingParams
@@ -144,7 +145,7 @@ def edited(name: str, edit: Callable[[Any], None]) -> Damage:
 
     def damage(folder: Path) -> None:
         path = folder / "engine" / name
-        content = torch.load(path, weights_only=False)
+        content = load_data(path)
         edit(content)
         torch.save(content, path)
 
@@ -193,12 +194,14 @@ def test_what_is_not_this_model_s_is_told(tmp_path: Path, kind: str, damage: Dam
     assert torch.equal(engine.module.linear.weight, before)
 
 
-def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
+def test_there_are_no_moments_only_where_every_step_in_fp16_was_left_out(tmp_path: Path) -> None:
     write(tmp_path, "plain")
     content = torch.load(tmp_path / "engine.pt")
     content["optimizer"]["state"] = {}
     torch.save(content, tmp_path / "engine.pt")
     engine = engine_of(tmp_path, Tiny())
+    assert conversion_problem(engine, tmp_path) == "the optimizer's state is empty"
+    engine.in_fp16 = True
     assert conversion_problem(engine, tmp_path) == ""
     load_converted(engine, tmp_path)
     assert torch.equal(engine.module.linear.weight, WEIGHT)

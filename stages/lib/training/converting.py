@@ -50,6 +50,8 @@ def conversion_problem(engine: Engine, folder: Path) -> str:
     examples = {name: torch.empty(each.weight.shape, device="meta") for name, each in whole.stepped.items()}
     if problem := weights_problem({**examples, **whole.buffers}, wanted, "weights"):
         return problem
+    if not engine.in_fp16 and not any(has_moments(each) for each in whole.stepped.values()):
+        return "the optimizer's state is empty"
     return next((f"{name} {problem}" for name, each in whole.stepped.items() if (problem := each.problem())), "")
 
 
@@ -120,6 +122,11 @@ def write_equal_parts(engine: Engine, whole: WholeState) -> None:
             safe_set_local_optimizer_state(parameter, own_part(engine, parameter, moment), each)
         group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
         states[group]["step"].fill_(max(float(states[group]["step"]), saved.steps))
+
+
+def has_moments(saved: SteppedParameter) -> bool:
+    """Whether there are moments: every step leaves some, but for one in fp16 that was left out."""
+    return any(pieces.parts for pieces in saved.moments.values())
 
 
 def tensors_of(saved: SteppedParameter) -> dict[str, Tensor]:
