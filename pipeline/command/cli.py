@@ -33,6 +33,7 @@ from pipeline.command.options import (
     ShownRowsOption,
     SourceSetOption,
     StoreOption,
+    StrictCommand,
 )
 from pipeline.command.planning import planned, print_lines, print_notes
 from pipeline.command.talking import read_line, show_text
@@ -68,7 +69,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
@@ -88,7 +89,7 @@ def plan(
         print_lines(reports.plan_lines(the_plan, the_store))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def run(
     recipe: RecipeArgument,
     only: Annotated[str | None, typer.Option("--only", help="Run this stage alone; its inputs must exist.")] = None,
@@ -113,7 +114,7 @@ def run(
         the_store.end(the_plan.recipe.name, the_plan.record(the_store))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def job(
     recipe: RecipeArgument,
     stage: Annotated[str, typer.Argument(help="The stage's name in the recipe.")],
@@ -143,7 +144,7 @@ def job(
             print(f"  {shlex.join(LAUNCHERS[name].command(the_job))}")
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def status(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe. Default: every recipe that ran in the store.")
@@ -166,20 +167,20 @@ def status(
 clusters.add_to(app)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def lineage(artifact: NameArgument, store: StoreOption = None) -> None:
     """Print what an artifact was made from, down to the digests of the sources."""
     the_store = open_store(store)
     print_lines(reports.lineage_lines(the_store, artifact))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def show(artifact: NameArgument, store: StoreOption = None) -> None:
     """Print an artifact's manifest, readable."""
     print_lines(reports.show_lines(open_store(store), artifact))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def verify(artifact: NameArgument, store: StoreOption = None) -> None:
     """Hash an artifact's files again and name those that differ."""
     lines, sound = reports.verify_lines(open_store(store), artifact)
@@ -187,7 +188,7 @@ def verify(artifact: NameArgument, store: StoreOption = None) -> None:
     raise typer.Exit(0 if sound else EXIT_USER_ERROR)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def stages(kind: Annotated[str | None, typer.Argument(help="One stage: print its inputs and params.")] = None) -> None:
     """List the stages, or the params of one with defaults and documentation."""
     if kind is None:
@@ -198,7 +199,7 @@ def stages(kind: Annotated[str | None, typer.Argument(help="One stage: print its
         raise RecipeError(Problem(kind, "is no stage", did_you_mean(kind, STAGES)))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def doctor(store: StoreOption = None) -> None:
     """Check this machine: Python, libraries, devices, ranks that talk, disk; say what to install."""
     from pipeline.command.doctor import examine
@@ -206,7 +207,7 @@ def doctor(store: StoreOption = None) -> None:
     raise typer.Exit(examine(open_store(store), sys.stdout))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     only_current: Annotated[
@@ -229,7 +230,7 @@ def gc(
     print_lines(collect(the_store, current, dry_run=dry_run, only_current=only_current))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def forget(
     recipe: Annotated[str, typer.Argument(help="The name of a recipe that ran here, or its path.")],
     store: StoreOption = None,
@@ -240,7 +241,7 @@ def forget(
     print_lines(forget_recipe(open_store(store), recipe))
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def chat(
     model: NameArgument,
     adapter: AdapterOption = None,
@@ -260,7 +261,7 @@ def chat(
     talk(path, read_line, show_text, adapters=adapters, **options)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def inspect(
     places: PlacesArgument,
     layout: LayoutOption = None,

@@ -13,7 +13,7 @@ from launch import LAUNCHERS
 from launch.clusters.profile import load_profile
 from launch.clusters.slurm import Queued, Slurm
 from pipeline.command.naming import open_store
-from pipeline.command.options import RecipeArgument, SetOption, StoreOption
+from pipeline.command.options import RecipeArgument, SetOption, StoreOption, StrictCommand
 from pipeline.command.planning import planned, print_lines
 from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.settings.strict import Reading
@@ -142,4 +142,4 @@ def queued() -> Mapping[str, Queued]:
 
 def add_to(app: typer.Typer) -> None:
     for command in (submit, cancel, logs, step):
-        app.command()(command)
+        app.command(cls=StrictCommand)(command)

@@ -1,4 +1,4 @@
-"""The arguments and options that several commands take."""
+"""The arguments and options that several commands take, and the class of all commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
+
+
+class StrictCommand(TyperCommand):
+    """A command that takes each of its options once, except those that are repeatable: else the last one would stand, and
+    nothing would say that the others do not."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in dict.fromkeys(given):
+            is_value = option.param_type_name == "option" and not getattr(option, "is_flag", False)
+            if is_value and given.count(option) > 1 and not option.multiple:
+                ctx.fail(f"Option '{option.opts[0]}' takes one value, and was given {given.count(option)} times.")
+        return super().parse_args(ctx, args)
+
 
 RecipeArgument = Annotated[
     Path, typer.Argument(help="A recipe: a YAML file, such as pipeline/recipes/quickstart.yaml.")

@@ -192,6 +192,16 @@ def test_only_and_until_exclude_each_other_also_where_one_is_empty(
     assert (code, said) == (2, "error: --only and --until: exclude each other. Use one of them.\n")
 
 
+def test_an_option_that_takes_one_value_is_given_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two would be dropped without a word. What is repeatable is repeated, and a flag says the same twice."""
+    code, said = slipway(capsys, monkeypatch, "run", "recipe.yaml", "--until", "rows", "--until", "other")
+    assert code == 2 and "Option '--until' takes one value, and was given 2 times." in said
+    repeated = ("--set", "rows.source.layout=text", "--set", "rows.format=text", "--json", "--json")
+    assert slipway(capsys, monkeypatch, "plan", "recipe.yaml", *repeated)[0] == 0
+
+
 @pytest.mark.parametrize("arguments", [("plan", "recipe.yaml"), ("run", "recipe.yaml"), ("gc",), ("chat", "model")])
 def test_an_empty_name_of_a_store_is_not_the_working_folder(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
