@@ -150,7 +150,7 @@ def run(job: dict[str, Any]) -> None:
     except SlipwayError as error:
         if not job["may_fail"]:
             raise
-        print(error)
+        sys.stdout.write(f"{error}\n")  # at once: another process writes to the same pipe
         return
     if WORLD.is_main:
         content = {"metrics": dict(result.metrics), "facts": result.facts.model_dump()}

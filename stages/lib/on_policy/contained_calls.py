@@ -144,7 +144,9 @@ class Called:
         if ended.printed_bytes:
             more = f", of which the first {len(ended.printed):,}" if ended.printed_bytes > len(ended.printed) else ""
             text = ended.printed.decode("utf-8", errors="replace")
-            print(f"{self.where} printed {ended.printed_bytes:,} bytes{more}:\n{text}", file=sys.stderr, flush=True)
+            # Written at once, with its line break: other processes write to the same pipe.
+            sys.stderr.write(f"{self.where} printed {ended.printed_bytes:,} bytes{more}:\n{text}\n")
+            sys.stderr.flush()
 
 
 def read_answer(answer: Mapping[str, Any]) -> float | Trouble:
