@@ -119,7 +119,7 @@ def run(ctx: Context, params: CleanParams) -> Result:
 
 STAGE = Stage(
     kind="clean",
-    version=9,
+    version=10,
     summary="Reads one source and keeps the rows that are whole, good enough and not said before.",
     params=CleanParams,
     inputs={},

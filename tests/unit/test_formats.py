@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.errors import DataError
 from pipeline.settings.strict import documentation
@@ -454,6 +455,56 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")], "margin": 0.2},
     ),
     (
+        "the second of two whole conversations is preferred, in a word",
+        "preference_between",
+        {
+            "conversation_a": [user("a"), assistant("b")],
+            "conversation_b": [user("a"), assistant("c")],
+            "winner": "model_b",
+        },
+        {"columns": {"output_1": "conversation_a", "output_2": "conversation_b", "preference": "winner"}},
+        {"prompt": [user("a")], "chosen": [assistant("c")], "rejected": [assistant("b")], "margin": 1.0},
+    ),
+    (
+        "the first of two answers after a conversation is preferred, on a scale from -3 to 3",
+        "preference_between",
+        {
+            "context": [user("a"), assistant("b"), user("c")],
+            "response1": "d",
+            "response2": "e",
+            "overall_preference": -1,
+        },
+        {
+            "first_answer": -3,
+            "second_answer": 3,
+            "columns": {
+                "messages": "context",
+                "output_1": "response1",
+                "output_2": "response2",
+                "preference": "overall_preference",
+            },
+        },
+        {
+            "prompt": [user("a"), assistant("b"), user("c")],
+            "chosen": [assistant("d")],
+            "rejected": [assistant("e")],
+            "margin": 0.333333,
+        },
+    ),
+    (
+        "the first is preferred by a 1, on a scale that goes down",
+        "preference_between",
+        {
+            "instruction": "a",
+            "input": "i",
+            "output_1": [assistant("b")],
+            "output_2": [assistant("c")],
+            "preference": "1",
+        },
+        {"first_answer": 1, "second_answer": 0},
+        {"prompt": [user("a\n\ni")], "chosen": [assistant("b")], "rejected": [assistant("c")], "margin": 1.0},
+    ),
+    (
         "turns that nothing is to be learned from, in all spellings",
         "messages",
         {
@@ -778,7 +829,11 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c"}, "missing_field", "preference"),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.5}, "tie", ""),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 3}, "wrong_type", "preference is 3, not a number from 1 to 2"),
-    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": "a"}, "wrong_type", "preference is 'a', not a number from 1 to 2"),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": "c"}, "wrong_type", "preference is 'c', not a number from 1 to 2, nor a word as model_a, model_b or tie"),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": "Tie (both bad)"}, "tie", ""),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": " "}, "missing_field", "preference"),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": [assistant("c")]}, "missing_field", "preference"),
+    ("preference_between", {"instruction": "a", "output_2": [assistant("c")], "preference": "a"}, "missing_field", "output_1"),
     (
         "preference_chat",
         {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"},
@@ -1416,6 +1471,7 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
     assert first({**said, "tool_calls": [numbered], "function_call": call}) == calls(call, content="Let me see.")
     for spelled in (
         {"name": "f", "arguments": None, "parameters": {"a": 1}},
+        {"name": "f", "arguments": json.dumps(json.dumps({"a": 1}))},
         {"name": "f", "parameters": '{"a": 1}'},
         {"type": "function", "function": {"name": "f"}, "arguments": {"a": 1}},
         {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}, "arguments": {"a": 1}},
@@ -1439,6 +1495,7 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
     [
         ("messages", {"messages": [{**user("a"), "reasoning": "r"}, assistant("b")]}, "turns have 'reasoning', which is not read"),
         ("messages", {"messages": [{**user("a"), "tool_calls": [{"name": "f"}]}, assistant("b")]}, "turns have 'tool_calls', which is not read"),
+        ("messages", {"messages": [user("a"), assistant("<think>b")]}, "turns of the assistant begin with '<think>' and say no '</think>': all of it is the answer"),
         ("messages", {"messages": [user("a"), assistant("b"), answered("1"), assistant("c")]}, "turns of tools follow upon turns that call none"),
         ("messages", {"messages": [user("a"), calls(called(None, "f"), called(None, "g")), answered("1"), assistant("c")]}, "calls of tools that nothing answers"),
         ("messages", {"system": "s", "messages": [system("t"), user("a"), assistant("b")]}, "a row's own system text was put before that of its chat"),
@@ -1448,6 +1505,7 @@ def test_nothing_of_calls_is_lost_on_the_way() -> None:
         ("messages", {"messages": [user("a"), parts({"text": "b", "cache_control": {"type": "x"}})]}, "parts of turns of the assistant have 'cache_control', which is not read"),
         ("messages", {"messages": [user("a"), calls({"function": {"name": "f"}, "mood": "m"}), answered("1"), assistant("c")]}, "calls of tools have 'mood', which is not read"),
         ("prompts", {"prompt": "a", "input": "b"}, "rows have 'input' beside 'prompt', which is not read"),
+        ("preference_between", {"messages": [user("a")], "input": "i", "output_1": "b", "output_2": "c", "preference": "A"}, "rows have 'input' beside 'messages', which is not read"),
         ("label", {"text": "a", "label": "1.0"}, "labels are texts such as 1.0 and stay so: 1, as other rows or files may have it, is another label"),
         ("label", {"text": "a", "label": "NaN"}, "a label is 'NaN', which others write for none, and stays a class: name it in no_label where it is none"),
         ("label", {"text": "a", "label": "<NA>"}, "a label is '<NA>', which others write for none, and stays a class: name it in no_label where it is none"),
@@ -1687,6 +1745,7 @@ def test_numbers_that_are_only_ever_0_and_1_must_be_declared(zero: Any, tmp_path
     exchanged = {"output_1": "output_2", "output_2": "output_1"}
     other_way = read_between(tmp_path, zero, 1, zero, first_answer=0, columns=exchanged)
     assert other_way == (["second", "first", "second"], {})
+    assert read_between(tmp_path, zero, 1, zero, first_answer=1, second_answer=0) == other_way
 
 
 def test_where_a_number_above_1_stands_0_is_a_tie(tmp_path: Path) -> None:
@@ -1701,6 +1760,18 @@ def test_margins_count_from_the_first_answer() -> None:
     assert convert("preference_between", between(0.5)[0], first_answer=0)[0] == ("tie", "")
     outside = convert("preference_between", between(2)[0], first_answer=0)[0]
     assert outside == ("wrong_type", "preference is 2, not a number from 0 to 1")
+
+
+def test_the_ends_of_a_scale_are_two_numbers() -> None:
+    for options, said in (
+        ({"second_answer": 2}, "without first_answer"),
+        ({"first_answer": 2, "second_answer": 2}, "is what first_answer is"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            LaidOutSource(layout="preference_between", **options)
+    assert convert("preference_between", between(0)[0], first_answer=-1, second_answer=1)[0] == ("tie", "")
+    outside = convert("preference_between", between(2)[0], first_answer=-1, second_answer=1)[0]
+    assert outside == ("wrong_type", "preference is 2, not a number from -1 to 1")
 
 
 def test_a_span_that_says_its_text_is_read_in_the_units_that_fit() -> None:

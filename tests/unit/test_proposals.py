@@ -34,6 +34,10 @@ def assistant(content: str) -> Row:
     return {"role": "assistant", "content": content}
 
 
+def turn(role: str, content: str) -> Row:
+    return {"role": role, "content": content}
+
+
 def turns(number: int, *, answered: bool = True) -> list[Row]:
     return [user(f"Where is house {number}?"), *([assistant(saying(number))] if answered else [])]
 
@@ -167,6 +171,20 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "judged answers": (
         lambda n: {"instruction": saying(n), "response_a": f"a {n}", "response_b": f"b {n}", "preference": 1 + n % 2},
         {"layout": "preference_between", "columns": {"output_1": "response_a", "output_2": "response_b"}},
+    ),
+    "battles of an arena": (
+        lambda n: {
+            "question_id": f"q{n}",
+            "model_a": "x",
+            "model_b": "y",
+            "winner": ("model_a", "model_b", "tie (bothbad)")[n % 3],
+            "conversation_a": [turn("user", saying(n)), turn("assistant", f"a {n}")],
+            "conversation_b": [turn("user", saying(n)), turn("assistant", f"b {n}")],
+        },
+        {
+            "layout": "preference_between",
+            "columns": {"output_1": "conversation_a", "output_2": "conversation_b", "preference": "winner"},
+        },
     ),
     "inferences": (
         lambda n: {
@@ -643,6 +661,29 @@ def test_which_answer_a_1_prefers_is_not_guessed(write_as: type, tmp_path: Path)
     assert [reason.split("'")[3] for reason in better] == ["response_b", "response_a"]
     decided = proposed(tmp_path / "rows.jsonl", given={"first_answer": 1})["proposals"]
     assert [each["source"]["first_answer"] for each in decided] == [1]
+
+
+def test_which_end_of_a_scale_around_0_is_which_is_not_guessed(tmp_path: Path) -> None:
+    """Answers after whole conversations, judged from -3 to 3."""
+    rows = [
+        {
+            "domain": "general",
+            "context": [turn("user", saying(n))],
+            "response1": f"a {n}",
+            "response2": f"b {n}",
+            "overall_preference": n % 7 - 3,
+        }
+        for n in range(30)
+    ]
+    report = proposed(write(tmp_path / "rows.jsonl", rows))
+    ways = [(each["source"]["first_answer"], each["source"]["second_answer"]) for each in report["proposals"]]
+    assert ways == [(-3, 3), (3, -3)]
+    for number, each in enumerate(report["proposals"]):
+        better = ("response2", "response1")[number]
+        assert any(f"if 3 in 'overall_preference' prefers '{better}'" in reason for reason in each["why"])
+        ran = run_stage(CLEAN, {"format": "preferences", "source": each["source"]}, tmp_path / f"ran{number}")
+        chosen = {row["chosen"][0]["content"][0] for row in ran.rows() if int(row["chosen"][0]["content"][2:]) % 7 > 3}
+        assert chosen == {"ba"[number]}
 
 
 def test_data_that_no_layout_fits_is_told_what_it_lacks(tmp_path: Path) -> None:

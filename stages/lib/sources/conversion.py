@@ -118,7 +118,8 @@ class Conversion:
     strip_segment_digit: bool = False
     turns_in_text: str | None = None
     unlabelled: bool = False
-    first_answer: int | None = None
+    first_answer: float | None = None
+    second_answer: float | None = None
     no_label: tuple[str, ...] = NO_LABEL
     span_offsets: str | None = None
     rating_columns: tuple[str, ...] = ()

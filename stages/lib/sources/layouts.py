@@ -13,9 +13,10 @@ from typing import Any
 
 from stages.lib.rows.canonical import Row
 from stages.lib.sources.conversion import Conversion, Dropped, Unusable, type_name
+from stages.lib.sources.layouts_between import preference_between
 from stages.lib.sources.layouts_chats import ALPACA_COLUMNS, alpaca, alpaca_rows, messages, rated_chat, sharegpt
 from stages.lib.sources.layouts_labels import label, relation, text
-from stages.lib.sources.layouts_preferences import preference_alpaca, preference_between, preference_turns
+from stages.lib.sources.layouts_preferences import preference_alpaca, preference_turns
 from stages.lib.sources.layouts_prompts import prompts
 from stages.lib.sources.layouts_questions import ANSWERABLE, IMPOSSIBLE, squad, squad_rows
 from stages.lib.sources.layouts_spans import bio, pieces, spans
@@ -193,9 +194,9 @@ LAYOUTS: dict[str, Layout] = {
     "preference_between": Layout(
         "preferences",
         preference_between,
-        (*ALPACA_COLUMNS, "output_1", "output_2", "preference", "margin"),
-        "instruction, input, history, output_1 and output_2, and which of them is better: 1, 2 or a number between",
-        options=("first_answer",),
+        ("instruction", "input", "history", *SHAREGPT_COLUMNS, "output_1", "output_2", "preference", "margin"),
+        "instruction, input and history, or messages; output_1 and output_2, and which of them is better: 1, 2, a number between or a word",
+        options=("first_answer", "second_answer", "turns_in_text"),
     ),
     "preference_chat": Layout(
         "preferences",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stages.lib.rows.canonical import Row, is_margin
-from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of, type_name
+from stages.lib.sources.conversion import Conversion, Dropped, is_blank, list_of, text_of
 from stages.lib.sources.layouts_chats import alpaca_prompt
 from stages.lib.sources.tool_turns import Message, merge_tool_turns, system_turn
 from stages.lib.sources.turns import require_order, turns_or_text, with_system, without_train
@@ -47,42 +47,6 @@ def preference_chat(row: Row, conversion: Conversion) -> Row:
         raise Dropped("bad_turn_order", "chosen and rejected are neither one assistant turn nor whole conversations")
     prompt = prompt_in(row, conversion)
     return preference(row, prompt, *map(answer_in, (*chosen, *rejected)))
-
-
-def preference_between(row: Row, conversion: Conversion) -> Row:
-    """instruction, input and history with output_1 and output_2, and which of them is preferred: 1, 2 or a number between
-    (AlpacaEval); counted from 0 where `first_answer` says so. How far it is from the middle becomes the margin, from 0 to 1.
-    """
-    first = 1 if conversion.first_answer is None else conversion.first_answer
-    preferred = preferred_answer(row, first)
-    if conversion.first_answer is None:
-        conversion.preferred[
-            "above 1" if preferred > 1 else str(int(preferred)) if preferred in (0, 1) else "between"
-        ] += 1
-    if preferred - first == 0.5 or (first and preferred == 0):
-        raise Dropped("tie")
-    if not first <= preferred <= first + 1:
-        raise Dropped("wrong_type", f"preference is {preferred}, not a number from {first} to {first + 1}")
-    answers = [assistant(text_of(row, name)) for name in ("output_1", "output_2")]
-    better, worse = answers if preferred - first < 0.5 else reversed(answers)
-    margin = round(abs(2 * (preferred - first) - 1), 6)
-    return preference({**row, "margin": row.get("margin", margin)}, alpaca_prompt(row, conversion), better, worse)
-
-
-def preferred_answer(row: Row, first: int) -> float:
-    preferred = row.get("preference")
-    if preferred is None:
-        raise Dropped("missing_field", "preference")
-    if isinstance(preferred, str):
-        try:
-            return float(preferred)
-        except ValueError:
-            what = f"preference is {preferred!r}, not a number from {first} to {first + 1}"
-            raise Dropped("wrong_type", what) from None
-    if isinstance(preferred, bool) or not isinstance(preferred, int | float):
-        what = f"preference is {type_name(preferred)}, not a number from {first} to {first + 1}"
-        raise Dropped("wrong_type", what)
-    return preferred
 
 
 def assistant(content: str) -> Message:

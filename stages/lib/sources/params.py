@@ -101,8 +101,10 @@ class LaidOutSource(Strict):
     """What texts hold where the layout takes texts or turns (rated_chat, prompts, preference_chat, unpaired_preference, rated_answer, stepwise): turns as JSON, or a transcript of `Human:` and `Assistant:`. Other texts stay texts. null: all texts are what they say, also if they look like turns."""
     unlabelled: bool = False
     """Whether the rows are yet to be labelled, by the stage `annotate` (layouts label and squad): their label, or their answers, are not read, and may be missing. Texts without a second one need no such word: read them with the layout text."""
-    first_answer: Literal[0, 1] | None = None
-    """What `preference` says of a row whose first answer (output_1) is the better one, 0 or 1 (layout preference_between); one more says the second. With 1 also 0 is a tie. null: 1, and where the numbers are only ever 0 and 1 the stage stops and asks."""
+    first_answer: float | None = Field(default=None, allow_inf_nan=False)
+    """What `preference` says of a row whose first answer (output_1) is the better one (layout preference_between), such as 0, or -3 of a scale from -3 to 3. With 1 also 0 is a tie. null: 1, and where the numbers are only ever 0 and 1 the stage stops and asks. Words as model_a and tie need neither this nor `second_answer`."""
+    second_answer: float | None = Field(default=None, allow_inf_nan=False)
+    """What `preference` says where the second one is: the other end of the scale, above `first_answer` or below it. null: `first_answer` + 1."""
     no_label: list[str] | None = None
     """Labels that say that a row has none (layouts label and relation): such rows are dropped and counted. null: - and -1, as SNLI and `datasets` write it. []: each label is a class."""
     span_offsets: Literal["inclusive", "utf16", "utf8"] | None = None
@@ -136,6 +138,7 @@ class LaidOutSource(Strict):
             ("turns_in_text", self.turns_in_text is not None),
             ("unlabelled", self.unlabelled),
             ("first_answer", self.first_answer is not None),
+            ("second_answer", self.second_answer is not None),
             ("no_label", self.no_label is not None),
             ("span_offsets", self.span_offsets is not None),
             ("rating_columns", self.rating_columns is not None),
@@ -143,6 +146,12 @@ class LaidOutSource(Strict):
             if is_set and option not in self.laid_out.options:
                 users = ", ".join(name for name, layout in LAYOUTS.items() if option in layout.options)
                 raise ValueError(f"{option}: the layout {self.layout} does not use it. Layouts that do: {users}.")
+        if self.second_answer is not None and self.second_answer == self.first_answer:
+            raise ValueError(
+                "second_answer: is what first_answer is. Name the two ends of the scale, such as -3 and 3."
+            )
+        if self.second_answer is not None and self.first_answer is None:
+            raise ValueError("second_answer: stands without first_answer. Name the other end of the scale as well.")
         return self
 
 

@@ -71,6 +71,7 @@ def convert_records(
         turns_in_text=source.turns_in_text,
         unlabelled=source.unlabelled,
         first_answer=source.first_answer,
+        second_answer=source.second_answer,
         no_label=NO_LABEL if source.no_label is None else tuple(source.no_label),
         span_offsets=source.span_offsets,
         rating_columns=tuple(source.rating_columns or ()),
@@ -100,8 +101,8 @@ def convert_records(
 def counted_from_where(source: LaidOutSource, preferred: Mapping[str, int]) -> Problem:
     what = f"is 0 in {preferred['0']:,} rows, 1 in {preferred['1']:,} and 2 in none, so nobody can tell whether 1 is the first answer or the second"
     hint = (
-        "Set first_answer: 0 where 0 is output_1 and 1 is output_2 (where it is the other way round, exchange output_1 and "
-        "output_2 in columns as well), or first_answer: 1 where 0 says that they are as good."
+        "Set first_answer: 0 where 0 is output_1 and 1 is output_2, first_answer: 1 and second_answer: 0 where it is the other "
+        "way round, or first_answer: 1 alone where 0 says that they are as good."
     )
     return Problem(source.columns.get("preference", "preference"), what, hint)
 

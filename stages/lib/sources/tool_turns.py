@@ -122,10 +122,11 @@ def is_json(value: Any) -> bool:
 
 
 def with_arguments(call: Any) -> Any:
-    """The call with its arguments as a mapping: OpenAI writes them as JSON text, and JSON within JSON is another call."""
+    """The call with its arguments as a mapping: OpenAI writes them as JSON text, some write that as JSON once more, and JSON
+    within JSON is another call."""
     if not isinstance(call, dict):
         return call
-    read = {key: json_in(call[key]) for key in ARGUMENT_KEYS if isinstance(call.get(key), str)}
+    read = {key: json_in(json_in(call[key])) for key in ARGUMENT_KEYS if isinstance(call.get(key), str)}
     return {**call, **{key: value for key, value in read.items() if isinstance(value, dict)}}
 
 

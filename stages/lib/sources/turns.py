@@ -130,6 +130,10 @@ def read_turn(turn: Any, conversion: Conversion) -> list[Message]:
         message |= {key: str(value) for key, value in named.items() if value not in (None, "")}
     if role == "assistant":
         message |= reasoning_in(turn, message["content"])
+        if message["content"].lstrip().startswith("<think>") and "</think>" not in message["content"]:
+            conversion.notice(
+                "turns of the assistant begin with '<think>' and say no '</think>': all of it is the answer"
+            )
     # A tool may return nothing: that is what it returned.
     if is_blank(message["content"]) and not message.keys() & {"tool_calls", "tools"} and role != "tool":
         if role == "system":

@@ -88,6 +88,22 @@ RATING = Slot(
 LABEL = Slot("label", LABELS, LABEL_NAMES, few_values=True, by_position=True)
 FIRST_NAMES = tuple("sentence1 premise question1 text1 sentence_1 text_1 text_a sentence_a sentence query s1 a".split())
 SECOND_NAMES = tuple("sentence2 hypothesis question2 text2 sentence_2 text_2 text_b sentence_b passage s2 b".split())
+CHOICE = Slot(
+    "preference",
+    LABELS,
+    ("winner", "better", "preferred", "choice", "overall_preference", "verdict", "better_response_id", "label"),
+)
+FIRST_JUDGED = tuple("response_1 answer_1 completion_1 response_a answer_a output_a response1".split())
+SECOND_JUDGED = tuple("response_2 answer_2 completion_2 response_b answer_b output_b response2".split())
+JUDGED = (Slot("output_1", TEXTS | TURNS, FIRST_JUDGED), Slot("output_2", TEXTS | TURNS, SECOND_JUDGED), CHOICE)
+COUNTED_FROM_0 = (
+    Slot("output_1", TEXTS, ("response_0", "answer_0")),
+    Slot("output_2", TEXTS, ("response_1", "answer_1")),
+)
+CONVERSATIONS = (
+    Slot("output_1", TURNS, ("conversation_a", "conversation_1", "messages_a", "messages_1")),
+    Slot("output_2", TURNS, ("conversation_b", "conversation_2", "messages_b", "messages_2")),
+)
 PAIRS = (
     Slot("chosen", TEXTS | TURNS, ("preferred", "better", "response_chosen", "accepted", "win", "chosen_response")),
     Slot(
@@ -134,15 +150,13 @@ FORMS: tuple[Form, ...] = (
         "preference_alpaca",
         (*ALPACA_PROMPT, Slot("output", frozenset({"texts"}), ("responses", "answers", "completions"))),
     ),
+    Form("preference_between", (*ALPACA_PROMPT, *JUDGED)),
     Form(
         "preference_between",
-        (
-            *ALPACA_PROMPT,
-            Slot("output_1", TEXTS, ("response_1", "answer_1", "completion_1", "response_a", "answer_a", "output_a")),
-            Slot("output_2", TEXTS, ("response_2", "answer_2", "completion_2", "response_b", "answer_b", "output_b")),
-            Slot("preference", LABELS, ("better", "preferred", "winner", "choice", "label")),
-        ),
+        (Slot("messages", TEXTS | TURNS, ("context", *QUESTION_NAMES, *CHAT_NAMES)), *JUDGED, SYSTEM),
     ),
+    Form("preference_between", (*ALPACA_PROMPT, *COUNTED_FROM_0, CHOICE)),
+    Form("preference_between", (*CONVERSATIONS, CHOICE, SYSTEM)),
     Form("preference_chat", (*PAIRS, SYSTEM, *TOOLS)),
     Form(
         "preference_chat",

@@ -8,6 +8,7 @@ from typing import Any
 
 from stages.lib.sources.proposing.columns import Column
 from stages.lib.sources.proposing.forms import IDENTITIES, Form, Matched, Slot, plain_name
+from stages.lib.sources.proposing.scores import number_in
 
 OWN_NAME, KNOWN_NAME, ONLY_ONE, BY_POSITION = 1.0, 0.9, 0.45, 0.4
 """How sure a column is: it has our name; one of the names that others use, less for each before it; none, and no other
@@ -126,13 +127,26 @@ def answers_both_ways(
     matched: Matched, columns: Sequence[Column], given: Mapping[str, Any]
 ) -> list[tuple[Matched, dict[str, Any], list[str]]]:
     """(columns, options, why) of each way in which a preference among two answers may be meant: both, where it is only ever 0
-    or 1, since nothing in the data says which answer a 1 prefers. Otherwise the one way that there is.
+    or 1, or on both sides of 0, since nothing in the data says which answer a 1 prefers. Otherwise the one way that there is.
     """
     name = matched.columns.get("preference")
     values = next((column.values for column in columns if column.name == name), ())
-    if {str(value).strip().removesuffix(".0") for value in values} != {"0", "1"} or "first_answer" in given:
+    if "first_answer" in given:
         return [(matched, {}, [])]
-    first, second = matched.columns["output_1"], matched.columns["output_2"]
+    first, second = matched.columns.get("output_1", ""), matched.columns.get("output_2", "")
+    numbers = [number_in(value) for value in values]
+    if (known := [each for each in numbers if each is not None]) and len(known) == len(numbers) and min(known) < 0:
+        end = max(map(abs, known))
+        return [
+            (
+                matched,
+                {"first_answer": -sign * end, "second_answer": sign * end},
+                [f"if {end:g} in '{name}' prefers '{better}', which no value says: look at some rows"],
+            )
+            for sign, better in ((1, second), (-1, first))
+        ]
+    if {str(value).strip().removesuffix(".0") for value in values} != {"0", "1"}:
+        return [(matched, {}, [])]
     exchanged = replace(matched, columns={**matched.columns, "output_1": second, "output_2": first})
     return [
         (way, {"first_answer": 0}, [f"if 1 in '{name}' prefers '{better}', which no value says: look at some rows"])

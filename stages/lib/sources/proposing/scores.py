@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.lib.rows.canonical import Row
+from stages.lib.sources.layouts_between import told_in_words
 from stages.lib.sources.proposing.columns import MAJORITY
 from stages.lib.sources.proposing.forms import plain_name
 
@@ -113,9 +114,15 @@ def judged_choices(first: str, second: str, preference: str, rows: Sequence[Row]
         pairs = [
             (row.get(name), row.get(other)) if preferred < 1.5 else (row.get(other), row.get(name))
             for row in rows
-            if (preferred := number_in(row.get(preference))) is not None and preferred != 1.5
+            if (preferred := choice_in(row.get(preference))) is not None and preferred != 1.5
         ]
         yield NumbersBeside(f"'{name}' and '{other}' are", less, pairs)
+
+
+def choice_in(value: Any) -> float | None:
+    """Which answer is preferred, as a number from 1 to 2; None where the value is neither a number nor a word for it."""
+    told = told_in_words(value)
+    return number_in(value) if told is None else told
 
 
 def judged_pairs(better: str, worse: str, rows: Sequence[Row]) -> Iterator[NumbersBeside]:
