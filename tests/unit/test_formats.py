@@ -645,6 +645,20 @@ GOLDEN: list[tuple[str, str, Row, dict[str, Any], Row]] = [
         },
     ),
     (
+        "BMEWO, and letters behind labels",
+        "bio",
+        {"tokens": list("abcde"), "tags": ["X-B", "X-E", "O", "W-Y", "S_name-S"]},
+        {"token_separator": ""},
+        {
+            "text": "abcde",
+            "spans": [
+                {"start": 0, "end": 2, "label": "X"},
+                {"start": 3, "end": 4, "label": "Y"},
+                {"start": 4, "end": 5, "label": "name-S"},
+            ],
+        },
+    ),
+    (
         "BMES and BILOU",
         "bio",
         {"tokens": list("abcdefg"), "tags": ["B-X", "M-X", "E-X", "S-Y", "B-Z", "L-Z", "U-Z"]},

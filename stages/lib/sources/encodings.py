@@ -20,6 +20,7 @@ OTHERS = {
     "shift_jis": ("shift_jis", "cp932"),
     "gb2312": ("gb18030",),
     "gbk": ("gb18030",),
+    "cp1125": ("cp866", "cp1125"),
 }
 """Encodings that hold each other, the narrower one first, which is what people call it: the first that reads the text counts."""
 ALIKE = {
@@ -27,6 +28,7 @@ ALIKE = {
     "cp1251": "iso8859-5",
     "cp1253": "iso8859-7",
     "cp1254": "iso8859-9",
+    "cp1256": "iso8859-6",
     "cp1257": "iso8859-13",
 }
 """Encodings that differ in a few characters: the one in which more of the text is letters counts."""
@@ -76,18 +78,41 @@ def likely_encoding(path: Path) -> str | None:
         return None
     from chardet import detect
 
-    lines = b"\n".join(line for line in block.splitlines() if not line.isascii())
-    found = detect(lines[:MOST_LOOKED_AT])["encoding"]
+    lines = b"\n".join(line for line in block.splitlines() if not line.isascii())[:MOST_LOOKED_AT]
+    found = detect(lines)["encoding"]
     name = codecs.lookup(found).name if found else ""
     if name.startswith("utf-16"):
         # Told by its order of bytes, of which the right one has ends of lines where they belong.
         return max(("utf-16-le", "utf-16-be"), key=lambda each: block.decode(each, "ignore").count("\n"))
+    other = second_opinion(lines) if name in ("", "gb18030") else None
+    if other and (not name or other in BIG5):
+        name = other
     for each in OTHERS.get(name, (name,) if name else ()):
         if reads(block, each):
             return likelier(block, each, ALIKE.get(each))
     if told := next((each for each, letters in TELLING.items() if is_told_by(block, each, letters)), None):
         return told
     return "cp1252" if reads(block, "cp1252") else "latin-1"
+
+
+BIG5 = ("big5", "cp950", "big5hkscs")
+COHERENT = 0.2
+"""Above which charset-normalizer has seen a language in a text."""
+LATIN_ENDS = "\u0370"
+"""The first character behind those of Latin letters."""
+
+
+def second_opinion(lines: bytes) -> str | None:
+    """What another library, which knows older encodings, takes the text for, if it sees a language in it whose letters are
+    not Latin. It is no better than the other at these."""
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(lines).best()
+    if best is None or best.coherence <= COHERENT:
+        return None
+    letters = [each for each in str(best) if each.isalpha() and not each.isascii()]
+    is_latin = sum(each < LATIN_ENDS for each in letters) * 2 > len(letters)
+    return None if is_latin else codecs.lookup(best.encoding).name
 
 
 TELLING = {"cp932": ("\u3041", "\u30ff"), "cp949": ("\uac00", "\ud7a3")}

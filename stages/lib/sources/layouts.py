@@ -263,7 +263,7 @@ LAYOUTS: dict[str, Layout] = {
         "spans",
         bio,
         ("tokens", "tags"),
-        "tokens with BIO, BIOES, BILOU, BMES or BMEO tags, as in CoNLL files",
+        "tokens with BIO, BIOES, BILOU, BMES, BMEO or BMEWO tags, as in CoNLL files",
         options=("token_separator", "strip_segment_digit"),
     ),
     "pieces": Layout("spans", pieces, ("pieces",), "a text in pieces, some of them entities"),

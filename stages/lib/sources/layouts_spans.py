@@ -92,7 +92,7 @@ def find_span(content: str, said: str, start: int, conversion: Conversion) -> tu
 
 
 def bio(row: Row, conversion: Conversion) -> Row:
-    """Tokens and one tag each (BIO, BIOES, BILOU, BMES, BMEO), as in CoNLL files. The text is the tokens, joined by `token_separator`."""
+    """Tokens and one tag each (BIO, BIOES, BILOU, BMES, BMEO, BMEWO), as in CoNLL files. The text is the tokens, joined by `token_separator`."""
     tokens, tags = tokens_of(row, "tokens", conversion), list_of(row, "tags")
     if len(tags) != len(tokens):
         raise Dropped("bad_tag", f"{len(tags)} tags for {len(tokens)} tokens")
@@ -118,12 +118,19 @@ def bio(row: Row, conversion: Conversion) -> Row:
     return {"text": conversion.token_separator.join(tokens), "spans": found}
 
 
+TAG_LETTERS = {**{letter: letter for letter in "BIES"}, "M": "I", "L": "E", "U": "S", "W": "S"}
+"""Of tags: M for middle is I, L for last is E, U for unit and W for whole are S."""
+
+
 def read_tag(tag: Any) -> tuple[str, str]:
-    """(O, B, I, E or S, label): M for middle is I, L for last is E, U for unit is S."""
+    """(O, B, I, E or S, label) of a tag, whose letter stands before the label or, as in PER-B, behind it."""
     if tag == "O":
         return "O", ""
-    if isinstance(tag, str) and len(tag) > 2 and tag[0] in "BIESMLU" and tag[1] in "-_":
-        return {"M": "I", "L": "E", "U": "S"}.get(tag[0], tag[0]), tag[2:]
+    if isinstance(tag, str) and len(tag) > 2:
+        if tag[0] in TAG_LETTERS and tag[1] in "-_":
+            return TAG_LETTERS[tag[0]], tag[2:]
+        if tag[-1] in TAG_LETTERS and tag[-2] in "-_":
+            return TAG_LETTERS[tag[-1]], tag[:-2]
     raise Dropped("bad_tag", repr(tag))
 
 

@@ -27,7 +27,7 @@ LESS_LIKELY = 0.6
 
 ARROW_STARTS = (b"ARROW1", b"\xff\xff\xff\xff")
 
-BIO_TAG = re.compile(r"O|[BIESMLU][-_].+")
+BIO_TAG = re.compile(r"O|[BIESMLUW][-_].+|.+[-_][BIESMLUW]")
 LEAST_PARTS = 5
 """A text file of at least so many paragraphs, or lines, is read part by part."""
 
