@@ -22,7 +22,7 @@ from stages.lib.text.chat_spans import THOUGHT_LEFT, Thinking, encode_chat, enco
 from stages.lib.text.chat_template import NotRendered, RefusedChat
 from stages.lib.text.chat_thoughts import thought_within
 from stages.lib.text.chat_tokens import NotAsText
-from stages.lib.text.chats import UNOPENED, tokenizing_chats
+from stages.lib.text.chats import UNANSWERED, UNOPENED, tokenizing_chats
 from stages.lib.text.prompts import tokenizing_prompts
 from stages.lib.text.tokenized_parts import TokenizedRow
 from stages.lib.text.tokenizers import encode_texts, stop_token_ids
@@ -684,6 +684,15 @@ def test_a_shape_of_chats_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 def thinks(said: str) -> list[dict[str, str]]:
     return chat("2+2", said)
+
+
+@pytest.mark.parametrize("template", [CHATML, SLIPWAY])
+def test_a_question_that_nobody_answers_is_left_out_and_counted(template: str) -> None:
+    answered = thinks("4")
+    rows = [{"messages": messages} for messages in (answered, [*answered, {"role": "user", "content": "3+3?"}])]
+    whole, cut = (made[0] for made in map(tokenizing_chats(build(template), 100).make, rows) if isinstance(made, list))
+    assert (whole.repaired, cut.repaired) == ({}, {UNANSWERED: 1})
+    assert cut.sequences == whole.sequences
 
 
 @pytest.mark.parametrize("template", [CHATML, SLIPWAY])

@@ -837,12 +837,13 @@ DROPPED: list[tuple[str, Row, str, str]] = [
     ("preference_chat", {"prompt": "a", "chosen": "b"}, "missing_field", "rejected"),
     ("preference_chat", {"chosen": "b", "rejected": "c"}, "missing_field", "messages (if chosen and rejected hold it as a transcript or as JSON, set turns_in_text)"),
     ("preference_chat", {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "pair_differs_early", ""),
+    ("preference_chat", {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("x"), user("c"), assistant("d")]}, "several_answers_differ", ""),
     ("preference_chat", {"prompt": [user("x"), assistant("y"), user("a"), assistant("b")], "chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("b"), user("c"), assistant("e")]}, "contradictory", "the end of the prompt is repeated at the beginning of chosen and rejected"),
     ("preference_chat", {"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "contradictory", "the prompt is neither what chosen and rejected begin with nor what can stand before them"),
     ("preference_chat", {"prompt": "x", "chosen": {**assistant("b"), "weight": 0}, "rejected": assistant("c")}, "not_trained_on", "an answer of the pair"),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c"}, "missing_field", "preference"),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.5}, "tie", ""),
-    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 3}, "wrong_type", "preference is 3, not a number from 1 to 2"),
+    ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 3}, "wrong_type", "preference is 3, not a number from 1 to 2 (first_answer and second_answer name other ends)"),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": "c"}, "wrong_type", "preference is 'c', not a number from 1 to 2, nor a word as model_a, model_b or tie"),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": "Tie (both bad)"}, "tie", ""),
     ("preference_between", {"instruction": "a", "output_1": "b", "output_2": "c", "preference": " "}, "missing_field", "preference"),
@@ -1773,7 +1774,10 @@ def test_margins_count_from_the_first_answer() -> None:
     assert (found["chosen"], found["margin"]) == ([assistant("second")], 0.5)
     assert convert("preference_between", between(0.5)[0], first_answer=0)[0] == ("tie", "")
     outside = convert("preference_between", between(2)[0], first_answer=0)[0]
-    assert outside == ("wrong_type", "preference is 2, not a number from 0 to 1")
+    assert outside == (
+        "wrong_type",
+        "preference is 2, not a number from 0 to 1 (first_answer and second_answer name other ends)",
+    )
 
 
 def test_the_ends_of_a_scale_are_two_numbers() -> None:
@@ -1785,7 +1789,10 @@ def test_the_ends_of_a_scale_are_two_numbers() -> None:
             LaidOutSource(layout="preference_between", **options)
     assert convert("preference_between", between(0)[0], first_answer=-1, second_answer=1)[0] == ("tie", "")
     outside = convert("preference_between", between(2)[0], first_answer=-1, second_answer=1)[0]
-    assert outside == ("wrong_type", "preference is 2, not a number from -1 to 1")
+    assert outside == (
+        "wrong_type",
+        "preference is 2, not a number from -1 to 1 (first_answer and second_answer name other ends)",
+    )
 
 
 def test_a_span_that_says_its_text_is_read_in_the_units_that_fit() -> None:

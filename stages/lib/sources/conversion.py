@@ -45,6 +45,9 @@ REASONS: dict[str, Reason] = {
     ),
     "bad_history": Reason("has a history pair with other than two texts, or only one of them empty"),
     "pair_differs_early": Reason("has chosen and rejected that differ before the last assistant turn"),
+    "several_answers_differ": Reason(
+        "has chosen and rejected with the same questions and several answers that differ", broken=False
+    ),
     "identical_pair": Reason("has the same chosen and rejected answer", broken=False),
     "one_answer": Reason("has fewer than two answers to prefer among", broken=False),
     "bad_tag": Reason(

@@ -67,7 +67,8 @@ def place_between(row: Row, conversion: Conversion) -> float:
         raise Dropped("tie")
     place = (number - first) / (second - first)
     if not 0 <= place <= 1:
-        raise Dropped("wrong_type", f"preference is {preferred}, not a number from {first:g} to {second:g}")
+        ends = f"from {first:g} to {second:g} (first_answer and second_answer name other ends)"
+        raise Dropped("wrong_type", f"preference is {preferred}, not a number {ends}")
     return place
 
 

@@ -142,7 +142,9 @@ def split_at_difference(chosen: list[Message], rejected: list[Message]) -> tuple
     *prompt, last_chosen = chosen
     *other, last_rejected = rejected
     if prompt != other:
-        raise Dropped("pair_differs_early")
+        asked = [[turn for turn in turns if turn["role"] != "assistant"] for turns in (chosen, rejected)]
+        same_roles = [turn["role"] for turn in chosen] == [turn["role"] for turn in rejected]
+        raise Dropped("several_answers_differ" if same_roles and asked[0] == asked[1] else "pair_differs_early")
     if not prompt or last_chosen["role"] != "assistant":
         raise Dropped("bad_turn_order", "the conversations do not end with the assistant's turn")
     return prompt, last_chosen, last_rejected

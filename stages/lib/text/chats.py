@@ -63,6 +63,9 @@ UNOPENED = "thoughts_without_opening_mark"
 """Answers that say the end of a thought and not its beginning: what stands before it is trained, masked or stripped as the
 thought."""
 
+UNANSWERED = "unanswered_ends_left_out"
+"""Chats that end in a question, or in a call of tools, that nobody answers: nothing learned would read it."""
+
 
 def tokenizing_chats(
     tokenizer: PreTrainedTokenizerBase,
@@ -73,7 +76,8 @@ def tokenizing_chats(
     """Chats in at most `max_length_tokens` each, which is what the param `limit` says: longer ones lose their oldest turns."""
 
     def make(row: Row) -> TokenizedRow | list[TokenizedRow]:
-        fitted = fit_chat(tokenizer, through_last_answer(row["messages"]), max_length_tokens, thinking)
+        answered = through_last_answer(row["messages"])
+        fitted = fit_chat(tokenizer, answered, max_length_tokens, thinking)
         if not fitted.sequences:
             example = " | ".join(message["content"] for message in row["messages"])
             return TokenizedRow(reason=fitted.reason, example=with_why(fitted.why, example))
@@ -83,6 +87,7 @@ def tokenizing_chats(
             LOST: fitted.lost_answers,
             TRIMMED: fitted.trimmed_answers,
             UNOPENED: sum(map(is_unopened, filter(is_learned, row["messages"]))),
+            UNANSWERED: int(len(answered) < len(row["messages"])),
         }
         repaired = {name: count for name, count in counts.items() if count}
         first, *rest = fitted.sequences
