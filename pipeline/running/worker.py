@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Until `main` stands, Ctrl-C ends this process as the other signals do: at once, and without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import atexit
 import contextlib
 import os
 import sys
@@ -22,7 +23,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from pipeline.cards.card import write_cards
 from pipeline.errors import (
@@ -307,9 +308,23 @@ def report(files: WorkFolder, lifeline: Lifeline, end: BaseException) -> None:
     files.report(lifeline.rank, status, **fields)
 
 
+def leave(exit_code: int) -> NoReturn:
+    """Ends the process with what was registered for its end, and without the interpreter's own.
+
+    A thread of the process group that still holds a tensor then asks for Python's lock, gets none, and takes the process with
+    it (SIGABRT, "terminate called without an active exception", see PyTorch's pull request 179291): of a rank that had done
+    its part, which its launcher takes for a crash, and ends the others.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
     start_again_with_fixed_hashes()
     from stages import STAGES
     from trackers import TRACKERS
 
-    sys.exit(main(sys.argv[1:], STAGES, TRACKERS))
+    leave(main(sys.argv[1:], STAGES, TRACKERS))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import Preempted, SlipwayError
+from pipeline.running.worker import leave
 from pipeline.settings.resources import Resources
 from pipeline.stage import Context, World
 from pipeline.store.checkpoints import Checkpoints
@@ -161,3 +162,4 @@ if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_bytes()):
         run(job)
     leave_processes()
+    leave(0)

@@ -16,6 +16,7 @@ import pytest
 from pipeline.command import states
 from pipeline.errors import DataError
 from pipeline.running.leftovers import drop_failed
+from pipeline.settings.strict import CHECKOUT
 from pipeline.store.artifact import read_manifest
 from pipeline.store.checkpoints import COMPLETE
 from pipeline.store.disk import refusal
@@ -140,6 +141,37 @@ def worker(work: str, **environment: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", DRIVER, work],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, **environment},
     )  # fmt: skip
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from pipeline.running.worker import leave
+
+class Late:
+    def __del__(self):
+        print("finalized", flush=True)
+
+late = Late()
+atexit.register(print, "registered")
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("said")
+leave(75)
+"""
+
+
+def test_a_worker_leaves_at_once_and_with_what_was_registered_for_its_end() -> None:
+    """The interpreter's own end waits for threads, and one that still holds a tensor of a process group kills it there."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(
+        [sys.executable, "-c", LEAVING],
+        cwd=CHECKOUT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, "said\nregistered\n", "")
 
 
 @pytest.mark.slow
