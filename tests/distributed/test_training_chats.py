@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,11 @@ def test_any_number_of_processes_makes_the_same_rows(tmp_path: Path, tokenizer: 
 
 
 def test_a_last_question_that_nobody_answers_is_left_out(tokenizer: Any) -> None:
-    """It stays in the data, for a policy to be asked; nothing is to be learned from it."""
+    """It stays in the data, for a policy to be asked; nothing is to be learned from it, which is counted."""
     how = tokenizing_chats(tokenizer, 24)
     (whole,), (asked,) = (how.make(chat(*turns)) for turns in (("q", "one"), ("q", "one", "r")))
-    assert asked == whole and not asked.repaired
+    assert asked.repaired == {"unanswered_ends_left_out": 1} and not whole.repaired
+    assert dataclasses.replace(asked, repaired={}) == whole
 
 
 def test_the_assistants_words_and_their_end_are_asked(tmp_path: Path, tokenizer: Any) -> None:
