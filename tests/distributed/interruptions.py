@@ -6,7 +6,8 @@
 - update: {"step": s, "micro_batch": m}: before the m-th backward pass of step s; after the optimizer where there is none
 - checkpoint: {"step": s, "file": f}: with half of f written: weights, experience, state or list
 
-and a `rank`, which process it is. `Job.stop` is {"rollout": r, "chunk": c} (before that batch) or {"step": s} (after it).
+and a `rank`, which process it is. `Job.stop` is {"rollout": r, "chunk": c} (before that batch), {"step": s} (after it), or
+{"during": "scoring", "scored": r, "asked": n} (when asked for the n-th time while the completions of rollout r are scored).
 """
 
 from __future__ import annotations

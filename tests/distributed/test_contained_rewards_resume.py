@@ -61,9 +61,9 @@ class World:
 
 DEATH = {"during": "update", "step": 4, "micro_batch": 0, "rank": 0}
 """In the second rollout, whose completions are in the checkpoint of step 3, with their rewards."""
-ASKED = {"during": "scoring", "asked": 18}
-"""One of two processes is, while it scores its eight completions of the second rollout: it was asked once for each that it
-scored, and more often where a process had to be started anew.
+ASKED = {"during": "scoring", "scored": 1, "asked": 2}
+"""One of two processes is, while it scores its completions of the second rollout: it is asked before the user's file runs, and then
+with each answer, of which several may come at once.
 """
 
 
