@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import zlib
+from collections.abc import Sequence
 
 from launch.base import WORKER, LocalProcess, launcher_field, options_of, script
 from pipeline.errors import LaunchError, Problem
@@ -35,20 +36,26 @@ class Srun(LocalProcess):
         resources = job.resources
         port = options_of(job, self.name, SrunOptions).port
         require_allocation(job)
-        nodes = [f"--nodes={resources.nodes}", f"--ntasks={resources.nodes}", "--ntasks-per-node=1"]
-        if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
-            # Else srun, since SLURM 22.05, binds each task to one core whatever the allocation has.
-            nodes.append(f"--cpus-per-task={cores}")
-        # Two jobs may share a node, and two clusters a machine.
-        port = port or FIRST_PORT + zlib.crc32(f"{os.environ['SLURM_JOB_ID']} {job.work}".encode()) % PORTS
-        meeting = [
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={socket.gethostname()}:{port}",
-            f"--rdzv-id=slipway-{job.artifact_id[:8]}",
-        ]
-        processes = [f"--nnodes={resources.nodes}", f"--nproc-per-node={resources.processes}", "--max-restarts=0"]
-        torchrun = [script("torchrun"), *meeting, *processes, "-m", WORKER, job.work]
-        return ["srun", *nodes, "--kill-on-bad-exit=1", "env", LEFT_ALONE, HEARD, *torchrun]
+        name = f"slipway-{job.artifact_id[:8]}"
+        return across_nodes(resources.nodes, resources.processes, name, [WORKER, job.work], port)
+
+
+def across_nodes(nodes: int, processes: int, name: str, module: Sequence[str], port: int | None = None) -> list[str]:
+    """The command that runs a module, with its arguments, in `processes` on each of `nodes` of the allocation that this
+    process stands on the first node of.
+
+    `name` is that of the meeting; without a `port` it follows from the last argument and the allocation.
+    """
+    srun = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
+        # Else srun, since SLURM 22.05, binds each task to one core whatever the allocation has.
+        srun.append(f"--cpus-per-task={cores}")
+    # Two jobs may share a node, and two clusters a machine.
+    port = port or FIRST_PORT + zlib.crc32(f"{os.environ['SLURM_JOB_ID']} {module[-1]}".encode()) % PORTS
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={socket.gethostname()}:{port}", f"--rdzv-id={name}"]
+    counts = [f"--nnodes={nodes}", f"--nproc-per-node={processes}", "--max-restarts=0"]
+    torchrun = [script("torchrun"), *meeting, *counts, "-m", *module]
+    return ["srun", *srun, "--kill-on-bad-exit=1", "env", LEFT_ALONE, HEARD, *torchrun]
 
 
 def require_allocation(job: Job) -> None:

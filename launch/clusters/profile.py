@@ -14,7 +14,6 @@ from pipeline.errors import Problem, RecipeError, did_you_mean
 from pipeline.settings.paths import is_file
 from pipeline.settings.strict import Reading, Strict, validate
 from pipeline.settings.yaml_loader import load_yaml
-from pipeline.store.job import Job
 
 PROFILES = Path(__file__).parent
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
@@ -32,6 +31,19 @@ def require_time(value: str) -> str:
             'is no time: write minutes, "hours:minutes:seconds" or "days-hours:minutes:seconds", in quotes'
         )
     return value
+
+
+def minutes(time: str) -> float:
+    """How many minutes a time of SLURM means: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, mins, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, mins, seconds = parts
+    else:
+        hours, (mins, seconds) = 0, (*parts, 0)[:2]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
 
 
 def require_gpus(value: str) -> str:
@@ -116,9 +128,9 @@ class Profile(Request):
     unsaved_requeues: int = Field(default=3, ge=0)
     """How often a job is queued again that had to stop with nothing saved, as a data stage has nothing to save."""
 
-    def request(self, job: Job, *, on_gpu: bool) -> Request:
-        """What the job asks for: of its kind of stage, of CPU jobs, of all, the first that says something. Extra lines add up."""
-        levels = [self.stages.get(job.kind, Request()), *([] if on_gpu else [self.cpu]), self]
+    def request(self, kind: str, *, on_gpu: bool) -> Request:
+        """What a job asks for: of its kind of stage, of CPU jobs, of all, the first that says something. Extra lines add up."""
+        levels = [self.stages.get(kind, Request()), *([] if on_gpu else [self.cpu]), self]
         names = [name for name in Request.model_fields if name != "sbatch"]
         found: dict[str, Any] = {
             name: next((getattr(level, name) for level in levels if getattr(level, name) is not None), None)

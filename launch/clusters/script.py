@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 
 from launch.clusters.profile import Profile, Request
 from pipeline.errors import Problem, RecipeError
@@ -46,30 +47,24 @@ exit "$code"
 
 def batch_script(job: Job, profile: Profile, *, on_gpu: bool) -> str:
     """The script that runs the job. Raises `RecipeError` where a path is none that a script can hold."""
-    require_printable(job)
-    request = profile.request(job, on_gpu=on_gpu)
+    require_printable({"the store's path": job.work})
+    request = profile.request(job.kind, on_gpu=on_gpu)
     options = [
         f"--job-name={job.step}",
         f"--chdir={quoted(job.work)}",
         f"--output={job.files.console('%j').name}",
         "--open-mode=append",
-        *what_is_asked(job, request, on_gpu=on_gpu),
+        *what_is_asked(request, job.resources.nodes, job.resources.processes, on_gpu=on_gpu),
         f"--signal=B:USR1@{profile.warn_before_end_seconds}",
         "--requeue",
         *request.sbatch,
     ]
-    variables = dict(profile.environment)
-    if profile.interface:
-        variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), profile.interface)
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     lines = [
         "#!/bin/bash",
         f"# Step {job.step} of {one_line(job.recipe)}, artifact {job.artifact_id[:12]}. `sbatch {shlex.quote(str(job.files.batch_script))}` submits it by hand.",
         *(f"#SBATCH {option}" for option in options),
         "",
-        *profile.setup,
-        *exports,
-        f'export PYTHONPATH={shlex.quote(str(CHECKOUT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        *preparation(profile),
     ]
     body = BODY.format(
         python=shlex.quote(sys.executable),
@@ -81,14 +76,26 @@ def batch_script(job: Job, profile: Profile, *, on_gpu: bool) -> str:
     return "\n".join(lines) + "\n" + body
 
 
-def what_is_asked(job: Job, request: Request, *, on_gpu: bool) -> list[str]:
-    """The options of sbatch for nodes, cores, GPUs and the rest of the request."""
-    options = [f"--nodes={job.resources.nodes}", "--ntasks-per-node=1"]
+def preparation(profile: Profile) -> list[str]:
+    """The lines of shell before a command: what the profile sets up, its variables, and where the project is found."""
+    variables = dict(profile.environment)
+    if profile.interface:
+        variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), profile.interface)
+    return [
+        *profile.setup,
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        f'export PYTHONPATH={shlex.quote(str(CHECKOUT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+    ]
+
+
+def what_is_asked(request: Request, nodes: int, processes: int, *, on_gpu: bool) -> list[str]:
+    """The options of sbatch for nodes, their processes (one GPU each), cores and the rest of the request, but its extra lines."""
+    options = [f"--nodes={nodes}", "--ntasks-per-node=1"]
     if request.cpus_per_node:
         options.append(f"--cpus-per-task={request.cpus_per_node}")
     if on_gpu and request.gpus:
         how, _, kind = request.gpus.partition(":")
-        count = f"{kind}:{job.resources.processes}" if kind else str(job.resources.processes)
+        count = f"{kind}:{processes}" if kind else str(processes)
         options.append(f"--gres=gpu:{count}" if how == "gres" else f"--gpus-per-node={count}")
     names = {"memory": "mem"}
     for field in ("time", "partition", "account", "qos", "constraint", "reservation", "memory"):
@@ -97,12 +104,9 @@ def what_is_asked(job: Job, request: Request, *, on_gpu: bool) -> list[str]:
     return options
 
 
-def require_printable(job: Job) -> None:
-    for what, value in (
-        ("the store's path", job.work),
-        ("the checkout's path", str(CHECKOUT)),
-        ("Python's path", sys.executable),
-    ):
+def require_printable(paths: Mapping[str, str]) -> None:
+    """Raises `RecipeError` for the first of these paths, and of our own, that no script can hold."""
+    for what, value in {**paths, "the checkout's path": str(CHECKOUT), "Python's path": sys.executable}.items():
         if not value.isprintable():
             hint = "Use a path of printable characters on one line."
             raise RecipeError(Problem(what, f"{value!r} cannot stand in a batch script", hint))

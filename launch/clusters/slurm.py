@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.clusters.profile import Profile
+from launch.clusters.profile import Profile, minutes
 from launch.clusters.script import batch_script
 from launch.srun import Srun
 from launch.torchrun import Torchrun
@@ -40,6 +41,31 @@ class Queued:
 
 
 @dataclass(frozen=True)
+class Partition:
+    """A partition of the cluster, as `sinfo` tells it. Prints itself."""
+
+    name: str
+    is_default: bool
+    state: str
+    limit: str
+    """Longest time of a job."""
+    default_time: str
+    """Time of a job that asks for none."""
+    nodes: Mapping[str, int]
+    """State of nodes -> how many of them."""
+
+    def __str__(self) -> str:
+        nodes = ", ".join(f"{count} {state}" for state, count in self.nodes.items())
+        state = "" if self.state == "up" else f" is {self.state}"
+        return f"partition {self.name}{state} ({nodes} nodes, at most {self.limit})"
+
+    @property
+    def limit_minutes(self) -> float | None:
+        """None: any time."""
+        return minutes(self.limit) if self.limit[:1].isdigit() else None
+
+
+@dataclass(frozen=True)
 class Slurm:
     """The cluster that `profile` describes; of what is queued, one needs to know nothing."""
 
@@ -55,7 +81,9 @@ class Slurm:
 
     def script(self, job: Job, *, distributed: bool) -> str:
         """The batch script of the job. Raises a `SlipwayError` where the profile does not say enough."""
-        on_gpu = distributed and job.resources.device != "cpu" and bool(self.profile.request(job, on_gpu=True).gpus)
+        on_gpu = (
+            distributed and job.resources.device != "cpu" and bool(self.profile.request(job.kind, on_gpu=True).gpus)
+        )
         if distributed and job.resources.device == "cuda" and not on_gpu:
             hint = "Write `gpus: gpus-per-node` (or `gres`) in the profile."
             raise LaunchError(
@@ -71,6 +99,24 @@ class Slurm:
             if len(parts) == 5 and parts[1] not in ENDED:
                 found[parts[4]] = Queued(*parts[:4])
         return found
+
+    def partitions(self) -> list[Partition]:
+        """The partitions that this user sees."""
+        found: dict[str, Partition] = {}
+        for line in ask("sinfo", "--noheader", "--format=%P|%a|%l|%L|%T|%D").splitlines():
+            name, state, limit, default_time, nodes, count = line.strip().split("|")
+            is_default, name = name.endswith("*"), name.removesuffix("*")
+            known = found[name].nodes if name in found else {}
+            together = {**known, nodes: known.get(nodes, 0) + int(count)}
+            default = limit if default_time == "n/a" else default_time
+            found[name] = Partition(name, is_default, state, limit, default, together)
+        return list(found.values())
+
+    def would_begin(self, options: Sequence[str]) -> str:
+        """When and where SLURM would begin a job with these options of sbatch. Raises `LaunchError` if it takes none such."""
+        said = asked("sbatch", "--test-only", *options, "--wrap=true").stderr.strip()
+        begins = re.search(r"to start at (\S+) .*on nodes (\S+) in partition (\S+)", said)
+        return "could begin at {} on {} in partition {}".format(*begins.groups()) if begins else said
 
     def submit(self, script: Path, after: Sequence[str]) -> str:
         """Submits the script, to begin once the jobs `after` have ended well; returns the job's id."""
@@ -92,6 +138,11 @@ class Slurm:
 
 def ask(*command: str) -> str:
     """What the command prints. Raises `LaunchError` with its complaint if it fails."""
+    return asked(*command).stdout
+
+
+def asked(*command: str) -> subprocess.CompletedProcess[str]:
+    """The command, done well. Raises `LaunchError` with its complaint if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, errors="replace")
     except FileNotFoundError:
@@ -101,7 +152,10 @@ def ask(*command: str) -> str:
         hint = "`sinfo` tells whether the cluster answers; try again."
         raise LaunchError(Problem(command[0], f"gave no answer in {TIMEOUT_SECONDS:.0f} s", hint)) from None
     if done.returncode != 0:
-        said = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        lines = [
+            line.strip().removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()
+        ]
+        said = "; ".join(filter(None, lines))
         what = said or f"failed with exit code {done.returncode}"
         raise LaunchError(Problem(command[0], what, "Compare the profile with `sinfo`, then submit again."))
-    return done.stdout
+    return done

@@ -200,14 +200,6 @@ def stages(kind: Annotated[str | None, typer.Argument(help="One stage: print its
 
 
 @app.command(cls=StrictCommand)
-def doctor(store: StoreOption = None) -> None:
-    """Check this machine: Python, libraries, devices, ranks that talk, disk; say what to install."""
-    from pipeline.command.doctor import examine
-
-    raise typer.Exit(examine(open_store(store), sys.stdout))
-
-
-@app.command(cls=StrictCommand)
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     only_current: Annotated[

@@ -1,9 +1,11 @@
-"""The commands of clusters: submit, cancel, logs, and `step`, which is what a job of theirs runs."""
+"""The commands of clusters: submit, cancel, logs, `step`, which is what a job of theirs runs, and `doctor`, which tries them."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,8 @@ from pipeline.command.options import RecipeArgument, SetOption, StoreOption, Str
 from pipeline.command.planning import planned, print_lines
 from pipeline.errors import ArtifactError, Problem, RecipeError
 from pipeline.settings.strict import Reading
+from pipeline.store.disk import writing
+from pipeline.store.durable import make_folder
 from pipeline.store.job import read_job
 from pipeline.store.store import Store
 from pipeline.store.work_folder import WorkFolder
@@ -135,11 +139,40 @@ def step(
     raise typer.Exit(execute_job(job, STAGES, LAUNCHERS, Progress()))
 
 
+def doctor(
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="Try this profile on its cluster instead, by jobs of a minute."),
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option("--nodes", min=1, help="With --cluster: how many nodes are to work together.")
+    ] = 2,
+    patience: Annotated[
+        float, typer.Option("--patience", min=0, help="With --cluster: how many seconds to wait for free nodes.")
+    ] = 120.0,
+    store: StoreOption = None,
+) -> None:
+    """Check this machine, or with --cluster a cluster: what there is, what is missing, what to change."""
+    from pipeline.command.doctor import Finding, examine, findings, findings_where_jobs_are_submitted
+
+    folder = open_store(store).folder
+    if cluster is None:
+        raise typer.Exit(examine(findings(folder), sys.stdout))
+    from launch.clusters.trial import trials
+
+    with writing(folder):
+        make_folder(folder)
+    kinds = {kind: stage.distributed for kind, stage in STAGES.items()}
+    verdicts = trials(Slurm(load_profile(cluster, STAGES)), folder, kinds, nodes, patience)
+    tried = (Finding(each.state, each.subject, each.what, each.hint) for each in verdicts)
+    raise typer.Exit(examine(chain(findings_where_jobs_are_submitted(folder), tried), sys.stdout))
+
+
 def queued() -> Mapping[str, Queued]:
     """What the scheduler of this machine knows of submitted steps: see `Slurm.queued`."""
     return Slurm().queued()
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (submit, cancel, logs, step):
+    for command in (submit, cancel, logs, step, doctor):
         app.command(cls=StrictCommand)(command)

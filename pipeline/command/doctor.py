@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,6 @@ from pipeline.settings.paths import nearest_there
 from pipeline.settings.resources import usable_cores
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.disk import MOVE
-from pipeline.store.store import Store
 
 PROBE = "launch.probe"
 
@@ -87,10 +86,10 @@ class Finding:
         return f"{self.state:<8} {self.subject:<12} {optional}{self.what}{'. ' if self.hint else ''}{self.hint}"
 
 
-def examine(store: Store, stream: TextIO) -> int:
+def examine(found: Iterable[Finding], stream: TextIO) -> int:
     """Writes a line per finding to `stream`, each as soon as it is known. Returns 0, or 2 if something required is missing."""
     missing = 0
-    for finding in findings(store.folder, ask):
+    for finding in found:
         print(finding, file=stream, flush=True)
         missing += finding.state == "missing" and finding.required
     verdict = (
@@ -102,7 +101,8 @@ def examine(store: Store, stream: TextIO) -> int:
     return EXIT_USER_ERROR if missing else EXIT_DONE
 
 
-def findings(folder: Path, ask: Ask) -> Iterator[Finding]:
+def findings(folder: Path, ask: Ask = ask) -> Iterator[Finding]:
+    """What there is to say of this machine, with a store in `folder`."""
     yield python_finding(sys.version_info[:3])
     yield from library_findings(required_libraries(), installed_version)
     probed = ask([sys.executable, "-m", PROBE, "devices"], PROBE_TIMEOUT_SECONDS)
@@ -115,6 +115,14 @@ def findings(folder: Path, ask: Ask) -> Iterator[Finding]:
     yield compiler_finding()
     yield from stale_build_findings(extensions_folder(), time.time())
     yield from optional_findings(num_devices, installed_version)
+
+
+def findings_where_jobs_are_submitted(folder: Path) -> Iterator[Finding]:
+    """Those that matter on a machine that trains nothing itself, as the login node of a cluster."""
+    yield python_finding(sys.version_info[:3])
+    yield from library_findings(required_libraries(), installed_version)
+    yield from disk_findings(folder)
+    yield filesystem_finding(folder, read_mounts())
 
 
 def plural(number: int, one: str, several: str) -> str:

@@ -21,6 +21,7 @@ from tests.e2e.driving import (
     weights,
     work_folder,
 )
+from tests.unit.tiny_disk import needs_a_disk_of_its_own
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 PROFILE = 'time: "30"\nsetup: ["export SLIPWAY_TEST_SETUP=1"]\nenvironment: {SLIPWAY_TEST: "$(touch pwned) \'a\'"}\n'
@@ -141,3 +142,32 @@ def test_a_cancelled_recipe_leaves_the_queue(slurm: Slurm, profile: Path, tmp_pa
     assert cancelled.stdout.count("cancelled ") == 4, cancelled.stderr
     assert queue(slurm) == {}
     assert "no job of this recipe" in slipway(slurm, "cancel", TINY, "--store", store).stdout
+
+
+def test_the_doctor_tries_a_profile(slurm: Slurm, tmp_path: Path) -> None:
+    """What SLURM refuses, what would wait for ever (SLURM itself takes it), and two nodes that work together."""
+    path = tmp_path / "profile.yaml"
+    path.write_text('time: "30"\ncpu: {partition: nope}\nstages: {sft: {partition: short}}\n')
+    store = tmp_path / "a 'store'"
+    tried = slipway(slurm, "doctor", "--cluster", path, "--store", store, "--patience", LONGEST_SECONDS)
+    lines = [line for line in tried.stdout.splitlines() if line.split()[1] in ("scheduler", "requests", "nodes")]
+    assert [(*line.split()[:2], line.split()[-1]) for line in lines[:1]] == [("ok", "scheduler", "10:00)")]
+    requests = [line for line in lines if "requests" in line]
+    assert [line.split()[0] for line in requests] == ["ok", "missing", "missing"], tried.stdout
+    assert "steps on CPUs: " in requests[1] and "nvalid partition" in requests[1] and "--partition=nope" in requests[1]
+    assert "steps of kind sft: asks for 30, and waits for ever: partition short" in requests[2]
+    (together,) = [line for line in lines if "nodes" in line.split()[1]]
+    assert together.startswith("ok ") and "2 nodes: n1, n2: all see the store" in together and "GB/s" in together
+    assert tried.returncode == 2 and tried.stdout.endswith("2 required parts are missing\n")
+    assert not list(store.iterdir()) and queue(slurm) == {}
+
+
+@needs_a_disk_of_its_own
+def test_the_doctor_says_that_a_node_does_not_see_the_store(slurm: Slurm, profile: Path, tmp_path: Path) -> None:
+    """The store lies on a filesystem that is mounted for the command alone."""
+    (store := tmp_path / "store").mkdir()
+    doctor = command("doctor", "--cluster", profile, "--nodes", 1, "--patience", LONGEST_SECONDS)
+    mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@" --store "$0"', str(store)]
+    tried = subprocess.run([*mounted, *doctor], cwd=ROOT, env=slurm.environment, capture_output=True, text=True)
+    assert "the node does not see the store" in tried.stdout, tried.stdout + tried.stderr
+    assert tried.returncode == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 from launch import LAUNCHERS
-from launch.clusters.profile import Profile, known_profiles, load_profile
+from launch.clusters.profile import Profile, known_profiles, load_profile, minutes
 from launch.clusters.script import quoted
 from launch.clusters.slurm import Queued, Slurm
+from launch.clusters.trial import asked, trial_script
 from pipeline.command.states import with_queue
 from pipeline.errors import LaunchError, Problem, RecipeError, StoreError
 from pipeline.running.interrupts import Interrupts
@@ -103,7 +105,7 @@ cpu: {partition: cpu, time: "20", sbatch: ["--nice"]}
 stages: {sft: {time: "30"}}
 """,
     )
-    on_gpu, on_cpu = (read.request(job(), on_gpu=each) for each in (True, False))
+    on_gpu, on_cpu = (read.request("sft", on_gpu=each) for each in (True, False))
     assert (on_gpu.partition, on_gpu.time, on_gpu.sbatch) == ("gpu", "30", ["--exclusive"])
     assert (on_cpu.partition, on_cpu.time, on_cpu.sbatch) == ("cpu", "30", ["--exclusive", "--nice"])
 
@@ -305,6 +307,54 @@ def test_srun_never_runs_on_fewer_nodes_than_the_step_has(monkeypatch: pytest.Mo
 )
 def test_several_nodes_meet_through_srun_where_the_recipe_names_no_place(resources: Any, launcher: str) -> None:
     assert Slurm().adapted(job(**resources)).resources.launcher_name == launcher
+
+
+# Trials
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 90), ("90:30", 90.5), ("1:30:00", 90), ("2-12", 60 * 60), ("2-12:30", 3630), ("1-00:00:30", 1440.5)],
+)
+def test_a_time_of_slurm_in_minutes(time: str, expected: float) -> None:
+    assert minutes(time) == expected
+
+
+def test_what_a_profile_asks_for_is_tried_once_for_each_that_differs(tmp_path: Path) -> None:
+    """Without GPUs nothing else is asked of steps on CPUs, but where the profile says so."""
+    kinds = {kind: stage.distributed for kind, stage in STAGES.items()}
+    read = profile(tmp_path, "gpus: gres\ncpu: {partition: cpu}\nstages: {sft: {time: '30'}, clean: {time: '5'}}")
+    found = {each.what: (each.request.partition, each.on_gpu) for each in asked(Slurm(read), kinds)}
+    assert found == {
+        "steps that train": (None, True),
+        "steps on CPUs": ("cpu", False),
+        "steps of kind sft": (None, True),
+        "steps of kind clean": ("cpu", False),
+    }
+    assert [each.what for each in asked(Slurm(), kinds)] == ["steps that train"]
+
+
+def test_a_trial_asks_for_what_jobs_ask_for_but_for_a_short_time(tmp_path: Path) -> None:
+    read = profile(
+        tmp_path, 'partition: gpu\ntime: "1-00"\ngpus: gres:a100\nsetup: ["module load cuda"]\ninterface: ib0\n'
+    )
+    script = trial_script(Slurm(read), asked(Slurm(read), {})[0], 2, Path("/store/it's"))
+    assert options(script) == [
+        "--job-name=slipway-doctor",
+        '--chdir="/store/it\'s"',
+        "--output=slipway-doctor.log",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gres=gpu:a100:1",
+        "--time=10",
+        "--partition=gpu",
+        "--no-requeue",
+    ]
+    shell = script.splitlines()[-5:]
+    assert shell[:3] == ["module load cuda", "export NCCL_SOCKET_IFNAME=ib0", "export GLOO_SOCKET_IFNAME=ib0"]
+    assert shlex.split(shell[-1])[1:] == ["-m", "launch.clusters.trial", "/store/it's", "2", "nccl"]
+    shorter = read.model_copy(update={"time": "5:30"})
+    assert "--time=5:30" in options(trial_script(Slurm(shorter), asked(Slurm(shorter), {})[0], 1, tmp_path))
 
 
 # Chains

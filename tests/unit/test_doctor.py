@@ -12,7 +12,6 @@ from packaging.requirements import Requirement
 
 from pipeline.command import asking, doctor
 from pipeline.command.doctor import Answer, Finding
-from pipeline.store.store import Store
 
 GIBIBYTE = 2**30
 
@@ -40,12 +39,9 @@ def device_answer(*names: str, built_for_cuda: str | None = "13.0") -> Answer:
         ([Finding("missing", "a", "x"), Finding("missing", "b", "y")], 2, "2 required parts are missing"),
     ],
 )
-def test_only_a_missing_required_part_makes_the_exit_code_2(
-    found: list[Finding], code: int, verdict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(doctor, "findings", lambda folder, ask: iter(found))
+def test_only_a_missing_required_part_makes_the_exit_code_2(found: list[Finding], code: int, verdict: str) -> None:
     stream = io.StringIO()
-    assert doctor.examine(Store(tmp_path), stream) == code
+    assert doctor.examine(found, stream) == code
     assert stream.getvalue().splitlines() == [*map(str, found), verdict]
 
 
@@ -250,7 +246,7 @@ def test_optional_parts_never_fail_and_say_how_to_install_them_where_they_help()
 def test_this_machine_is_fit(tmp_path: Path) -> None:
     """Real probes: torch is loaded, and two processes add up their ranks."""
     stream = io.StringIO()
-    code = doctor.examine(Store(tmp_path), stream)
+    code = doctor.examine(doctor.findings(tmp_path), stream)
     lines = stream.getvalue().splitlines()
     assert code == 0, stream.getvalue()
     assert sum(line.startswith("ok       ranks") for line in lines) == 1, stream.getvalue()
