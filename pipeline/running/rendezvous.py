@@ -1,16 +1,16 @@
 """Do all ranks of a job see each other and the same work folder? Asked through files, before anything is loaded.
 
 Each rank writes `hello-<rank>` with a number drawn at random; rank 0 answers with `welcome`, which lists the numbers it
-read; a rank is through when its own number stands there, and says so in `thanks-<rank>`. Leftovers of an earlier run do
-no harm: an old `hello` or `welcome` holds numbers that nobody waits for, and rank 0 removes old `thanks` before it answers.
+read; a rank whose own number stands there says so in `thanks-<rank>`. Once all have, `welcome` holds the verdict as well, and
+nobody is through before that. Leftovers of an earlier run do no harm: an old `hello` or `welcome` holds numbers that nobody
+waits for, and rank 0 removes old `thanks` before it answers.
 
-A `hello` also says what its rank runs: code, libraries, kind of device, job. Where these differ, `welcome` says so instead, and
-all ranks end with that sentence.
+A `hello` also says what its rank runs: code, libraries, kind of device, job. Where these differ, the verdict says so, and all
+ranks end with that sentence.
 """
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import socket
 import time
@@ -25,8 +25,8 @@ from pipeline.store.durable import read_json, write_json
 from pipeline.store.work_folder import WorkFolder
 
 POLL_SECONDS = 0.02
-REFUSED = "refused"
-"""What `welcome` holds beside the numbers where the ranks may not go on together."""
+VERDICT = "verdict"
+"""What `welcome` holds beside the numbers once all are there: why the ranks may not go on together; empty if they may."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -75,25 +75,26 @@ def meet(
     write(folder / f"hello-{world.rank}", {"token": token, "host": socket.gethostname(), "runs": dict(runs or {})})
     deadline = time.monotonic() + timeout_seconds
     missing: list[int] = []
+    thanked = False
     while time.monotonic() < deadline:
         if world.is_main:
             found = {str(rank): read(folder / f"hello-{rank}") for rank in range(world.size)}
-            hellos = {rank: hello.get("token", "") for rank, hello in found.items()}
-            odd = odd_ones(found) if all(hellos.values()) else ""
-            answer = {**hellos, REFUSED: odd} if odd else hellos
+            numbers = {rank: hello.get("token", "") for rank, hello in found.items()}
+            thanks = {str(rank): read(folder / f"thanks-{rank}").get("token", "") for rank in range(1, world.size)}
+            missing = [int(rank) for rank, number in thanks.items() if not number or number != numbers[rank]]
+            answer = numbers if missing else {**numbers, VERDICT: odd_ones(found)}
             if read(folder / "welcome") != answer:
                 write(folder / "welcome", answer)
-            thanks = {str(rank): read(folder / f"thanks-{rank}").get("token", "") for rank in range(1, world.size)}
-            missing = [int(rank) for rank, number in thanks.items() if not number or number != hellos[rank]]
-            if not missing and all(hellos.values()):
-                with contextlib.suppress(OSError):
-                    (folder / "welcome").unlink()
-                require_same(work, odd)
+            if not missing:
+                require_same(work, answer[VERDICT])
                 return
         elif (welcome := read(folder / "welcome")).get(str(world.rank)) == token:
-            write(folder / f"thanks-{world.rank}", {"token": token})
-            require_same(work, welcome.get(REFUSED, ""))
-            return
+            if not thanked:
+                write(folder / f"thanks-{world.rank}", {"token": token})
+                thanked = True
+            if VERDICT in welcome:
+                require_same(work, welcome[VERDICT])
+                return
         time.sleep(POLL_SECONDS)
     waited = f"after {timeout_seconds:.0f} s"
     hint = "Are the store and the checkout on a filesystem that all nodes share, and did every process start?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +48,29 @@ def test_ranks_that_run_different_things_all_end_with_the_name_of_the_odd_one(tm
         assert "torch is 2.12.1 for rank 1 on " in said
         assert ", and 2.13.0 for most. Give every node the same" in said
     assert run([runs[0]] * 3) == ["None"] * 3
+
+
+def test_nobody_goes_on_before_the_last_one_has_come(tmp_path: Path) -> None:
+    """The third comes late: the second, which runs what rank 0 runs, has been answered by then, and ends with it nevertheless."""
+    with ThreadPoolExecutor(3) as pool:
+        begun = [pool.submit(meet, tmp_path, World(rank, 3), "start", 20.0, {"torch": "2.13.0"}) for rank in range(2)]
+        while not list(tmp_path.rglob("thanks-1")):
+            time.sleep(0.01)
+        assert not any(future.done() for future in begun)
+        begun.append(pool.submit(meet, tmp_path, World(2, 3), "start", 20.0, {"torch": "2.12.1"}))
+    assert ["torch is 2.12.1 for rank 2" in str(future.exception()) for future in begun] == [True] * 3
+
+
+def test_what_a_rank_said_last_time_is_not_believed(tmp_path: Path) -> None:
+    """It ran another version then, and comes late now: the others wait for what it says today."""
+    with ThreadPoolExecutor(3) as pool:
+        for rank in range(3):
+            pool.submit(meet, tmp_path, World(rank, 3), "start", 20.0, {"torch": "2.12.1" if rank == 2 else "2.13.0"})
+    with ThreadPoolExecutor(3) as pool:
+        begun = [pool.submit(meet, tmp_path, World(rank, 3), "start", 20.0, {"torch": "2.13.0"}) for rank in range(2)]
+        time.sleep(0.5)
+        begun.append(pool.submit(meet, tmp_path, World(2, 3), "start", 20.0, {"torch": "2.13.0"}))
+    assert [future.exception() for future in begun] == [None] * 3
 
 
 def test_of_two_that_differ_the_one_that_is_not_rank_0_is_odd(tmp_path: Path) -> None:
