@@ -3,12 +3,14 @@
 A rank must not outlive its launcher: it would wait for its group, and hold the step's lock, for as long as a collective
 lasts. Linux ends it with its parent; a thread ends it when a launcher further up is gone (the deepspeed launcher starts a
 second one, which starts the ranks). Launchers are known by their command line, which names the worker and the work folder:
-so a shell or a script that started one in the background may end.
+so a shell or a script that started one in the background may end. Where the first launcher is on another machine, it is gone
+when the connection is over which it reads what the ranks print.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -23,6 +25,7 @@ from pipeline.store.work_folder import WorkFolder
 
 WORKER = "pipeline.running.worker"
 POLL_SECONDS = 0.5
+STDOUT = 1
 INNER_DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
@@ -74,8 +77,20 @@ def is_abandoned(
     started_by_launcher = "TORCHELASTIC_RUN_ID" in environment or any(a.startswith("--local_rank") for a in arguments)
     if not launchers:
         return started_by_launcher and (parent is None or not parent.runs_python())
-    outermost = launchers[-1].command_line()
-    return INNER_DEEPSPEED_LAUNCHER in outermost and not any(a.startswith("--node_rank") for a in outermost)
+    return INNER_DEEPSPEED_LAUNCHER in launchers[-1].command_line() and not is_started_from_elsewhere(launchers)
+
+
+def is_started_from_elsewhere(launchers: Sequence[Process]) -> bool:
+    """Whether an outer deepspeed launcher on another machine started these, through ssh."""
+    outermost = launchers[-1].command_line() if launchers else []
+    return INNER_DEEPSPEED_LAUNCHER in outermost and any(each.startswith("--node_rank") for each in outermost)
+
+
+def has_lost_its_reader(descriptor: int) -> bool:
+    """Whether nobody can read any more what is written there: the other end of a pipe or connection is closed."""
+    watched = select.poll()
+    watched.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
 
 
 @dataclass
@@ -108,7 +123,8 @@ class Lifeline:
         threading.Thread(target=self.watch, args=(launchers,), name="lifeline", daemon=True).start()
 
     def watch(self, launchers: Sequence[Process]) -> None:
-        while all(launcher.lives() for launcher in launchers):
+        from_elsewhere = is_started_from_elsewhere(launchers)
+        while all(launcher.lives() for launcher in launchers) and not (from_elsewhere and has_lost_its_reader(STDOUT)):
             self.show()
             self.every_poll()
             time.sleep(POLL_SECONDS)

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.processes import Process, look_up
-from pipeline.running.lifeline import INNER_DEEPSPEED_LAUNCHER, Lifeline, StopAtOnce, is_abandoned
+from pipeline.running.lifeline import (
+    INNER_DEEPSPEED_LAUNCHER,
+    Lifeline,
+    StopAtOnce,
+    has_lost_its_reader,
+    is_abandoned,
+    is_started_from_elsewhere,
+)
 from pipeline.running.marks import read_marks
 from pipeline.settings.strict import CHECKOUT
 from pipeline.store.work_folder import WorkFolder
@@ -126,9 +133,21 @@ def test_the_inner_deepspeed_launcher_needs_the_outer_one_on_its_own_machine(mor
         process = look_up(inner.pid)
         assert process is not None
         assert is_abandoned([process], process, {}, ["--local_rank=0", "work"]) is abandoned
+        assert is_started_from_elsewhere([process]) is not abandoned
     finally:
         inner.kill()
         inner.wait()
+
+
+def test_a_reader_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    """What is written to a file is always read by somebody."""
+    reader, writer = os.pipe()
+    assert not has_lost_its_reader(writer)
+    os.close(reader)
+    assert has_lost_its_reader(writer)
+    os.close(writer)
+    with (tmp_path / "log").open("wb") as log:
+        assert not has_lost_its_reader(log.fileno())
 
 
 def test_the_mark_counts_boundaries_and_keeps_the_first_word_of_the_end(tmp_path: Path) -> None:
