@@ -69,9 +69,8 @@ def plan_lines(plan: Plan, store: Store) -> list[str]:
     lines.append(", ".join(f"{count} {words[action]}" for action, count in counts.items() if count))
     needed = sum(step.estimate.disk_bytes or 0 for step in plan.steps if step.action is not Action.SKIP)
     place = nearest_there(store.folder)
-    lines.append(
-        f"disk: at least {size(needed)} for models and data, {size(shutil.disk_usage(place).free)} free in {store.folder}"
-    )
+    wanted = f"at least {size(needed)} for models and data, " if needed else ""
+    lines.append(f"disk: {wanted}{size(shutil.disk_usage(place).free)} free in {store.folder}")
     return lines
 
 

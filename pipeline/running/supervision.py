@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.running.lifeline import ranks_below
@@ -102,13 +102,21 @@ class Supervision:
         failed = [rank for rank, mark in self.marks.items() if mark.ended in ("crash", "user_error")]
         self.lost_for = self.lost_for + tick if gone or failed else 0.0
         if gone and self.lost_for >= GONE_GRACE_SECONDS:
-            pids = " and ".join(str(self.marks[rank].process.pid) for rank in gone[:3])
-            return f"{names(gone, self.size)} was killed or broke down (process {pids}): the others are ended"
+            return self.broken(gone)
         if failed and self.size > 1 and self.lost_for >= FAILED_GRACE_SECONDS:
             return f"{names(failed, self.size)} failed: the others are ended"
         if failed and self.lost_for >= ALONE_GRACE_SECONDS:
             return f"the process has failed, and does not end by itself within {ALONE_GRACE_SECONDS:.0f} s: it is ended"
         return None
+
+    def broken(self, gone: Sequence[int]) -> str:
+        """The sentence on ranks whose processes are gone."""
+        pids = ", ".join(str(self.marks[rank].process.pid) for rank in gone[:3]) + (", ..." if len(gone) > 3 else "")
+        if len(gone) == self.size > 1:
+            return f"all ranks, or their launcher, were killed or broke down (processes {pids})"
+        others = ": the others are ended" if self.size > 1 else ""
+        was, processes = ("was", "process") if len(gone) == 1 else ("were", "processes")
+        return f"{names(gone, self.size)} {was} killed or broke down ({processes} {pids}){others}"
 
     def stopping(self) -> str | None:
         """A group that was asked to stop, and does not."""
@@ -140,7 +148,7 @@ class Supervision:
 
     def report(self, sentence: str, seconds: float, limit: float | None) -> None:
         self.said = seconds
-        end = "" if limit is None else f"; the step is ended after {limit:.0f} s"
+        end = "" if limit is None else f"; the step will be ended after {limit:.0f} s"
         self.say(f"{sentence} for {seconds:.0f} s{end}")
 
     def overdue(self, before: str, limit: float | None, seconds: float) -> str | None:

@@ -340,8 +340,8 @@ def require_quality(original: float, quantized: float, params: QuantizeParams) -
         raise GateError(
             Problem(
                 "params.max_perplexity_increase",
-                f"held-out perplexity rises from {original:.4f} to {quantized:.4f}, by {increase:.2%}, "
-                f"and {allowed:.2%} is allowed",
+                f"held-out perplexity rises from {original:.4f} to {quantized:.4f}, by {100 * increase:.3g}%, "
+                f"and {100 * allowed:.3g}% is allowed",
                 "Nothing was published. Take 8 bits, a smaller group_size, or more calibration_rows with method gptq.",
             )
         )

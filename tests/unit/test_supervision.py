@@ -128,7 +128,7 @@ def test_a_stopped_process_is_waited_for_less_long_than_a_silent_one(world: Worl
     os.kill(pid, signal.SIGSTOP)
     os.waitpid(pid, os.WUNTRACED)
     assert world.wait(supervision, 15) is None
-    assert world.said[-1].endswith("for 7 s; the step is ended after 20 s")
+    assert world.said[-1].endswith("for 7 s; the step will be ended after 20 s")
     os.kill(pid, signal.SIGCONT)
     os.waitpid(pid, os.WCONTINUED)
     assert world.wait(supervision, 15) is None
@@ -177,6 +177,15 @@ def test_the_others_are_ended_soon_after_a_rank_was_killed(world: World) -> None
     world.ranks[1].wait()
     reason = world.wait(world.supervision(), 30)
     assert reason == f"rank 1 was killed or broke down (process {killed.process.pid}): the others are ended"
+
+
+def test_of_ranks_that_are_all_gone_the_launcher_may_have_been_killed(world: World) -> None:
+    numbers = [world.mark(rank).process.pid for rank in range(2)]
+    for rank in world.ranks[:2]:
+        rank.kill()
+        rank.wait()
+    reason = world.wait(world.supervision(), 30)
+    assert reason == f"all ranks, or their launcher, were killed or broke down (processes {numbers[0]}, {numbers[1]})"
     assert world.now <= 6
 
 
@@ -204,7 +213,7 @@ def test_a_group_that_does_not_save_when_asked_is_ended_after_the_stated_time(wo
     reason = world.wait(supervision, 100, asked=True)
     pid = world.ranks[1].pid
     assert reason == f"the step was asked to stop; no news from rank 1 (process {pid}) for 40 s: the step is ended"
-    expected = f"waiting for rank 1 (process {pid}) to stop: no news for 10 s; the step is ended after 40 s"
+    expected = f"waiting for rank 1 (process {pid}) to stop: no news for 10 s; the step will be ended after 40 s"
     assert world.said[0] == expected
 
 
@@ -213,7 +222,7 @@ def test_a_launcher_that_takes_its_time_after_all_ranks_have_saved_is_waited_for
     world.mark(1, ended="preempted")
     supervision = world.supervision(stop_timeout_seconds=40)
     assert world.wait(supervision, 30, asked=True) is None
-    assert world.said[0] == "waiting for the launcher to stop: no news for 10 s; the step is ended after 40 s"
+    assert world.said[0] == "waiting for the launcher to stop: no news for 10 s; the step will be ended after 40 s"
     assert supervision.not_saved() == []
 
 

@@ -273,7 +273,7 @@ def write_receipt(ctx: Context, params: TrainingParams, batch: Batch, num_rows: 
         learning_rate=params.learning_rate * learning_rate_factor(params, step, schedule_length(params, steps)),
     )
     ctx.journal.note(
-        f"{'extends another training, from' if saved.extended else 'resumed at'} step {step} of {steps}: weights, optimizer and schedule of {processes} processes;"
+        f"{'extends another training, from' if saved.extended else 'resumed at'} step {step} of {steps}: weights, optimizer and schedule of {processes} process{'es' * (processes > 1)};"
         f" next is row {row:,} of {num_rows:,} in pass {epoch + 1}"
     )
 
