@@ -451,6 +451,27 @@ MUTATIONS = (
         "",
         ("tests/unit/test_contained.py::test_a_program_is_abandoned_where_its_caller_is_to_stop",),
     ),
+    Mutation(
+        "a rank goes on before the last one has come",
+        "pipeline/running/rendezvous.py",
+        "            if VERDICT in welcome:\n                require_same(work, welcome[VERDICT])\n                return\n",
+        '            require_same(work, welcome.get(VERDICT, ""))\n            return\n',
+        ("tests/unit/test_rendezvous.py::test_nobody_goes_on_before_the_last_one_has_come",),
+    ),
+    Mutation(
+        "what a rank said last time believed",
+        "pipeline/running/rendezvous.py",
+        "answer = numbers if missing else {**numbers, VERDICT: odd_ones(found)}",
+        "answer = {**numbers, VERDICT: odd_ones(found)} if all(numbers.values()) else numbers",
+        ("tests/unit/test_rendezvous.py::test_what_a_rank_said_last_time_is_not_believed",),
+    ),
+    Mutation(
+        "a connection that is over not noticed",
+        "pipeline/running/lifeline.py",
+        "event & (select.POLLERR | select.POLLHUP)",
+        "event & select.POLLNVAL",
+        ("tests/unit/test_lifeline.py::test_a_reader_that_is_gone_is_noticed",),
+    ),
 )
 
 
