@@ -118,6 +118,10 @@ def nodes_verdict(slurm: Slurm, each: Asked, nodes: int, store: Path, patience: 
     """Whether that many nodes see the store, find each other and run the same; how fast they exchange numbers."""
     subject, who = "nodes", f"{each.what}, {nodes} node{'s' if nodes > 1 else ''}"
     try:
+        slurm.would_begin([*what_is_asked(each.request, nodes, 1, on_gpu=each.on_gpu), *each.request.sbatch])
+    except LaunchError as error:
+        return Verdict("missing", subject, f"{who}: {problem_of(error).what}", "Ask for fewer with --nodes.")
+    try:
         answer = tried_on_nodes(slurm, each, nodes, store, patience)
     except Waiting as waiting:
         hint = "Ask again with a larger --patience."

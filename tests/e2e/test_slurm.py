@@ -160,6 +160,8 @@ def test_the_doctor_tries_a_profile(slurm: Slurm, tmp_path: Path) -> None:
     assert together.startswith("ok ") and "2 nodes: n1, n2: all see the store" in together and "GB/s" in together
     assert tried.returncode == 2 and tried.stdout.endswith("2 required parts are missing\n")
     assert not list(store.iterdir()) and queue(slurm) == {}
+    too_many = slipway(slurm, "doctor", "--cluster", path, "--store", store, "--nodes", 3)
+    assert "steps that train, 3 nodes: " in too_many.stdout and "Ask for fewer with --nodes." in too_many.stdout
 
 
 @needs_a_disk_of_its_own
