@@ -49,8 +49,11 @@ def missing() -> str:
     """Why there can be none on this machine; empty if there can."""
     if os.geteuid() != 0:
         return "an sshd of one's own wants root"
-    lacking = [name for name in PROGRAMS if program(name) is None]
-    return f"not installed: {', '.join(lacking)} (Debian: openssh-server, pdsh)" if lacking else ""
+    if lacking := [name for name in PROGRAMS if program(name) is None]:
+        return f"not installed: {', '.join(lacking)} (Debian: openssh-server, pdsh)"
+    # Where its nodes meet, deepspeed asks the first one by this command.
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout
+    return "" if addresses.split() else "this machine has no address but loopback's"
 
 
 @dataclass
