@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.clusters.profile import Profile, minutes
+from launch.clusters.profile import Profile, Request, minutes
 from launch.clusters.script import batch_script
 from launch.srun import Srun
 from launch.torchrun import Torchrun
@@ -81,15 +81,18 @@ class Slurm:
 
     def script(self, job: Job, *, distributed: bool) -> str:
         """The batch script of the job. Raises a `SlipwayError` where the profile does not say enough."""
-        on_gpu = (
-            distributed and job.resources.device != "cpu" and bool(self.profile.request(job.kind, on_gpu=True).gpus)
-        )
+        _, on_gpu = self.request(job.kind, may_use_gpu=distributed and job.resources.device != "cpu")
         if distributed and job.resources.device == "cuda" and not on_gpu:
             hint = "Write `gpus: gpus-per-node` (or `gres`) in the profile."
             raise LaunchError(
                 Problem(f"stages.{job.step}.resources.device", "is cuda, and the profile asks for no GPUs", hint)
             )
         return batch_script(job, self.profile, on_gpu=on_gpu)
+
+    def request(self, kind: str, *, may_use_gpu: bool) -> tuple[Request, bool]:
+        """What a job of this kind of stage asks for, and whether for GPUs: where the profile has none, all jobs are CPU jobs."""
+        on_gpu = may_use_gpu and bool(self.profile.request(kind, on_gpu=True).gpus)
+        return self.profile.request(kind, on_gpu=on_gpu), on_gpu
 
     def queued(self) -> dict[str, Queued]:
         """Working folder -> job, of this user's jobs that wait or run. A step's job works in the step's work folder."""

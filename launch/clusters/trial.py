@@ -65,7 +65,7 @@ def trials(slurm: Slurm, store: Path, kinds: Mapping[str, bool], nodes: int, pat
         yield Verdict("missing", "scheduler", problem.what, problem.hint)
         return
     yield Verdict("ok", "scheduler", "; ".join(map(str, partitions)))
-    wanted = asked(slurm, kinds)
+    wanted = requests(slurm, kinds)
     verdicts = [request_verdict(slurm, each, partitions) for each in wanted]
     yield from verdicts
     training = wanted[0]
@@ -75,17 +75,14 @@ def trials(slurm: Slurm, store: Path, kinds: Mapping[str, bool], nodes: int, pat
             yield nodes_verdict(slurm, each, nodes if each is training else 1, store, patience)
 
 
-def asked(slurm: Slurm, kinds: Mapping[str, bool]) -> list[Asked]:
-    """What the profile asks for: of steps that train, of those on CPUs if that differs, and of each kind of stage it names."""
-    has_gpus = bool(slurm.profile.gpus)
-    on_gpu, on_cpu = (slurm.profile.request("", on_gpu=each) for each in (True, False))
-    found = [Asked("steps that train", on_gpu, has_gpus)]
-    if has_gpus or on_cpu != on_gpu:
-        found.append(Asked("steps on CPUs", on_cpu, False))
-    for kind in slurm.profile.stages:
-        request = slurm.profile.request(kind, on_gpu=kinds[kind])
-        found.append(Asked(f"steps of kind {kind}", request, kinds[kind] and bool(request.gpus)))
-    return found
+def requests(slurm: Slurm, kinds: Mapping[str, bool]) -> list[Asked]:
+    """What is asked for: by steps that train, by those on CPUs if that differs, and by each kind of stage the profile names."""
+    found = [Asked("steps that train", *slurm.request("", may_use_gpu=True))]
+    on_cpu = Asked("steps on CPUs", *slurm.request("", may_use_gpu=False))
+    if (on_cpu.request, on_cpu.on_gpu) != (found[0].request, found[0].on_gpu):
+        found.append(on_cpu)
+    named = slurm.profile.stages
+    return found + [Asked(f"steps of kind {kind}", *slurm.request(kind, may_use_gpu=kinds[kind])) for kind in named]
 
 
 def on_other_nodes(one: Request, other: Request) -> bool:

@@ -147,14 +147,18 @@ def test_a_cancelled_recipe_leaves_the_queue(slurm: Slurm, profile: Path, tmp_pa
 def test_the_doctor_tries_a_profile(slurm: Slurm, tmp_path: Path) -> None:
     """What SLURM refuses, what would wait for ever (SLURM itself takes it), and two nodes that work together."""
     path = tmp_path / "profile.yaml"
-    path.write_text('time: "30"\ncpu: {partition: nope}\nstages: {sft: {partition: short}}\n')
+    path.write_text('time: "30"\nstages: {clean: {partition: nope}, sft: {partition: short}}\n')
     store = tmp_path / "a 'store'"
     tried = slipway(slurm, "doctor", "--cluster", path, "--store", store, "--patience", LONGEST_SECONDS)
     lines = [line for line in tried.stdout.splitlines() if line.split()[1] in ("scheduler", "requests", "nodes")]
     assert [(*line.split()[:2], line.split()[-1]) for line in lines[:1]] == [("ok", "scheduler", "10:00)")]
     requests = [line for line in lines if "requests" in line]
     assert [line.split()[0] for line in requests] == ["ok", "missing", "missing"], tried.stdout
-    assert "steps on CPUs: " in requests[1] and "nvalid partition" in requests[1] and "--partition=nope" in requests[1]
+    assert (
+        "steps of kind clean: " in requests[1]
+        and "nvalid partition" in requests[1]
+        and "--partition=nope" in requests[1]
+    )
     assert "steps of kind sft: asks for 30, and waits for ever: partition short" in requests[2]
     (together,) = [line for line in lines if "nodes" in line.split()[1]]
     assert together.startswith("ok ") and "2 nodes: n1, n2: all see the store" in together and "GB/s" in together

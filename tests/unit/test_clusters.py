@@ -20,7 +20,7 @@ from launch import LAUNCHERS
 from launch.clusters.profile import Profile, known_profiles, load_profile, minutes
 from launch.clusters.script import quoted
 from launch.clusters.slurm import Queued, Slurm
-from launch.clusters.trial import asked, trial_script
+from launch.clusters.trial import requests, trial_script
 from pipeline.command.states import with_queue
 from pipeline.errors import LaunchError, Problem, RecipeError, StoreError
 from pipeline.running.interrupts import Interrupts
@@ -324,21 +324,28 @@ def test_what_a_profile_asks_for_is_tried_once_for_each_that_differs(tmp_path: P
     """Without GPUs nothing else is asked of steps on CPUs, but where the profile says so."""
     kinds = {kind: stage.distributed for kind, stage in STAGES.items()}
     read = profile(tmp_path, "gpus: gres\ncpu: {partition: cpu}\nstages: {sft: {time: '30'}, clean: {time: '5'}}")
-    found = {each.what: (each.request.partition, each.on_gpu) for each in asked(Slurm(read), kinds)}
+    found = {each.what: (each.request.partition, each.on_gpu) for each in requests(Slurm(read), kinds)}
     assert found == {
         "steps that train": (None, True),
         "steps on CPUs": ("cpu", False),
         "steps of kind sft": (None, True),
         "steps of kind clean": ("cpu", False),
     }
-    assert [each.what for each in asked(Slurm(), kinds)] == ["steps that train"]
+    assert [each.what for each in requests(Slurm(), kinds)] == ["steps that train"]
+
+
+def test_where_a_profile_has_no_gpus_what_is_tried_is_what_scripts_ask_for(tmp_path: Path) -> None:
+    read = Slurm(profile(tmp_path, "partition: gpu\ncpu: {partition: cpu}\nstages: {sft: {time: '30'}}"))
+    (every, sft) = requests(read, {"sft": True})
+    assert (every.request.partition, every.on_gpu, sft.request.partition) == ("cpu", False, "cpu")
+    assert "--partition=cpu" in options(read.script(job(), distributed=True))
 
 
 def test_a_trial_asks_for_what_jobs_ask_for_but_for_a_short_time(tmp_path: Path) -> None:
     read = profile(
         tmp_path, 'partition: gpu\ntime: "1-00"\ngpus: gres:a100\nsetup: ["module load cuda"]\ninterface: ib0\n'
     )
-    script = trial_script(Slurm(read), asked(Slurm(read), {})[0], 2, Path("/store/it's"))
+    script = trial_script(Slurm(read), requests(Slurm(read), {})[0], 2, Path("/store/it's"))
     assert options(script) == [
         "--job-name=slipway-doctor",
         '--chdir="/store/it\'s"',
@@ -354,7 +361,7 @@ def test_a_trial_asks_for_what_jobs_ask_for_but_for_a_short_time(tmp_path: Path)
     assert shell[:3] == ["module load cuda", "export NCCL_SOCKET_IFNAME=ib0", "export GLOO_SOCKET_IFNAME=ib0"]
     assert shlex.split(shell[-1])[1:] == ["-m", "launch.clusters.trial", "/store/it's", "2", "nccl"]
     shorter = read.model_copy(update={"time": "5:30"})
-    assert "--time=5:30" in options(trial_script(Slurm(shorter), asked(Slurm(shorter), {})[0], 1, tmp_path))
+    assert "--time=5:30" in options(trial_script(Slurm(shorter), requests(Slurm(shorter), {})[0], 1, tmp_path))
 
 
 # Chains
